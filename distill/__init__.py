@@ -1,0 +1,1 @@
+"""Teacher-student training of sparse and linear attention."""

@@ -1,0 +1,1 @@
+"""The dittfast command line."""

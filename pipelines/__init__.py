@@ -1,0 +1,1 @@
+"""Adapters that put dittfast methods into diffusers pipelines."""
