@@ -1,0 +1,132 @@
+"""attend: one block-sparse attention, forward and backward, on every backend."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+# Each backend module has `attend` and `not_supported_reasons`. Loaded on first use, by import
+# statements because Dynamo traces those (and not importlib).
+def _triton():
+    from .kernels import triton_backend
+
+    return triton_backend
+
+
+def _cpu():
+    from .kernels import cpu
+
+    return cpu
+
+
+def _reference():
+    from .kernels import reference_backend
+
+    return reference_backend
+
+
+BACKENDS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
+
+
+def choose_backend(device: torch.device) -> str:
+    """The backend that ``backend="auto"`` runs for tensors on ``device``."""
+    return "triton" if device.type == "cuda" else "cpu"
+
+
+def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
+    """Raise ValueError where q, k, v do not fit each other or the plan."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, H, N, D], got shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"q, k, v must agree in dtype and device: q is {q.dtype} on {q.device}, "
+                f"{name} is {x.dtype} on {x.device}"
+            )
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"attention needs floating-point tensors, got {q.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q and k must agree in batch and head dim, got {list(q.shape)} and {list(k.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if q.shape[2] != plan.num_queries or k.shape[2] != plan.num_keys:
+        raise ValueError(
+            f"the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got "
+            f"{q.shape[2]} and {k.shape[2]}; build a plan for this size"
+        )
+    per_list = {"kv_indices": plan.kv_indices, "out_scale": plan.out_scale}
+    per_list |= {"out_residual": plan.out_residual, "plan.kv_log_weight": plan.kv_log_weight}
+    per_list["kv_log_weight"] = kv_log_weight
+    for name, x in per_list.items():
+        if x is not None and any(n not in (1, size) for n, size in zip(x.shape[:2], q.shape[:2])):
+            raise ValueError(
+                f"{name} is for batch {x.shape[0]} and {x.shape[1]} heads, which does not "
+                f"broadcast to batch {q.shape[0]} and {q.shape[1]} heads"
+            )
+    if kv_log_weight is not None and kv_log_weight.shape[2:] != (plan.num_keys,):
+        raise ValueError(
+            f"kv_log_weight must be [B|1, H|1, {plan.num_keys}], got {list(kv_log_weight.shape)}"
+        )
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    *,
+    kv_log_weight: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+):
+    """Attention restricted to ``plan``: ``softmax(scale * q kᵀ + kv_log_weight) v``.
+
+    Differentiable in q, k and v, and in the plan's ``out_scale`` and ``out_residual``; works under
+    ``torch.compile(fullgraph=True)``.
+
+    Args:
+        q: ``[B, H, Nq, D]``, any strides.
+        k, v: ``[B, Hk, Nk, D]`` with H a multiple of Hk (grouped-query attention).
+        plan: which key blocks each query block sees, for Nq queries and Nk keys.
+        kv_log_weight: ``[B|1, H|1, Nk]`` fp32 added to the logits, on top of the plan's own; -inf
+            hides a key. A query left without any key gets output 0 and lse -inf.
+        scale: default ``1/sqrt(D)``.
+        return_lse: also return the natural-log sum of exponentials of the logits.
+        backend: "auto" picks by device. A backend named here runs or raises; nothing falls back.
+
+    Returns:
+        ``out [B, H, Nq, D]`` in q's dtype, or ``(out, lse [B, H, Nq] fp32)``.
+
+    Raises:
+        ValueError: an unknown backend, shapes that do not fit each other or the plan, or a
+            named backend that cannot run these inputs (all reasons are listed).
+    """
+    check_inputs(q, k, v, plan, kv_log_weight)
+    name = choose_backend(q.device) if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
+    implementation = BACKENDS[name]()
+    reasons = implementation.not_supported_reasons(q, k, v)
+    if reasons:
+        raise ValueError(f"the {name} backend cannot run this: " + "; ".join(reasons))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    plan = plan.to(q.device)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad and not torch.compiler.is_compiling():
+        plan.transpose()
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight), scale)
+    return (out, lse) if return_lse else out

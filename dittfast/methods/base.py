@@ -1,0 +1,59 @@
+"""What every attention method is: a frozen config that turns a Layout into a Plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..layout import Layout
+from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a planner. It touches no kernel, and no kernel knows a method.
+
+    Subclasses are frozen dataclasses whose fields are the method's options, validated in
+    ``__post_init__`` with errors that name the value and the allowed range.
+
+    Class attributes:
+        name: short public name, the key in :data:`dittfast.methods.METHODS`.
+        static: True if the plan depends on the layout alone, so that it can be cached; False if
+            it is made from q and k at every call.
+        needs_grid: True if the method has no meaning for a text-only layout.
+    """
+
+    name: ClassVar[str]
+    static: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
+
+    def plan(
+        self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
+    ) -> Plan:
+        """The pattern for one layout.
+
+        Args:
+            layout: geometry of the sequence, N tokens.
+            q, k: ``[B, H, N, D]``, needed where ``static`` is False.
+
+        Returns:
+            A plan for N queries and N keys plus those that :meth:`extend` appends. Padding of
+            ``layout.context_lengths`` is in its ``kv_log_weight``.
+        """
+        raise NotImplementedError
+
+    def extend(
+        self, layout: Layout, k: torch.Tensor, v: torch.Tensor, **parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v ``[B, H, N + extra, D]`` with the method's summary tokens appended.
+
+        Args:
+            parameters: the method's trainable parameters, as named by :meth:`parameters`.
+        """
+        return k, v
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Initial values of the trainable parameters one layer has; none by default."""
+        return {}

@@ -1,0 +1,556 @@
+"""Which key blocks each query block may see: the data type between methods and kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from .layout import Blocks, Layout, make_blocks, split_evenly
+
+METRICS = ("disc", "raster")
+# Token pairs looked at together when a rule is evaluated block by block: bounds memory.
+_PAIRS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRule:
+    """Which token pairs of a *partial* block are kept.
+
+    A pair is kept if either token is context, or the tokens lie in different grids, or the key
+    lies in one of the first ``sink_frames`` frames of its grid, or
+    ``distance(query, key) <= limits[|frame difference|]``, where ``distance`` is ``dy² + dx²``
+    for the metric "disc" and ``|raster index difference|`` inside a frame for "raster".
+
+    Attributes:
+        metric: "disc" or "raster".
+        limits: ``[frames]`` int32; -1 keeps nothing at that frame distance.
+        sink_frames: leading frames every query sees.
+        q_frame, kv_frame: ``[num positions]`` int32, ``grid << 16 | frame``; -1 for context.
+        q_place, kv_place: ``[num positions]`` int32, ``y << 16 | x`` for "disc", the raster index
+            for "raster". All four are in block order (position, not token).
+    """
+
+    metric: str
+    limits: torch.Tensor
+    q_frame: torch.Tensor
+    q_place: torch.Tensor
+    kv_frame: torch.Tensor
+    kv_place: torch.Tensor
+    sink_frames: int = 0
+
+    @classmethod
+    def from_layout(
+        cls,
+        layout: Layout,
+        metric: str,
+        limits,
+        order: torch.Tensor | None = None,
+        sink_frames: int = 0,
+        extra_keys: int = 0,
+    ) -> TokenRule:
+        """The rule for self-attention over ``layout`` and ``extra_keys`` keys without a place."""
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        at = torch.from_numpy(layout.coordinates())
+        if order is not None:
+            at = at[order.long()]
+        grid, frame, y, x = at.unbind(1)
+        code = torch.where(grid < 0, -1, grid << 16 | frame).int()
+        if metric == "disc":
+            place = y << 16 | x
+        else:
+            widths = torch.tensor([g.width for g in layout.grids] or [1], dtype=torch.int32)
+            place = y * widths[grid.clamp_min(0)] + x
+        place = torch.where(grid < 0, 0, place).int()
+        extra = torch.full((extra_keys,), -1, dtype=torch.int32)
+        return cls(
+            metric,
+            torch.as_tensor(limits, dtype=torch.int32),
+            code,
+            place,
+            torch.cat([code, extra]),
+            torch.cat([place, extra * 0]),
+            sink_frames,
+        )
+
+    def keep(self, q_positions: torch.Tensor, kv_positions: torch.Tensor) -> torch.Tensor:
+        """Bool, broadcast over ``q_positions`` and ``kv_positions`` (integer tensors)."""
+        q_frame, kv_frame = self.q_frame[q_positions], self.kv_frame[kv_positions]
+        q_place, kv_place = self.q_place[q_positions], self.kv_place[kv_positions]
+        if self.metric == "disc":
+            dy = (q_place >> 16) - (kv_place >> 16)
+            dx = (q_place & 0xFFFF) - (kv_place & 0xFFFF)
+            distance = dy * dy + dx * dx
+        else:
+            distance = (q_place - kv_place).abs()
+        apart = (q_frame - kv_frame).abs().clamp_max(self.limits.numel() - 1)
+        free = (q_frame < 0) | (kv_frame < 0) | (q_frame >> 16 != kv_frame >> 16)
+        sink = (kv_frame & 0xFFFF) < self.sink_frames
+        return free | sink | (distance <= self.limits[apart.long()])
+
+
+class PlanTensors(NamedTuple):
+    """A plan as the flat arguments every backend op takes. Shapes as in :class:`Plan`."""
+
+    kv_indices: torch.Tensor
+    kv_num_blocks: torch.Tensor
+    kv_num_full_blocks: torch.Tensor
+    q_starts: torch.Tensor
+    q_lengths: torch.Tensor
+    kv_starts: torch.Tensor
+    kv_lengths: torch.Tensor
+    q_order: torch.Tensor | None
+    kv_order: torch.Tensor | None
+    kv_log_weight: torch.Tensor | None
+    out_scale: torch.Tensor | None
+    out_residual: torch.Tensor | None
+    limits: torch.Tensor | None
+    q_frame: torch.Tensor | None
+    q_place: torch.Tensor | None
+    kv_frame: torch.Tensor | None
+    kv_place: torch.Tensor | None
+    q_indices: torch.Tensor | None
+    q_num_blocks: torch.Tensor | None
+    q_num_full_blocks: torch.Tensor | None
+    metric: int  # 0: no rule, 1: disc, 2: raster
+    sink_frames: int
+    q_block_size: int
+    kv_block_size: int
+
+
+class Transpose(NamedTuple):
+    """For each key block the query blocks that see it: :class:`Plan` seen from the keys."""
+
+    q_indices: torch.Tensor
+    q_num_blocks: torch.Tensor
+    q_num_full_blocks: torch.Tensor
+
+
+def _range_error(name: str, x: torch.Tensor, low: int, high: int) -> str | None:
+    if x.numel() and (int(x.min()) < low or int(x.max()) > high):
+        return f"{name} must lie in {low}..{high}, found {int(x.min())}..{int(x.max())}"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A block-sparse attention pattern, in the words of PyTorch's BlockMask. Frozen, validated.
+
+    Attributes:
+        kv_indices: ``[B|1, H|1, nQ, maxK]`` int32. Key blocks each query block sees, full blocks
+            before partial ones; entries from ``kv_num_blocks`` on are ignored.
+        kv_num_blocks: ``[B|1, H|1, nQ]`` int32. How many entries of ``kv_indices`` count.
+        kv_num_full_blocks: same shape. How many of those are full; the rest apply ``rule``.
+        q_blocks, kv_blocks: the partitions (:class:`~dittfast.layout.Blocks`). Every query stands
+            in exactly one block; a key stands in at most one.
+        rule: which pairs of a partial block are kept.
+        kv_log_weight: ``[B|1, H|1, num_keys]`` fp32 added to the scaled logits: the log of how
+            many tokens a key stands for; -inf hides it.
+        out_scale: ``[B|1, H|1, nQ]``, positive, and out_residual: ``[B|1, H|1, nQ, D]``: the
+            epilogue ``out = out_scale * softmax(...) v + out_residual``, per query block.
+        num_real_keys: keys that are tokens of the sequence; later ones are appended summaries,
+            which count as work but not towards ``density``.
+
+    Raises:
+        ValueError: an index out of range or listed twice, a query block that sees nothing, a
+            partition with holes, inconsistent shapes. The message names the value and the place.
+    """
+
+    kv_indices: torch.Tensor
+    kv_num_blocks: torch.Tensor
+    kv_num_full_blocks: torch.Tensor
+    q_blocks: Blocks
+    kv_blocks: Blocks
+    rule: TokenRule | None = None
+    kv_log_weight: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+    out_residual: torch.Tensor | None = None
+    num_real_keys: int | None = None
+    validate: dataclasses.InitVar[bool] = True
+
+    def __post_init__(self, validate: bool):
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for blocks, side in ((self.q_blocks, "q"), (self.kv_blocks, "kv")):
+            # Python ints, read once: later use must not synchronise with a device.
+            set_(f"num_{'queries' if side == 'q' else 'keys'}", _covered(blocks, side))
+            set_(f"{side}_block_size", int(blocks.lengths.max()))
+        if self.num_real_keys is None:
+            set_("num_real_keys", self.num_keys)
+        set_("_transpose", None)
+        if validate:
+            self._validate()
+
+    @classmethod
+    def from_lists(cls, rows, cols, full, q_blocks: Blocks, kv_blocks: Blocks, **fields) -> Plan:
+        """A plan for every batch row and head from a list of block pairs, in any order.
+
+        Args:
+            rows, cols: integer arrays of equal length: the visible (query block, key block) pairs.
+            full: bool array: whether every token pair of the block pair is kept.
+        """
+        rows, cols = (torch.as_tensor(x, dtype=torch.int64) for x in (rows, cols))
+        full = torch.as_tensor(full, dtype=torch.bool).expand(rows.shape)
+        n_q, n_k = q_blocks.count, kv_blocks.count
+        # Full blocks first, then by key block.
+        by = torch.argsort((rows * 2 + (~full).long()) * n_k + cols)
+        rows, cols, full = rows[by], cols[by], full[by]
+        count = torch.bincount(rows, minlength=n_q)
+        width = max(1, int(count.max())) if rows.numel() else 1
+        slot = torch.arange(rows.numel()) - (torch.cumsum(count, 0) - count)[rows]
+        indices = torch.zeros(n_q, width, dtype=torch.int32)
+        indices[rows, slot] = cols.int()
+        full_count = torch.bincount(rows[full], minlength=n_q)
+        return cls(
+            indices[None, None],
+            count.int()[None, None],
+            full_count.int()[None, None],
+            q_blocks,
+            kv_blocks,
+            **fields,
+        )
+
+    @classmethod
+    def from_block_mask(cls, mask: torch.Tensor, q_blocks: Blocks, kv_blocks: Blocks, **fields):
+        """A plan of full blocks from a bool mask ``[(B|1), (H|1), nQ, nK]``."""
+        while mask.ndim < 4:
+            mask = mask[None]
+        count = mask.sum(-1, dtype=torch.int32)
+        width = max(1, int(count.max()))
+        indices = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)[..., :width].int()
+        return cls(indices.contiguous(), count, count.clone(), q_blocks, kv_blocks, **fields)
+
+    @classmethod
+    def full(cls, num_queries: int, num_keys: int | None = None, block_size: int = 128, **fields):
+        """Dense attention as a plan: every query block sees every key block."""
+        blocks = [
+            make_blocks(*split_evenly(0, n, block_size))
+            for n in (num_queries, num_keys or num_queries)
+        ]
+        mask = torch.ones(blocks[0].count, blocks[1].count, dtype=torch.bool)
+        return cls.from_block_mask(mask, *blocks, **fields)
+
+    def _validate(self) -> None:
+        shape = tuple(self.kv_indices.shape)
+        n_q, n_k = self.q_blocks.count, self.kv_blocks.count
+        errors = []
+        if len(shape) != 4 or shape[2] != n_q:
+            raise ValueError(f"kv_indices must be [B|1, H|1, {n_q}, maxK], got {list(shape)}")
+        for name in ("kv_num_blocks", "kv_num_full_blocks"):
+            if tuple(getattr(self, name).shape) != shape[:3]:
+                raise ValueError(
+                    f"{name} must be {list(shape[:3])} like kv_indices, "
+                    f"got {list(getattr(self, name).shape)}"
+                )
+        for name in ("kv_indices", "kv_num_blocks", "kv_num_full_blocks"):
+            if getattr(self, name).dtype != torch.int32:
+                raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
+        errors.append(_range_error("kv_num_blocks", self.kv_num_blocks, 0, shape[3]))
+        if bool((self.kv_num_blocks < 1).any()):
+            b, h, row = (int(x) for x in (self.kv_num_blocks < 1).nonzero()[0])
+            errors.append(
+                f"query block {row} (batch {b}, head {h}) sees no key block; "
+                "every row must keep at least one key"
+            )
+        if bool((self.kv_num_full_blocks > self.kv_num_blocks).any()):
+            errors.append("kv_num_full_blocks exceeds kv_num_blocks")
+        if self.rule is None and bool((self.kv_num_full_blocks < self.kv_num_blocks).any()):
+            errors.append("partial blocks need a rule; list them as full, or give rule=TokenRule")
+        slot = torch.arange(shape[3], device=self.kv_indices.device)
+        used = slot < self.kv_num_blocks[..., None]
+        errors.append(_range_error("kv_indices", self.kv_indices[used], 0, n_k - 1))
+        # Unused slots get distinct negative values, so that only real duplicates collide.
+        ordered = torch.where(used, self.kv_indices, -1 - slot.int()).sort(-1).values
+        if shape[3] > 1 and bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            where = (ordered[..., 1:] == ordered[..., :-1]).nonzero()[0]
+            b, h, row, at = (int(x) for x in where)
+            errors.append(
+                f"query block {row} (batch {b}, head {h}) lists key block "
+                f"{int(ordered[b, h, row, at])} twice"
+            )
+        errors.append(self._shape_error("kv_log_weight", (self.num_keys,)))
+        errors.append(self._shape_error("out_scale", (n_q,)))
+        if self.out_residual is not None:
+            errors.append(self._shape_error("out_residual", (n_q, self.out_residual.shape[-1])))
+        if self.out_scale is not None and not bool((self.out_scale > 0).all()):
+            errors.append(f"out_scale must be positive, found {float(self.out_scale.min())}")
+        if not 0 < self.num_real_keys <= self.num_keys:
+            errors.append(f"num_real_keys must lie in 1..{self.num_keys}, got {self.num_real_keys}")
+        errors = [e for e in errors if e]
+        if errors:
+            raise ValueError("invalid Plan: " + "; ".join(errors))
+
+    def _shape_error(self, name: str, tail: tuple[int, ...]) -> str | None:
+        x = getattr(self, name)
+        if x is None or (x.ndim == 2 + len(tail) and tuple(x.shape[2:]) == tail):
+            return None
+        return f"{name} must be [B|1, H|1, {', '.join(map(str, tail))}], got {list(x.shape)}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.kv_indices.device
+
+    def to(self, device) -> Plan:
+        """The same plan on ``device``; itself where it is there already."""
+        device = torch.device(device)
+        if device == self.device or (device.type == self.device.type and device.index is None):
+            return self
+        move = lambda x: x.to(device) if isinstance(x, (torch.Tensor, Blocks)) else x  # noqa: E731
+        fields = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if self.rule is not None:
+            rule = {f.name: move(getattr(self.rule, f.name)) for f in dataclasses.fields(TokenRule)}
+            fields["rule"] = TokenRule(**rule)
+        return Plan(**fields, validate=False)
+
+    def replace(self, **changes) -> Plan:
+        """A validated copy with some fields changed."""
+        return dataclasses.replace(self, validate=True, **changes)
+
+    def select_heads(self, heads: slice) -> Plan:
+        """The plan of some heads, for context parallelism, where a rank holds a slice of them."""
+        pick = lambda x: x if x is None or x.shape[1] == 1 else x[:, heads]  # noqa: E731
+        names = ("kv_indices", "kv_num_blocks", "kv_num_full_blocks")
+        names += ("kv_log_weight", "out_scale", "out_residual")
+        changes = {name: pick(getattr(self, name)) for name in names}
+        return dataclasses.replace(self, validate=False, **changes)
+
+    def tensors(self, kv_log_weight: torch.Tensor | None = None) -> PlanTensors:
+        """The arguments of a backend op; ``kv_log_weight`` is added to the plan's own.
+
+        The transposed lists are included once :meth:`transpose` has been called.
+        """
+        weight = self.kv_log_weight
+        if kv_log_weight is not None:
+            weight = kv_log_weight if weight is None else weight + kv_log_weight
+        back = self._transpose or (None, None, None)
+        rule = self.rule
+        return PlanTensors(
+            self.kv_indices,
+            self.kv_num_blocks,
+            self.kv_num_full_blocks,
+            self.q_blocks.starts,
+            self.q_blocks.lengths,
+            self.kv_blocks.starts,
+            self.kv_blocks.lengths,
+            self.q_blocks.order,
+            self.kv_blocks.order,
+            weight,
+            self.out_scale,
+            self.out_residual,
+            *((None,) * 5 if rule is None else (rule.limits, rule.q_frame, rule.q_place)),
+            *(() if rule is None else (rule.kv_frame, rule.kv_place)),
+            *back,
+            0 if rule is None else 1 + METRICS.index(rule.metric),
+            0 if rule is None else rule.sink_frames,
+            self.q_block_size,
+            self.kv_block_size,
+        )
+
+    def transpose(self) -> Transpose:
+        """For each key block the query blocks that see it, full ones first; computed once."""
+        if self._transpose is None:
+            lists = self.kv_indices, self.kv_num_blocks, self.kv_num_full_blocks
+            found = transpose_lists(*lists, self.kv_blocks.count)
+            object.__setattr__(self, "_transpose", found)
+        return self._transpose
+
+    def to_block_mask(self) -> torch.Tensor:
+        """``[B|1, H|1, nQ, nK]`` bool: True where a block is visible, wholly or partly."""
+        used = self._used()
+        mask = torch.zeros(*self.kv_indices.shape[:3], self.kv_blocks.count + 1, dtype=torch.bool)
+        index = torch.where(used, self.kv_indices, self.kv_blocks.count).long().cpu()
+        return mask.scatter_(-1, index, True)[..., :-1].to(self.device)
+
+    def to_dense_mask(self) -> torch.Tensor:
+        """``[B|1, H|1, num_queries, num_keys]`` bool in *token* order; memory is quadratic.
+
+        For tests, pictures and the reference backend. Keys hidden by ``kv_log_weight`` still
+        show as kept: the weight is added to the logits, it is not part of the pattern.
+        """
+        return dense_mask(self.tensors(), self.num_queries, self.num_keys)
+
+    def _used(self) -> torch.Tensor:
+        slot = torch.arange(self.kv_indices.shape[3], device=self.device)
+        return slot < self.kv_num_blocks[..., None]
+
+    @cached_property
+    def _pairs(self) -> tuple[float, float]:
+        """Mean over batch rows and heads of (real token pairs kept, all pairs computed)."""
+        weight = self.kv_log_weight
+        shown = torch.ones(1, 1, self.num_keys, dtype=torch.float64, device=self.device)
+        if weight is not None:
+            shown = torch.isfinite(weight).double()
+        position = torch.arange(self.num_keys, device=self.device)
+        token = position if self.kv_blocks.order is None else self.kv_blocks.order.long()
+        shown = shown[..., token]
+        real = shown * (token < self.num_real_keys)
+        used = self._used()
+        slot = torch.arange(used.shape[-1], device=self.device)
+        full = slot < self.kv_num_full_blocks[..., None]
+        totals = []
+        for keys in (real, shown):
+            # Visible keys per key block, for each batch row and head the weight tells apart.
+            edges = torch.nn.functional.pad(keys.cumsum(-1), (1, 0))
+            starts = self.kv_blocks.starts.long()
+            per_block = edges[..., starts + self.kv_blocks.lengths] - edges[..., starts]
+            shape = torch.broadcast_shapes(self.kv_indices.shape[:2], per_block.shape[:2])
+            per_block = per_block.expand(*shape, -1)
+            index = self.kv_indices.expand(*shape, -1, -1).long()
+            seen = torch.where(used & full, index, 0)
+            weights = torch.gather(
+                per_block[:, :, None].expand(*shape, index.shape[2], -1), 3, seen
+            )
+            rows = (weights * (used & full)).sum(-1) * self.q_blocks.lengths
+            totals.append(float(rows.sum() / (shape[0] * shape[1])))
+        partial = (used & ~full).nonzero()
+        if self.rule is not None and partial.numel():
+            lists = self.kv_indices.shape[:2]
+            for n, keys in enumerate((real, shown)):
+                for dim in (0, 1):
+                    if lists[dim] == 1:
+                        keys = keys.mean(dim, keepdim=True)
+                keys = keys.expand(*lists, -1)
+                step = max(1, _PAIRS_AT_ONCE // (self.q_block_size * self.kv_block_size))
+                for chunk in partial.split(step):
+                    b, h, row, at = chunk.unbind(1)
+                    col = self.kv_indices[b, h, row, at].long()
+                    keep, kv_at = self._partial_keep(row, col)
+                    shown_here = keys[b[:, None], h[:, None], kv_at]
+                    totals[n] += float((keep.sum(1) * shown_here).sum()) / (lists[0] * lists[1])
+        return totals[0], totals[1]
+
+    def _partial_keep(self, rows: torch.Tensor, cols: torch.Tensor):
+        """Kept pairs ``[n, q_block, kv_block]`` of partial blocks and their key positions."""
+        q_at, q_in = block_positions(
+            self.q_blocks.starts, self.q_blocks.lengths, rows, self.q_block_size
+        )
+        kv_at, kv_in = block_positions(
+            self.kv_blocks.starts, self.kv_blocks.lengths, cols, self.kv_block_size
+        )
+        keep = self.rule.keep(q_at[:, :, None], kv_at[:, None, :])
+        return keep & q_in[:, :, None] & kv_in[:, None, :], kv_at
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the real token pairs, averaged over batch rows and heads.
+
+        Appended summaries are no tokens of the sequence and keys hidden by -inf are not there at
+        all: neither counts, in the numerator or the denominator.
+        """
+        real = float(self.num_real_keys)
+        if self.kv_log_weight is not None:
+            real = float(
+                torch.isfinite(self.kv_log_weight[..., : self.num_real_keys])
+                .double()
+                .sum(-1)
+                .mean()
+            )
+        return self._pairs[0] / (self.num_queries * real)
+
+    def flops(self, head_dim: int, heads: int = 1, batch: int = 1, backward: bool = False) -> float:
+        """Useful floating-point operations: 2 matrix products forward, 5 more backward.
+
+        Counts every pair the softmax sees, appended summaries included; block padding and the
+        softmax itself are not useful work and do not count.
+        """
+        products = 7 if backward else 2
+        return 2.0 * products * self._pairs[1] * head_dim * heads * batch
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.num_queries} queries x {self.num_keys} keys, "
+            f"{self.q_blocks.count} x {self.kv_blocks.count} blocks, lists "
+            f"[{self.kv_indices.shape[0]}, {self.kv_indices.shape[1]}])"
+        )
+
+
+def _covered(blocks: Blocks, side: str) -> int:
+    """Positions a partition covers; raises unless they are 0..n-1 without overlap."""
+    starts, lengths = blocks.starts.long().cpu(), blocks.lengths.long().cpu()
+    if starts.numel() == 0 or starts.shape != lengths.shape or int(lengths.min()) < 1:
+        raise ValueError(f"{side} blocks need equally many starts and lengths, all lengths >= 1")
+    by = torch.argsort(starts)
+    ends = (starts + lengths)[by]
+    if int(starts[by][0]) != 0 or not torch.equal(starts[by][1:], ends[:-1]):
+        raise ValueError(f"{side} blocks must cover positions 0..n-1 once each, without holes")
+    total = int(ends[-1])
+    if blocks.order is not None:
+        seen = torch.sort(blocks.order.long().cpu()).values
+        if not torch.equal(seen, torch.arange(total)):
+            raise ValueError(f"{side} order must be a permutation of 0..{total - 1}")
+    return total
+
+
+def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):
+    """``[n, block_size]`` positions of some blocks and which of them exist (others repeat)."""
+    offset = torch.arange(block_size, device=starts.device)
+    inside = offset < lengths[blocks][:, None]
+    return starts[blocks].long()[:, None] + torch.where(inside, offset, 0), inside
+
+
+def transpose_lists(kv_indices, kv_num_blocks, kv_num_full_blocks, num_kv_blocks: int) -> Transpose:
+    """Invert block lists: which query blocks see each key block, full ones first.
+
+    Example: query block 0 sees [2], 1 sees [0, 2] -> key block 0 is seen by [1], 1 by [], 2 by
+    [0, 1]. Deterministic, O(n log n) in the number of listed blocks, and no atomics later.
+    """
+    batch, heads, n_q, width = kv_indices.shape
+    device = kv_indices.device
+    slot = torch.arange(width, device=device)
+    used = slot < kv_num_blocks[..., None]
+    partial = slot >= kv_num_full_blocks[..., None]
+    lists, rows = batch * heads, torch.arange(n_q, device=device)[:, None]
+    owner = torch.arange(lists, device=device).view(batch, heads, 1, 1)
+    cell = owner * num_kv_blocks + kv_indices
+    cell, row, partial = (x.expand(kv_indices.shape)[used] for x in (cell, rows, partial))
+    by = torch.argsort((cell * 2 + partial) * n_q + row)
+    cell, row, partial = cell[by], row[by], partial[by]
+    count = torch.bincount(cell, minlength=lists * num_kv_blocks)
+    full = torch.bincount(cell[~partial], minlength=lists * num_kv_blocks)
+    place = torch.arange(cell.numel(), device=device) - (count.cumsum(0) - count)[cell]
+    out = torch.zeros(
+        lists * num_kv_blocks, max(1, int(count.max())), dtype=torch.int32, device=device
+    )
+    out[cell, place] = row.int()
+    shape = (batch, heads, num_kv_blocks)
+    return Transpose(out.view(*shape, -1), count.int().view(shape), full.int().view(shape))
+
+
+def dense_mask(t: PlanTensors, num_queries: int, num_keys: int) -> torch.Tensor:
+    """:meth:`Plan.to_dense_mask` from the op's arguments."""
+    device = t.kv_indices.device
+    b_n, h_n, n_q, width = t.kv_indices.shape
+    q_start = torch.argsort(t.q_starts)
+    # Positions are covered in order of block starts, whatever order the blocks are listed in.
+    q_block = torch.repeat_interleave(q_start, t.q_lengths[q_start].long())
+    kv_start = torch.argsort(t.kv_starts)
+    kv_block = torch.repeat_interleave(kv_start, t.kv_lengths[kv_start].long())
+    slot = torch.arange(width, device=device)
+    state = torch.zeros(b_n, h_n, n_q, t.kv_starts.numel() + 1, dtype=torch.int8, device=device)
+    used = slot < t.kv_num_blocks[..., None]
+    kind = torch.where(slot < t.kv_num_full_blocks[..., None], 2, 1).to(torch.int8)
+    index = torch.where(used, t.kv_indices, t.kv_starts.numel()).long()
+    state.scatter_(-1, index, kind.expand(index.shape))
+    state = state[..., q_block, :][..., kv_block]
+    mask = state == 2
+    if t.metric:
+        rule = TokenRule(
+            METRICS[t.metric - 1],
+            t.limits,
+            t.q_frame,
+            t.q_place,
+            t.kv_frame,
+            t.kv_place,
+            t.sink_frames,
+        )
+        q_at = torch.arange(num_queries, device=device)[:, None]
+        mask = mask | (state == 1) & rule.keep(q_at, torch.arange(num_keys, device=device))
+    for dim, order in ((-2, t.q_order), (-1, t.kv_order)):
+        if order is not None:
+            inverse = torch.empty_like(order, dtype=torch.long)
+            inverse[order.long()] = torch.arange(order.numel(), device=device)
+            mask = mask.index_select(dim, inverse)
+    return mask
