@@ -9,7 +9,7 @@ def attention_inputs(
     batch: int, heads: int, num_queries: int, head_dim: int, num_keys: int | None = None,
     dtype=torch.float32, scale: float = 1.0, device="cpu", seed: int = 0,
 ):  # fmt: skip
-    """Random ``(q, k, v, grad_out)``; ``scale`` multiplies q and k, so logits grow as its square."""
+    """Random ``(q, k, v, grad_out)``; ``scale`` multiplies q and k."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n, factor=1.0):

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 # `python -m pytest` puts the repository root on sys.path, where our kernels/ folder would stand in
 # for Hugging Face's `kernels` package. The root is needed only to import dittfast itself.
-import dittfast  # noqa: E402, F401
+import dittfast  # noqa: F401
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]

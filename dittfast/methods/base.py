@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from ..plan import Plan
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Base of all methods: a planner. It touches no kernel, and no kernel knows a method.
 
     Subclasses are frozen dataclasses whose fields are the method's options, validated in
@@ -29,6 +30,7 @@ class Method:
     static: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
+    @abstractmethod
     def plan(
         self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
     ) -> Plan:
@@ -42,7 +44,6 @@ class Method:
             A plan for N queries and N keys plus those that :meth:`extend` appends. Padding of
             ``layout.context_lengths`` is in its ``kv_log_weight``.
         """
-        raise NotImplementedError
 
     def extend(
         self, layout: Layout, k: torch.Tensor, v: torch.Tensor, **parameters: torch.Tensor
