@@ -9,3 +9,32 @@ if not (_here / "kernels").is_dir() and (_here.parent / "setup.cfg").is_file():
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
+
+# Resolved on first use: `import dittfast` loads torch, and diffusers only when it is needed.
+_EXPORTS = {
+    "Layout": "dittfast.layout",
+    "Plan": "dittfast.plan",
+    "Schedule": "dittfast.schedule",
+    "attend": "dittfast.attention",
+    "enable": "dittfast.pipelines.adapter",
+    "disable": "dittfast.pipelines.adapter",
+    "describe": "dittfast.pipelines.adapter",
+    "RadialAttnProcessor": "dittfast.pipelines.processors",
+    "LocalAttnProcessor": "dittfast.pipelines.processors",
+}
+_MODULES = ("functional", "methods")
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return import_module(f"dittfast.{name}")
+    raise AttributeError(f"module 'dittfast' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -6,6 +6,8 @@ import logging
 
 import torch
 
+from .layout import Layout
+from .methods.base import Method
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -130,3 +132,50 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight), scale)
     return (out, lse) if return_lse else out
+
+
+def method_attention(
+    method: Method,
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    plan: Plan | None = None,
+    kv_log_weight: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **parameters: torch.Tensor,
+):
+    """Self-attention over ``layout`` by ``method``: plan, append its summary tokens, attend.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
+        plan: a cached plan of a static method; made here if None.
+        kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
+        parameters: the method's trainable parameters; missing ones take their initial values.
+
+    Returns and raises: as :func:`attend`; ValueError too if N is not the layout's length.
+    """
+    if q.shape[-2] != layout.num_tokens or k.shape[-2] != layout.num_tokens:
+        raise ValueError(
+            f"the layout describes {layout.num_tokens} tokens, got q with {q.shape[-2]} and k with "
+            f"{k.shape[-2]}; check its text length and grid"
+        )
+    if plan is None:
+        plan = method.plan(layout, q, k)
+    k, v = method.extend(layout, k, v, **parameters)
+    extra = k.shape[-2] - layout.num_tokens
+    if kv_log_weight is not None and extra:
+        kv_log_weight = torch.nn.functional.pad(kv_log_weight, (0, extra))
+    return attend(
+        q,
+        k,
+        v,
+        plan,
+        kv_log_weight=kv_log_weight,
+        scale=scale,
+        return_lse=return_lse,
+        backend=backend,
+    )

@@ -1,1 +1,3 @@
 """Attention methods."""
+
+METHODS = {}

@@ -1,0 +1,138 @@
+"""From a name, a preset, a YAML file or an object to a method and its schedule; strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib import resources
+from pathlib import Path
+
+from .methods import METHODS
+from .methods.base import Method
+from .schedule import Schedule
+
+# `source` (where the settings come from) and `models` (what they are for) are for the reader.
+_KEYS = ("method", "options", "schedule", "source", "models")
+
+
+def unknown(kind: str, value, known) -> ValueError:
+    """The error for an unknown name: says the nearest known one, and all of them."""
+    known = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {value!r}.{hint} Known: {', '.join(known)}")
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets, such as "radial/wan2.1"."""
+    files = resources.files("dittfast.configs").iterdir()
+    return sorted(_preset_name(f.name) for f in files if f.name.endswith(".yaml"))
+
+
+def _preset_name(file_name: str) -> str:
+    """``log_linear_sample-flux.yaml`` -> ``log_linear/sample-flux``: the method's name comes first."""
+    stem = file_name[: -len(".yaml")]
+    for method in sorted(METHODS, key=len, reverse=True):
+        if stem.startswith(method + "_"):
+            return f"{method}/{stem[len(method) + 1 :]}"
+    return stem
+
+
+def _read_yaml(text: str, where: str) -> dict:
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must hold a mapping with the key 'method'")
+    for key in data:
+        if key not in _KEYS:
+            raise _in(where, unknown("key", key, _KEYS))
+    if "method" not in data:
+        raise ValueError(f"{where} has no 'method'; add one of {', '.join(METHODS)}")
+    for key in ("options", "schedule"):
+        data[key] = data.get(key) or {}
+        if not isinstance(data[key], dict):
+            raise ValueError(f"{where}: {key!r} must be a mapping, got {data[key]!r}")
+    return data
+
+
+def _in(where: str, error: ValueError) -> ValueError:
+    return ValueError(f"{where}: {error}")
+
+
+def _load(name: str) -> tuple[str, dict, dict]:
+    """(method name, its options, schedule fields) of a method name, a preset or a file."""
+    if name in METHODS:
+        return name, {}, {}
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise FileNotFoundError(f"no YAML file at {name}")
+        data = _read_yaml(path.read_text(), str(path))
+    elif name in presets():
+        file = resources.files("dittfast.configs") / (name.replace("/", "_") + ".yaml")
+        data = _read_yaml(file.read_text(), f"preset {name}")
+    else:
+        raise unknown("method or preset", name, [*METHODS, *presets()])
+    if data["method"] not in METHODS:
+        raise _in(name, unknown("method", data["method"], METHODS))
+    for key in data["schedule"]:
+        if key not in SCHEDULE_FIELDS:
+            raise _in(name, unknown("schedule key", key, SCHEDULE_FIELDS))
+    return data["method"], data["options"], data["schedule"]
+
+
+SCHEDULE_FIELDS = tuple(f.name for f in dataclasses.fields(Schedule))
+
+
+def method_fields(cls: type[Method]) -> tuple[str, ...]:
+    """The option names of a method class."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.init)
+
+
+def resolve(
+    method: Method | str, schedule: Schedule | None = None, **options
+) -> tuple[Method, Schedule]:
+    """The method and schedule meant by a name, a preset, a YAML file or an object.
+
+    Args:
+        method: a :class:`~dittfast.methods.base.Method`, a name in ``METHODS``, a preset such as
+            "radial/wan2.1", or the path of a ``.yaml`` file with the keys ``method``,
+            ``options`` and ``schedule``.
+        schedule: overrides the preset's.
+        options: fields of the method or of :class:`~dittfast.schedule.Schedule`; they win over
+            the preset and over ``schedule``.
+
+    Raises:
+        ValueError: an unknown name, option or key (the nearest known one is named), or a value
+            out of range.
+        FileNotFoundError: the YAML file is not there.
+    """
+    if isinstance(method, Method):
+        cls, base, planned = type(method), method, {}
+    elif isinstance(method, (str, Path)):
+        name, fields, planned = _load(str(method))
+        cls, base = METHODS[name], None
+    else:
+        raise ValueError(
+            f"method must be a Method, a name or a YAML path, got {type(method).__name__}"
+        )
+    known = method_fields(cls)
+    given = dict(fields) if base is None else {}
+    timing = {}
+    for key, value in options.items():
+        if key in SCHEDULE_FIELDS:
+            timing[key] = value
+        else:
+            given[key] = value
+    for key in given:
+        if key not in known:
+            raise unknown(f"option of {cls.name!r}", key, [*known, *SCHEDULE_FIELDS])
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    chosen = cls(**given) if base is None else dataclasses.replace(base, **given)
+    if schedule is None:
+        schedule = Schedule(**planned)
+    return chosen, dataclasses.replace(schedule, **timing)

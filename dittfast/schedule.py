@@ -1,0 +1,82 @@
+"""Which steps and layers stay dense, and below how many tokens sparse is not worth it."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where a method runs; everywhere else attention is dense.
+
+    Attributes:
+        dense_first_steps: denoising steps at the start that stay dense.
+        dense_last_steps: denoising steps at the end that stay dense.
+        dense_layers: self-attention layers that stay dense: indices in the order of the model
+            (negative ones count from its end), ranges such as "37-56", or module-name patterns
+            such as "single_transformer_blocks.*".
+        min_tokens: below this many tokens the whole model stays dense; None is the break-even
+            measured for the method and the device, 0 always runs the method.
+
+    Raises:
+        ValueError: a negative count, or a layer entry of another form.
+    """
+
+    dense_first_steps: int = 0
+    dense_last_steps: int = 0
+    dense_layers: tuple[int | str, ...] = ()
+    min_tokens: int | None = None
+
+    def __post_init__(self):
+        for name in ("dense_first_steps", "dense_last_steps", "min_tokens"):
+            value = getattr(self, name)
+            if value is None and name == "min_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        layers = self.dense_layers
+        if isinstance(layers, (int, str)):
+            layers = (layers,)
+        object.__setattr__(self, "dense_layers", tuple(layers))
+        for entry in self.dense_layers:
+            if isinstance(entry, bool) or not isinstance(entry, (int, str)):
+                raise ValueError(
+                    "dense_layers takes indices, ranges such as '37-56' and name patterns; "
+                    f"got {entry!r}"
+                )
+
+    def is_dense_step(self, step: int, num_steps: int) -> bool:
+        """Whether 0-based denoising ``step`` of ``num_steps`` is dense."""
+        return step < self.dense_first_steps or step >= num_steps - self.dense_last_steps
+
+    def dense_layer_names(self, names: list[str]) -> set[str]:
+        """Which of the model's self-attention layers (in order) stay dense.
+
+        Raises:
+            ValueError: an entry that matches no layer, with the range or names there are.
+        """
+        dense: set[str] = set()
+        for entry in self.dense_layers:
+            found = _matching(entry, names)
+            if not found:
+                raise ValueError(
+                    f"dense_layers entry {entry!r} matches no layer; this model has "
+                    f"{len(names)} self-attention layers, 0..{len(names) - 1}, "
+                    f"named {names[0]} ... {names[-1]}"
+                )
+            dense.update(found)
+        return dense
+
+
+def _matching(entry: int | str, names: list[str]) -> list[str]:
+    if isinstance(entry, int):
+        return [names[entry]] if -len(names) <= entry < len(names) else []
+    span = _RANGE.fullmatch(entry)
+    if span:
+        first, last = int(span[1]), int(span[2])
+        return names[first : last + 1] if first <= last < len(names) else []
+    return [name for name in names if fnmatch.fnmatchcase(name, entry)]

@@ -1,0 +1,197 @@
+"""Where dittfast enters a model: scaled_dot_product_attention inside attention *modules*.
+
+Each selected attention module gets a subclass of its own class whose ``__call__`` watches for
+``scaled_dot_product_attention``. The model's processor keeps its projections, norms, RoPE and
+output; only the attention call inside is replaced. Undoing it restores the class, so a disabled
+model is the model it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from dittfast.attention import method_attention
+from dittfast.layout import Layout
+from dittfast.methods.base import Method
+from dittfast.plan import Plan
+
+_SDPA = F.scaled_dot_product_attention
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+class Core:
+    """What replaces dense attention for one layout; shared by the layers that run it.
+
+    ``plan`` is None for methods that make it from q and k at every call. ``strict`` says that a
+    layer which never attends over the layout's tokens is an error.
+    """
+
+    def __init__(
+        self, method: Method, layout: Layout, plan: Plan | None, backend: str, strict: bool = True
+    ):
+        self.method = method
+        self.layout = layout
+        self.plan = plan
+        self.backend = backend
+        self.num_tokens = layout.num_tokens
+        self.strict = strict
+
+
+class LayerState:
+    """State of one attention layer.
+
+    The same Python shape in every layer, with what varies in tensors: anything else would make
+    ``torch.compile`` build one graph per block.
+
+    Attributes:
+        core: what runs instead of dense attention; None while this layer is dense.
+        parameters: the method's trainable parameters of this layer.
+        reached: whether the last call met scaled_dot_product_attention on the whole sequence.
+    """
+
+    def __init__(self, parameters: dict[str, torch.Tensor] | None = None):
+        self.core: Core | None = None
+        self.parameters = parameters or {}
+        self.reached = False
+
+
+class _Intercept(TorchFunctionMode):
+    def __init__(self, state: LayerState):
+        super().__init__()
+        self.state = state
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is _SDPA:
+            call = {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
+            q, k = call["query"], call["key"]
+            if q.shape[-2] == k.shape[-2] == self.state.core.num_tokens:
+                return _attend(self.state, call)
+        return func(*args, **kwargs)
+
+
+def _attend(state: LayerState, call: dict) -> torch.Tensor:
+    core = state.core
+    if call.get("is_causal"):
+        raise ValueError(
+            f"{core.method.name} cannot run a causal attention layer; keep it dense with "
+            "dense_layers"
+        )
+    if call.get("dropout_p"):
+        raise ValueError(
+            f"{core.method.name} has no attention dropout, got dropout_p={call['dropout_p']}; "
+            "set the model's attention dropout to 0"
+        )
+    if not torch.compiler.is_compiling():
+        state.reached = True
+    q = call["query"]
+    return method_attention(
+        core.method,
+        core.layout,
+        q,
+        call["key"],
+        call["value"],
+        plan=core.plan,
+        kv_log_weight=key_log_weight(call.get("attn_mask"), q),
+        scale=call.get("scale"),
+        backend=core.backend,
+        **state.parameters,
+    )
+
+
+def key_log_weight(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """An attention mask over keys ``[B|1, (H|1), 1, N]`` as log weights ``[B|1, H|1, N]``.
+
+    Raises:
+        ValueError: the mask differs between queries, which a block plan would drop.
+    """
+    if mask is None:
+        return None
+    shape = tuple(mask.shape)
+    if mask.ndim == 3:
+        mask = mask[:, None]
+    elif mask.ndim == 2:
+        mask = mask[None, None]
+    if mask.shape[-2] != 1:
+        raise ValueError(
+            f"this layer passes an attention mask of shape {list(shape)} that may differ between "
+            "queries; only masks over keys can be combined with a plan. Keep the layer dense "
+            "with dense_layers"
+        )
+    mask = mask[:, :, 0]
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return mask.float()
+
+
+def _call(self, *args, **kwargs):
+    state = self._dittfast
+    if state.core is None:
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+    state.reached = False
+    # Module.__call__ by name, not super(): Dynamo refuses the latter on classes that diffusers
+    # allows in the graph.
+    with _Intercept(state):
+        out = torch.nn.Module.__call__(self, *args, **kwargs)
+    if not torch.compiler.is_compiling() and state.core.strict and not state.reached:
+        raise RuntimeError(
+            f"{type(self).__name__} computed attention without scaled_dot_product_attention over "
+            f"the {state.core.num_tokens} tokens of its layout, so {state.core.method.name} had "
+            "no effect. An attention backend that bypasses it may be set: call "
+            "transformer.reset_attention_backend(). If the sequence has another length, pass "
+            "layout= to dittfast.enable"
+        )
+    return out
+
+
+def _deepcopy(self, memo):
+    twin = type(self).__new__(type(self))
+    memo[id(self)] = twin
+    twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+    return twin
+
+
+def _reduce(self, protocol):
+    """Pickle as the stock class: what loads the file need not have dittfast."""
+    state = {k: v for k, v in self.__dict__.items() if k != "_dittfast"}
+    return copyreg.__newobj__, (stock_class(type(self)),), state
+
+
+@functools.cache
+def _subclass(cls: type, call) -> type:
+    fields = {
+        "__call__": call,
+        "__deepcopy__": _deepcopy,
+        "__reduce_ex__": _reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_dittfast_stock": cls,
+    }
+    return type(cls.__name__, (cls,), fields)
+
+
+def stock_class(cls: type) -> type:
+    """The class a swapped class was made from; the class itself where it was not swapped."""
+    return getattr(cls, "_dittfast_stock", cls)
+
+
+def is_swapped(module: torch.nn.Module) -> bool:
+    return hasattr(type(module), "_dittfast_stock")
+
+
+def swap(module: torch.nn.Module, state, call=_call) -> None:
+    """Put ``state`` on ``module`` and let ``call`` be its ``__call__``; undo with :func:`restore`."""
+    module._dittfast = state
+    module.__class__ = _subclass(type(module), call)
+
+
+def restore(module: torch.nn.Module) -> None:
+    """Undo :func:`swap`."""
+    module.__class__ = stock_class(type(module))
+    del module._dittfast

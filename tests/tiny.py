@@ -1,0 +1,183 @@
+"""Tiny random diffusers models and pipelines, offline; real classes, real file formats."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "on",
+    "in",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "car",
+    "moves",
+    "left",
+    "right",
+    "video",
+    "photo",
+]
+
+
+def tokenizer(kind: str, max_length: int = 32):
+    """A word-level tokenizer with CLIP's or T5's special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"] if kind == "clip" else ["<pad>", "</s>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *_WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("</s>", vocabulary["</s>"])]
+    template = "$A </s>"
+    extra = {}
+    if kind == "clip":
+        template, ends, extra = "<s> $A </s>", [("<s>", 0), *ends], {"bos_token": "<s>"}
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        model_max_length=max_length,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **extra,
+    )
+
+
+def clip_text_encoder():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=37, num_hidden_layers=1,
+        num_attention_heads=4, projection_dim=32, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
+
+
+def t5_encoder():
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
+def flux_transformer(double: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16):
+    from diffusers import FluxTransformer2DModel
+
+    rope = {16: (4, 4, 8), 32: (4, 14, 14), 64: (8, 28, 28)}[head_dim]
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=double, num_single_layers=single,
+        attention_head_dim=head_dim, num_attention_heads=heads, joint_attention_dim=32,
+        pooled_projection_dim=32, axes_dims_rope=rope, guidance_embeds=True,
+    ).eval()  # fmt: skip
+
+
+def wan_transformer(layers: int = 2):
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16,
+        out_channels=16, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=layers,
+        rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+
+
+def flux_pipeline(**options):
+    """A FluxPipeline: 8 px of image a token, so height=64, width=96 is 8 x 12 tokens."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=1,
+        use_quant_conv=False, use_post_quant_conv=False, sample_size=32, shift_factor=0.06,
+        scaling_factor=1.5, mid_block_add_attention=False,
+    ).eval()  # fmt: skip
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=clip_text_encoder(),
+        text_encoder_2=t5_encoder(),
+        tokenizer=tokenizer("clip"),
+        tokenizer_2=tokenizer("t5"),
+        transformer=flux_transformer(**options),
+        vae=vae,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_pipeline(two_experts: bool = False):
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    torch.manual_seed(0)
+    pipe = WanPipeline(
+        transformer=wan_transformer(),
+        transformer_2=wan_transformer() if two_experts else None,
+        boundary_ratio=0.5 if two_experts else None,
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=t5_encoder(),
+        tokenizer=tokenizer("t5"),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, seed: int = 0, **changes) -> torch.Tensor:
+    """Final latents of a short run: ``[1, tokens, C]`` (FLUX) or ``[1, C, F, H, W]`` (Wan)."""
+    call = dict(prompt="a red cat", num_inference_steps=3, max_sequence_length=12)
+    if type(pipe).__name__ == "WanPipeline":
+        call |= dict(negative_prompt="a dog", height=48, width=80, num_frames=9, guidance_scale=3.0)
+    else:
+        call |= dict(height=64, width=96, guidance_scale=3.5)
+    call |= changes
+    generator = torch.Generator().manual_seed(seed)
+    out = pipe(**call, generator=generator, output_type="latent")
+    return out.images if hasattr(out, "images") else out.frames
+
+
+@functools.cache
+def flux_inputs(height: int = 9, width: int = 7, text: int = 5, batch: int = 2, seed: int = 0):
+    """Forward arguments of :func:`flux_transformer`."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)
+    return dict(
+        hidden_states=draw(batch, height * width, 16),
+        encoder_hidden_states=draw(batch, text, 32),
+        pooled_projections=draw(batch, 32),
+        timestep=torch.full((batch,), 0.5),
+        img_ids=ids.view(-1, 3),
+        txt_ids=torch.zeros(text, 3),
+        guidance=torch.full((batch,), 3.5),
+        return_dict=False,
+    )
+
+
+@functools.cache
+def wan_inputs(frames: int = 3, height: int = 10, width: int = 14, batch: int = 2, seed: int = 0):
+    """Forward arguments of :func:`wan_transformer`; sizes in latent cells."""
+    generator = torch.Generator().manual_seed(seed)
+    return dict(
+        hidden_states=torch.randn(batch, 16, frames, height, width, generator=generator),
+        timestep=torch.full((batch,), 500),
+        encoder_hidden_states=torch.randn(batch, 12, 32, generator=generator),
+        return_dict=False,
+    )
