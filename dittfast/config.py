@@ -30,7 +30,7 @@ def presets() -> list[str]:
 
 
 def _preset_name(file_name: str) -> str:
-    """``log_linear_sample-flux.yaml`` -> ``log_linear/sample-flux``: the method's name comes first."""
+    """``log_linear_flux.yaml`` -> ``log_linear/flux``: the method's name comes first."""
     stem = file_name[: -len(".yaml")]
     for method in sorted(METHODS, key=len, reverse=True):
         if stem.startswith(method + "_"):

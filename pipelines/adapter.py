@@ -290,8 +290,8 @@ def enable(
     for name, model in models.items():
         if is_swapped(model):
             raise ValueError(
-                f"dittfast is already enabled on this pipeline with {model._dittfast.session.method}; "
-                "call dittfast.disable(pipe) first"
+                "dittfast is already enabled on this pipeline with "
+                f"{model._dittfast.session.method}; call dittfast.disable(pipe) first"
             )
         family = _family(model, layout)
         layers = attention_layers(model, family)

@@ -186,7 +186,7 @@ def is_swapped(module: torch.nn.Module) -> bool:
 
 
 def swap(module: torch.nn.Module, state, call=_call) -> None:
-    """Put ``state`` on ``module`` and let ``call`` be its ``__call__``; undo with :func:`restore`."""
+    """Put ``state`` on ``module`` with ``call`` as its ``__call__``; :func:`restore` undoes it."""
     module._dittfast = state
     module.__class__ = _subclass(type(module), call)
 

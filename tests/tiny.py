@@ -6,25 +6,7 @@ import functools
 
 import torch
 
-_WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "on",
-    "in",
-    "red",
-    "blue",
-    "green",
-    "cat",
-    "dog",
-    "car",
-    "moves",
-    "left",
-    "right",
-    "video",
-    "photo",
-]
+_WORDS = "a an the of on in red blue green cat dog car moves left right video photo"
 
 
 def tokenizer(kind: str, max_length: int = 32):
@@ -33,7 +15,7 @@ def tokenizer(kind: str, max_length: int = 32):
     from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>"] if kind == "clip" else ["<pad>", "</s>", "<unk>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *_WORDS])}
+    vocabulary = {word: i for i, word in enumerate([*special, *_WORDS.split()])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("</s>", vocabulary["</s>"])]
