@@ -61,10 +61,13 @@ class LayerState:
         self.reached = False
 
 
-class _Intercept(TorchFunctionMode):
+class intercept(TorchFunctionMode):
+    """Inside, ``state.core`` answers scaled_dot_product_attention over its layout's tokens."""
+
     def __init__(self, state: LayerState):
         super().__init__()
         self.state = state
+        state.reached = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -134,20 +137,24 @@ def _call(self, *args, **kwargs):
     state = self._dittfast
     if state.core is None:
         return torch.nn.Module.__call__(self, *args, **kwargs)
-    state.reached = False
     # Module.__call__ by name, not super(): Dynamo refuses the latter on classes that diffusers
     # allows in the graph.
-    with _Intercept(state):
+    with intercept(state):
         out = torch.nn.Module.__call__(self, *args, **kwargs)
-    if not torch.compiler.is_compiling() and state.core.strict and not state.reached:
-        raise RuntimeError(
-            f"{type(self).__name__} computed attention without scaled_dot_product_attention over "
-            f"the {state.core.num_tokens} tokens of its layout, so {state.core.method.name} had "
-            "no effect. An attention backend that bypasses it may be set: call "
-            "transformer.reset_attention_backend(). If the sequence has another length, pass "
-            "layout= to dittfast.enable"
-        )
+    check_reached(state, self)
     return out
+
+
+def check_reached(state: LayerState, module: torch.nn.Module) -> None:
+    """Raise if the call of ``module`` that just ended attended somewhere we did not see."""
+    if torch.compiler.is_compiling() or state.reached or not state.core.strict:
+        return
+    raise RuntimeError(
+        f"{type(module).__name__} computed attention without scaled_dot_product_attention over "
+        f"the {state.core.num_tokens} tokens of its layout, so {state.core.method.name} had no "
+        "effect. An attention backend that bypasses it may be set: call "
+        "transformer.reset_attention_backend(). If the sequence has another length, pass layout="
+    )
 
 
 def _deepcopy(self, memo):
