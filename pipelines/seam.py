@@ -167,7 +167,7 @@ def _deepcopy(self, memo):
 def _reduce(self, protocol):
     """Pickle as the stock class: what loads the file need not have dittfast."""
     state = {k: v for k, v in self.__dict__.items() if k != "_dittfast"}
-    return copyreg.__newobj__, (stock_class(type(self)),), state
+    return copyreg._reconstructor, (stock_class(type(self)), object, None), state
 
 
 @functools.cache

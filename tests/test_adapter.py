@@ -1,0 +1,453 @@
+"""enable and disable on real diffusers classes at tiny size."""
+
+import copy
+import gc
+import io
+import logging
+import pickle
+import weakref
+
+import pytest
+import tiny
+import torch
+from dittfast.pipelines import seam
+from dittfast.pipelines.adapter import method_parameters
+from patterns import Band, FirstKeys, Full
+
+import dittfast
+from dittfast import Layout
+
+MODELS = {
+    "flux": (tiny.flux_transformer, tiny.flux_inputs),
+    "wan": (tiny.wan_transformer, tiny.wan_inputs),
+}
+PIPELINES = {"flux": tiny.flux_pipeline, "wan": tiny.wan_pipeline}
+
+
+@pytest.fixture(params=MODELS)
+def model_and_inputs(request):
+    make, inputs = MODELS[request.param]
+    torch.manual_seed(0)
+    return make(), inputs()
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipe(request):
+    return PIPELINES[request.param]()
+
+
+def forward(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def assert_eager_close(a, b, factor=200):
+    """Equal but for the rounding that reordering a sum in fp32 costs through a few layers."""
+    torch.testing.assert_close(
+        a, b, rtol=0, atol=factor * torch.finfo(a.dtype).eps * float(b.detach().abs().max())
+    )
+
+
+def test_full_plan_is_the_stock_model(model_and_inputs):
+    model, inputs = model_and_inputs
+    stock = forward(model, inputs)
+    for backend in ("reference", "cpu"):
+        with dittfast.enable(model, Full(), backend=backend):
+            assert_eager_close(forward(model, inputs), stock)
+        assert torch.equal(forward(model, inputs), stock)
+
+
+def test_full_plan_has_the_stock_gradients(model_and_inputs):
+    model, inputs = model_and_inputs
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs)[0].square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    stock = gradients()
+    with dittfast.enable(model, Full(), backend="reference"):
+        sparse = gradients()
+    assert stock.keys() == sparse.keys()
+    for name, grad in stock.items():
+        scale = max(float(grad.abs().max()), 1e-6)
+        assert float((sparse[name] - grad).abs().max()) < 1e-3 * scale, name
+    again = gradients()
+    assert all(torch.equal(again[name], stock[name]) for name in stock)
+
+
+@pytest.mark.parametrize("method", [Band(), FirstKeys()], ids=lambda m: m.name)
+def test_sparse_plan_equals_stock_sdpa_under_the_dense_mask(model_and_inputs, method, monkeypatch):
+    """The interception changes nothing but the mask: compare with torch's own masked SDPA."""
+    model, inputs = model_and_inputs
+    with dittfast.enable(model, method, backend="reference"):
+        ours = forward(model, inputs)
+
+    def masked_sdpa(method, layout, q, k, v, plan=None, scale=None, **_):
+        plan = plan or method.plan(layout, q, k)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=plan.to_dense_mask().expand(*q.shape[:2], -1, -1), scale=scale
+        )
+
+    monkeypatch.setattr(seam, "method_attention", masked_sdpa)
+    with dittfast.enable(model, method):
+        theirs = forward(model, inputs)
+    stock = forward(model, inputs)
+    assert_eager_close(ours, theirs)
+    assert float((ours - stock).abs().max()) > 1e-3 * float(stock.abs().max())
+
+
+def test_disable_restores_bit_for_bit_and_leaves_no_trace(pipe):
+    before = tiny.run(pipe)
+    classes = {n: type(m) for n, m in pipe.transformer.named_modules()}
+    attributes = {n: set(m.__dict__) for n, m in pipe.transformer.named_modules()}
+    dittfast.enable(pipe, Band(), backend="reference")
+    assert not torch.equal(tiny.run(pipe), before)
+    dittfast.disable(pipe)
+    assert torch.equal(tiny.run(pipe), before)
+    assert classes == {n: type(m) for n, m in pipe.transformer.named_modules()}
+    assert attributes == {n: set(m.__dict__) for n, m in pipe.transformer.named_modules()}
+
+
+def test_context_managers(pipe):
+    stock = tiny.run(pipe)
+    with dittfast.enable(pipe, Band(), backend="reference") as enabled:
+        sparse = tiny.run(pipe)
+        assert enabled.describe().method == Band()
+        with dittfast.disable(pipe):
+            assert torch.equal(tiny.run(pipe), stock)
+        assert torch.equal(tiny.run(pipe), sparse)
+    assert torch.equal(tiny.run(pipe), stock)
+    with pytest.raises(KeyError), dittfast.enable(pipe, Band()):
+        raise KeyError("an error inside still disables")
+    assert torch.equal(tiny.run(pipe), stock)
+
+
+def test_two_pipelines_with_different_methods_in_one_process():
+    one, two = tiny.flux_pipeline(), tiny.flux_pipeline()
+    dittfast.enable(one, Band(width=0), backend="reference")
+    alone = tiny.run(one)
+    dittfast.enable(two, Band(width=2), backend="reference")
+    assert torch.equal(tiny.run(one), alone)
+    wide = tiny.run(two)
+    assert not torch.equal(alone, wide)
+    dittfast.disable(one)
+    assert torch.equal(tiny.run(two), wide)
+
+
+def test_a_second_resolution_gets_its_own_plan(pipe):
+    size = dict(height=96, width=64)
+    fresh = {}
+    for key, change in (("first", {}), ("second", size)):
+        with dittfast.enable(pipe, Band(), backend="reference"):
+            fresh[key] = tiny.run(pipe, **change)
+    with dittfast.enable(pipe, Band(), backend="reference"):
+        assert torch.equal(tiny.run(pipe), fresh["first"])
+        assert torch.equal(tiny.run(pipe, **size), fresh["second"])
+        assert torch.equal(tiny.run(pipe), fresh["first"])
+
+
+def sparse_steps(pipe, steps, **schedule):
+    """For each forward pass of a run: its timestep and whether the first layer was sparse."""
+    seen = []
+    with dittfast.enable(pipe, Band(), backend="reference", **schedule):
+        models = [m for m in (pipe.transformer, getattr(pipe, "transformer_2", None)) if m]
+        hooks = []
+        for model in models:
+            state = next(iter(model._dittfast.layers.values()))
+            record = lambda m, args, kwargs, state=state: seen.append(  # noqa: E731
+                (float(kwargs["timestep"].max()), state.core is not None)
+            )
+            hooks.append(model.register_forward_pre_hook(record, with_kwargs=True))
+        tiny.run(pipe, num_inference_steps=steps)
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def by_step(seen):
+    """One flag a step; all passes of a step (cond and uncond) must agree."""
+    steps = {}
+    for timestep, sparse in seen:
+        steps.setdefault(timestep, set()).add(sparse)
+    assert all(len(flags) == 1 for flags in steps.values()), steps
+    return [flags.pop() for _, flags in sorted(steps.items(), reverse=True)]
+
+
+@pytest.mark.parametrize(
+    "make", [tiny.flux_pipeline, tiny.wan_pipeline, lambda: tiny.wan_pipeline(two_experts=True)],
+    ids=["flux", "wan", "wan2.2"],
+)  # fmt: skip
+def test_dense_first_and_last_steps(make):
+    pipe = make()
+    schedule = dict(dense_first_steps=2, dense_last_steps=1)
+    expected = [False, False, True, True, False]
+    assert by_step(sparse_steps(pipe, 5, **schedule)) == expected
+    assert by_step(sparse_steps(pipe, 5, **schedule)) == expected
+    assert by_step(sparse_steps(pipe, 3, **schedule)) == [False] * 3
+
+
+def test_two_call_guidance_counts_one_step():
+    pipe = tiny.wan_pipeline()
+    seen = sparse_steps(pipe, 3, dense_first_steps=1)
+    assert len(seen) == 6
+    assert by_step(seen) == [False, True, True]
+
+
+def test_steps_after_an_interrupted_run():
+    pipe = tiny.flux_pipeline()
+    with dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=1):
+        whole = tiny.run(pipe)
+
+        def stop(pipe, step, timestep, kwargs):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tiny.run(pipe, callback_on_step_end=stop)
+        assert torch.equal(tiny.run(pipe), whole)
+
+
+def test_last_steps_need_a_scheduler():
+    model = tiny.flux_transformer()
+    dittfast.enable(model, Band(), dense_last_steps=1)
+    with pytest.raises(ValueError, match="scheduler"):
+        forward(model, tiny.flux_inputs())
+
+
+def test_first_steps_of_a_bare_model_follow_the_timestep():
+    model = tiny.flux_transformer()
+    dittfast.enable(model, Band(), dense_first_steps=1, backend="reference")
+    flags = []
+    for t in (0.9, 0.9, 0.6, 0.3, 0.9, 0.6):
+        forward(model, {**tiny.flux_inputs(), "timestep": torch.full((2,), t)})
+        flags.append(next(iter(model._dittfast.layers.values())).core is not None)
+    assert flags == [False, False, True, True, False, True]
+
+
+def test_dense_layers(pipe):
+    stock = tiny.run(pipe)
+    count = len(dittfast.enable(pipe, Band(), backend="reference").describe().layers)
+    dittfast.disable(pipe)
+    with dittfast.enable(pipe, Band(), backend="reference", dense_layers=[f"0-{count - 1}"]):
+        assert torch.equal(tiny.run(pipe), stock)
+    with dittfast.enable(pipe, Band(), backend="reference", dense_layers=[-1]) as enabled:
+        tiny.run(pipe)
+        dense = [x for x in enabled.describe().layers if x.dense]
+        assert [x.name for x in dense] == [enabled.describe().layers[-1].name]
+        assert "dense_layers" in dense[0].dense
+
+
+def test_min_tokens_runs_dense_and_says_so(pipe, caplog):
+    stock = tiny.run(pipe)
+    caplog.set_level(logging.WARNING, logger="dittfast")
+    with dittfast.enable(pipe, Band(), min_tokens=1000) as enabled:
+        assert torch.equal(tiny.run(pipe), stock)
+        description = enabled.describe()
+    assert len([r for r in caplog.records if "dense:" in r.message and "1,000" in r.message]) == 1
+    assert all("min_tokens 1,000" in x.dense for x in description.layers)
+    assert "min_tokens 1,000" in str(description)
+
+
+def test_describe(pipe):
+    enabled = dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=1)
+    early = dittfast.describe(pipe)
+    assert early.density is None and early.num_tokens is None
+    assert "after the first forward pass" in str(early)
+    tiny.run(pipe)
+    late = enabled.describe()
+    state = pipe.transformer._dittfast
+    assert late.num_tokens == state.layout.num_tokens
+    mask = Band().plan(state.layout).to_dense_mask()
+    assert late.density == pytest.approx(float(mask.double().mean()))
+    assert "first 1 denoising steps" in str(late)
+    data = late.to_dict()
+    assert data["method"] == {"name": "band", "width": 1}
+    assert len(data["sparse_layers"]) == len(late.layers)
+    dittfast.disable(pipe)
+
+
+def test_deepcopy_is_independent(pipe):
+    dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=1)
+    sparse = tiny.run(pipe)
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(tiny.run(twin), sparse)
+    assert twin.transformer._dittfast.session.scheduler is twin.scheduler
+    dittfast.disable(pipe)
+    assert torch.equal(tiny.run(twin), sparse)
+    dittfast.disable(twin)
+    assert torch.equal(tiny.run(twin), tiny.run(pipe))
+
+
+def test_pickled_model_is_the_stock_model(model_and_inputs):
+    model, inputs = model_and_inputs
+    stock = forward(model, inputs)
+    dittfast.enable(model, Band(), backend="reference")
+    forward(model, inputs)
+    loaded = pickle.load(io.BytesIO(pickle.dumps(model)))
+    assert not seam.is_swapped(loaded)
+    assert torch.equal(forward(loaded, inputs), stock)
+
+
+def test_save_pretrained_while_enabled(tmp_path, pipe):
+    stock = tiny.run(pipe)
+    with dittfast.enable(pipe, Band(), backend="reference"):
+        tiny.run(pipe)
+        pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    # Loaded weights lie elsewhere in memory, which moves the last bit of a matrix product.
+    assert_eager_close(tiny.run(loaded), stock)
+
+
+def test_the_session_does_not_keep_the_pipeline_alive():
+    pipe = tiny.flux_pipeline()
+    dittfast.enable(pipe, Band())
+    alive = weakref.ref(pipe)
+    transformer = pipe.transformer
+    del pipe
+    gc.collect()
+    assert alive() is None
+    dittfast.disable(transformer)
+
+
+def test_inference_mode(pipe):
+    with torch.inference_mode(), dittfast.enable(pipe, Band(), backend="reference"):
+        assert torch.isfinite(tiny.run(pipe)).all()
+
+
+def test_kontext_reference_images_are_grids():
+    model, inputs = tiny.flux_transformer(), dict(tiny.flux_inputs(batch=1))
+    reference = inputs["img_ids"][:20].clone()
+    reference[:, 0] = 1
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], reference[:14]])
+    extra = torch.randn(1, 14, 16)
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], extra], 1)
+    with dittfast.enable(model, Full(), backend="reference"):
+        forward(model, inputs)
+        assert [g.shape for g in model._dittfast.layout.grids] == [(1, 9, 7), (1, 2, 7)]
+
+
+def test_scaled_position_ids_read_the_same():
+    model, inputs = tiny.flux_transformer(), dict(tiny.flux_inputs())
+    inputs["img_ids"] = inputs["img_ids"] * 4
+    with dittfast.enable(model, Full(), backend="reference"):
+        forward(model, inputs)
+        assert model._dittfast.layout == Layout.image(9, 7, text=5)
+
+
+class Stranger(torch.nn.Module):
+    """A model dittfast does not know, around a real FLUX transformer's first attention."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = tiny.flux_transformer().single_transformer_blocks[0].attn
+
+    def forward(self, hidden_states):
+        return self.attn(hidden_states)
+
+
+def test_an_unknown_family_says_how_to_pass_a_layout():
+    model, x = Stranger(), torch.randn(2, 5 + 6 * 4, 32)
+    with pytest.raises(ValueError, match=r"no layout reader for Stranger.*layout=Layout"):
+        dittfast.enable(model, Band())
+    assert not seam.is_swapped(model)
+    stock = model(x)
+    layout = Layout.image(6, 4, text=5)
+    for given in (layout, lambda model, arguments: layout):
+        with dittfast.enable(model, Full(), layout=given, backend="reference"):
+            assert_eager_close(model(x), stock)
+        with dittfast.enable(model, Band(width=0), layout=given, backend="reference"):
+            assert float((model(x) - stock).abs().max()) > 1e-3
+    wrong = Layout.image(6, 4, text=6)
+    with (
+        dittfast.enable(model, Band(), layout=wrong),
+        pytest.raises(RuntimeError, match="30 tokens"),
+    ):
+        model(x)
+
+
+def test_bypassing_attention_backend_raises():
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+
+    class Bypass:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return torch.zeros_like(hidden_states)
+
+    model.single_transformer_blocks[0].attn.set_processor(Bypass())
+    dittfast.enable(model, Band(), backend="reference")
+    with pytest.raises(RuntimeError, match="reset_attention_backend"):
+        forward(model, inputs)
+
+
+def test_masks_are_honoured_or_refused():
+    model = Stranger()
+    layout = Layout.image(6, 4, text=5)
+    x = torch.randn(2, layout.num_tokens, 32)
+    keys = torch.ones(2, 1, 1, layout.num_tokens, dtype=torch.bool)
+    keys[1, ..., 2:5] = False
+    stock = model.attn(x, attention_mask=keys)
+    model.forward = lambda x, mask: model.attn(x, attention_mask=mask)
+    with dittfast.enable(model, Full(), layout=layout, backend="reference"):
+        assert_eager_close(model(x, keys), stock)
+        square = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+        with pytest.raises(ValueError, match=r"\[29, 29\].*dense_layers"):
+            model(x, square)
+
+
+def test_causal_and_dropout_are_refused():
+    state = seam.LayerState()
+    state.core = seam.Core(Full(), Layout.image(4, 4), Full().plan(Layout.image(4, 4)), "reference")
+    q = torch.randn(1, 1, 16, 16)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    with seam.intercept(state):
+        with pytest.raises(ValueError, match="causal"):
+            sdpa(q, q, q, is_causal=True)
+        with pytest.raises(ValueError, match=r"dropout_p=0\.1"):
+            sdpa(q, q, q, dropout_p=0.1)
+
+
+def test_bad_input_changes_nothing(pipe):
+    stock = tiny.run(pipe)
+    cases = [
+        (dict(method="radail"), "radial"),
+        (dict(method="radial", decay_facter=0.5), "decay_factor"),
+        (dict(method="no_such.yaml"), "no_such.yaml"),
+        (dict(method=Band(), backend="tritn"), "triton"),
+        (dict(method=Band(), dense_layers=[99]), "99"),
+        (dict(method=Band(), dense_first_steps=-1), "-1"),
+        (dict(method=3), "int"),
+        (dict(method=Band(), layout="16x16"), "str"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            dittfast.enable(pipe, **arguments)
+    assert not seam.is_swapped(pipe.transformer)
+    assert torch.equal(tiny.run(pipe), stock)
+
+
+def test_enable_twice_and_disable_never(pipe):
+    with pytest.raises(ValueError, match="not enabled"):
+        dittfast.disable(pipe)
+    with pytest.raises(ValueError, match="not enabled"):
+        dittfast.describe(pipe)
+    with dittfast.enable(pipe, Band()):
+        with pytest.raises(ValueError, match="already enabled"):
+            dittfast.enable(pipe, Full())
+        assert dittfast.describe(pipe).method == Band()
+
+
+def test_not_a_pipeline():
+    with pytest.raises(ValueError, match="expected a diffusers pipeline"):
+        dittfast.enable("pipe", Band())
+
+
+def test_method_parameters_are_reachable():
+    pipe = tiny.flux_pipeline()
+    dittfast.enable(pipe, "local", window=3, downsample=2, min_tokens=0, backend="reference")
+    named = method_parameters(pipe)
+    assert len(named) == 4
+    assert all(isinstance(p, torch.nn.Parameter) and p.shape == (2, 2) for p in named.values())
+    inputs = tiny.flux_inputs(height=8, width=6)
+    pipe.transformer(**inputs)[0].square().mean().backward()
+    assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in named.values())
