@@ -1,0 +1,103 @@
+"""Names, presets, YAML and schedules: strict, and helpful when wrong."""
+
+import pytest
+
+from dittfast.config import presets, resolve
+from dittfast.methods import METHODS, Local, Radial
+from dittfast.schedule import Schedule
+
+
+def test_names_objects_and_options():
+    assert resolve("radial", decay_factor=0.5, dense_first_steps=2) == (
+        Radial(decay_factor=0.5),
+        Schedule(dense_first_steps=2),
+    )
+    assert resolve(Local(window=4), window=6) == (Local(window=6), Schedule())
+    given = Schedule(dense_layers=(0, 1), min_tokens=7)
+    assert resolve("local", given, min_tokens=0)[1] == Schedule(dense_layers=(0, 1), min_tokens=0)
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "method: local\noptions: {window: 5}\nschedule: {dense_layers: [0, '2-3'], min_tokens: 0}\n"
+    )
+    method, schedule = resolve(str(path), dense_last_steps=1)
+    assert method == Local(window=5)
+    assert schedule == Schedule(dense_last_steps=1, dense_layers=(0, "2-3"), min_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("method: local\noption: {window: 5}\n", "option.*'options'"),
+        ("method: local\noptions: {windo: 5}\n", "windo.*'window'"),
+        ("method: locl\n", "locl.*'local'"),
+        ("method: local\nschedule: {dense_layer: [0]}\n", "dense_layer.*'dense_layers'"),
+        ("options: {window: 5}\n", "no 'method'"),
+        ("- local\n", "mapping"),
+        ("method: [\n", "not valid YAML"),
+        ("method: local\noptions: 5\n", "'options' must be a mapping"),
+        ("method: local\noptions: {window: -1}\n", "-1"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        resolve(path)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"'radail'.*Did you mean 'radial'"):
+        resolve("radail")
+    with pytest.raises(ValueError, match=r"decay_facter.*'decay_factor'"):
+        resolve("radial", decay_facter=1.0)
+    with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
+        resolve("missing.yaml")
+    with pytest.raises(ValueError, match="int"):
+        resolve(3)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_resolves(name):
+    method, schedule = resolve(name)
+    assert METHODS[name.split("/")[0]] is type(method)
+    assert isinstance(schedule, Schedule)
+
+
+NAMES = [f"blocks.{i}.attn1" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        ((0, -1), {0, 5}),
+        (("1-3",), {1, 2, 3}),
+        (("blocks.4.*", 2), {2, 4}),
+        (("*",), set(range(6))),
+        ((), set()),
+    ],
+)
+def test_dense_layers(layers, expected):
+    found = Schedule(dense_layers=layers).dense_layer_names(NAMES)
+    assert found == {NAMES[i] for i in expected}
+
+
+@pytest.mark.parametrize("entry", [6, -7, "3-9", "4-2", "transformer_blocks.*"])
+def test_dense_layers_that_do_not_exist(entry):
+    with pytest.raises(ValueError, match=r"6 self-attention layers, 0\.\.5"):
+        Schedule(dense_layers=(entry,)).dense_layer_names(NAMES)
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(dense_first_steps=-1), dict(min_tokens=1.5), dict(dense_layers=(1.5,))]
+)
+def test_bad_schedules(fields):
+    with pytest.raises(ValueError, match=r"-1|1\.5"):
+        Schedule(**fields)
+
+
+def test_dense_steps():
+    schedule = Schedule(dense_first_steps=2, dense_last_steps=1)
+    assert [schedule.is_dense_step(i, 5) for i in range(5)] == [True, True, False, False, True]

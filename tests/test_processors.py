@@ -1,0 +1,99 @@
+"""set_attn_processor with dittfast's processors, against enable and against stock."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from dittfast.pipelines.processors import LocalAttnProcessor, RadialAttnProcessor
+from dittfast.pipelines.rotary import image_layout, video_layout
+
+import dittfast
+from dittfast import Layout
+
+CASES = {
+    "flux-local": (tiny.flux_pipeline, LocalAttnProcessor, "local", dict(window=3)),
+    "flux-radial": (tiny.flux_pipeline, RadialAttnProcessor, "radial", dict(block_size=16)),
+    "wan-local": (tiny.wan_pipeline, LocalAttnProcessor, "local", dict(window=2)),
+    "wan-radial": (tiny.wan_pipeline, RadialAttnProcessor, "radial", dict(block_size=4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_enable(case):
+    make, processor, name, options = CASES[case]
+    pipe = make()
+    stock = tiny.run(pipe)
+    with dittfast.enable(pipe, name, min_tokens=0, **options):
+        expected = tiny.run(pipe)
+    before = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor(processor(**options))
+    assert torch.equal(tiny.run(pipe), expected)
+    size = dict(height=96, width=64)
+    resized = tiny.run(pipe, **size)
+    pipe.transformer.set_attn_processor(dict(before))
+    assert torch.equal(tiny.run(pipe), stock)
+    with dittfast.enable(pipe, name, min_tokens=0, **options):
+        assert torch.equal(tiny.run(pipe, **size), resized)
+
+
+def test_one_processor_per_layer_and_deepcopy():
+    pipe = tiny.flux_pipeline()
+    names = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor({n: LocalAttnProcessor(window=3) for n in names})
+    sparse = tiny.run(pipe)
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(tiny.run(twin), sparse)
+
+
+def test_min_tokens_and_explicit_layout():
+    pipe = tiny.flux_pipeline()
+    stock = tiny.run(pipe)
+    pipe.transformer.set_attn_processor(LocalAttnProcessor(window=2, min_tokens=10_000))
+    assert torch.equal(tiny.run(pipe), stock)
+    pipe.transformer.set_attn_processor(LocalAttnProcessor(window=2))
+    sparse = tiny.run(pipe)
+    layout = Layout.image(8, 12, text=12)
+    pipe.transformer.set_attn_processor(LocalAttnProcessor(window=2, layout=layout))
+    assert torch.equal(tiny.run(pipe), sparse)
+
+
+def test_unreadable_layout_asks_for_one():
+    model, inputs = tiny.flux_transformer(), dict(tiny.flux_inputs(batch=1))
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], inputs["img_ids"][:14] + 1])
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], torch.randn(1, 14, 16)], 1)
+    model.set_attn_processor(LocalAttnProcessor(window=3))
+    with pytest.raises(ValueError, match=r"cannot read the layout.*layout=Layout"):
+        model(**inputs)
+
+
+def test_an_attention_class_without_a_stock_processor_is_refused():
+    from diffusers.models.attention_processor import Attention
+
+    attn = Attention(query_dim=16, heads=1, dim_head=16, processor=LocalAttnProcessor(window=3))
+    with pytest.raises(ValueError, match=r"dittfast\.enable"):
+        attn(torch.randn(1, 4, 16))
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match="'window'"):
+        LocalAttnProcessor(windw=3)
+
+
+@pytest.mark.parametrize("text", [0, 1, 7])
+@pytest.mark.parametrize("height, width", [(1, 8), (9, 7), (2, 2), (5, 12)])
+def test_image_layout_from_rotary(height, width, text):
+    model = tiny.flux_transformer()
+    ids = torch.cat([torch.zeros(text, 3), tiny.flux_inputs(height, width)["img_ids"]])
+    expected = Layout.image(height, width, text=text)
+    rotary = model.pos_embed(ids)
+    assert image_layout(rotary, text) == expected
+    assert image_layout(rotary, None) == expected
+
+
+@pytest.mark.parametrize("size", [(3, 10, 14), (1, 10, 14), (4, 4, 8), (2, 2, 2)])
+def test_video_layout_from_rotary(size):
+    model = tiny.wan_transformer()
+    rotary = model.rope(torch.zeros(1, 16, *size))
+    frames, height, width = size
+    assert video_layout(rotary, 8, 4) == Layout.video(frames, height // 2, width // 2)
