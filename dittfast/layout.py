@@ -202,6 +202,12 @@ class Layout:
             )
         return self.grids[0]
 
+    @property
+    def grid_start(self) -> int:
+        """First token of the main grid. Raises ValueError on a text-only layout."""
+        main = self.segments.index(self.grid)
+        return sum(s.length for s in self.segments[:main])
+
     def spans(self) -> list[tuple[int, Context | Grid]]:
         """``(first token, segment)`` for every segment, in sequence order."""
         start, found = 0, []
