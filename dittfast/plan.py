@@ -154,6 +154,9 @@ class Plan:
             epilogue ``out = out_scale * softmax(...) v + out_residual``, per query block.
         num_real_keys: keys that are tokens of the sequence; later ones are appended summaries,
             which count as work but not towards ``density``.
+        num_partial_pairs: token pairs ``rule`` keeps in all partial blocks together, for a
+            planner that knows the number and hides no key of those blocks. None: counted, pair
+            by pair, when ``density`` or ``flops`` is first asked for.
 
     Raises:
         ValueError: an index out of range or listed twice, a query block that sees nothing, a
@@ -170,6 +173,7 @@ class Plan:
     out_scale: torch.Tensor | None = None
     out_residual: torch.Tensor | None = None
     num_real_keys: int | None = None
+    num_partial_pairs: int | None = None
     validate: dataclasses.InitVar[bool] = True
 
     def __post_init__(self, validate: bool):
@@ -307,6 +311,8 @@ class Plan:
 
     def replace(self, **changes) -> Plan:
         """A validated copy with some fields changed."""
+        if not changes.keys() <= {"out_scale", "out_residual", "num_real_keys"}:
+            changes.setdefault("num_partial_pairs", None)
         return dataclasses.replace(self, validate=True, **changes)
 
     def select_heads(self, heads: slice) -> Plan:
@@ -405,6 +411,8 @@ class Plan:
             )
             rows = (weights * (used & full)).sum(-1) * self.q_blocks.lengths
             totals.append(float(rows.sum() / (shape[0] * shape[1])))
+        if self.num_partial_pairs is not None:
+            return totals[0] + self.num_partial_pairs, totals[1] + self.num_partial_pairs
         partial = (used & ~full).nonzero()
         if self.rule is not None and partial.numel():
             lists = self.kv_indices.shape[:2]
