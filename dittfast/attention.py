@@ -154,6 +154,7 @@ def method_attention(
         q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
         plan: a cached plan of a static method; made here if None.
         kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
+        scale: default the method's own, ``1/sqrt(D)`` for most.
         parameters: the method's trainable parameters; missing ones take their initial values.
 
     Returns and raises: as :func:`attend`; ValueError too if N is not the layout's length.
@@ -161,8 +162,10 @@ def method_attention(
     if q.shape[-2] != layout.num_tokens or k.shape[-2] != layout.num_tokens:
         raise ValueError(
             f"the layout describes {layout.num_tokens} tokens, got q with {q.shape[-2]} and k with "
-            f"{k.shape[-2]}; check its text length and grid"
+            f"{k.shape[-2]}; check its text length and grid (q, k, v are [B, H, N, D])"
         )
+    if scale is None:
+        scale = method.scale(layout, q.shape[-1])
     if plan is None:
         plan = method.plan(layout, q, k)
     k, v = method.extend(layout, k, v, **parameters)

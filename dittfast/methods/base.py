@@ -58,3 +58,7 @@ class Method(ABC):
     def parameters(self) -> dict[str, torch.Tensor]:
         """Initial values of the trainable parameters one layer has; none by default."""
         return {}
+
+    def scale(self, layout: Layout, head_dim: int) -> float | None:
+        """The factor of the logits where it is not ``1/sqrt(head_dim)``; None where it is."""
+        return None
