@@ -1,0 +1,47 @@
+"""Checks of method options: every error names the value, the allowed range and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from numbers import Real
+
+MAX_BLOCK_SIZE = 256  # the most queries or keys the kernels take in one block
+
+
+def check_integer(name: str, value, low: int, high: int | None = None, remedy: str = "") -> None:
+    """Raise ValueError unless ``value`` is an integer in ``low..high`` (no bound where None)."""
+    try:
+        whole = not isinstance(value, bool) and int(value) == value
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low}..{high}"
+        raise ValueError(f"{name} must be an integer, {allowed}; got {value!r}{_then(remedy)}")
+
+
+def check_positive(name: str, value, remedy: str = "") -> None:
+    """Raise ValueError unless ``value`` is a finite number above 0."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}{_then(remedy)}")
+
+
+def check_choice(name: str, value, choices: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest choice, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{_then(hint)}")
+
+
+def check_block_size(value, name: str = "block_size") -> None:
+    """Raise ValueError unless the kernels can take blocks of ``value`` tokens."""
+    remedy = f"the kernels hold at most {MAX_BLOCK_SIZE} tokens of a block; 64 and 128 run best"
+    check_integer(name, value, 1, MAX_BLOCK_SIZE, remedy)
+
+
+def _then(remedy: str) -> str:
+    return f" ({remedy})" if remedy else ""

@@ -1,0 +1,275 @@
+"""Local circular attention (CLEAR, Liu et al. 2024, arXiv:2412.16112) on tiles of the grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..layout import Blocks, Context, Grid, Layout, split_evenly, tile_lengths
+from ..plan import Plan, TokenRule
+from .base import Method
+from .checks import MAX_BLOCK_SIZE, check_integer, check_positive
+from .pairs import close_pairs, expand_ranges, product
+
+# Tokens at which CLEAR's proportional scale equals the usual one: 64 * 64 of image, 512 of text.
+_TRAINED_TOKENS = 4608
+
+
+@dataclass(frozen=True)
+class Local(Method):
+    """Each image token sees the tokens in a circle around it, and all text.
+
+    A query at row y, column x sees the keys with ``dy² + dx² < window²`` (strict, cut off at the
+    borders), exactly, for every token pair. Context tokens see and are seen by everything but
+    padding. All frames of a video share the spatial circle, or those with
+    ``|dt| < frame_window``. In a layout with several grids each grid is local in itself and fully
+    visible to the others.
+
+    With ``downsample=c``, :meth:`extend` appends one key and value for every c x c patch of the
+    first grid: ``sum_ab w[a, b] k[c*i + a, c*j + b]``, the same w for v, after RoPE. Queries of
+    the first grid see all of them, other queries (text) none. w is trainable, one per layer,
+    shared by the heads, and starts at 1/c². CLEAR needs sides divisible by c; here a patch cut
+    off at the border uses the weights of its n existing tokens times ``c² / n``, so that it
+    stays a mean of them at the start. Where c divides the sides this is CLEAR.
+
+    Args:
+        window: the circle's radius in tokens, above 0. 1 leaves only the token itself.
+        downsample: side c of a patch, from 2 to the shorter side of the grid; None for none.
+        tile: tokens of a block as (frames, height, width), at most 256 together; None chooses.
+            It changes the speed, not the result.
+        frame_window: frames nearer than this are visible; None for all.
+        proportional: scale the logits by ``sqrt(log(n) / log(4608) / head_dim)`` for n tokens,
+            text included (10 n with ``downsample``, as published), to keep attention as sharp on
+            images larger than the training size as on it.
+
+    Raises:
+        ValueError: an option out of range; a layout without a grid.
+    """
+
+    name: ClassVar[str] = "local"
+
+    window: float = 8
+    downsample: int | None = None
+    tile: tuple[int, int, int] | None = None
+    frame_window: int | None = None
+    proportional: bool = False
+
+    def __post_init__(self):
+        check_positive("window", self.window, "it is the radius in tokens; CLEAR uses 8, 16, 32")
+        if self.downsample is not None:
+            check_integer("downsample", self.downsample, 2, remedy="None for none; CLEAR uses 4")
+        if self.frame_window is not None:
+            check_integer("frame_window", self.frame_window, 1, remedy="None for all frames")
+        if self.tile is not None:
+            tile = tuple(self.tile)
+            if len(tile) != 3:
+                raise ValueError(f"tile must be (frames, height, width); got {self.tile!r}")
+            for side in tile:
+                check_integer("each side of tile", side, 1)
+            check_integer("tokens in a tile", math.prod(tile), 1, MAX_BLOCK_SIZE)
+            object.__setattr__(self, "tile", tile)
+
+    def plan(self, layout: Layout, q=None, k=None) -> Plan:
+        tile = self.tile or self._default_tile(layout.grid)
+        blocks = layout.tiles(tile)
+        extra = self._patches(layout)
+        kv_blocks = _append_blocks(blocks, layout.num_tokens, extra, math.prod(tile))
+        limits = self._limits(layout)
+        rows, cols, full, partial = self._pairs(layout, tile, blocks.count, kv_blocks.count, limits)
+        weight = layout.kv_log_weight()
+        if weight is not None:
+            weight = F.pad(weight, (0, extra))
+        rule = TokenRule.from_layout(layout, "disc", limits, blocks.order, extra_keys=extra)
+        return Plan.from_lists(
+            rows,
+            cols,
+            full,
+            blocks,
+            kv_blocks,
+            rule=rule,
+            kv_log_weight=weight,
+            num_real_keys=layout.num_tokens,
+            num_partial_pairs=partial,
+        )
+
+    def extend(self, layout: Layout, k, v, spatial_weight: torch.Tensor | None = None):
+        """k and v ``[B, H, N + extra, D]``; ``extra`` patches follow in raster order.
+
+        Args:
+            spatial_weight: ``[c, c]``; default :meth:`parameters`. Patches are summed in the
+                wider dtype of k and spatial_weight and returned in k's. Differentiable.
+        """
+        if self.downsample is None:
+            if spatial_weight is not None:
+                raise ValueError("spatial_weight given, but downsample is None; set downsample=c")
+            return k, v
+        c = self.downsample
+        self._patches(layout)
+        if k.shape[2] != layout.num_tokens or v.shape[2] != layout.num_tokens:
+            raise ValueError(
+                f"k and v must be [B, H, {layout.num_tokens}, D] for this layout, "
+                f"got {list(k.shape)} and {list(v.shape)}"
+            )
+        if spatial_weight is None:
+            spatial_weight = torch.full((c, c), c**-2.0, device=k.device)
+        if tuple(spatial_weight.shape) != (c, c):
+            raise ValueError(
+                f"spatial_weight must be [{c}, {c}] for downsample={c}, "
+                f"got {list(spatial_weight.shape)}"
+            )
+        k, v = (torch.cat([x, _patch_sums(x, layout, spatial_weight)], 2) for x in (k, v))
+        return k, v
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """``spatial_weight [c, c]`` fp32 at 1/c² where ``downsample=c``; nothing otherwise."""
+        if self.downsample is None:
+            return {}
+        c = self.downsample
+        return {"spatial_weight": torch.full((c, c), c**-2.0)}
+
+    def scale(self, layout: Layout, head_dim: int) -> float | None:
+        if not self.proportional:
+            return None
+        tokens = layout.num_tokens * (1 if self.downsample is None else 10)
+        return math.sqrt(math.log(tokens) / math.log(_TRAINED_TOKENS) / head_dim)
+
+    def _default_tile(self, grid: Grid) -> tuple[int, int, int]:
+        # Small squares waste least of their neighbours on a circle; larger blocks compute faster.
+        # Frames that share the circle fill a block without widening the square.
+        if grid.frames > 1 and (self.frame_window is None or self.frame_window >= 8):
+            return 2, 8, 8
+        return (1, 8, 8) if self.window < 16 else (1, 8, 16)
+
+    def _limits(self, layout: Layout) -> np.ndarray:
+        frames = max(g.frames for g in layout.grids)
+        farthest = max((g.height - 1) ** 2 + (g.width - 1) ** 2 for g in layout.grids)
+        # dy² + dx² is an integer: below window² means at most ceil(window²) - 1.
+        window = min(self.window, 1 + farthest)
+        limits = np.full(frames, min(math.ceil(window**2) - 1, farthest), dtype=np.int64)
+        if self.frame_window is not None:
+            limits[self.frame_window :] = -1
+        return limits
+
+    def _patches(self, layout: Layout) -> int:
+        """Number of summary keys. Raises where a patch is larger than the grid."""
+        c, grid = self.downsample, layout.grid
+        if c is None:
+            return 0
+        if c > min(grid.height, grid.width):
+            raise ValueError(
+                f"downsample must be at most {min(grid.height, grid.width)} on a grid of "
+                f"{grid.height} x {grid.width} tokens, got {c}; use a smaller patch or None"
+            )
+        return grid.frames * -(-grid.height // c) * -(-grid.width // c)
+
+    def _pairs(self, layout: Layout, tile, num_blocks: int, num_kv_blocks: int, limits):
+        every, summaries = np.arange(num_blocks), np.arange(num_blocks, num_kv_blocks)
+        parts, first, partial = [], 0, 0
+        for start, segment in layout.spans():
+            if isinstance(segment, Context):
+                count = -(-segment.length // math.prod(tile))
+                parts.append((*product(every[first : first + count], every), True))
+            else:
+                rows, cols, full = _tile_pairs(segment, tile, limits)
+                parts.append((rows + first, cols + first, full))
+                lengths = tile_lengths(segment, tile).reshape(-1)
+                whole = lengths[rows[full]] * lengths[cols[full]]
+                partial += _kept_pairs(segment, limits) - int(whole.sum())
+                count = math.prod(-(-n // b) for n, b in zip(segment.shape, tile))
+                own = every[first : first + count]
+                others = np.delete(every, own)
+                if start == layout.grid_start:
+                    others = np.concatenate([others, summaries])
+                parts.append((*product(own, others), True))
+            first += count
+        rows, cols = (np.concatenate([p[n] for p in parts]) for n in (0, 1))
+        full = np.concatenate([np.broadcast_to(p[2], p[0].shape) for p in parts])
+        return rows, cols, full, partial
+
+
+def _append_blocks(blocks: Blocks, start: int, extra: int, block_size: int) -> Blocks:
+    """``blocks`` followed by blocks of the ``extra`` keys from token ``start`` on."""
+    if not extra:
+        return blocks
+    starts, lengths = (torch.from_numpy(x).int() for x in split_evenly(start, extra, block_size))
+    order = blocks.order
+    if order is not None:
+        order = torch.cat([order, torch.arange(start, start + extra, dtype=torch.int32)])
+    return Blocks(torch.cat([blocks.starts, starts]), torch.cat([blocks.lengths, lengths]), order)
+
+
+def _patch_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sums ``[B, H, patches, D]`` over the main grid's patches of ``x [B, H, N, D]``."""
+    grid, c = layout.grid, weight.shape[0]
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    tokens = x.narrow(2, layout.grid_start, grid.length).unflatten(2, grid.shape).to(wide)
+    tokens = F.pad(tokens, (0, 0, 0, -grid.width % c, 0, -grid.height % c))
+    patches = tokens.unflatten(4, (-1, c)).unflatten(3, (-1, c))
+    sums = torch.einsum("zhtiajbd,ab->zhtijd", patches, weight.to(wide))
+    if grid.height % c or grid.width % c:
+        at = torch.arange(max(sums.shape[3:5]), device=x.device)
+        rows, cols = ((n - c * at[: -(-n // c)]).clamp_max(c) for n in grid.shape[1:])
+        sums = sums * (c * c / (rows[:, None] * cols).to(wide))[..., None]
+    return sums.flatten(2, 4).to(x.dtype)
+
+
+def _tile_pairs(grid: Grid, tile: tuple[int, int, int], limits: np.ndarray):
+    """``(rows, cols, full)`` of a grid's tiles that hold a visible token pair.
+
+    ``limits`` is one value up to some frame distance and -1 beyond, so space and time separate.
+    A pair of tiles is full if its farthest tokens see each other, absent if its nearest do not.
+    """
+    limit, frames = int(limits[0]), int((limits >= 0).sum())
+    reach = math.isqrt(limit)
+    t, y, x = (
+        _axis_pairs(n, b, r) for n, b, r in zip(grid.shape, tile, (frames - 1, reach, reach))
+    )
+    near = y.near[:, None] ** 2 + x.near**2
+    at_y, at_x = np.nonzero(near <= limit)
+    full = y.far[at_y] ** 2 + x.far[at_x] ** 2 <= limit
+    columns = -(-grid.width // tile[2])
+    per_frame = columns * -(-grid.height // tile[1])
+    rows = y.query[at_y] * columns + x.query[at_x]
+    cols = y.key[at_y] * columns + x.key[at_x]
+    return (
+        (t.query[:, None] * per_frame + rows).reshape(-1),
+        (t.key[:, None] * per_frame + cols).reshape(-1),
+        ((t.far < frames)[:, None] & full).reshape(-1),
+    )
+
+
+def _kept_pairs(grid: Grid, limits: np.ndarray) -> int:
+    """Token pairs of a grid within the limits."""
+    limit, frames = int(limits[0]), int((limits >= 0).sum())
+    height = min(grid.height - 1, math.isqrt(limit))
+    in_frame = 0
+    for dy in range(-height, height + 1):
+        width = min(grid.width - 1, math.isqrt(limit - dy * dy))
+        in_frame += (grid.height - abs(dy)) * close_pairs(grid.width, width)
+    return in_frame * close_pairs(grid.frames, min(frames, grid.frames) - 1)
+
+
+@dataclass(frozen=True)
+class _AxisPairs:
+    """Tiles along one axis that come within reach, and the extreme distances of their tokens."""
+
+    query: np.ndarray
+    key: np.ndarray
+    near: np.ndarray
+    far: np.ndarray
+
+
+def _axis_pairs(size: int, tile: int, reach: int) -> _AxisPairs:
+    starts, lengths = split_evenly(0, size, tile)
+    ends = starts + lengths - 1
+    first = np.maximum(0, starts - reach) // tile
+    last = np.minimum(size - 1, ends + reach) // tile
+    query, key = expand_ranges(first, last - first + 1)
+    near = np.maximum(0, np.maximum(starts[key] - ends[query], starts[query] - ends[key]))
+    far = np.maximum(ends[key] - starts[query], ends[query] - starts[key])
+    return _AxisPairs(query, key, near, far)

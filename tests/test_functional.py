@@ -1,0 +1,272 @@
+"""The plain functions against dense fp64 attention written from the formulas."""
+
+import importlib.util
+from functools import partial
+
+import pytest
+import torch
+
+from dittfast import functional
+from dittfast.layout import Layout
+from dittfast.methods import METHODS, Dense, Local, Radial
+from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
+
+
+def _backend(name):
+    missing = importlib.util.find_spec(f"dittfast.kernels.{name}") is None
+    return pytest.param(name, marks=[pytest.mark.skip(f"no {name} backend yet")] * missing)
+
+
+BACKENDS = ["reference", _backend("cpu")]
+
+
+def circle(layout, window):
+    """``[N, N]`` bool: ``dy² + dx² < window²`` between image tokens, all else visible."""
+    start, (_, height, width) = layout.grid_start, layout.grid.shape
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    mask = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    image = slice(start, start + layout.grid.length)
+    mask[image, image] = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < window**2
+    return mask
+
+
+def equation_4(layout):
+    """``[N, N]`` bool: the radial paper's mask of the video with its sink, text visible."""
+    start, s = layout.grid_start, layout.grid.tokens_per_frame
+    n = layout.grid.length
+    frame, place = torch.arange(n) // s, torch.arange(n) % s
+    apart = (frame[:, None] - frame).abs()
+    band = 2.0 ** torch.floor(torch.log2(apart.clamp_min(1).double()))
+    near = (band <= s) & ((place[:, None] - place).abs() + 1 <= s / band)
+    same = (apart % torch.ceil(band / s).long() == 0) & (place[:, None] == place)
+    mask = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    mask[start : start + n, start : start + n] = near | same | (frame == 0)
+    return mask
+
+
+def hidden_text(layout, keys):
+    """``[batch, 1, keys]``: -inf on padding text; None where there is none."""
+    if layout.context_lengths is None:
+        return None
+    weight = torch.zeros(len(layout.context_lengths), 1, keys, dtype=torch.float64)
+    first = 0 if layout.grid_start else layout.grid.length
+    for row, (length,) in enumerate(layout.context_lengths):
+        weight[row, :, first + length : first + layout.num_context] = -torch.inf
+    return weight
+
+
+def with_summaries(x, layout, weight):
+    """x and a weighted sum of every patch, as one product with a matrix of weights."""
+    height, width = layout.grid.shape[1:]
+    c = weight.shape[0]
+    rows = []
+    for top in range(0, height, c):
+        for left in range(0, width, c):
+            h, w = min(c, height - top), min(c, width - left)
+            row = torch.nn.functional.pad(
+                weight[:h, :w] * (c * c / (h * w)),
+                (left, width - left - w, top, height - top - h),
+            )
+            rows.append(row.flatten())
+    image = x[:, :, layout.grid_start : layout.grid_start + layout.grid.length]
+    return torch.cat([x, torch.stack(rows).to(x.dtype) @ image], 2)
+
+
+def run(call, tensors, grad_out):
+    """Output and gradients of ``call(*tensors)``."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = call(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+def compare(function, dense, tensors, grad_out, dtype):
+    """``function`` within the error budget that ``dense`` earns in ``dtype``."""
+    wide = [x.double() for x in tensors]
+    exact = run(dense, wide, grad_out.double())
+    eager = run(dense, tensors, grad_out)
+    actual = run(function, tensors, grad_out)
+    assert actual[0].dtype == dtype
+    names = ("out", "dq", "dk", "dv", "d spatial_weight")
+    for name, a, x, e in zip(names, actual, exact, eager):
+        assert_within_budget(name, a, x, e)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layout,window",
+    [
+        (Layout.image(13, 9, text=11, text_lengths=(11, 4)), 2.5),
+        (Layout.image(13, 9, text=11, text_first=False, text_lengths=(1, 7)), 8),
+        (Layout.image(31, 17), 8),
+        (Layout.image(31, 17, text=20), 1),
+        (Layout.image(1, 1, text=3), 8),
+        (Layout.image(20, 19, text=10), 100),
+    ],
+)
+def test_local(layout, window, dtype, backend):
+    q, k, v, grad = attention_inputs(2, 2, layout.num_tokens, 32, dtype=dtype)
+    mask, weight = circle(layout, window), hidden_text(layout, layout.num_tokens)
+    compare(
+        lambda q, k, v: functional.local_attention(q, k, v, layout, window, backend=backend),
+        lambda q, k, v: eager_attention(q, k, v, mask, 32**-0.5, weight),
+        (q, k, v),
+        grad,
+        dtype,
+    )
+
+
+def summaries_case(layout, downsample, dtype, scale=1.0):
+    """``(function, dense, tensors, grad_out)`` for down-sampled keys with uneven weights."""
+    n = layout.num_tokens
+    q, k, v, grad = attention_inputs(2, 2, n, 32, dtype=dtype, scale=scale)
+    exact = torch.promote_types(dtype, torch.float32)
+    spatial = torch.rand(downsample, downsample, dtype=exact) / downsample**2
+    image = torch.ones(n, dtype=torch.bool)
+    text = 0 if layout.grid_start else layout.grid.length
+    image[text : text + layout.num_context] = False
+    extra = -(-layout.grid.height // downsample) * -(-layout.grid.width // downsample)
+    mask = torch.cat([circle(layout, 3), image[:, None].expand(-1, extra)], 1)
+    weight = hidden_text(layout, n + extra)
+
+    def dense(q, k, v, spatial):
+        k, v = (with_summaries(x, layout, spatial) for x in (k, v))
+        return eager_attention(q, k, v, mask, 32**-0.5, weight)
+
+    def function(q, k, v, spatial, backend="reference"):
+        return functional.local_attention(
+            q, k, v, layout, 3, downsample, spatial_weight=spatial, backend=backend
+        )
+
+    return function, dense, (q, k, v, spatial), grad
+
+
+SUMMARY_LAYOUTS = [
+    Layout.image(12, 16, text=11, text_lengths=(11, 4)),
+    Layout.image(13, 9, text=11, text_first=False, text_lengths=(1, 7)),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("downsample", [2, 4])
+@pytest.mark.parametrize("layout", SUMMARY_LAYOUTS)
+def test_local_with_summaries(layout, downsample, dtype, backend):
+    function, dense, tensors, grad = summaries_case(layout, downsample, dtype)
+    compare(partial(function, backend=backend), dense, tensors, grad, dtype)
+
+
+@pytest.mark.parametrize("scale", [1, 4, 16])
+@pytest.mark.parametrize("layout", SUMMARY_LAYOUTS)
+def test_local_with_summaries_exactly(layout, scale):
+    """In fp64, where no rounding hides a wrong term."""
+    function, dense, tensors, grad = summaries_case(layout, 4, torch.float64, scale)
+    for actual, expected in zip(run(function, tensors, grad), run(dense, tensors, grad)):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout.video(9, 5, 7, text=13, text_lengths=(13, 2)),
+        Layout.video(9, 5, 7, text=13, text_first=True, text_lengths=(1, 5)),
+        Layout.video(6, 5, 13),
+    ],
+)
+def test_radial_equation_4(layout, dtype, backend):
+    q, k, v, grad = attention_inputs(2, 2, layout.num_tokens, 64, dtype=dtype)
+    mask, weight = equation_4(layout), hidden_text(layout, layout.num_tokens)
+    assert not mask.all()
+    compare(
+        lambda q, k, v: functional.radial_attention(
+            q, k, v, layout, block_size=32, variant="paper", backend=backend
+        ),
+        lambda q, k, v: eager_attention(q, k, v, mask, 64**-0.5, weight),
+        (q, k, v),
+        grad,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["wan", "hunyuan"])
+def test_radial_block_mask(variant, backend):
+    """Lists hold whole blocks, so the block mask says which tokens attend; text mid-block."""
+    layout = Layout.video(12, 5, 10, text=13, text_lengths=(13, 2))
+    n = layout.num_tokens
+    mask = Radial(1.0, 16, variant).plan(layout).to_block_mask()[0, 0]
+    assert not mask.all()
+    mask = mask.repeat_interleave(16, 0).repeat_interleave(16, 1)[:n, :n]
+    q, k, v, grad = attention_inputs(2, 2, n, 32)
+    weight = hidden_text(layout, n)
+    compare(
+        lambda q, k, v: functional.radial_attention(
+            q, k, v, layout, 1.0, 16, variant, backend=backend
+        ),
+        lambda q, k, v: eager_attention(q, k, v, mask, 32**-0.5, weight),
+        (q, k, v),
+        grad,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("call", [functional.local_attention, functional.radial_attention])
+def test_lse_and_scale(call):
+    layout = Layout.image(6, 7, text=3)
+    q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 16, dtype=torch.float64)
+    out, lse = call(q, k, v, layout, scale=0.5, return_lse=True, backend="reference")
+    if call is functional.radial_attention:  # one frame is dense
+        torch.testing.assert_close(lse, torch.logsumexp(0.5 * q @ k.mT, -1))
+    else:
+        logits = (0.5 * q @ k.mT).masked_fill(~circle(layout, 8), -torch.inf)
+        torch.testing.assert_close(lse, torch.logsumexp(logits, -1))
+    assert out.shape == q.shape
+
+
+def test_proportional_scale_reaches_the_logits():
+    layout = Layout.image(6, 7, text=3)
+    q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 16, dtype=torch.float64)
+    factor = Local(8, proportional=True).scale(layout, 16)
+    assert factor != 16**-0.5
+    actual = functional.local_attention(q, k, v, layout, proportional=True, backend="reference")
+    expected = eager_attention(q, k, v, circle(layout, 8), factor)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_grouped_query_heads():
+    layout = Layout.image(6, 8, text=3)
+    q, *_ = attention_inputs(1, 4, layout.num_tokens, 16, dtype=torch.float64)
+    _, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 16, dtype=torch.float64, seed=1)
+    actual = functional.local_attention(q, k, v, layout, 3, 2, backend="reference")
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    expected = functional.local_attention(q, k, v, layout, 3, 2, backend="reference")
+    torch.testing.assert_close(actual, expected)
+
+
+def test_dense_is_dense():
+    layout = Layout.video(3, 4, 5, text=7, text_lengths=(7, 2))
+    plan = Dense(block_size=16).plan(layout)
+    assert plan.density == 1 and plan.to_dense_mask().all()
+    assert torch.isneginf(plan.kv_log_weight[1, 0, 62:]).all()
+    assert METHODS["dense"] is Dense and not Dense.needs_grid
+    with pytest.raises(ValueError, match=r"block_size.*1\.\.256; got 0"):
+        Dense(block_size=0)
+
+
+@pytest.mark.parametrize("call", [functional.local_attention, functional.radial_attention])
+def test_wrong_lengths_are_named(call):
+    layout = Layout.image(6, 7, text=3)
+    tokens_before_heads = torch.randn(1, 45, 2, 16)
+    with pytest.raises(ValueError, match=r"45 tokens, got q with 2 .*\[B, H, N, D\]"):
+        call(*[tokens_before_heads] * 3, layout, backend="reference")
+    x = torch.randn(1, 2, 45, 16)
+    with pytest.raises(ValueError, match="45 tokens, got q with 45 and k with 44"):
+        call(x, x[:, :, :44], x[:, :, :44], layout, backend="reference")
+    with pytest.raises(ValueError, match="batch"):
+        padded = layout.with_text_lengths((1, 2, 3))
+        call(*[torch.randn(2, 2, 45, 16)] * 3, padded, backend="reference")
