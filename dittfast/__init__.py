@@ -19,6 +19,9 @@ _EXPORTS = {
     "enable": "dittfast.pipelines.adapter",
     "disable": "dittfast.pipelines.adapter",
     "describe": "dittfast.pipelines.adapter",
+    "HeadGuidance": "dittfast.methods.head_guidance",
+    "guide": "dittfast.pipelines.guidance",
+    "unguide": "dittfast.pipelines.guidance",
     "RadialAttnProcessor": "dittfast.pipelines.processors",
     "LocalAttnProcessor": "dittfast.pipelines.processors",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +21,9 @@ from dittfast.schedule import Schedule
 from .families import FAMILIES, Family, bind_arguments
 from .seam import Core, LayerState, is_swapped, restore, stock_class, swap
 from .steps import TimestepCounter, scheduler_step, timestep_step
+
+if TYPE_CHECKING:
+    from .guidance import GuidanceState
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +54,23 @@ class Session:
     def scheduler(self):
         return getattr(self._pipe(), "scheduler", None)
 
+    @property
+    def pipe(self):
+        """The pipeline (or transformer) this session was enabled on; None once it is gone."""
+        return self._pipe()
+
+    def step(self, arguments: dict) -> tuple[int, int | None]:
+        """The 0-based step of the pass with these forward arguments, and the number of steps."""
+        found = scheduler_step(self.scheduler)
+        if found is None:
+            found = timestep_step(self.scheduler, self.counter, arguments["timestep"])
+        return found
+
     def is_dense_step(self, arguments: dict) -> bool:
         """Whether the pass with these forward arguments belongs to a dense step."""
         if not (self.schedule.dense_first_steps or self.schedule.dense_last_steps):
             return False
-        found = scheduler_step(self.scheduler)
-        if found is None:
-            found = timestep_step(self.scheduler, self.counter, arguments["timestep"])
-        step, total = found
+        step, total = self.step(arguments)
         if total is None:
             if self.schedule.dense_last_steps:
                 raise ValueError(
@@ -80,6 +94,8 @@ class ModelState:
         self.cores: dict[tuple[Layout, torch.device], Core | None] = {}
         self.layout: Layout | None = None
         self.break_even: int | None = None
+        self.guidance: GuidanceState | None = None
+        self.context: str | None = None
         self._read: tuple | None = None
 
     def read_layout(self, model: torch.nn.Module, arguments: dict) -> Layout:
@@ -104,6 +120,9 @@ class ModelState:
         if key in self.cores:
             return self.cores[key]
         session, method = self.session, self.session.method
+        if method.name == "dense":
+            # The stock attention, not a plan that lists every block.
+            return None
         if method.needs_grid:
             layout.grid  # noqa: B018 (raises on a text-only layout)
         least = session.schedule.min_tokens
@@ -154,7 +173,21 @@ def _forward(self, *args, **kwargs):
     state.prepare(self, bind_arguments(self, args, kwargs))
     out = torch.nn.Module.__call__(self, *args, **kwargs)
     state.check_reached()
+    if state.guidance is not None:
+        out = state.guidance.guide(self, state, bind_arguments(self, args, kwargs), out)
     return out
+
+
+@contextlib.contextmanager
+def _cache_context(self, name: str, **fields):
+    """The model's own cache_context; remembers which pass ("cond", "uncond") is running."""
+    state = self._dittfast
+    before, state.context = state.context, name
+    try:
+        with stock_class(type(self)).cache_context(self, name, **fields):
+            yield
+    finally:
+        state.context = before
 
 
 def _unwrap(module):
@@ -245,7 +278,10 @@ class Disabled:
 def _install(model: torch.nn.Module, state: ModelState) -> None:
     for name, module in attention_layers(model, state.family).items():
         swap(module, state.layers[name])
-    swap(model, state, _forward)
+    methods = {"__call__": _forward}
+    if hasattr(model, "cache_context"):
+        methods["cache_context"] = _cache_context
+    swap(model, state, **methods)
 
 
 def enable(
@@ -432,6 +468,7 @@ def describe(pipe) -> Description:
         if state.layout is not None:
             num_tokens = state.layout.num_tokens
             core = next((c for (at, _), c in state.cores.items() if at == state.layout), None)
+        dense = state.session.method.name == "dense"
         small = num_tokens is not None and state.cores and core is None
         if core is not None and core.plan is not None:
             density = core.plan.density
@@ -439,6 +476,8 @@ def describe(pipe) -> Description:
             reason = None
             if name in state.dense_layers:
                 reason = "dense_layers of the schedule"
+            elif dense:
+                reason = "the method is dense"
             elif small:
                 reason = f"{num_tokens:,} tokens are below min_tokens {state.break_even:,}"
             layers.append(LayerDescription(prefix + name, reason))
@@ -449,6 +488,9 @@ def describe(pipe) -> Description:
                 "(cross-attention, text refiners) are dense"
             )
         schedule = state.session.schedule
+        if state.guidance is not None:
+            heads = len(state.guidance.config.heads)
+            notes.append(f"{prefix}guided by {heads} weakened heads: one more pass at guided steps")
     for which in ("first", "last"):
         steps = getattr(schedule, f"dense_{which}_steps")
         if steps:

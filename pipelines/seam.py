@@ -8,6 +8,7 @@ model is the model it was.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from dittfast.attention import method_attention
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
+from dittfast.methods.head_guidance import soft_pag
+from dittfast.methods.local import Local
 from dittfast.plan import Plan
 
 _SDPA = F.scaled_dot_product_attention
@@ -43,6 +46,40 @@ class Core:
         self.strict = strict
 
 
+class Perturbation:
+    """SoftPAG in one layout: heads lean towards a map in which every token sees itself alone.
+
+    ``rows`` says where: "image" (the grids' tokens), "joint" (all tokens), or "diagonal" (image
+    tokens see themselves and the text; text tokens are left alone).
+    """
+
+    def __init__(self, rows: str, layout: Layout):
+        self.rows = rows
+        self.layout = layout
+        self.strict = True
+        self.num_tokens = layout.num_tokens
+        self.weak = Local(window=1) if rows == "diagonal" else None
+        self.plan = self.weak.plan(layout) if self.weak else None
+
+    def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
+        q, k, v = call["query"], call["key"], call["value"]
+        if self.weak is not None:
+            weak = method_attention(
+                self.weak,
+                self.layout,
+                q,
+                k,
+                v,
+                plan=self.plan,
+                kv_log_weight=key_log_weight(call.get("attn_mask"), q),
+                scale=call.get("scale"),
+            )
+            return soft_pag(out, weak, strength)
+        if v.shape[1] != out.shape[1]:
+            v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
+        return soft_pag(out, v, strength, rows=self.layout if self.rows == "image" else None)
+
+
 class LayerState:
     """State of one attention layer.
 
@@ -51,14 +88,23 @@ class LayerState:
 
     Attributes:
         core: what runs instead of dense attention; None while this layer is dense.
+        perturbation: what weakens heads in the extra pass of head guidance; None outside it.
+        strength: ``[H]``, how far each head is weakened; None where no head is.
         parameters: the method's trainable parameters of this layer.
         reached: whether the last call met scaled_dot_product_attention on the whole sequence.
     """
 
     def __init__(self, parameters: dict[str, torch.Tensor] | None = None):
         self.core: Core | None = None
+        self.perturbation: Perturbation | None = None
+        self.strength: torch.Tensor | None = None
         self.parameters = parameters or {}
         self.reached = False
+
+    @property
+    def running(self) -> Core | Perturbation | None:
+        """What this layer does differently from the stock model now; None for nothing."""
+        return self.core or self.perturbation
 
 
 class intercept(TorchFunctionMode):
@@ -74,9 +120,18 @@ class intercept(TorchFunctionMode):
         if func is _SDPA:
             call = {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
             q, k = call["query"], call["key"]
-            if q.shape[-2] == k.shape[-2] == self.state.core.num_tokens:
-                return _attend(self.state, call)
+            if q.shape[-2] == k.shape[-2] == self.state.running.num_tokens:
+                return self._answer(func, args, kwargs, call)
         return func(*args, **kwargs)
+
+    def _answer(self, func, args, kwargs, call):
+        state = self.state
+        if not torch.compiler.is_compiling():
+            state.reached = True
+        out = func(*args, **kwargs) if state.core is None else _attend(state, call)
+        if state.perturbation is not None:
+            out = state.perturbation(out, state.strength, call)
+        return out
 
 
 def _attend(state: LayerState, call: dict) -> torch.Tensor:
@@ -91,8 +146,6 @@ def _attend(state: LayerState, call: dict) -> torch.Tensor:
             f"{core.method.name} has no attention dropout, got dropout_p={call['dropout_p']}; "
             "set the model's attention dropout to 0"
         )
-    if not torch.compiler.is_compiling():
-        state.reached = True
     q = call["query"]
     return method_attention(
         core.method,
@@ -135,24 +188,44 @@ def key_log_weight(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor |
 
 def _call(self, *args, **kwargs):
     state = self._dittfast
-    if state.core is None:
+    if state.running is None:
         return torch.nn.Module.__call__(self, *args, **kwargs)
     # Module.__call__ by name, not super(): Dynamo refuses the latter on classes that diffusers
     # allows in the graph.
-    with intercept(state):
+    with _native(self, state), intercept(state):
         out = torch.nn.Module.__call__(self, *args, **kwargs)
     check_reached(state, self)
     return out
 
 
+@contextlib.contextmanager
+def _set_backend(processor, backend):
+    before = processor._attention_backend
+    processor._attention_backend = backend
+    try:
+        yield
+    finally:
+        processor._attention_backend = before
+
+
+def _native(module: torch.nn.Module, state: LayerState):
+    """In a perturbed pass the layer runs diffusers' native backend, the one that can be watched."""
+    processor = module.processor
+    if state.perturbation is None or not hasattr(processor, "_attention_backend"):
+        return contextlib.nullcontext()
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return _set_backend(processor, AttentionBackendName.NATIVE)
+
+
 def check_reached(state: LayerState, module: torch.nn.Module) -> None:
     """Raise if the call of ``module`` that just ended attended somewhere we did not see."""
-    if torch.compiler.is_compiling() or state.reached or not state.core.strict:
+    if torch.compiler.is_compiling() or state.reached or not state.running.strict:
         return
     raise RuntimeError(
         f"{type(module).__name__} computed attention without scaled_dot_product_attention over "
-        f"the {state.core.num_tokens} tokens of its layout, so {state.core.method.name} had no "
-        "effect. An attention backend that bypasses it may be set: call "
+        f"the {state.running.num_tokens} tokens of its layout, so dittfast had no effect. An "
+        "attention backend that bypasses it may be set: call "
         "transformer.reset_attention_backend(). If the sequence has another length, pass layout="
     )
 
@@ -171,9 +244,9 @@ def _reduce(self, protocol):
 
 
 @functools.cache
-def _subclass(cls: type, call) -> type:
+def _subclass(cls: type, methods: tuple) -> type:
     fields = {
-        "__call__": call,
+        **dict(methods),
         "__deepcopy__": _deepcopy,
         "__reduce_ex__": _reduce,
         "__module__": cls.__module__,
@@ -192,10 +265,14 @@ def is_swapped(module: torch.nn.Module) -> bool:
     return hasattr(type(module), "_dittfast_stock")
 
 
-def swap(module: torch.nn.Module, state, call=_call) -> None:
-    """Put ``state`` on ``module`` with ``call`` as its ``__call__``; :func:`restore` undoes it."""
+def swap(module: torch.nn.Module, state, **methods) -> None:
+    """Put ``state`` on ``module`` and override ``methods``; :func:`restore` undoes it.
+
+    Without ``methods`` the module becomes a watched attention layer.
+    """
     module._dittfast = state
-    module.__class__ = _subclass(type(module), call)
+    methods = methods or {"__call__": _call}
+    module.__class__ = _subclass(type(module), tuple(methods.items()))
 
 
 def restore(module: torch.nn.Module) -> None:
