@@ -117,7 +117,7 @@ def test_code_mask_at_480p(variant):
     assert_same_blocks(Radial(0.2, 128, variant).plan(layout), whole_mask(layout, 128, video))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     frames=st.integers(1, 12),
     tokens=st.integers(1, 220),
@@ -153,7 +153,7 @@ def test_planning_in_chunks_has_no_seam(monkeypatch, variant):
 
 
 def test_a_huge_decay_factor_keeps_whole_frames():
-    assert (code_half_widths(16, 300, 64, 1e308) == 299).all()
+    assert (code_half_widths(16, 3000, 64, 1e308) == 2999).all()
 
 
 def test_band_compares_in_single_precision():
@@ -317,24 +317,25 @@ from dittfast import Layout
 from dittfast.methods import Radial
 Radial().plan(Layout.video(2, 4, 4))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, times = peak(), []
-for _ in range(3):
-    start = time.perf_counter()
-    Radial({options}).plan(Layout.video(21, 45, 80))
-    times.append(time.perf_counter() - start)
-print(min(times), peak() - before)
+for variant in ("wan", "paper"):
+    before, times = peak(), []
+    for _ in range(5):
+        start = time.perf_counter()
+        Radial(variant=variant).plan(Layout.video(21, 45, 80))
+        times.append(time.perf_counter() - start)
+    print(variant, min(times), peak() - before)
 """
 
 
-@pytest.mark.parametrize("options", ["", "variant='paper'"])
-def test_720p_is_planned_quickly_and_small(options):
+def test_720p_is_planned_quickly_and_small():
     """21 x 45 x 80 tokens, block 128: under 0.5 s and 300 MB (published code: 104 s)."""
-    command = [sys.executable, "-P", "-c", _MEASURE.format(options=options)]
     environment = {**os.environ, "PYTHONPATH": str(Path(dittfast.__file__).parent.parent)}
+    command = [sys.executable, "-P", "-c", _MEASURE]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    seconds, megabytes = (float(x) for x in run.stdout.split())
-    assert seconds < 0.5, f"{seconds:.2f} s"
-    assert megabytes < 300, f"{megabytes:.0f} MB"
+    for line in run.stdout.splitlines():
+        seconds, megabytes = line.split()[1:]
+        assert float(seconds) < 0.5, line
+        assert float(megabytes) < 300, line
 
 
 def test_half_a_million_tokens():
