@@ -13,8 +13,9 @@ from .plan import Plan
 logger = logging.getLogger(__name__)
 
 
-# Each backend module has `attend` and `not_supported_reasons`. Loaded on first use, by import
-# statements because Dynamo traces those (and not importlib).
+# Each backend module has `attend` and `not_supported_reasons`, and `make_worklist` if it prepares
+# itself for a plan. Loaded on first use, by import statements because Dynamo traces those (and
+# not importlib).
 def _triton():
     from .kernels import triton_backend
 
@@ -129,8 +130,10 @@ def attend(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if needs_grad and not torch.compiler.is_compiling():
         plan.transpose()
+    if hasattr(implementation, "make_worklist") and not torch.compiler.is_compiling():
+        plan.worklist(name, implementation.make_worklist)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight), scale)
+    out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight, name), scale)
     return (out, lse) if return_lse else out
 
 

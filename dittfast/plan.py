@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -116,6 +117,7 @@ class PlanTensors(NamedTuple):
     q_indices: torch.Tensor | None
     q_num_blocks: torch.Tensor | None
     q_num_full_blocks: torch.Tensor | None
+    worklist: torch.Tensor | None  # a backend's own; see Plan.worklist
     metric: int  # 0: no rule, 1: disc, 2: raster
     sink_frames: int
     q_block_size: int
@@ -185,6 +187,7 @@ class Plan:
         if self.num_real_keys is None:
             set_("num_real_keys", self.num_keys)
         set_("_transpose", None)
+        set_("_worklists", {})
         if validate:
             self._validate()
 
@@ -323,10 +326,13 @@ class Plan:
         changes = {name: pick(getattr(self, name)) for name in names}
         return dataclasses.replace(self, validate=False, **changes)
 
-    def tensors(self, kv_log_weight: torch.Tensor | None = None) -> PlanTensors:
+    def tensors(
+        self, kv_log_weight: torch.Tensor | None = None, backend: str | None = None
+    ) -> PlanTensors:
         """The arguments of a backend op; ``kv_log_weight`` is added to the plan's own.
 
-        The transposed lists are included once :meth:`transpose` has been called.
+        The transposed lists are included once :meth:`transpose` has been called, and ``backend``'s
+        work list once :meth:`worklist` has.
         """
         weight = self.kv_log_weight
         if kv_log_weight is not None:
@@ -349,6 +355,7 @@ class Plan:
             *((None,) * 5 if rule is None else (rule.limits, rule.q_frame, rule.q_place)),
             *(() if rule is None else (rule.kv_frame, rule.kv_place)),
             *back,
+            self._worklists.get(backend),
             0 if rule is None else 1 + METRICS.index(rule.metric),
             0 if rule is None else rule.sink_frames,
             self.q_block_size,
@@ -362,6 +369,12 @@ class Plan:
             found = transpose_lists(*lists, self.kv_blocks.count)
             object.__setattr__(self, "_transpose", found)
         return self._transpose
+
+    def worklist(self, backend: str, make: Callable[[PlanTensors], torch.Tensor]) -> torch.Tensor:
+        """How ``backend`` goes about this plan, an int32 tensor from ``make``; computed once."""
+        if backend not in self._worklists:
+            self._worklists[backend] = make(self.tensors())
+        return self._worklists[backend]
 
     def to_block_mask(self) -> torch.Tensor:
         """``[B|1, H|1, nQ, nK]`` bool: True where a block is visible, wholly or partly."""

@@ -1,0 +1,327 @@
+"""The CPU backend: block-sparse attention as a few large dense calls in plain PyTorch.
+
+:mod:`dittfast.kernels.cpu_worklist` cuts the plan into dense problems. For each of them keys and
+values are gathered, PyTorch's fused CPU attention runs, forward or backward, and the pieces of a
+row are merged by their log-sum-exp. No pair outside the listed blocks is computed.
+
+Memory beyond inputs, outputs and the work list: fp32 copies of half-precision inputs, one gathered
+slice of keys and one of values (at most as large as k and v) and 2^23 bias values. Nothing grows
+with queries times keys. Half precision is computed in fp32, which is also many times faster on
+CPUs without half-precision matrix units. Results are the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dittfast.plan import PlanTensors
+
+from .cpu_worklist import Call, Worklist, coordinates, make_worklist, squared_limits
+from .op import define_backend
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Bias values of one call: bounds memory.
+_BIAS_VALUES = 1 << 23
+# Hides a key. Finite, so that a piece of a row that sees nothing gives no NaN before it is merged
+# with weight zero; below _UNSEEN a log-sum-exp means that the row saw nothing at all.
+_HIDDEN = -(2.0**120)
+_UNSEEN = -(2.0**98)
+# Makes half a unit beyond the limit of the token rule as good as -inf. A power of two: exact.
+_STEEP = 2.0**100
+
+
+def not_supported_reasons(q, k, v) -> list[str]:
+    """Why the CPU backend cannot run these tensors; empty if it can."""
+    reasons = []
+    if q.device.type != "cpu":
+        reasons.append(f"it needs CPU tensors, got {q.device}")
+    if q.dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        reasons.append(f"it computes {names}, got {str(q.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+class _Rule:
+    """The token rule as a matrix product.
+
+    ``limit - distance²`` is a sum of products of a few numbers of the query and a few of the key.
+    All are integers (and one half) small enough to be exact in the type chosen here, so one thin
+    product gives the sign for every pair without a look at each.
+    """
+
+    def __init__(self, t: PlanTensors, rows: torch.Tensor, dtype: torch.dtype):
+        q_frame, q_place = t.q_frame, t.q_place
+        if rows.numel():
+            q_frame, q_place = q_frame[rows], q_place[rows]
+        q_at, kv_at = coordinates(t, q_place), coordinates(t, t.kv_place)
+        centre = kv_at.amax(0) // 2
+        q_at = (q_at - centre).masked_fill_((q_frame < 0)[:, None], 0)
+        kv_at = (kv_at - centre).masked_fill_((t.kv_frame < 0)[:, None], 0)
+        reach = int(torch.maximum(q_at.abs().max(), kv_at.abs().max()))
+        always = 16 * reach * reach + 16
+        exact = torch.float32 if always < 1 << 23 and dtype != torch.float64 else torch.float64
+        self.dtype = dtype
+        q_codes, self.q_code = torch.unique(q_frame, return_inverse=True)
+        kv_codes, self.kv_code = torch.unique(t.kv_frame, return_inverse=True)
+        limits = squared_limits(t).clamp_max_(always)
+        apart = (q_codes[:, None] - kv_codes).abs().clamp_max_(limits.numel() - 1)
+        free = (q_codes[:, None] < 0) | (kv_codes < 0)
+        free |= q_codes[:, None] >> 16 != kv_codes >> 16
+        free |= (kv_codes & 0xFFFF) < t.sink_frames
+        limits = limits[apart.long()].masked_fill_(free, always)
+        self.limits = (limits.to(exact) + 0.5).mul_(_STEEP)
+        q_at, kv_at = q_at.to(exact), kv_at.to(exact)
+        placed = (q_frame >= 0)[:, None].to(exact)
+        self.left = torch.cat([2 * q_at, -(q_at * q_at).sum(1, keepdim=True), -placed], 1)
+        square = (kv_at * kv_at).sum(1, keepdim=True)
+        right = torch.cat([kv_at, torch.ones_like(square), square], 1).t()
+        self.right = right.contiguous().mul_(_STEEP)
+
+    def bias(self, start: int, shape: tuple[int, int], keys: torch.Tensor) -> torch.Tensor:
+        """``[count, rows, K]``: 0 where a pair is kept, hugely negative elsewhere.
+
+        Args:
+            start: first row.
+            shape: ``(count, rows)``.
+            keys: ``[count, K]`` key positions.
+        """
+        end = start + shape[0] * shape[1]
+        codes, code = torch.unique(self.q_code[start:end], return_inverse=True)
+        index = keys.reshape(-1)
+        limits = self.limits[codes].index_select(1, self.kv_code.index_select(0, index))
+        right = torch.cat([limits, self.right.index_select(1, index)])
+        right = right.unflatten(1, keys.shape).transpose(0, 1)
+        one_hot = F.one_hot(code, codes.numel()).to(self.left.dtype)
+        left = torch.cat([one_hot, self.left[start:end]], 1).unflatten(0, shape)
+        bias = torch.bmm(left, right).clamp_max_(0)
+        return bias if bias.dtype == self.dtype else bias.clamp_min_(_HIDDEN).to(self.dtype)
+
+
+class _Lists(NamedTuple):
+    """One list of the plan and the batch rows and heads that follow it."""
+
+    batch: int
+    head: int
+    shared: tuple[bool, bool]
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The part ``[heads, ...]`` of ``x [B, H, ...]``; a view where B and H can be merged."""
+        if all(self.shared):
+            return x.flatten(0, 1)
+        if self.shared[0]:
+            return x[:, self.head]
+        if self.shared[1]:
+            return x[self.batch]
+        return x[self.batch, self.head][None]
+
+
+class _Piece(NamedTuple):
+    """Part of a call small enough for its bias: ``count`` problems of ``rows`` by ``K``.
+
+    ``lists`` says for which heads; ``keys`` are token indices ``[count, K]``; ``bias`` is
+    ``[count, heads|1, rows|1, K]`` or None.
+    """
+
+    lists: _Lists
+    start: int
+    rows: int
+    keys: torch.Tensor
+    bias: torch.Tensor | None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """A view ``[count, heads, rows, ...]`` of per-row values ``x [B, H, N, ...]``."""
+        count = len(self.keys)
+        x = self.lists.of(x)[:, self.start : self.start + count * self.rows]
+        return x.unflatten(1, (count, self.rows)).transpose(0, 1)
+
+    def run(self) -> slice | None:
+        """The keys as a slice, where they are consecutive tokens."""
+        if len(self.keys) > 1:
+            return None
+        first, last = int(self.keys[0, 0]), int(self.keys[0, -1])
+        return slice(first, last + 1) if last - first == self.keys.shape[1] - 1 else None
+
+
+class _Problem:
+    """Inputs in the compute type, queries in row order, and the loop over the work list."""
+
+    def __init__(self, q, k, v, t: PlanTensors):
+        self.t = t
+        self.work = Worklist.unpack(make_worklist(t) if t.worklist is None else t.worklist)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        rows = self.work.rows.long()
+        self.tokens = t.q_order.long() if t.q_order is not None else None
+        if rows.numel():
+            self.tokens = rows if self.tokens is None else self.tokens[rows]
+        self.rule = _Rule(t, rows, self.dtype) if t.metric else None
+        self.q = self.by_row(q)
+        self.k, self.v = (x.to(self.dtype).contiguous() for x in (k, v))
+        self.buffers = [torch.empty(0, dtype=self.dtype), torch.empty(0, dtype=self.dtype)]
+        self.weight = t.kv_log_weight
+        if self.weight is not None:
+            self.weight = self.weight.to(self.dtype).clamp_min(_HIDDEN)
+            if self.weight.shape[:2] != (1, 1):
+                self.weight = self.weight.expand(*q.shape[:2], -1)
+
+    def by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, N, D]`` in the compute type, in row order."""
+        x = x.to(self.dtype)
+        return x.contiguous() if self.tokens is None else x.index_select(2, self.tokens)
+
+    def by_token(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Undo :meth:`by_row`."""
+        if self.tokens is not None:
+            # Rows first, as new_rows() has them in memory: whole rows are copied at once.
+            x = x.permute(2, 0, 1, 3)
+            x = torch.empty_like(x).index_copy_(0, self.tokens, x).permute(1, 2, 0, 3)
+        return x.to(dtype)
+
+    def new_rows(self) -> torch.Tensor:
+        """Zeros like ``q``, in memory as the fused op lays out its results."""
+        batch, heads, rows, width = self.q.shape
+        return torch.zeros(rows, batch, heads, width, dtype=self.dtype).permute(1, 2, 0, 3)
+
+    def pieces(self) -> Iterator[_Piece]:
+        batch, heads = self.t.kv_indices.shape[:2]
+        at = 0
+        for call in self.work.calls:
+            lists = _Lists(call.batch, call.head, (batch == 1, heads == 1))
+            positions = self.work.positions[at : at + call.count * call.keys]
+            at += positions.numel()
+            yield from self._split(call, lists, positions.view(call.count, call.keys))
+
+    def _split(self, call: Call, lists: _Lists, positions: torch.Tensor) -> Iterator[_Piece]:
+        weight = self.weight
+        if weight is not None:
+            weight = weight[0] if weight.shape[:2] == (1, 1) else lists.of(weight)
+        tokens = positions
+        if self.t.kv_order is not None:
+            tokens = self.t.kv_order.index_select(0, positions.reshape(-1)).view_as(positions)
+        heads = 1 if weight is None else len(weight)
+        most = _BIAS_VALUES // (heads * call.count * call.rows)
+        for some, keys in zip(positions.split(max(1, most), 1), tokens.split(max(1, most), 1)):
+            bias = None
+            if call.partial:
+                bias = self.rule.bias(call.start, (call.count, call.rows), some)[:, None]
+            if weight is not None:
+                part = weight.index_select(1, keys.reshape(-1)).unflatten(1, keys.shape)
+                part = part.transpose(0, 1)[:, :, None]
+                bias = part if bias is None else bias + part
+            yield _Piece(lists, call.start, call.rows, keys, bias)
+
+    def gather(self, x: torch.Tensor, piece: _Piece, buffer: int) -> torch.Tensor:
+        """``[count, heads, K, D]`` of ``x [B, H, N, D]``."""
+        x, run = piece.lists.of(x), piece.run()
+        if run is not None:
+            return x[None, :, run]
+        index = piece.keys.reshape(-1)
+        shape = x.shape[0], index.numel(), x.shape[2]
+        size = shape[0] * shape[1] * shape[2]
+        if self.buffers[buffer].numel() < size:
+            self.buffers[buffer] = torch.empty(size, dtype=self.dtype)
+        out = self.buffers[buffer][:size].view(shape)
+        torch.index_select(x, 1, index, out=out)
+        return out.unflatten(1, piece.keys.shape).transpose(0, 1)
+
+    def scatter(self, x: torch.Tensor, piece: _Piece, values: torch.Tensor) -> None:
+        """Add ``values [count, heads, K, D]`` to ``x [B, H, N, D]``; the reverse of gather."""
+        x, run = piece.lists.of(x), piece.run()
+        if run is not None:
+            x[:, run] += values[0]
+        else:
+            x.index_add_(1, piece.keys.reshape(-1), values.transpose(0, 1).flatten(1, 2))
+
+    def attend(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(out, lse)`` in row order, without the epilogue."""
+        out = self.new_rows()
+        lse = torch.full(self.q.shape[:3], -torch.inf, dtype=self.dtype)
+        for piece in self.pieces():
+            k, v = self.gather(self.k, piece, 0), self.gather(self.v, piece, 1)
+            part, part_lse = _flash(piece.of(self.q), k, v, attn_mask=piece.bias, scale=scale)
+            old = piece.of(lse)
+            piece.of(out).lerp_(part, torch.sigmoid(part_lse - old)[..., None])
+            old.copy_(torch.logaddexp(old, part_lse))
+        unseen = lse < _UNSEEN
+        out.masked_fill_(unseen[..., None], 0)
+        return out, lse.masked_fill_(unseen, -torch.inf)
+
+    def gradients(self, grad, out, lse, scale: float):
+        """``(dq in row order, dk, dv)``; ``out`` without the epilogue."""
+        dq, dk, dv = self.new_rows(), torch.zeros_like(self.k), torch.zeros_like(self.v)
+        for piece in self.pieces():
+            k, v = self.gather(self.k, piece, 0), self.gather(self.v, piece, 1)
+            parts = _flash_backward(
+                piece.of(grad), piece.of(self.q), k, v, piece.of(out), piece.of(lse), 0.0, False,
+                attn_mask=piece.bias, scale=scale,
+            )  # fmt: skip
+            piece.of(dq).add_(parts[0])
+            self.scatter(dk, piece, parts[1])
+            self.scatter(dv, piece, parts[2])
+        return dq, dk, dv
+
+    def block_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Per-block values ``[B|1, H|1, nQ, D]`` as rows."""
+        return x.to(self.dtype).index_select(2, self._row_blocks())
+
+    def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of rows ``[B, H, N, D]`` over each block."""
+        out = x.new_zeros(*x.shape[:2], self.work.blocks.numel(), x.shape[3])
+        return out.index_add_(2, self._row_blocks(), x)
+
+    def _row_blocks(self) -> torch.Tensor:
+        blocks = self.work.blocks.long()
+        return torch.repeat_interleave(blocks, self.t.q_lengths[blocks].long())
+
+
+def forward(q, k, v, t: PlanTensors, scale: float):
+    """Shapes as in :func:`dittfast.attend`. Returns ``(out, lse)``."""
+    problem = _Problem(q, k, v, t)
+    out, lse = problem.attend(scale)
+    if t.out_scale is not None:
+        out *= problem.block_rows(t.out_scale[..., None])
+    if t.out_residual is not None:
+        out += problem.block_rows(t.out_residual)
+    lse = problem.by_token(lse[..., None], lse.dtype)[..., 0]
+    return problem.by_token(out, q.dtype), lse
+
+
+def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
+    """Gradients of q, k, v and, where the plan has them, of out_scale and out_residual."""
+    problem = _Problem(q, k, v, t)
+    grad = problem.by_row(grad_out)
+    grad_scale = grad_residual = None
+    if t.out_scale is None and t.out_residual is None:
+        raw, lse = problem.by_row(out), problem.by_row(lse[..., None])[..., 0]
+    else:
+        # Undoing the epilogue would lose what rounding, or a large residual, has taken.
+        raw, lse = problem.attend(scale)
+    if t.out_residual is not None:
+        grad_residual = problem.sum_rows(grad)
+    if t.out_scale is not None:
+        grad_scale = problem.sum_rows((grad * raw).sum(-1, keepdim=True))[..., 0]
+        grad = grad * problem.block_rows(t.out_scale[..., None])
+    # Rows that saw nothing: every logit is far below any finite number put here.
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    width = q.shape[-1]
+    if grad_lse is not None and bool(grad_lse.any()):
+        # The fused op subtracts sum(grad * out) where lse's gradient has to be added: one more
+        # column, zero in q, k and v, carries it there.
+        problem.q, problem.k, problem.v = (
+            F.pad(x, (0, 1)) for x in (problem.q, problem.k, problem.v)
+        )
+        grad = torch.cat([grad, problem.by_row(grad_lse[..., None])], -1)
+        raw = F.pad(raw, (0, 1), value=-1.0)
+    dq, dk, dv = problem.gradients(grad, raw, lse, scale)
+    dq, dk, dv = (x[..., :width] for x in (dq, dk, dv))
+    dq = problem.by_token(dq, q.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), grad_scale, grad_residual
+
+
+attend = define_backend("cpu", forward, backward)

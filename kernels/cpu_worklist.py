@@ -1,0 +1,306 @@
+"""Cuts a plan into few, large, dense attention problems: how the CPU backend goes about its work.
+
+PyTorch's fused CPU attention needs twice as long per pair with 16 query rows as with 512. So
+neighbouring query blocks share a problem wherever they see the same keys: the keys that *all*
+blocks of a group of up to 1,024 rows see in full are attended by the whole group at once; what is
+left goes to the two halves of the group, and so on down to single blocks. Partial blocks follow.
+Before that, keys of a partial block that no query or every query of the block can see are told
+apart by the bounding box of the queries, so that the plan's key blocks may be coarse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from dittfast.plan import METRICS, PlanTensors
+
+# Rows that share a problem: more of them do not make it faster.
+_GROUP_ROWS = 1024
+# A group takes its common keys only if they are worth one more merge of its rows.
+_LEAST_SHARED_KEYS = 96
+# Problems of fewer pairs than this share a call.
+_PAIRS_WORTH_A_CALL = 1 << 17
+# Cells of a table of query blocks by keys: bounds memory.
+_TABLE_CELLS = 1 << 22
+# A block over more frames than this is not cut down to the keys its queries can see.
+_MOST_FRAMES = 8
+
+
+class Call(NamedTuple):
+    """``count`` dense problems of one size, on neighbouring rows.
+
+    Attributes:
+        batch, head: which list of the plan.
+        start: first row; problem ``i`` has the queries ``start + i * rows ...``.
+        rows: queries of each problem.
+        count: problems.
+        keys: key positions of each problem, ``[count * keys]`` of :attr:`Worklist.positions`.
+        partial: whether the token rule applies.
+    """
+
+    batch: int
+    head: int
+    start: int
+    rows: int
+    count: int
+    keys: int
+    partial: int
+
+
+class Worklist(NamedTuple):
+    """All calls of a plan, and the order of query rows in which they are contiguous.
+
+    Attributes:
+        blocks: ``[nQ]`` int32. Query blocks by row: those that see alike are neighbours.
+        rows: ``[num_queries]`` int32, the position that each row holds; empty if the same.
+        calls: together they cover every visible token pair of every list exactly once.
+        positions: int32 key positions, call after call.
+    """
+
+    blocks: torch.Tensor
+    rows: torch.Tensor
+    calls: list[Call]
+    positions: torch.Tensor
+
+    def pack(self) -> torch.Tensor:
+        """One int32 tensor, which can be an argument of an op."""
+        sizes = [self.blocks.numel(), self.rows.numel(), len(self.calls)]
+        calls = torch.tensor(self.calls, dtype=torch.int32).flatten()
+        header = torch.tensor(sizes, dtype=torch.int32)
+        return torch.cat([header, self.blocks, self.rows, calls, self.positions])
+
+    @classmethod
+    def unpack(cls, x: torch.Tensor) -> Worklist:
+        blocks, rows, calls = x[:3].tolist()
+        sizes = [3, blocks, rows, calls * len(Call._fields)]
+        _, blocks, rows, table, positions = x.split([*sizes, x.numel() - sum(sizes)])
+        calls = [Call(*row) for row in table.view(-1, len(Call._fields)).tolist()]
+        return cls(blocks, rows, calls, positions)
+
+
+def make_worklist(t: PlanTensors) -> torch.Tensor:
+    """The packed :class:`Worklist` of a plan."""
+    rows = _arrange(t)
+    calls, positions = [], []
+    for batch in range(t.kv_indices.shape[0]):
+        for head in range(t.kv_indices.shape[1]):
+            for call, keys in _list_calls(t, rows, batch, head):
+                calls.append(call)
+                positions.append(keys)
+    held = torch.empty(0, dtype=torch.int32) if rows.positions is None else rows.positions.int()
+    return Worklist(rows.blocks.int(), held, calls, torch.cat(positions).int()).pack()
+
+
+class _Rows(NamedTuple):
+    """Row order: ``blocks [nQ]``, their first row and length, and the position each row holds."""
+
+    blocks: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    positions: torch.Tensor | None
+
+
+def expand(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """``starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...``"""
+    before = torch.cumsum(lengths, 0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
+
+
+def _arrange(t: PlanTensors) -> _Rows:
+    """Rows by position, or along a space-filling curve where the token rule gives places."""
+    starts, lengths = t.q_starts.long(), t.q_lengths.long()
+    blocks = torch.argsort(starts)
+    if t.metric and METRICS[t.metric - 1] == "disc":
+        y, x = coordinates(t, t.q_place[starts]).unbind(-1)
+        curve = torch.zeros_like(y)
+        for bit in range(15):
+            curve |= (y >> bit & 1) << 2 * bit + 1 | (x >> bit & 1) << 2 * bit
+        key = t.q_frame[starts].long() + 1 << 30 | curve
+        blocks = blocks[torch.argsort(key[blocks], stable=True)]
+    starts, lengths = starts[blocks], lengths[blocks]
+    positions = expand(starts, lengths)
+    if torch.equal(positions, torch.arange(positions.numel())):
+        return _Rows(blocks, starts, lengths, None)
+    return _Rows(blocks, torch.cumsum(lengths, 0) - lengths, lengths, positions)
+
+
+def _list_calls(
+    t: PlanTensors, rows: _Rows, batch: int, head: int
+) -> Iterator[tuple[Call, torch.Tensor]]:
+    """Calls of one list, each with its key positions."""
+    lists = t.kv_indices[batch, head][rows.blocks].long()
+    slot = torch.arange(lists.shape[1])
+    is_full = slot < t.kv_num_full_blocks[batch, head][rows.blocks][:, None]
+    is_partial = (slot < t.kv_num_blocks[batch, head][rows.blocks][:, None]) & ~is_full
+    kv_starts, kv_lengths = t.kv_starts.long(), t.kv_lengths.long()
+    num_blocks = kv_starts.numel()
+    # With a rule the table tells single keys apart, without one it has a column per key block.
+    by_key = bool(t.metric) and bool(is_partial.any())
+    if by_key:
+        by = torch.argsort(kv_starts)
+        block_of = torch.repeat_interleave(by, kv_lengths[by])
+        boxes = _boxes(t, rows)
+    columns = block_of.numel() if by_key else num_blocks
+    span = 1 << max(0, (_GROUP_ROWS // t.q_block_size).bit_length() - 1)
+    step = max(1, _TABLE_CELLS // (span * columns)) * span
+    for first in range(0, lists.shape[0], step):
+        part = slice(first, first + step)
+        starts, lengths = rows.starts[part], rows.lengths[part]
+        members = starts.numel()
+        # The last column collects unused slots.
+        seen = torch.zeros(members, num_blocks + 1, dtype=torch.bool)
+        seen.scatter_(1, torch.where(is_full[part], lists[part], num_blocks), True)
+        seen = seen.index_select(1, block_of) if by_key else seen[:, :num_blocks]
+        if by_key:
+            row, at = is_partial[part].nonzero(as_tuple=True)
+            block = lists[part][row, at]
+            row = torch.repeat_interleave(row, kv_lengths[block])
+            key = expand(kv_starts[block], kv_lengths[block])
+            some, every = _classify(t, boxes, row + first, key)
+            seen[row[every], key[every]] = True
+            some &= ~every
+            partial = row[some], key[some]
+        for size, group, column in _shared(seen, span, None if by_key else kv_lengths):
+            last = torch.arange(size, members + size, size).clamp_max_(members) - 1
+            group_rows = (starts + lengths)[last] - starts[::size]
+            key = column
+            if not by_key:
+                key = expand(kv_starts[column], kv_lengths[column])
+                group = torch.repeat_interleave(group, kv_lengths[column])
+            yield from _calls(batch, head, starts[::size], group_rows, group, key, False)
+        if by_key:
+            yield from _calls(batch, head, starts, lengths, *partial, True)
+
+
+def _shared(seen: torch.Tensor, span: int, weight: torch.Tensor | None):
+    """Distribute ``seen [blocks, columns]`` over groups of ``span, span / 2, ... 1`` blocks.
+
+    Every True cell goes to the largest group whose members all have it, if that group gets
+    enough keys. Yields ``(size, group, column)`` for each size, sorted by group.
+
+    Args:
+        weight: ``[columns]`` keys that a column stands for; None: one each.
+    """
+    members, columns = seen.shape
+    # Rows past the end see everything: they must not narrow what real ones have in common.
+    common = torch.ones(-(-members // span) * span, columns, dtype=torch.bool)
+    common[:members] = seen
+    sizes = [1]
+    while sizes[-1] < span:
+        sizes.append(2 * sizes[-1])
+    pyramid = [common]
+    for _ in sizes[1:]:
+        pyramid.append(pyramid[-1][0::2] & pyramid[-1][1::2])
+    # Twice the rows are hardly faster, four times are: every other size, and single blocks.
+    chosen = sorted({*range(len(sizes) - 1, -1, -2), 0}, reverse=True)
+    taken, above = torch.zeros_like(pyramid[-1]), len(sizes) - 1
+    for level in chosen:
+        taken = taken.repeat_interleave(1 << above - level, 0)
+        above = level
+        own = pyramid[level] & ~taken
+        own[-(-members >> level) :] = False
+        if level:
+            keys = own.sum(1) if weight is None else torch.mv(own.double(), weight.double())
+            own &= (keys >= _LEAST_SHARED_KEYS)[:, None]
+            taken |= own
+        yield sizes[level], *own.nonzero(as_tuple=True)
+
+
+def _calls(batch, head, starts, rows, group, key, partial: bool):
+    """Calls from (group, key position) pairs sorted by group."""
+    counts = torch.bincount(group, minlength=starts.numel())
+    ends = torch.cumsum(counts, 0).tolist()
+    counts, starts, rows = counts.tolist(), starts.tolist(), rows.tolist()
+    at = 0
+    while at < len(counts):
+        size, num_rows = counts[at], rows[at]
+        if not size:
+            at += 1
+            continue
+        together = at + max(1, _PAIRS_WORTH_A_CALL // (num_rows * size))
+        end = at + 1
+        while end < min(together, len(counts)) and (counts[end], rows[end]) == (size, num_rows):
+            end += 1
+        call = Call(batch, head, starts[at], num_rows, end - at, size, int(partial))
+        yield call, key[ends[at] - size : ends[end - 1]]
+        at = end
+
+
+class _Boxes(NamedTuple):
+    """Bounding boxes of the queries of each block, context left out.
+
+    ``low`` and ``high`` ``[nQ, 1 or 2]``: least and greatest coordinates. ``frames`` ``[nQ, 2]``:
+    least and greatest frame code. ``context``: the block has context queries. ``empty``: it has
+    nothing else.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    frames: torch.Tensor
+    context: torch.Tensor
+    empty: torch.Tensor
+
+
+def coordinates(t: PlanTensors, place: torch.Tensor) -> torch.Tensor:
+    """``[..., 2]`` (row, column) for "disc", ``[..., 1]`` raster index for "raster"; int64."""
+    place = place.long()
+    if METRICS[t.metric - 1] == "disc":
+        return torch.stack([place >> 16, place & 0xFFFF], -1)
+    return place[..., None]
+
+
+def squared_limits(t: PlanTensors) -> torch.Tensor:
+    """``limits`` to compare with squared distances; int64, -1 where nothing is kept."""
+    limits = t.limits.long()
+    if METRICS[t.metric - 1] == "raster":
+        limits = torch.where(limits < 0, -1, limits * limits)
+    return limits
+
+
+def _boxes(t: PlanTensors, rows: _Rows) -> _Boxes:
+    count = rows.blocks.numel()
+    block = torch.repeat_interleave(torch.arange(count), rows.lengths)
+    frame, place = t.q_frame.long(), t.q_place
+    if rows.positions is not None:
+        frame, place = frame[rows.positions], place[rows.positions]
+    values = torch.cat([coordinates(t, place), frame[:, None]], 1)
+    placed = frame >= 0
+    index = block[placed][:, None].expand(-1, values.shape[1])
+    low = torch.zeros(count, values.shape[1], dtype=torch.int64)
+    high = low.clone()
+    low.scatter_reduce_(0, index, values[placed], "amin", include_self=False)
+    high.scatter_reduce_(0, index, values[placed], "amax", include_self=False)
+    context = torch.zeros(count, dtype=torch.bool).index_fill_(0, block[~placed], True)
+    empty = torch.ones(count, dtype=torch.bool).index_fill_(0, block[placed], False)
+    frames = torch.stack([low[:, -1], high[:, -1]], 1)
+    return _Boxes(low[:, :-1], high[:, :-1], frames, context, empty)
+
+
+def _classify(t: PlanTensors, boxes: _Boxes, block: torch.Tensor, key: torch.Tensor):
+    """For pairs of a query block and a key: may some query see it; do all of them?
+
+    ``some`` is never False where a query sees the key, ``every`` never True where one does not.
+    """
+    place, frame = coordinates(t, t.kv_place[key]), t.kv_frame[key].long()
+    low, high = boxes.low[block], boxes.high[block]
+    near = torch.maximum(low - place, place - high).clamp_min_(0)
+    far = torch.maximum((place - low).abs_(), (place - high).abs_())
+    near, far = (near * near).sum(1), (far * far).sum(1)
+    first, last = boxes.frames[block].unbind(1)
+    limits = squared_limits(t)
+    least, most = None, None
+    frames = 1 + int((boxes.frames[:, 1] - boxes.frames[:, 0]).clamp_max(_MOST_FRAMES - 1).max())
+    for step in range(frames):
+        apart = (torch.minimum(first + step, last) - frame).abs()
+        limit = limits[apart.clamp_max_(limits.numel() - 1)]
+        least = limit if least is None else torch.minimum(least, limit)
+        most = limit if most is None else torch.maximum(most, limit)
+    free = (frame < 0) | (first >> 16 != frame >> 16) | ((frame & 0xFFFF) < t.sink_frames)
+    some, every = (near <= most) | free, (far <= least) | free
+    # Blocks over several grids or many frames stay as they are.
+    mixed = (first >> 16 != last >> 16) | (last - first >= _MOST_FRAMES)
+    empty = boxes.empty[block]
+    return some | mixed | boxes.context[block] | empty, every & ~mixed | empty

@@ -1,0 +1,158 @@
+"""Random plans of every kind, and the comparison of a backend with the dense fp64 oracle."""
+
+import torch
+
+from dittfast.attention import attend
+from dittfast.layout import Blocks, make_blocks, split_evenly
+from dittfast.plan import METRICS, Plan, TokenRule
+from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
+
+_UNUSED = 1 << 30
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def even_blocks(num_tokens: int, block_size: int) -> Blocks:
+    return make_blocks(*split_evenly(0, num_tokens, block_size))
+
+
+def ragged_blocks(num_tokens: int, block_size: int, seed: int = 0, shuffle=False) -> Blocks:
+    """Blocks of 1 to ``block_size`` tokens, listed in random order; ``shuffle`` the tokens too."""
+    draw = _generator(seed)
+    lengths = [min(block_size, num_tokens)]
+    while sum(lengths) < num_tokens:
+        length = int(torch.randint(1, block_size + 1, (), generator=draw))
+        lengths.append(min(length, num_tokens - sum(lengths)))
+    lengths = torch.tensor(lengths)
+    starts = lengths.cumsum(0) - lengths
+    listed = torch.randperm(len(lengths), generator=draw)
+    order = torch.randperm(num_tokens, generator=draw) if shuffle else None
+    return make_blocks(starts[listed], lengths[listed], order)
+
+
+def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, seed=0) -> TokenRule:
+    """Queries and keys scattered over two grids; every tenth is context."""
+    draw = _generator(seed)
+
+    def integers(low, high, n):
+        return torch.randint(low, high, (n,), generator=draw, dtype=torch.int32)
+
+    def side(n):
+        frame = integers(0, 2, n) << 16 | integers(0, frames, n)
+        frame[integers(0, 10, n) == 0] = -1
+        x = integers(0, 12, n)
+        return frame, integers(0, 12, n) << 16 | x if metric == METRICS[0] else x * 10
+
+    limits = integers(-1, 60, frames)
+    return TokenRule(metric, limits, *side(num_queries), *side(num_keys), sink_frames)
+
+
+def random_plan(
+    q_blocks: Blocks, kv_blocks: Blocks, lists=(1, 1), rule=None, density=0.5, seed=0, **fields
+) -> Plan:
+    """Random lists; with a rule about half of the blocks are partial. Every row keeps a block."""
+    draw = _generator(seed)
+    shape = (*lists, q_blocks.count, kv_blocks.count)
+    # 0: not listed, 1: partial, 2: full.
+    state = 2 * (torch.rand(shape, generator=draw) < density).int()
+    always = torch.randint(0, shape[-1], (*shape[:-1], 1), generator=draw)
+    state.scatter_(-1, always, 2)
+    if rule is not None:
+        state[(torch.rand(shape, generator=draw) < 0.5) & (state == 2)] = 1
+    count = (state > 0).sum(-1, dtype=torch.int32)
+    indices = torch.argsort(state, dim=-1, descending=True, stable=True).int()
+    indices = indices[..., : int(count.max())].contiguous()
+    indices[torch.arange(indices.shape[-1]) >= count[..., None]] = _UNUSED
+    full = (state == 2).sum(-1, dtype=torch.int32)
+    return Plan(indices, count, full, q_blocks, kv_blocks, rule=rule, **fields)
+
+
+def results(q, k, v, grad_out, grad_lse, plan: Plan, backend: str, **options) -> dict:
+    """out, lse and all gradients of one backend."""
+    leaves = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out_scale": plan.out_scale,
+        "out_residual": plan.out_residual,
+    }
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items() if x is not None}
+    epilogue = {n: x for n, x in leaves.items() if n.startswith("out_")}
+    if epilogue:
+        plan = plan.replace(**epilogue)
+    out, lse = attend(
+        leaves["q"], leaves["k"], leaves["v"], plan, backend=backend, return_lse=True, **options
+    )
+    wanted, given = [out], [grad_out.to(out.dtype)]
+    if grad_lse is not None:
+        wanted, given = [out, lse], [*given, grad_lse.to(lse.dtype)]
+    grads = torch.autograd.grad(wanted, list(leaves.values()), given)
+    found = {"out": out.detach(), "lse": lse.detach()}
+    return found | {f"d{name}": g for name, g in zip(leaves, grads)}
+
+
+def eager_results(q, k, v, grad_out, grad_lse, plan: Plan, weight, scale) -> dict:
+    """out, lse, dq, dk and dv of plain attention in the dtype of q; the epilogue left out."""
+    mask = plan.to_dense_mask()
+    if weight is not None:
+        mask = mask & torch.isfinite(weight)[..., None, :]
+        weight = weight.clamp_min(-1e3)
+    unseen = ~mask.any(-1)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    mask = mask | unseen[..., None]
+    out = eager_attention(q, k, v, mask, scale, weight).masked_fill(unseen[..., None], 0)
+    logits = q @ k.transpose(-1, -2) * scale
+    if weight is not None:
+        logits = logits + weight[..., None, :].to(logits)
+    lse = torch.logsumexp(logits.masked_fill(~mask, -torch.inf), -1).masked_fill(unseen, 0)
+    wanted, given = [out], [grad_out.to(out.dtype)]
+    if grad_lse is not None:
+        wanted, given = [out, lse], [*given, grad_lse.to(lse.dtype)]
+    grads = torch.autograd.grad(wanted, (q, k, v), given)
+    found = {"out": out.detach(), "lse": lse.detach()}
+    return found | {f"d{name}": g for name, g in zip("qkv", grads)}
+
+
+def assert_parity(
+    plan: Plan, backend: str, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, size=1.0,
+    kv_log_weight=None, scale=None, with_lse=True, view=lambda x: x,
+) -> dict:  # fmt: skip
+    """Assert that a backend is about as near to the fp64 oracle as plain attention in ``dtype``.
+
+    Args:
+        size: factor of q and k.
+        with_lse: send a gradient through lse too.
+        view: applied to q, k, v and the gradient, to make strided ones.
+    """
+    inputs = attention_inputs(batch, heads, plan.num_queries, head_dim, plan.num_keys, dtype, size)
+    grad_lse = None
+    if with_lse:
+        grad_lse = torch.randn(inputs[3].shape[:3], generator=_generator(1))
+    options = {"kv_log_weight": kv_log_weight, "scale": scale}
+    exact = results(*(x.double() for x in inputs), grad_lse, plan, "reference", **options)
+    actual = results(*(view(x) for x in inputs), grad_lse, plan, backend, **options)
+    weight = plan.kv_log_weight
+    if kv_log_weight is not None:
+        weight = kv_log_weight if weight is None else weight + kv_log_weight
+    scale = head_dim**-0.5 if scale is None else scale
+    eager = eager_results(*inputs, grad_lse, plan, weight, scale)
+    assert actual["out"].dtype == dtype
+    assert actual["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    unseen = exact["lse"] == -torch.inf
+    assert torch.equal(actual["lse"] == -torch.inf, unseen)
+    epilogue = plan.out_scale is not None or plan.out_residual is not None
+    for name, value in exact.items():
+        found = actual[name]
+        if name == "lse":
+            found, value = found.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
+        if name in eager and not epilogue:
+            # Where a row sees one key, dp and delta cancel in eager attention without any error.
+            assert_within_budget(name, found, value, eager[name], floor=8)
+        else:
+            # Sums of what eager bounds above.
+            limit = 64 * torch.finfo(dtype).eps * float(value.abs().max())
+            assert torch.isfinite(found).all(), name
+            assert float((found.double() - value).abs().max()) <= limit, name
+    return actual
