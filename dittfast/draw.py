@@ -90,19 +90,25 @@ class Panel:
     lines: tuple[str, ...] = ()
 
 
-def difference(a: Image.Image, b: Image.Image) -> tuple[Image.Image, int]:
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, int]:
     """``|a - b|`` brightened by a power of two so that it can be seen, and that factor.
 
     The factor is the largest for which at most 1 % of the values are cut off, up to 64.
+
+    Args:
+        a, b: uint8 arrays of one shape: pictures ``[H, W, 3]`` or videos ``[F, H, W, 3]``.
     """
-    if a.size != b.size:
-        raise ValueError(f"the pictures differ in size: {a.size} and {b.size}")
-    apart = np.abs(np.asarray(a.convert("RGB"), np.int16) - np.asarray(b.convert("RGB"), np.int16))
+    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise ValueError(
+            f"expected two uint8 arrays of one shape, got {a.dtype} {a.shape} and "
+            f"{b.dtype} {b.shape}"
+        )
+    apart = np.maximum(a, b) - np.minimum(a, b)
     high = float(np.quantile(apart, 0.99))
     gain = 1
     while apart.any() and gain < 64 and high * gain * 2 <= 255:
         gain *= 2
-    return Image.fromarray(np.minimum(apart * gain, 255).astype(np.uint8)), gain
+    return np.minimum(apart.astype(np.uint16) * gain, 255).astype(np.uint8), gain
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
@@ -188,7 +194,9 @@ def _marks(layout: Layout, blocks: Blocks):
     by = np.argsort(starts)
     edges = np.append(starts[by], (starts + lengths).max())
     in_blocks = lambda position: float(np.interp(position, edges, np.arange(edges.size)))  # noqa: E731
-    frame_of = layout.coordinates()[:, 1]
+    frame_of = np.pad(
+        layout.coordinates()[:, 1], (0, edges[-1] - layout.num_tokens), constant_values=-1
+    )
     if blocks.order is not None:
         frame_of = frame_of[blocks.order.cpu().numpy()]
     segments, frames = [], []
@@ -201,6 +209,8 @@ def _marks(layout: Layout, blocks: Blocks):
         if segment.frames > 1 and (np.diff(inside) >= 0).all():
             first = start + np.arange(segment.frames) * segment.tokens_per_frame
             frames += [(in_blocks(p), str(n)) for n, p in enumerate(first)]
+    if edges[-1] > layout.num_tokens:
+        segments.append((in_blocks(layout.num_tokens), "pooled"))
     return segments, frames
 
 

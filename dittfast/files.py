@@ -74,3 +74,27 @@ def write_image(path: str | Path, image) -> None:
     """Write a ``PIL.Image`` in the format that the ending of ``path`` names, atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary)
+
+
+def save_video(path: str | Path, frames, fps: int = 16) -> None:
+    """Encode ``frames [F, H, W, 3]`` uint8 as .mp4 (H.264) or .gif; combine with atomic_path.
+
+    H.264 needs even sizes: an odd last row or column is repeated.
+
+    Raises:
+        ValueError: another ending, or fewer than one frame a second.
+    """
+    import imageio.v3 as iio
+    import numpy as np
+
+    path = Path(path)
+    if fps < 1:
+        raise ValueError(f"fps must be at least 1, got {fps}")
+    if path.suffix.lower() == ".gif":
+        iio.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
+    elif path.suffix.lower() == ".mp4":
+        odd = [(0, n % 2) for n in np.shape(frames)[1:3]]
+        even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+        iio.imwrite(path, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1)
+    else:
+        raise ValueError(f"{path}: a video ends in .mp4 or .gif")
