@@ -249,7 +249,8 @@ def block_mask(
     legend = [(FULL, "every token pair kept", False)]
     if partial.any():
         legend.append((PARTIAL, "some token pairs kept", False))
-    legend.append((HIDDEN, "never computed", False))
+    if (full + partial < 1).any():
+        legend.append((HIDDEN, "never computed", False))
     if len(axes[1].segments) > 1:
         legend.append((SEGMENT_LINE, "first token of a segment", True))
     if axes[1].frames:
@@ -301,9 +302,9 @@ def _draw_axes(page: _Page, plan: Plan, axes: Sequence[_Axis], size, corner) -> 
     edge = left + width - 1, top + height - 1
     for axis, vertical in zip(axes, (False, True)):
         steps = [b[0] - a[0] for a, b in zip(axis.frames, axis.frames[1:])]
-        # At least 5 px between lines and 26 px between numbers.
-        every = -(-5 // max(1, min(steps, default=5)))
-        number = every * -(-26 // max(1, every * min(steps, default=26)))
+        # At least 26 px between numbers; lines between them only where that stays uncluttered.
+        number = -(-26 // max(1, min(steps, default=26)))
+        every = 1 if min(steps, default=26) >= 12 else number
         lines = [(at, FRAME_LINE, 1) for at, _ in axis.frames[::every]]
         lines += [(at, SEGMENT_LINE, 2) for at, _ in axis.segments]
         for at, colour, thick in lines:
@@ -321,7 +322,9 @@ def _draw_axes(page: _Page, plan: Plan, axes: Sequence[_Axis], size, corner) -> 
             if vertical:
                 page.text(left + at, top - 40, [name], 14)
             else:
-                page.image.paste(_turned(name, 14, INK), (left - 50, top + at))
+                label = _turned(name, 14, INK)
+                y = min(top + at, page.image.height - label.height - 4)
+                page.image.paste(label, (left - 50, y))
     page.draw.rectangle((left - 1, top - 1, left + width, top + height), outline=FAINT, width=1)
     page.text(left, top - 62, [f"key blocks 0 to {plan.kv_blocks.count - 1}"], 14, FAINT)
     label = _turned(f"query blocks 0 to {plan.q_blocks.count - 1}", 14, FAINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
@@ -14,6 +15,10 @@ def versions() -> dict[str, str | None]:
 
     found: dict[str, str | None] = {"dittfast": __version__, "python": platform.python_version()}
     for name in PACKAGES:
+        loaded = getattr(sys.modules.get(name), "__version__", None)
+        if loaded is not None:  # torch's own knows its build, such as 2.14.1+cu130
+            found[name] = str(loaded)
+            continue
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 _SIZES = ("num_frames", "height", "width")
+_COUNTS = (*_SIZES, "num_inference_steps", "max_sequence_length", "runs", "fps")
+_SCALES = ("guidance_scale", "true_cfg_scale")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,28 @@ def size_multiples(pipe) -> tuple[int, int]:
     return scale * height, scale * width
 
 
+def check_ranges(**values) -> None:
+    """Check what can be judged without the pipeline; None is skipped.
+
+    Args:
+        values: ``prompt``, ``seed``, counts, sizes and guidance scales, by name.
+
+    Raises:
+        ValueError: an empty prompt or a number out of range.
+    """
+    if not (values.get("prompt") or "").strip():
+        raise ValueError("the prompt is empty; describe the picture, such as 'a red apple'")
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"seed must lie in 0..{2**63 - 1}, got {value}")
+        if name in _COUNTS and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+        if name in _SCALES and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+
+
 def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> dict:
     """The arguments to call ``pipe`` with: what the user gave, then the sample's own settings.
 
@@ -90,11 +114,9 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
         given: arguments by name; None where the user gave none.
 
     Raises:
-        ValueError: an empty prompt, an argument that the pipeline does not take, a count or a
-            size out of range, or a size that the pipeline would silently round.
+        ValueError: as :func:`check_ranges`, an argument that the pipeline does not take, or a size
+            that the pipeline would silently round.
     """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; describe the picture, such as 'a red apple'")
     names = accepted(pipe)
     given = {k: v for k, v in given.items() if v is not None}
     for name in given:
@@ -104,12 +126,7 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
             )
     call = {k: v for k, v in (settings or {}).items() if k in names} | given
     call["prompt"] = prompt
-    for name in ("height", "width", "num_inference_steps", "num_frames"):
-        if name in call and call[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {call[name]}")
-    for name in ("guidance_scale", "true_cfg_scale"):
-        if name in call and not math.isfinite(call[name]):
-            raise ValueError(f"{name} must be a finite number, got {call[name]}")
+    check_ranges(**call)
     for name, multiple in zip(("height", "width"), size_multiples(pipe)):
         _check_multiple(pipe, call, name, multiple, 0)
     # A factor of 1 compresses nothing in time, so there every number of frames is right.
@@ -165,11 +182,8 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
     """Call a pipeline once, with noise drawn on the CPU from ``seed``, and time it.
 
     Raises:
-        ValueError: a seed out of range.
         FloatingPointError: the picture has values that are not finite.
     """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in 0..{2**63 - 1}, got {seed}")
     device = next(iter(transformers_of(pipe).values())).device
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -281,11 +295,11 @@ def generate(
         The arms: dense (with ``compare`` or without a method), then the method's.
 
     Raises:
-        ValueError: ``compare`` without a method, ``runs`` below 1, and as :func:`run` and
+        ValueError: ``compare`` without a method, a seed or number of runs out of range, and as
             :func:`~dittfast.pipelines.adapter.enable`.
+        FloatingPointError: as :func:`run`.
     """
-    if runs < 1:
-        raise ValueError(f"runs must be at least 1, got {runs}")
+    check_ranges(prompt=call["prompt"], seed=seed, runs=runs)
     if compare and method is None:
         raise ValueError("there is nothing to compare dense attention with; choose a method")
     arms: list[tuple[str, Method | None]] = []

@@ -126,13 +126,22 @@ def load(source: Source, device="cpu", dtype=None):
             source.location, local_files_only=source.kind != "hub", **options
         )
     except Exception as error:  # each loader raises its own: OSError, KeyError, SafetensorError ...
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if source.kind == "hub":
             raise ValueError(
                 f"could not load {source.name}: there is no folder of that name here, and the "
-                "Hugging Face hub could not be reached or does not offer it. Without a network, "
+                f"Hugging Face hub did not deliver it ({_root_cause(error)}). Without a network, "
                 f"fetch it elsewhere (hf download {source.name} --local-dir FOLDER) and pass that "
-                f"folder as the model. What was tried ended in {reason}"
+                "folder as the model"
             ) from error
-        raise ValueError(f"could not load the pipeline in {source.location}: {reason}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"could not load the pipeline in {source.location}: {type(error).__name__}: {reason}"
+        ) from error
     return pipe.to(device)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first error of a chain, in one short line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

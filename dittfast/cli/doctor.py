@@ -28,6 +28,8 @@ def _row(name: str, text: str) -> None:
 
 
 def _print_versions() -> None:
+    import torch  # noqa: F401 (once loaded, it tells its build)
+
     from dittfast.environment import versions
 
     print("versions")
@@ -70,28 +72,27 @@ def check_backend(name: str, device) -> tuple[bool, str]:
         backend = BACKENDS[name]()
     except ImportError as error:
         return False, f"cannot be imported: {error}"
-    right, refused, wrong = [], {}, []
+    right: list[str] = []
+    findings: dict[str, list[str]] = {}
+    broken = False
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         q = torch.zeros(1, 2, 8, 64, dtype=dtype, device=device)
         reasons = backend.not_supported_reasons(q, q, q)
         if reasons:
-            refused.setdefault("; ".join(reasons), []).append(label)
+            findings.setdefault("cannot run: " + "; ".join(reasons), []).append(label)
             continue
         try:
             _check_parity(name, device, dtype)
             right.append(label)
         except Exception as error:  # whatever a driver or a compiler throws is a finding
-            wrong.append(f"{label}: {' '.join(str(error).split())[:200]}")
-    findings = []
+            broken = True
+            reason = f"FAILS: {' '.join(str(error).split())[:200]}"
+            findings.setdefault(reason, []).append(label)
+    told = [f"{', '.join(labels)} {finding}" for finding, labels in findings.items()]
     if right:
-        findings.append(f"forward and backward agree with the oracle in {', '.join(right)}")
-    findings += [f"FAILS in {x}" for x in wrong]
-    findings += [
-        f"cannot run{'' if not (right or wrong) else ' ' + ', '.join(labels)}: {why}"
-        for why, labels in refused.items()
-    ]
-    return bool(right) and not wrong, "; ".join(findings)
+        told.insert(0, f"{', '.join(right)} right forward and backward")
+    return bool(right) and not broken, "; ".join(told)
 
 
 def _check_parity(name: str, device, dtype) -> None:

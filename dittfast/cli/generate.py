@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to write: {', '.join(IMAGES)}, for a video {' or '.join(VIDEOS)}; a record of "
         "the run goes beside it as .json. Existing files are replaced",
     )
-    add_method_arguments(parser)
+    add_method_arguments(parser, "; dense attention without it")
     comparing = parser.add_argument_group("comparing")
     comparing.add_argument(
         "--compare",
@@ -87,17 +87,20 @@ def run(args) -> int:
     """Check all that can be checked, load, draw, and only then write."""
     from dittfast.pipelines import sources
 
-    source = sources.find(args.model)
     if args.examples:
-        return _list_examples(source)
+        return _list_examples(sources.find(args.model))
     if args.prompt is None:
         raise ValueError('the prompt is missing; try: dittfast generate "a red apple" -o apple.png')
-    if not args.prompt.strip():
-        raise ValueError("the prompt is empty; describe the picture, such as 'a red apple'")
     if args.output is None:
         raise ValueError("-o FILE is missing; say where the picture should go")
     output = check_output(args.output, IMAGES + VIDEOS)
     check_output(output.with_suffix(".json"))
+    given = {name: getattr(args, name) for name in CALL}
+
+    from dittfast.pipelines.generate import check_ranges
+
+    check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
+    source = sources.find(args.model)
     method, schedule = _method(args, source)
     device = sources.choose_device(args.device)
     dtype = sources.choose_dtype(args.dtype, device)
@@ -107,7 +110,6 @@ def run(args) -> int:
 
     from dittfast.pipelines.generate import call_arguments, generate, is_video, record
 
-    given = {name: getattr(args, name) for name in CALL}
     call = call_arguments(pipe, args.prompt, source.settings, **given)
     moving = is_video(pipe) and call.get("num_frames") != 1
     check_output(output, VIDEOS if moving else IMAGES)
@@ -208,33 +210,46 @@ def _frames(arms, data):
 
 
 def _captions(arms, data, gain: int):
+    """Name and lines below each picture of a comparison."""
     dense, sparse = arms
-    quality, ratio = data["against_dense"], data["dense_over_sparse"]
-    options = data["attention"]["method"]
-    changed = ", ".join(f"{k}={v}" for k, v in options.items() if k != "name" and v is not None)
-    if quality["identical"]:
-        distance = "identical pictures"
-    else:
-        distance = f"PSNR {quality['psnr_db']:.1f} dB"
-        if quality["ssim"] is not None:
-            distance += f", SSIM {quality['ssim']:.3f}"
-    lines = (_times(sparse, ratio),)
-    if sparse.density is not None:
-        lines += (f"density {sparse.density:.3f}, {changed}",)
+    ratio = data["dense_over_sparse"]["per_step"] or data["dense_over_sparse"]["whole"]
+    facts = [f"{ratio:.2f}x as fast"]
+    if all(layer.dense for layer in sparse.description.layers):
+        facts.append("all layers ran dense")
+    elif sparse.density is not None:
+        facts.insert(0, f"density {sparse.density:.3f}")
     return (
         (dense.name, (_times(dense),)),
-        (sparse.name, lines),
-        (f"|{dense.name} - {sparse.name}| x {gain}", (distance,)),
+        (f"{sparse.name} {_options(sparse)}", (_times(sparse), ", ".join(facts))),
+        (f"|{dense.name} - {sparse.name}| x {gain}", (_distance(data["against_dense"]),)),
     )
 
 
-def _times(arm, ratio=None) -> str:
+def _options(arm) -> str:
+    """The method's first option, and those that are not at their default."""
+    from dataclasses import fields
+
+    method = arm.description.method
+    shown = [
+        f"{field.name}={getattr(method, field.name)}"
+        for number, field in enumerate(fields(method))
+        if number == 0 or getattr(method, field.name) != field.default
+    ]
+    return ", ".join(shown)
+
+
+def _times(arm) -> str:
     text = f"{seconds(arm.seconds)} in all"
     if arm.seconds_per_step is not None:
         text = f"{seconds(arm.seconds_per_step)} a step, {text}"
-    if ratio is not None and ratio["per_step"] is not None:
-        text += f", {ratio['per_step']:.2f}x"
     return text
+
+
+def _distance(quality: dict) -> str:
+    if quality["identical"]:
+        return "identical pictures"
+    text = f"PSNR {quality['psnr_db']:.2f} dB"
+    return text if quality["ssim"] is None else f"{text}, SSIM {quality['ssim']:.4f}"
 
 
 def _write(output: Path, arms, data: dict, args) -> list[Path]:
@@ -265,22 +280,12 @@ def _save(path: Path, frames, fps: int) -> None:
 
 
 def _summary(arms, data: dict) -> list[str]:
-    lines = [f"{arm.name:<12}{_times(arm)}" for arm in arms]
     last = arms[-1]
-    if last.description is not None:
-        lines.append(str(last.description))
+    lines = [] if last.description is None else str(last.description).splitlines()
+    lines += [f"{arm.name:<10}{_times(arm)}" for arm in arms]
     if len(arms) > 1:
-        ratio, quality = data["dense_over_sparse"], data["against_dense"]
-        step = ratio["per_step"]
-        lines.append(
-            "dense/sparse"
-            + (f"  {step:.2f}x a step," if step is not None else "")
-            + f"  {ratio['whole']:.2f}x in all"
-        )
-        same = quality["identical"]
-        lines.append(
-            "difference  "
-            + ("none" if same else f"PSNR {quality['psnr_db']:.2f} dB")
-            + ("" if same or quality["ssim"] is None else f", SSIM {quality['ssim']:.4f}")
-        )
+        ratio = data["dense_over_sparse"]
+        step = "" if ratio["per_step"] is None else f"{ratio['per_step']:.2f}x a step, "
+        lines.append(f"speed     {step}{ratio['whole']:.2f}x in all, against dense")
+        lines.append(f"picture   {_distance(data['against_dense'])} against dense")
     return lines

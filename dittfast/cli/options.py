@@ -6,17 +6,15 @@ import argparse
 import contextlib
 
 
-def add_method_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """``--method``, ``--config`` and ``--set``."""
+def add_method_arguments(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """``--method``, ``--config`` and ``--set``; ``otherwise`` says what holds without them."""
     group = parser.add_argument_group("attention")
     either = group.add_mutually_exclusive_group(required=False)
     either.add_argument(
         "-m",
         "--method",
-        default=default,
         metavar="NAME",
-        help="a method such as radial or local, or a preset such as radial/wan2.1"
-        + ("" if default else "; dense attention without it"),
+        help=f"a method such as radial or local, or a preset such as radial/wan2.1{otherwise}",
     )
     either.add_argument(
         "--config", metavar="FILE", help="a YAML file with method, options, schedule"

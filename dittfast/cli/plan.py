@@ -55,7 +55,8 @@ def run(args) -> int:
             check_output(path, endings)
     for name in ("head_dim", "heads"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {args.head_dim}")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be at least 1, got {getattr(args, name)}")
     asked, options = chosen_method(args), parse_options(args.options)
     if asked is None:
         raise ValueError("the method is missing; add --method radial, or --config FILE")
@@ -150,12 +151,15 @@ def _lines(data: dict, args) -> list[str]:
 
 def _notes(data: dict) -> list[str]:
     options = [f"{k} = {v}" for k, v in data["method"].items() if k != "name" and v is not None]
+    blocks = f"{data['listed_blocks']:,} blocks computed"
+    if data["full_blocks"] < data["listed_blocks"]:
+        blocks += f", {data['full_blocks']:,} of them full"
     return [
         *options,
         f"density {data['density']:.4f}",
         f"{compact(data['flops'], 'FLOP')} of {compact(data['dense_flops'], 'FLOP')} dense",
         f"({data['heads']} heads of {data['head_dim']}, forward)",
-        f"{data['listed_blocks']:,} blocks, {data['full_blocks']:,} of them full",
+        blocks,
     ]
 
 
