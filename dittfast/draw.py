@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def printable(text: str) -> str:
 
 def _wrap(text: str, font, width: float, max_lines: int) -> list[str]:
     """``text`` broken at spaces into lines at most ``width`` wide; what is cut ends in dots."""
-    lines, words = [""], printable(text).split()
+    # No letter is narrower than a pixel: what lies beyond cannot be shown.
+    lines, words = [""], printable(text[: int(width + 2) * max_lines]).split()
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
@@ -53,13 +55,19 @@ def _wrap(text: str, font, width: float, max_lines: int) -> list[str]:
         else:
             lines.append(word)
     cut = len(lines) > max_lines
-    lines = lines[:max_lines]
-    for number, line in enumerate(lines):
-        short = cut and number == max_lines - 1
-        while line and font.getlength(line + ("..." if short else "")) > width:
-            line, short = line[:-1], True
-        lines[number] = line.rstrip() + ("..." if short else "")
-    return lines
+    return [
+        _fitted(line, font, width, cut and number == max_lines - 1)
+        for number, line in enumerate(lines[:max_lines])
+    ]
+
+
+def _fitted(line: str, font, width: float, dots: bool) -> str:
+    """``line``, or as much of its beginning as fits with dots behind it."""
+    if not dots and font.getlength(line) <= width:
+        return line
+    fits = lambda n: font.getlength(line[:n].rstrip() + "...") <= width  # noqa: E731
+    count = bisect.bisect_left(range(1, len(line) + 1), True, key=lambda n: not fits(n))
+    return line[:count].rstrip() + "..."
 
 
 class _Page:
@@ -185,6 +193,15 @@ def _shares(plan: Plan, batch: int, head: int, cells: int) -> tuple[np.ndarray, 
     return counts[0], counts[1]
 
 
+def _shaded(full: np.ndarray, partial: np.ndarray, size: int) -> Image.Image:
+    """A cell for every share, as large as fits into ``size`` pixels."""
+    colours = np.array([HIDDEN, PARTIAL, FULL], dtype=np.float64)
+    shade = np.stack([1 - full - partial, partial, full], -1) @ colours
+    image = Image.fromarray(np.clip(np.rint(shade), 0, 255).astype(np.uint8))
+    scale = max(1, size // max(full.shape))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
 def _marks(layout: Layout, blocks: Blocks):
     """Where segments and frames begin, in blocks: two lists of ``(place, name)``.
 
@@ -237,12 +254,7 @@ def block_mask(
         ValueError: a batch row or head that the plan does not have.
     """
     full, partial = _shares(plan, batch, head, size)
-    rows, columns = full.shape
-    colours = np.array([HIDDEN, PARTIAL, FULL], dtype=np.float64)
-    shade = np.stack([1 - full - partial, partial, full], -1) @ colours
-    mask = Image.fromarray(np.clip(np.rint(shade), 0, 255).astype(np.uint8))
-    scale = max(1, size // max(rows, columns))
-    mask = mask.resize((columns * scale, rows * scale), Image.Resampling.NEAREST)
+    mask = _shaded(full, partial, size)
 
     text, side = 15, 285
     axes = [_axis(layout, b, n) for b, n in zip((plan.q_blocks, plan.kv_blocks), mask.size[::-1])]
