@@ -1,1 +1,86 @@
-"""The dittfast command line."""
+"""The dittfast command line.
+
+A subcommand is a module here with ``add_arguments(parser)`` and ``run(args) -> exit code``. Only
+the one that was asked for is imported, and torch only inside its ``run``, so help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from dittfast import __version__
+
+COMMANDS = {
+    "generate": "draw a picture with a pipeline, dense and sparse",
+    "plan": "draw a method's block mask, with its density and FLOPs",
+    "bench": "measure speed, after checking that the results agree",
+    "doctor": "show what runs on this machine, and why the rest does not",
+}
+INTERRUPTED = 130
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of ``command`` only."""
+    parser = argparse.ArgumentParser(
+        prog="dittfast",
+        description="Faster diffusion transformers: sparse attention in diffusers pipelines.",
+        epilog="dittfast COMMAND --help lists a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"dittfast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command:
+            module = importlib.import_module(f".{name}", __name__)
+            module.add_arguments(sub)
+            sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+class _OnStderr(logging.StreamHandler):
+    """The package's log messages for people: each once."""
+
+    def __init__(self):
+        super().__init__(sys.stderr)
+        self._seen: set[str] = set()
+        self.setFormatter(logging.Formatter("dittfast: %(message)s"))
+
+    def filter(self, record):
+        message = record.getMessage()
+        new = message not in self._seen
+        self._seen.add(message)
+        return new and super().filter(record)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code.
+
+    0: done; 1: a check failed; 2: bad input, said in one line; 130: interrupted by Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((a for a in argv if not a.startswith("-")), None)
+    args = _parser(command).parse_args(argv)
+    logger, handler = logging.getLogger("dittfast"), _OnStderr()
+    logger.addHandler(handler)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\ndittfast: interrupted; no half-written file is left", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        print(f"dittfast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        logger.removeHandler(handler)

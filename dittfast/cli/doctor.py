@@ -1,0 +1,176 @@
+"""``dittfast doctor``: what runs on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``dittfast doctor`` has no options."""
+    parser.epilog = "exit code: 0 if attention runs and is right on every device here, else 1"
+
+
+def run(args) -> int:
+    """Print the findings; 1 if a device has no backend that runs and agrees with the oracle."""
+    _print_versions()
+    healthy = _print_devices()
+    _print_triton()
+    _print_content()
+    print()
+    print("attention works here" if healthy else "attention does not work here: see above")
+    return 0 if healthy else 1
+
+
+def _row(name: str, text: str) -> None:
+    print(f"  {name:<14}{text}")
+
+
+def _print_versions() -> None:
+    import torch  # noqa: F401 (once loaded, it tells its build)
+
+    from dittfast.environment import versions
+
+    print("versions")
+    for name, version in versions().items():
+        _row(name, version or "not installed")
+    _row("system", f"{platform.system()} {platform.machine()}")
+
+
+def _print_devices() -> bool:
+    """Each device with what every backend does on it; whether all devices are served."""
+    from dittfast.attention import BACKENDS, choose_backend
+    from dittfast.environment import describe_device, devices
+
+    healthy = True
+    for device in devices():
+        about = describe_device(device)
+        details = ", ".join(f"{v} {k}" for k, v in about.items() if k not in ("type", "name"))
+        print(f"\n{device}  {about['name']}" + (f" ({details})" if details else ""))
+        chosen = choose_backend(device)
+        for name in BACKENDS:
+            works, finding = check_backend(name, device)
+            if name == chosen:
+                finding += "; this is what backend='auto' runs here"
+                healthy = healthy and works
+            _row(name, finding)
+    return healthy
+
+
+def check_backend(name: str, device) -> tuple[bool, str]:
+    """Whether a backend runs on a device and agrees with the oracle, and how that is known.
+
+    A small local plan with text, 6 x 7 x 9 tokens, forward and backward, in each dtype the backend
+    takes, against the dense oracle in fp64.
+    """
+    import torch
+
+    from dittfast.attention import BACKENDS
+
+    try:
+        backend = BACKENDS[name]()
+    except ImportError as error:
+        return False, f"cannot be imported: {error}"
+    right: list[str] = []
+    findings: dict[str, list[str]] = {}
+    broken = False
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        label = str(dtype).removeprefix("torch.")
+        q = torch.zeros(1, 2, 8, 64, dtype=dtype, device=device)
+        reasons = backend.not_supported_reasons(q, q, q)
+        if reasons:
+            findings.setdefault("cannot run: " + "; ".join(reasons), []).append(label)
+            continue
+        try:
+            _check_parity(name, device, dtype)
+            right.append(label)
+        except Exception as error:  # whatever a driver or a compiler throws is a finding
+            broken = True
+            reason = f"FAILS: {' '.join(str(error).split())[:200]}"
+            findings.setdefault(reason, []).append(label)
+    told = [f"{', '.join(labels)} {finding}" for finding, labels in findings.items()]
+    if right:
+        told.insert(0, f"{', '.join(right)} right forward and backward")
+    return bool(right) and not broken, "; ".join(told)
+
+
+def _check_parity(name: str, device, dtype) -> None:
+    import torch
+
+    from dittfast.attention import attend
+    from dittfast.layout import Layout
+    from dittfast.methods import METHODS
+    from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
+
+    layout = Layout.video(6, 7, 9, text=5)
+    plan = METHODS["local"](window=3, tile=(2, 4, 4)).plan(layout)
+    inputs = attention_inputs(1, 2, layout.num_tokens, 64, dtype=dtype, device=device)
+    mask = plan.to_dense_mask().to(device)
+    results = []
+    for backend, cast in ((name, dtype), ("eager", dtype), ("reference", torch.float64)):
+        q, k, v, grad_out = (x.to(cast).requires_grad_() for x in inputs)
+        if backend == "eager":
+            out = eager_attention(q, k, v, mask, 64**-0.5)
+        else:
+            out = attend(q, k, v, plan, backend=backend)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), grad_out.detach())))
+    for label, actual, eager, exact in zip(("out", "dq", "dk", "dv"), *results):
+        assert_within_budget(label, actual.detach(), exact.detach(), eager.detach())
+
+
+def _print_triton() -> None:
+    import os
+
+    import torch
+
+    print("\ntriton")
+    try:
+        import triton
+    except ImportError as error:
+        _row("missing", f"{error}; without it GPUs have only the reference backend")
+        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    _row("interpreter", "on (slow, for tests)" if interpreted else "off")
+    _row("compiler", _compiler_finding(triton))
+    if not torch.accelerator.is_available():
+        _row("GPU", f"none visible; torch is built for {_torch_build(torch)}")
+
+
+def _torch_build(torch) -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPUs only"
+
+
+def _compiler_finding(triton) -> str:
+    from pathlib import Path
+
+    folder = Path(triton.__file__).parent / "backends"
+    tools = sorted({p.name for p in folder.glob("*/bin/ptxas*") if p.is_file()})
+    return f"{', '.join(tools)} found" if tools else "no ptxas in the triton package"
+
+
+def _print_content() -> None:
+    from dittfast.config import presets
+    from dittfast.methods import METHODS
+    from dittfast.pipelines.sources import sample_models
+
+    print("\ncontents")
+    _row("methods", ", ".join(METHODS))
+    _row("presets", ", ".join(presets()) or "none")
+    found = []
+    for name, folder in sample_models().items():
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        found.append(f"{name} ({size / 1e6:.1f} MB)")
+    _row("sample models", ", ".join(found) or "none")
+    _row("video", _video_finding())
+
+
+def _video_finding() -> str:
+    try:
+        import imageio_ffmpeg
+
+        return f".mp4 with ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}"
+    except (ImportError, RuntimeError, OSError):
+        return ".mp4 with ffmpeg" if shutil.which("ffmpeg") else "no ffmpeg: .gif only"

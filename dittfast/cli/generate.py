@@ -1,0 +1,291 @@
+"""``dittfast generate``: draw a picture with a pipeline, dense and sparse."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from dittfast.files import atomic_path, check_output, save_video, write_json
+
+from .options import add_method_arguments, chosen_method, parse_options, seconds
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEOS = (".mp4", ".gif")
+# Arguments of the pipeline's call that have an option of the same name here.
+CALL = (
+    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+    "negative_prompt", "max_sequence_length",
+)  # fmt: skip
+EXAMPLE = """\
+examples:
+  dittfast generate "a blue heart on a purple background" -o heart.png
+  dittfast generate "a blue heart on a purple background" --method local --compare -o heart.png
+  dittfast generate --examples
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dittfast generate``."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument(
+        "--examples", action="store_true", help="list prompts the sample model was trained for"
+    )
+    parser.add_argument(
+        "--model",
+        default="sample-flux",
+        metavar="NAME",
+        help="a sample model, a diffusers folder or a hub id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=f"what to write: {', '.join(IMAGES)}, for a video {' or '.join(VIDEOS)}; a record of "
+        "the run goes beside it as .json. Existing files are replaced",
+    )
+    add_method_arguments(parser, "; dense attention without it")
+    comparing = parser.add_argument_group("comparing")
+    comparing.add_argument(
+        "--compare",
+        action="store_true",
+        help="draw with dense attention too: dense | method | difference in one picture",
+    )
+    comparing.add_argument(
+        "--runs", type=int, default=1, metavar="N", help="timed runs of each (default: 1)"
+    )
+    comparing.add_argument(
+        "--save-all", action="store_true", help="write the compared pictures on their own too"
+    )
+    call = parser.add_argument_group("picture", "without these the model's own defaults hold")
+    call.add_argument("--height", type=int, metavar="PX")
+    call.add_argument("--width", type=int, metavar="PX")
+    call.add_argument("--num-frames", type=int, metavar="N", help="of a video")
+    call.add_argument("--num-inference-steps", "--steps", type=int, metavar="N")
+    call.add_argument("--guidance-scale", type=float, metavar="X")
+    call.add_argument("--true-cfg-scale", type=float, metavar="X")
+    call.add_argument("--negative-prompt", metavar="TEXT")
+    call.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens")
+    call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    call.add_argument("--fps", type=int, default=16, metavar="N", help="of a video (default: 16)")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    where.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="auto: bfloat16 on accelerators, float32 on CPUs",
+    )
+    where.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto, triton, cpu or reference"
+    )
+
+
+def run(args) -> int:
+    """Check all that can be checked, load, draw, and only then write."""
+    from dittfast.pipelines import sources
+
+    if args.examples:
+        return _list_examples(sources.find(args.model))
+    if args.prompt is None:
+        raise ValueError('the prompt is missing; try: dittfast generate "a red apple" -o apple.png')
+    if args.output is None:
+        raise ValueError("-o FILE is missing; say where the picture should go")
+    output = check_output(args.output, IMAGES + VIDEOS)
+    check_output(output.with_suffix(".json"))
+    given = {name: getattr(args, name) for name in CALL}
+
+    from dittfast.pipelines.generate import check_ranges
+
+    check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
+    source = sources.find(args.model)
+    method, schedule = _method(args, source)
+    device = sources.choose_device(args.device)
+    dtype = sources.choose_dtype(args.dtype, device)
+    _quiet_libraries()
+    _say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
+    pipe = sources.load(source, device, dtype)
+
+    from dittfast.pipelines.generate import call_arguments, generate, is_video, record
+
+    call = call_arguments(pipe, args.prompt, source.settings, **given)
+    moving = is_video(pipe) and call.get("num_frames") != 1
+    check_output(output, VIDEOS if moving else IMAGES)
+
+    def on_stage(name: str) -> None:
+        pipe.set_progress_bar_config(desc=name, disable=None)
+        if not sys.stderr.isatty():  # no bar then
+            _say(name)
+
+    arms = generate(
+        pipe,
+        call,
+        method,
+        schedule,
+        backend=args.backend,
+        seed=args.seed,
+        compare=args.compare,
+        runs=args.runs,
+        on_stage=on_stage,
+    )
+    data = record(pipe, source, call, args.seed, arms)
+    written = _write(output, arms, data, args)
+    for line in _summary(arms, data):
+        print(line)
+    print("wrote " + ", ".join(map(str, written)))
+    return 0
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def _list_examples(source) -> int:
+    prompts = source.settings.get("prompts")
+    if not prompts:
+        raise ValueError(f"{source.name} is no sample model, so it has no list of prompts")
+    print("\n".join(prompts))
+    for name in ("labels", "backgrounds"):
+        if name in source.settings:
+            print(f"\n{name} it was trained on: {', '.join(source.settings[name])}")
+    return 0
+
+
+def _method(args, source):
+    """The method and schedule that were asked for; (None, None) for dense attention."""
+    asked, options = chosen_method(args), parse_options(args.options)
+    if asked is None:
+        if args.compare or options:
+            flag = "--compare" if args.compare else "--set"
+            raise ValueError(f"{flag} needs a method; add --method local, or --config FILE")
+        return None, None
+    from dittfast.attention import BACKENDS
+    from dittfast.config import presets, resolve, unknown
+
+    if args.backend != "auto" and args.backend not in BACKENDS:
+        raise unknown("backend", args.backend, ["auto", *BACKENDS])
+    if source.settings:
+        # A sample model is too small for sparse attention to pay; it is there to show that it
+        # works. Its preset, or at least min_tokens=0, makes the method run.
+        preset = f"{asked}/{source.name}"
+        asked = preset if preset in presets() else asked
+        options.setdefault("min_tokens", 0)
+    return resolve(asked, **options)
+
+
+def _quiet_libraries() -> None:
+    """One bar, ours: no bars for reading files of which most take no time."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _frames(arms, data):
+    """What goes into the main file: the picture, or dense | method | difference, for each frame."""
+    if len(arms) == 1:
+        return arms[0].run.frames
+    import numpy as np
+    from PIL import Image
+
+    from dittfast.draw import Panel, compare, difference
+
+    dense, sparse = arms
+    apart, gain = difference(dense.run.frames, sparse.run.frames)
+    captions = _captions(arms, data, gain)
+    title = f'"{data["prompt"]}"'
+    height, width = dense.run.frames.shape[1:3]
+    footer = (
+        f"{data['model']}, {width} x {height}, {len(dense.timings[0].steps)} steps, "
+        f"seed {data['seed']}, {data['device']['name']}, {data['dtype']}"
+    )
+    pages = []
+    for frames in zip(dense.run.frames, sparse.run.frames, apart):
+        panels = [Panel(Image.fromarray(f), *caption) for f, caption in zip(frames, captions)]
+        pages.append(np.asarray(compare(panels, title, footer)))
+    return np.stack(pages)
+
+
+def _captions(arms, data, gain: int):
+    """Name and lines below each picture of a comparison."""
+    dense, sparse = arms
+    ratio = data["dense_over_sparse"]["per_step"] or data["dense_over_sparse"]["whole"]
+    facts = [f"{ratio:.2f}x as fast"]
+    if all(layer.dense for layer in sparse.description.layers):
+        facts.append("all layers ran dense")
+    elif sparse.density is not None:
+        facts.insert(0, f"density {sparse.density:.3f}")
+    return (
+        (dense.name, (_times(dense),)),
+        (f"{sparse.name} {_options(sparse)}", (_times(sparse), ", ".join(facts))),
+        (f"|{dense.name} - {sparse.name}| x {gain}", (_distance(data["against_dense"]),)),
+    )
+
+
+def _options(arm) -> str:
+    """The method's first option, and those that are not at their default."""
+    from dataclasses import fields
+
+    method = arm.description.method
+    shown = [
+        f"{field.name}={getattr(method, field.name)}"
+        for number, field in enumerate(fields(method))
+        if number == 0 or getattr(method, field.name) != field.default
+    ]
+    return ", ".join(shown)
+
+
+def _times(arm) -> str:
+    text = f"{seconds(arm.seconds)} in all"
+    if arm.seconds_per_step is not None:
+        text = f"{seconds(arm.seconds_per_step)} a step, {text}"
+    return text
+
+
+def _distance(quality: dict) -> str:
+    if quality["identical"]:
+        return "identical pictures"
+    text = f"PSNR {quality['psnr_db']:.2f} dB"
+    return text if quality["ssim"] is None else f"{text}, SSIM {quality['ssim']:.4f}"
+
+
+def _write(output: Path, arms, data: dict, args) -> list[Path]:
+    """Write the picture, its record and with ``--save-all`` each part; all of them or none."""
+    parts = {output: _frames(arms, data)}
+    if args.save_all and len(arms) > 1:
+        from dittfast.draw import difference
+
+        dense, sparse = (arm.run.frames for arm in arms)
+        names = (arms[0].name, arms[1].name, "difference")
+        for name, frames in zip(names, (dense, sparse, difference(dense, sparse)[0])):
+            parts[output.with_name(f"{output.stem}.{name}{output.suffix}")] = frames
+    beside = output.with_suffix(".json")
+    with ExitStack() as stack:
+        for path, frames in parts.items():
+            _save(stack.enter_context(atomic_path(path)), frames, args.fps)
+        write_json(beside, data | {"files": [path.name for path in parts]})
+    return [*parts, beside]
+
+
+def _save(path: Path, frames, fps: int) -> None:
+    if path.suffix.lower() in VIDEOS:
+        save_video(path, frames, fps)
+        return
+    from PIL import Image
+
+    Image.fromarray(frames[0]).save(path)
+
+
+def _summary(arms, data: dict) -> list[str]:
+    last = arms[-1]
+    lines = [] if last.description is None else str(last.description).splitlines()
+    lines += [f"{arm.name:<10}{_times(arm)}" for arm in arms]
+    if len(arms) > 1:
+        ratio = data["dense_over_sparse"]
+        step = "" if ratio["per_step"] is None else f"{ratio['per_step']:.2f}x a step, "
+        lines.append(f"speed     {step}{ratio['whole']:.2f}x in all, against dense")
+        lines.append(f"picture   {_distance(data['against_dense'])} against dense")
+    return lines

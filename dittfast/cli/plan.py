@@ -1,0 +1,186 @@
+"""``dittfast plan``: draw a method's block mask, with its density and FLOPs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dittfast.files import check_output, write_image, write_json
+
+from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
+
+EXAMPLE = """\
+examples:
+  dittfast plan --method radial --frames 21 --height 45 --width 80 -o radial.png
+  dittfast plan --method local --set window=8 --height 64 --width 64 --text 512 -o local.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dittfast plan``."""
+    parser.epilog = EXAMPLE
+    grid = parser.add_argument_group("layout, in tokens (a FLUX token is 16 pixels wide)")
+    grid.add_argument("--frames", type=int, default=1, metavar="N", help="(default: 1, an image)")
+    grid.add_argument("--height", type=int, required=True, metavar="N")
+    grid.add_argument("--width", type=int, required=True, metavar="N")
+    grid.add_argument(
+        "--text", type=int, default=0, metavar="N", help="text tokens in the sequence (default: 0)"
+    )
+    where = grid.add_mutually_exclusive_group()
+    where.add_argument(
+        "--text-first",
+        action="store_true",
+        default=None,
+        help="text before the grid, as in FLUX (the default for images)",
+    )
+    where.add_argument(
+        "--text-last",
+        action="store_false",
+        dest="text_first",
+        help="text after the grid, as in HunyuanVideo (the default for videos)",
+    )
+    add_method_arguments(parser)
+    work = parser.add_argument_group("work")
+    work.add_argument("--head-dim", type=int, default=128, metavar="N", help="(default: 128)")
+    work.add_argument("--heads", type=int, default=24, metavar="N", help="(default: 24)")
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", metavar="FILE", help="write the picture here, as .png")
+    out.add_argument("--json", metavar="FILE", help="write the numbers here")
+
+
+def run(args) -> int:
+    """Build the plan, print its numbers, and write what was asked for."""
+    for path, endings in ((args.output, (".png",)), (args.json, None)):
+        if path is not None:
+            check_output(path, endings)
+    for name in ("head_dim", "heads"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be at least 1, got {getattr(args, name)}")
+    asked, options = chosen_method(args), parse_options(args.options)
+    if asked is None:
+        raise ValueError("the method is missing; add --method radial, or --config FILE")
+
+    from dittfast.config import SCHEDULE_FIELDS, resolve
+    from dittfast.layout import Layout
+
+    for name in options:
+        if name in SCHEDULE_FIELDS:
+            raise ValueError(f"{name} belongs to the schedule; it does not change a plan")
+    method, _ = resolve(asked, **options)
+    if not method.static:
+        raise ValueError(
+            f"{method.name} chooses blocks from q and k at every call, so it has no mask of its "
+            "own; a mask of random q and k would mean nothing. Static methods can be drawn"
+        )
+    text_first = args.frames == 1 if args.text_first is None else args.text_first
+    layout = Layout.video(args.frames, args.height, args.width, args.text, text_first)
+
+    from time import perf_counter
+
+    before = _reset_peak_memory()
+    start = perf_counter()
+    plan = method.plan(layout)
+    built = perf_counter() - start
+    peak = _peak_memory()
+    data = _numbers(plan, method, layout, args)
+    data["build_seconds"] = built
+    data["build_peak_bytes"] = None if before is None else max(0, peak - before)
+    lines = _lines(data, args)
+    print("\n".join(lines))
+    if args.json is not None:
+        write_json(args.json, data)
+    if args.output is not None:
+        from dittfast.draw import block_mask
+
+        title = f"{method.name}, {_grid(layout)}"
+        write_image(args.output, block_mask(plan, layout, title=title, lines=_notes(data)))
+    written = [str(Path(x)) for x in (args.output, args.json) if x is not None]
+    if written:
+        print("wrote " + ", ".join(written))
+    return 0
+
+
+def _numbers(plan, method, layout, args) -> dict:
+    from dataclasses import asdict
+
+    from dittfast.environment import versions
+
+    full, listed = (int(x.sum()) for x in (plan.kv_num_full_blocks, plan.kv_num_blocks))
+    tensors = [x for x in plan.tensors() if hasattr(x, "element_size")]
+    return {
+        "method": {"name": method.name, **asdict(method)},
+        "frames": args.frames,
+        "height": args.height,
+        "width": args.width,
+        "text": args.text,
+        "text_first": layout.num_context > 0 and layout.spans()[0][1].length == args.text,
+        "tokens": plan.num_queries,
+        "keys": plan.num_keys,
+        "density": plan.density,
+        "flops": plan.flops(args.head_dim, args.heads),
+        "dense_flops": 4.0 * plan.num_queries * plan.num_real_keys * args.head_dim * args.heads,
+        "head_dim": args.head_dim,
+        "heads": args.heads,
+        "blocks": [plan.q_blocks.count, plan.kv_blocks.count],
+        "listed_blocks": listed,
+        "full_blocks": full,
+        "plan_bytes": sum(x.element_size() * x.numel() for x in tensors),
+        "versions": versions(),
+    }
+
+
+def _lines(data: dict, args) -> list[str]:
+    options = ", ".join(f"{k}={v}" for k, v in data["method"].items() if k != "name")
+    partial = data["listed_blocks"] - data["full_blocks"]
+    cost = f"{seconds(data['build_seconds'])}, {compact(data['plan_bytes'], 'B')} of lists"
+    if data["build_peak_bytes"] is not None:
+        cost += f", {compact(data['build_peak_bytes'], 'B')} more memory at the peak"
+    return [
+        f"method    {data['method']['name']} ({options})",
+        f"tokens    {data['tokens']:,}: {data['frames']} x {data['height']} x {data['width']}, "
+        f"{data['text']} text",
+        f"density   {data['density']:.4f} of token pairs",
+        f"FLOPs     {compact(data['flops'])} of {compact(data['dense_flops'])} dense (forward, "
+        f"{data['heads']} heads of {data['head_dim']})",
+        f"blocks    {data['blocks'][0]} x {data['blocks'][1]}, {data['listed_blocks']:,} listed: "
+        f"{data['full_blocks']:,} full, {partial:,} partial",
+        f"built in  {cost}",
+    ]
+
+
+def _notes(data: dict) -> list[str]:
+    options = [f"{k} = {v}" for k, v in data["method"].items() if k != "name" and v is not None]
+    blocks = f"{data['listed_blocks']:,} blocks computed"
+    if data["full_blocks"] < data["listed_blocks"]:
+        blocks += f", {data['full_blocks']:,} of them full"
+    return [
+        *options,
+        f"density {data['density']:.4f}",
+        f"{compact(data['flops'], 'FLOP')} of {compact(data['dense_flops'], 'FLOP')} dense",
+        f"({data['heads']} heads of {data['head_dim']}, forward)",
+        blocks,
+    ]
+
+
+def _grid(layout) -> str:
+    frames, height, width = layout.grid.shape
+    size = f"{height} x {width} image" if frames == 1 else f"{frames} x {height} x {width} video"
+    text = f" and {layout.num_context} text" if layout.num_context else ""
+    return f"{size}{text} tokens"
+
+
+def _reset_peak_memory() -> int | None:
+    """Resident bytes now, and the peak set back to them; None where the system cannot do it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _peak_memory()
+
+
+def _peak_memory() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

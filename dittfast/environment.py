@@ -1,0 +1,65 @@
+"""What this program runs on: versions and devices, for records and bug reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of dittfast, Python and the packages it stands on; None where one is missing."""
+    from . import __version__
+
+    found: dict[str, str | None] = {"dittfast": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        loaded = getattr(sys.modules.get(name), "__version__", None)
+        if loaded is not None:  # torch's own knows its build, such as 2.14.1+cu130
+            found[name] = str(loaded)
+            continue
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [x.split(":", 1)[1].strip() for x in file if x.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_device(device) -> dict:
+    """Type and name of a ``torch.device``, and what its speed depends on."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        at = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda",
+            "name": at.name,
+            "capability": f"{at.major}.{at.minor}",
+            "memory_gib": round(at.total_memory / 2**30, 1),
+        }
+    if device.type == "cpu":
+        return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads()}
+    return {"type": device.type, "name": device.type}
+
+
+def devices() -> list:
+    """The ``torch.device`` of the CPU and of every accelerator that can be used here."""
+    import torch
+
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        found += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
+    return found

@@ -1,0 +1,100 @@
+"""Writing files so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_output(path: str | Path, suffixes: Sequence[str] | None = None) -> Path:
+    """``path``, if a file can be written there; call it before work that would be lost.
+
+    Args:
+        suffixes: the allowed endings, such as ``(".png", ".jpg")``; None for any.
+
+    Raises:
+        ValueError: an ending that is not allowed, or something there that is no regular file.
+        FileNotFoundError, NotADirectoryError, PermissionError: the folder cannot take a file.
+    """
+    path = Path(path)
+    if suffixes is not None and path.suffix.lower() not in suffixes:
+        found = f"{path.suffix!r}" if path.suffix else "no ending"
+        raise ValueError(f"{path}: the file must end in {', '.join(suffixes)}; it has {found}")
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"the folder {folder} does not exist; create it: mkdir -p {folder}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder, so {path} cannot be written")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; name a file to write")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the folder {folder} is not writable")
+    return path
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, for the block to write; ``path`` appears when it is done.
+
+    The temporary file has the same ending. It replaces ``path`` in one step when the block ends,
+    and is removed when the block raises, Ctrl-C included: ``path`` is then what it was before.
+    """
+    # A link stays a link: what it points to is replaced.
+    path = check_output(Path(path).resolve())
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write ``value`` as indented, standard JSON, atomically.
+
+    Raises:
+        ValueError: a NaN or an infinity in ``value``, for which JSON has no word.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_image(path: str | Path, image) -> None:
+    """Write a ``PIL.Image`` in the format that the ending of ``path`` names, atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+
+
+def save_video(path: str | Path, frames, fps: int = 16) -> None:
+    """Encode ``frames [F, H, W, 3]`` uint8 as .mp4 (H.264) or .gif; combine with atomic_path.
+
+    H.264 needs even sizes: an odd last row or column is repeated.
+
+    Raises:
+        ValueError: another ending, or fewer than one frame a second.
+    """
+    import imageio.v3 as iio
+    import numpy as np
+
+    path = Path(path)
+    if fps < 1:
+        raise ValueError(f"fps must be at least 1, got {fps}")
+    if path.suffix.lower() == ".gif":
+        iio.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
+    elif path.suffix.lower() == ".mp4":
+        odd = [(0, n % 2) for n in np.shape(frames)[1:3]]
+        even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+        iio.imwrite(path, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1)
+    else:
+        raise ValueError(f"{path}: a video ends in .mp4 or .gif")

@@ -1,0 +1,433 @@
+"""The command line, in process; and what only a process shows: start-up time, Ctrl-C."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import flux_pipeline, wan_pipeline
+
+import dittfast
+from dittfast.attention import BACKENDS
+from dittfast.cli import COMMANDS, main
+from dittfast.cli.options import compact, parse_options, seconds
+from dittfast.layout import Layout
+from dittfast.methods import Local, Radial
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "12"]
+SPARSE = ["--method", "local", "--set", "window=3", "--set", "tile=[1,4,4]", "--set", "min_tokens=0"]
+SPARSE += ["--backend", "reference"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny-flux"
+    flux_pipeline().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def by_hand(**options):
+    """What the stock pipeline draws, with a method if one is given."""
+    pipe = flux_pipeline()
+    if options:
+        dittfast.enable(pipe, **options)
+    image = pipe(
+        "a red cat", height=64, width=96, num_inference_steps=2, max_sequence_length=12,
+        generator=torch.Generator().manual_seed(0), output_type="np",
+    ).images[0]  # fmt: skip
+    return (image * 255).round().astype(np.uint8)
+
+
+def python(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+        **options,
+    )
+
+
+def test_generate_draws_the_stock_picture(model, out, capsys):
+    assert main(["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]) == 0
+    assert names(out) == ["a.json", "a.png"]
+    assert np.array_equal(pixels(out / "a.png"), by_hand())
+    data = json.loads((out / "a.json").read_text())
+    assert data["attention"] is None and len(data["timing"]["runs"][0]["steps"]) == 2
+    assert "wrote" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_generate_compare(model, out, capsys):
+    arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
+    assert main([*arguments, *SPARSE, "--compare", "--save-all"]) == 0
+    assert names(out) == ["a.dense.png", "a.difference.png", "a.json", "a.local.png", "a.png"]
+    dense, sparse = pixels(out / "a.dense.png"), pixels(out / "a.local.png")
+    assert np.array_equal(dense, by_hand())
+    method = Local(window=3, tile=(1, 4, 4))
+    assert np.array_equal(sparse, by_hand(method=method, backend="reference"))
+    data = json.loads((out / "a.json").read_text())
+    error = ((dense / 255.0 - sparse / 255.0) ** 2).mean()
+    assert data["against_dense"]["psnr_db"] == pytest.approx(-10 * math.log10(error), abs=1e-6)
+    mask = method.plan(Layout.image(8, 12, text=12)).to_dense_mask()
+    assert data["sparse"]["density"] == pytest.approx(float(mask.double().mean()))
+    assert data["files"] == ["a.png", "a.dense.png", "a.local.png", "a.difference.png"]
+    shown = capsys.readouterr().out
+    assert f"{data['dense_over_sparse']['per_step']:.2f}x a step" in shown
+    page = pixels(out / "a.png")
+    enlarged = dense.repeat(3, 0).repeat(3, 1)  # 96 px pictures are shown at 288
+    rows = [y for y in range(page.shape[0] - 192) if np.array_equal(page[y, 15:303], enlarged[0])]
+    assert any(np.array_equal(page[y : y + 192, 15:303], enlarged) for y in rows)
+
+
+def test_generate_says_when_it_ran_dense(model, out, capsys):
+    arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
+    options = ["--method", "local", "--set", "min_tokens=5000", "--compare", "--backend", "reference"]
+    assert main([*arguments, *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("dense: 108 tokens are fewer than the 5,000") == 1
+    assert "108 tokens are below min_tokens 5,000" in shown.out
+    assert "identical pictures" in shown.out
+    assert json.loads((out / "a.json").read_text())["sparse"]["density"] == 1.0
+
+
+def test_a_sample_model_brings_its_own_call(model, out, capsys, monkeypatch):
+    from dittfast.pipelines import sources
+
+    settings = {
+        "prompts": ["a red cat", "a dog"], "labels": ["cat", "dog"], "height": 64, "width": 96,
+        "num_inference_steps": 2, "max_sequence_length": 12,
+    }  # fmt: skip
+    folder = Path(model)
+    (folder / "sample.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(sources, "sample_models", lambda: {"tiny-flux": folder})
+    try:
+        assert main(["generate", "--examples", "--model", "tiny-flux"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.splitlines()[:2] == ["a red cat", "a dog"] and "cat, dog" in shown
+        options = ["--method", "local", "--set", "window=2", "--backend", "reference", "--model", "tiny-flux"]
+        assert main(["generate", "a red cat", *options, "-o", str(out / "a.png")]) == 0
+        data = json.loads((out / "a.json").read_text())
+        assert data["call"]["height"] == 64 and data["model"] == "tiny-flux"
+        assert data["attention"]["schedule"]["min_tokens"] == 0
+        assert (
+            main(["generate", "a", *options, "--set", "min_tokens=7", "-o", str(out / "b.png")])
+            == 0
+        )
+        data = json.loads((out / "b.json").read_text())
+        assert data["attention"]["schedule"]["min_tokens"] == 7
+    finally:
+        (folder / "sample.json").unlink()
+
+
+def test_a_config_file_is_a_method(model, out, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("method: radial\noptions: {block_size: 16}\nschedule: {dense_layers: [0]}\n")
+    arguments = ["generate", "a red cat", "--model", model, *SMALL, "-o", str(out / "a.webp")]
+    assert main([*arguments, "--config", str(config), "--backend", "reference"]) == 0
+    data = json.loads((out / "a.json").read_text())
+    assert data["attention"]["method"]["block_size"] == 16
+    assert list(data["attention"]["dense_layers"]) == ["transformer_blocks.0.attn"]
+    assert pixels(out / "a.webp").shape == (64, 96, 3)
+
+
+def test_a_video_becomes_a_moving_picture(out, tmp_path):
+    import imageio.v3 as iio
+
+    model = tmp_path / "tiny-wan"
+    wan_pipeline().save_pretrained(model)
+    arguments = ["generate", "a dog", "--model", str(model), "--height", "48", "--width", "80"]
+    arguments += ["--steps", "1", "--max-sequence-length", "12", "--backend", "reference"]
+    options = ["--method", "radial", "--set", "block_size=16", "--num-frames", "5", "--compare"]
+    assert main([*arguments, *options, "-o", str(out / "a.gif")]) == 0
+    frames = iio.imread(out / "a.gif")
+    assert frames.shape[0] == 5 and frames.shape[2] > 3 * 80
+    assert main([*arguments, "--num-frames", "5", "-o", str(out / "b.png")]) == 2
+    assert main([*arguments, "--num-frames", "1", "-o", str(out / "b.png")]) == 0
+    assert pixels(out / "b.png").shape == (48, 80, 3)
+
+
+BAD = [
+    ([], "the prompt is missing"),
+    (["  "], "the prompt is empty"),
+    (["a", "-o", "{out}/a.txt"], "must end in .png"),
+    (["a", "-o", "{out}/no/a.png"], "does not exist; create it: mkdir -p"),
+    (["a", "--seed", "-1"], "seed must lie in 0.."),
+    (["a", "--height", "-64"], "height must be at least 1, got -64"),
+    (["a", "--steps", "0"], "num_inference_steps must be at least 1, got 0"),
+    (["a", "--runs", "0"], "runs must be at least 1, got 0"),
+    (["a", "--model", "{out}"], "without a model_index.json"),
+    (["a", "--model", "sample-fluks"], "no model 'sample-fluks'"),
+    (["a", "--method", "locl"], "Did you mean 'local'?"),
+    (["a", "--method", "local", "--set", "windw=3"], "Did you mean 'window'?"),
+    (["a", "--method", "local", "--set", "window=-1"], "window"),
+    (["a", "--method", "local", "--set", "window"], "KEY=VALUE"),
+    (["a", "--method", "local", "--backend", "tritn"], "Did you mean 'triton'?"),
+    (["a", "--set", "window=3"], "--set needs a method"),
+    (["a", "--compare"], "--compare needs a method"),
+    (["a", "--config", "{out}/no.yaml"], "no config file at"),
+    (["a", "--device", "cuda:99"], "there is no device cuda:99 here"),
+    (["a", "--height", "60"], "the nearest is 56 or 64"),
+    (["a", "--num-frames", "5"], "FluxPipeline takes no num_frames"),
+    (["a", "-o", "{out}/a.gif"], "must end in .png"),
+    (["--examples"], "is no sample model"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[" ".join(a)[:40] or "-" for a, _ in BAD])
+def test_bad_input_is_one_line_and_costs_nothing(model, out, capsys, arguments, message):
+    (out / "a.png").write_text("old")
+    full = ["--model", model, "-o", str(out / "a.png"), "--max-sequence-length", "12"]
+    full += [a.replace("{out}", str(out)) for a in arguments]
+    assert main(["generate", *full]) == 2
+    error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("dittfast: error: ")]
+    assert len(error) == 1 and message in error[0]
+    assert names(out) == ["a.png"] and (out / "a.png").read_text() == "old"
+
+
+def test_an_output_is_asked_for(model, capsys):
+    assert main(["generate", "a", "--model", model]) == 2
+    assert "-o FILE is missing" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(model):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        main(["generate", " ", "--model", model, "-o", "a.png", "--debug"])
+
+
+def test_overflow_is_no_picture(model, out, capsys, monkeypatch):
+    from dittfast.pipelines import sources
+
+    load = sources.load
+
+    def overflowing(*arguments):
+        pipe = load(*arguments)
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.bias.fill_(torch.inf)
+            pipe.vae.decoder.conv_out.weight.fill_(torch.nan)
+        return pipe
+
+    monkeypatch.setattr(sources, "load", overflowing)
+    assert main(["generate", "a", "--model", model, "-o", str(out / "a.png"), *SMALL]) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert names(out) == []
+
+
+@pytest.mark.parametrize("when", ["drawing", "writing"])
+def test_an_interrupt_leaves_what_was_there(model, out, capsys, monkeypatch, when):
+    from dittfast.pipelines import generate as module
+
+    from dittfast.cli import generate as command
+
+    (out / "a.png").write_text("old")
+
+    def interrupted(path, *_):
+        if when == "writing":
+            path.write_text("half")
+        raise KeyboardInterrupt
+
+    target = (module, "run") if when == "drawing" else (command, "_save")
+    monkeypatch.setattr(*target, interrupted)
+    assert main(["generate", "a", "--model", model, "-o", str(out / "a.png"), *SMALL]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert names(out) == ["a.png"] and (out / "a.png").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_in_a_real_process(model, out):
+    (out / "a.png").write_text("old")
+    arguments = ["generate", "a", "--model", model, "-o", str(out / "a.png"), "--steps", "100000"]
+    errors = ""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "dittfast", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        for line in process.stderr:
+            if line.strip() == "dense":  # loaded, and about to draw
+                break
+        # Python drops an interrupt that falls into a destructor; people press Ctrl-C again.
+        while process.poll() is None:
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "interrupted; no half-written file" in errors
+    assert names(out) == ["a.png"] and (out / "a.png").read_text() == "old"
+
+
+def test_plan_prints_and_draws_what_the_method_plans(out, capsys):
+    arguments = ["plan", "--method", "radial", "--set", "block_size=16", "--set", "decay_factor=0.5"]
+    arguments += ["--frames", "7", "--height", "5", "--width", "8", "--text", "9", "--head-dim", "64", "--heads", "3"]
+    arguments += ["-o", str(out / "p.png"), "--json", str(out / "p.json")]
+    assert main(arguments) == 0
+    data = json.loads((out / "p.json").read_text())
+    plan = Radial(block_size=16, decay_factor=0.5).plan(Layout.video(7, 5, 8, text=9))
+    kept = plan.to_dense_mask()[0, 0]
+    n = 7 * 5 * 8 + 9
+    assert kept.shape == (n, n)
+    assert data["tokens"] == n and data["text_first"] is False
+    assert data["density"] == pytest.approx(int(kept.sum()) / n**2)
+    assert data["flops"] == pytest.approx(4 * int(kept.sum()) * 64 * 3)
+    assert data["dense_flops"] == pytest.approx(4 * n**2 * 64 * 3)
+    assert data["listed_blocks"] == int(plan.to_block_mask().sum())
+    assert data["build_seconds"] > 0
+    assert f"{data['density']:.4f}" in capsys.readouterr().out
+    assert Image.open(out / "p.png").width > 700
+
+
+def test_plan_puts_text_where_it_is_told(out):
+    for flags, first in (([], True), (["--text-last"], False), (["--text-first"], True)):
+        arguments = ["plan", "--method", "local", "--height", "6", "--width", "6", "--text", "5", "--json"]
+        assert main([*arguments, str(out / "p.json"), *flags]) == 0
+        assert json.loads((out / "p.json").read_text())["text_first"] is first
+    video = ["plan", "--method", "radial", "--frames", "3", "--height", "6", "--width", "6", "--text", "5", "--json"]
+    assert main([*video, str(out / "p.json")]) == 0
+    assert json.loads((out / "p.json").read_text())["text_first"] is False
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--height 4 --width 4", "the method is missing"),
+        ("--method radil --height 4 --width 4", "Did you mean 'radial'?"),
+        ("--method local --height 0 --width 4", "height must be an integer of at least 1, got 0"),
+        ("--method local --height 4 --width 4 --text -1", "text must be"),
+        ("--method local --height 4 --width 4 --set min_tokens=3", "belongs to the schedule"),
+        ("--method local --height 4 --width 4 --heads 0", "--heads must be at least 1, got 0"),
+        ("--method local --height 4 --width 4 -o p.jpg", "must end in .png"),
+        ("--method local --height 4 --width 4 --set window=3 --set window=4", "twice"),
+    ],
+)
+def test_plan_bad_input(capsys, arguments, message):
+    assert main(["plan", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_refuses_methods_without_a_mask_of_their_own(capsys, monkeypatch):
+    from dataclasses import dataclass
+
+    from dittfast import config
+    from dittfast.methods.base import Method
+
+    @dataclass(frozen=True)
+    class Dynamic(Method):
+        name = "dynamic"
+        static = False
+
+        def plan(self, layout, q=None, k=None):
+            raise AssertionError("planned without q and k")
+
+    monkeypatch.setitem(config.METHODS, "dynamic", Dynamic)
+    assert main(["plan", "--method", "dynamic", "--height", "4", "--width", "4"]) == 2
+    assert "chooses blocks from q and k" in capsys.readouterr().err
+
+
+def test_doctor_checks_results_not_only_imports(capsys, monkeypatch):
+    reference = BACKENDS["reference"]()
+    wrong = SimpleNamespace(
+        not_supported_reasons=lambda q, k, v: [],
+        attend=lambda *a: tuple(1.01 * x for x in reference.attend(*a)),
+    )
+    refusing = SimpleNamespace(not_supported_reasons=lambda q, k, v: ["needs a toaster"])
+    monkeypatch.setitem(BACKENDS, "triton", lambda: refusing)
+    monkeypatch.setattr("dittfast.environment.devices", lambda: [torch.device("cpu")])
+    monkeypatch.setitem(BACKENDS, "cpu", lambda: reference)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "float32, float16, bfloat16 right forward and backward" in shown
+    assert "cannot run: needs a toaster" in shown
+    assert "attention works here" in shown and torch.__version__ in shown
+    monkeypatch.setitem(BACKENDS, "cpu", lambda: wrong)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILS" in shown and "exceeds the budget" in shown
+    assert "attention does not work here" in shown
+
+
+def test_options_are_yaml_values():
+    pairs = ["a=8", "b=[1, 2]", "c=true", "d=1e-3", "e=null", "f=x-y", "g=", "h='8'", "i=a=b"]
+    expected = dict(a=8, b=[1, 2], c=True, d=0.001, e=None, f="x-y", g=None, h=8.0, i="a=b")
+    assert parse_options(pairs) == expected
+    for bad, message in (("a", "KEY=VALUE"), ("=3", "KEY=VALUE"), ("a=[1", "no YAML value")):
+        with pytest.raises(ValueError, match=message):
+            parse_options([bad])
+
+
+def test_numbers_are_readable():
+    assert [compact(x) for x in (0, 12, 1234, 2.5e12)] == ["0", "12", "1.23 k", "2.5 T"]
+    assert compact(3.1e6, "B") == "3.1 MB"
+    assert [seconds(x) for x in (0.01234, 1.5, 123.4)] == ["0.0123 s", "1.5 s", "123 s"]
+
+
+def test_usage_errors_and_help(capsys):
+    for arguments in ([], ["frobnicate"], ["plan"], ["plan", "--method"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 2
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dittfast {dittfast.__version__}\n"
+
+
+def test_help_is_quick_and_loads_no_torch():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = python("-m", "dittfast", "--help")
+        times.append(time.perf_counter() - start)
+        assert result.returncode == 0 and "generate" in result.stdout
+    assert min(times) < 1
+    modules = {p.stem for p in (ROOT / "dittfast" / "cli").glob("*.py")} - {"__init__", "options"}
+    assert modules <= set(COMMANDS)
+    code = (
+        f"import sys\nfrom dittfast.cli import _parser\nfor name in {modules}: _parser(name)\n"
+        "print([m for m in ('torch', 'diffusers', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    assert python("-c", code).stdout == "[]\n"
+
+
+def test_the_kernels_folder_is_not_taken_for_hugging_faces_package():
+    """From the repository root, `import kernels` must not end in ours, nor in an error."""
+    code = (
+        "import importlib, importlib.util, sys\nsys.path.insert(0, '')\n"
+        "found = importlib.util.find_spec('kernels') and importlib.import_module('kernels')\n"
+        "print(getattr(found, '__file__', None))\nimportlib.util.find_spec('kernels')"
+    )
+    result = python("-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert not result.stdout.startswith(str(ROOT))

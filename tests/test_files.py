@@ -1,0 +1,119 @@
+"""Atomic writes: a file is what it was or what it should be, never half of it."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dittfast import files
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_failed_write_changes_nothing(tmp_path, stop, before):
+    path = tmp_path / "a.txt"
+    if before is not None:
+        path.write_text(before)
+    with pytest.raises(stop), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == tmp_path and temporary.suffix == ".txt"
+        raise stop
+    assert names(tmp_path) == ([] if before is None else ["a.txt"])
+    assert before is None or path.read_text() == before
+
+
+def test_the_old_file_stands_until_the_new_one_is_done(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with files.atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "a.txt"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_json_is_standard_json(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"é": [1, None, 0.5]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None, 0.5]}
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None, 0.5]}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_picture_keeps_its_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    files.write_image(tmp_path / "a.png", Image.fromarray(pixels))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), pixels)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    files.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_check_output_names_what_is_wrong(tmp_path):
+    assert files.check_output(tmp_path / "a.PNG", (".png",)) == tmp_path / "a.PNG"
+    with pytest.raises(ValueError, match=r"must end in \.png, \.jpg; it has '\.txt'"):
+        files.check_output(tmp_path / "a.txt", (".png", ".jpg"))
+    with pytest.raises(ValueError, match="it has no ending"):
+        files.check_output(tmp_path / "a", (".png",))
+    with pytest.raises(FileNotFoundError, match="mkdir -p"):
+        files.check_output(tmp_path / "no" / "a.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        files.check_output(tmp_path / "file" / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match="not a regular file"):
+        files.check_output(tmp_path / "folder.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a regular file"):
+        files.write_text(tmp_path / "pipe", "x")
+    assert not (tmp_path / "pipe").is_file()
+
+
+@pytest.mark.parametrize("ending", [".gif", ".mp4"])
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_videos_hold_every_frame(tmp_path, ending, size):
+    import imageio.v3 as iio
+
+    frames = np.zeros((5, *size, 3), np.uint8)
+    for n in range(5):
+        frames[n, :, : 8 * (n + 1)] = 250
+    path = tmp_path / f"a{ending}"
+    with files.atomic_path(path) as temporary:
+        files.save_video(temporary, frames, fps=8)
+    read = np.stack(list(iio.imiter(path)))
+    assert read.shape[0] == 5
+    even = tuple(n + n % 2 for n in size) if ending == ".mp4" else size
+    assert read.shape[1:3] == even
+    cut = read[:, : size[0], : size[1]].astype(int)
+    assert np.abs(cut - frames).mean() < 4
+
+
+def test_a_video_needs_a_known_ending_and_a_rate(tmp_path):
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"\.mp4 or \.gif"):
+        files.save_video(tmp_path / "a.avi", frames)
+    with pytest.raises(ValueError, match="fps must be at least 1, got 0"):
+        files.save_video(tmp_path / "a.gif", frames, fps=0)
