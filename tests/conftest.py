@@ -19,6 +19,14 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 
 import pytest  # noqa: E402
 
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
 _EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
 
