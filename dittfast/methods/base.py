@@ -32,13 +32,21 @@ class Method(ABC):
 
     @abstractmethod
     def plan(
-        self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
+        self,
+        layout: Layout,
+        q: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> Plan:
         """The pattern for one layout.
 
+        Static methods are called with the layout alone and need not take the other arguments.
+
         Args:
             layout: geometry of the sequence, N tokens.
-            q, k: ``[B, H, N, D]``, needed where ``static`` is False.
+            q, k, v: ``[B, H, N, D]``, before :meth:`extend`; given where ``static`` is False.
+            scale: the softmax scale that ``attend`` will use; default ``1/sqrt(D)``.
 
         Returns:
             A plan for N queries and N keys plus those that :meth:`extend` appends. Padding of
