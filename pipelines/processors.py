@@ -130,6 +130,7 @@ class SparseAttnProcessor:
         key = (layout, device)
         if key not in self._cores:
             plan = self.method.plan(layout).to(device) if self.method.static else None
+            self.method.prepare(layout, device)
             self._cores[key] = Core(self.method, layout, plan, self.backend)
         return self._cores[key]
 
