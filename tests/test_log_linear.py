@@ -6,7 +6,7 @@ from itertools import chain
 import pytest
 import torch
 
-from dittfast.attention import attend
+from dittfast.attention import attend, method_attention
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods.log_linear import LogLinear, top_indices
 from dittfast.testing import assert_within_budget, attention_inputs
@@ -303,6 +303,22 @@ def test_pooled_sums_are_not_taken_in_half_precision():
         exact = x[0, 0].double().view(32, 16, 16).mean(1)
         error = (pooled[0, 0, 512:].double() - exact).abs().max()
         assert error <= 300 * torch.finfo(dtype).eps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text_queries", ["dense", "sparse"])
+def test_prepared_planning_is_traced_in_one_graph(text_queries):
+    layout = Layout.image(9, 10, text=21, text_lengths=[5])
+    method = LogLinear(block_size=8, topk=2, text_queries=text_queries)
+    q, k, v = leaves(*attention_inputs(1, 2, 111, 32)[:3])
+    call = lambda *x: method_attention(method, layout, *x, backend="reference")  # noqa: E731
+    method.prepare(layout, q.device)
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    for ours, eager in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(call(q, k, v).square().sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_two_resolutions_with_one_method():

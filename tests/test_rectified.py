@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dittfast.attention import attend
+from dittfast.attention import attend, method_attention
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods.rectified import Rectified, neighbor_blocks
 from dittfast.testing import assert_within_budget, attention_inputs
@@ -28,12 +28,9 @@ def blocks_of(layout, method):
 
 def near(layout, first, second):
     """Whether two blocks hold tokens of one grid at most one step apart."""
-    place = layout.coordinates()
-    for a in place[first]:
-        for b in place[second]:
-            if a[0] == b[0] and abs(a[1:] - b[1:]).max() <= 1:
-                return True
-    return False
+    place = layout.coordinates().astype(int)
+    step = abs(place[first][:, None] - place[second])
+    return bool(((step[..., 0] == 0) & (step[..., 1:].max(-1) <= 1)).any())
 
 
 def select(shares, method, layout, image, size):
@@ -299,6 +296,34 @@ def test_the_softmax_scale_enters_the_shares():
     out = run(method, layout, q, k, v, scale=0.5)
     exact, _ = oracle(*(x.double() for x in (q, k, v)), layout, method, scale=0.5)
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_the_layout_does_not_know_enters_the_shares():
+    """Pipelines hide padded text by an attention mask; the plan must not count it."""
+    q, k, v, _ = attention_inputs(2, 2, 111, 32)
+    method = Rectified(block_size=16, topk=2, neighbors=False)
+    layout = Layout.image(9, 10, text=21, text_lengths=[21, 5])
+    weight, bare = layout.kv_log_weight(), layout.with_text_lengths(None)
+    known = method_attention(method, layout, q, k, v, backend="reference")
+    masked = method_attention(method, bare, q, k, v, backend="reference", kv_log_weight=weight)
+    torch.testing.assert_close(masked, known)
+    unaware = method.plan(bare, q, k, v)
+    assert not torch.allclose(unaware.out_scale[1], method.plan(layout, q, k, v).out_scale[1])
+
+
+@pytest.mark.slow
+def test_prepared_planning_is_traced_in_one_graph():
+    layout = Layout.image(9, 10, text=21, text_lengths=[5])
+    method = Rectified(block_size=16, topk=2)
+    q, k, v = leaves(*attention_inputs(1, 2, 111, 32)[:3])
+    call = lambda *x: method_attention(method, layout, *x, backend="reference")  # noqa: E731
+    method.prepare(layout, q.device)
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    for ours, eager in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(call(q, k, v).square().sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_two_resolutions_with_one_method():

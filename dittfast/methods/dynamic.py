@@ -142,6 +142,9 @@ class DynamicMethod(Method):
             self._cache[key] = found
         return found
 
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        self._padding(layout, self._geometry(layout, device).partition, device)
+
     def _geometry(self, layout: Layout, device: torch.device):
         # Text lengths change with every prompt; the geometry does not.
         bare = replace(layout, context_lengths=None)

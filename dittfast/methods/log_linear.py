@@ -159,8 +159,8 @@ class LogLinear(DynamicMethod):
         return means
 
     @torch.no_grad()
-    def plan(self, layout: Layout, q=None, k=None, v=None, scale=None) -> Plan:
-        """See :meth:`Method.plan`; ``v`` and ``scale`` make no difference.
+    def plan(self, layout, q=None, k=None, v=None, scale=None, kv_log_weight=None) -> Plan:
+        """See :meth:`Method.plan`; only q and k make a difference.
 
         Raises:
             ValueError: q or k missing or of another length than the layout; more levels than the
@@ -195,6 +195,11 @@ class LogLinear(DynamicMethod):
         counts[:, grid] = count[:, None]
         counts[:, context] = context_count.to(count)[:, None]
         return self._finish(geometry, padding, merged, counts)
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        super().prepare(layout, device)
+        if layout.num_context and self.text_queries == "sparse":
+            self._context_pool(layout, self._geometry(layout, device), device)
 
     def _context_pool(self, layout: Layout, geometry: _Geometry, device: torch.device) -> Pool:
         def make() -> Pool:

@@ -143,7 +143,7 @@ class Rectified(DynamicMethod):
             template,
         )
 
-    def plan(self, layout: Layout, q=None, k=None, v=None, scale=None) -> Plan:
+    def plan(self, layout, q=None, k=None, v=None, scale=None, kv_log_weight=None) -> Plan:
         """See :meth:`Method.plan`. Without ``rectify``, v may be left out.
 
         ``out_scale`` and ``out_residual`` of the plan carry gradients to q, k and v.
@@ -158,8 +158,9 @@ class Rectified(DynamicMethod):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         q_mean, k_mean_own = pool.mean(q), pool.mean(k)
         k_mean = match_heads(k_mean_own, q.shape[1])
-        weight = padding.log_weight
-        text = geometry.context_tokens
+        text, weight = geometry.context_tokens, padding.log_weight
+        if kv_log_weight is not None:
+            weight = kv_log_weight if weight is None else weight + kv_log_weight
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.rectify):
             logits = q_mean @ k_mean.transpose(-1, -2) * scale + pool.count[..., 0].log()
             shares, scores = isolated_shares(logits, q_mean, k, text, weight, scale)
@@ -168,7 +169,7 @@ class Rectified(DynamicMethod):
             seen = self._select(shares, scores, self.num_kept(layout), n)
             if geometry.always is not None:
                 seen |= geometry.always
-        fields = {"kv_log_weight": weight, "out_scale": None, "out_residual": None}
+        fields = {"kv_log_weight": padding.log_weight, "out_scale": None, "out_residual": None}
         if self.rectify:
             with torch.no_grad():
                 q_off = mean_deviation(q, q_mean, pool)
@@ -202,7 +203,7 @@ def isolated_shares(logits, q_mean, k, text, log_weight, scale: float):
         q_mean: ``[B, H, n, D]``.
         k: ``[B, Hk, N, D]``.
         text: ``[t]`` indices of the context tokens; without any there is no last column.
-        log_weight: ``[b, 1, N]``, -inf on padding, or None.
+        log_weight: ``[B|1, H|1, N]``, -inf on padding, or None.
 
     Returns:
         ``(shares, scores)``, both ``[B, H, n, n + 1]`` (or n): rows of shares add up to 1 and are
@@ -210,15 +211,14 @@ def isolated_shares(logits, q_mean, k, text, log_weight, scale: float):
     """
     if text.numel() == 0:
         return torch.softmax(logits, -1), logits.detach()
-    keys = k.index_select(2, text).to(logits.dtype)
+    keys = match_heads(k.index_select(2, text).to(logits.dtype), q_mean.shape[1])
     if log_weight is not None:
-        hidden = log_weight[..., text] == -torch.inf
+        log_weight = log_weight.index_select(-1, text)
         # Padding may hold anything, also NaN.
-        keys = keys.masked_fill(hidden[..., None], 0)
-    keys = match_heads(keys, q_mean.shape[1])
+        keys = keys.masked_fill((log_weight == -torch.inf)[..., None], 0)
     words = q_mean @ keys.transpose(-1, -2) * scale
     if log_weight is not None:
-        words = words.masked_fill(hidden[:, :, None], -torch.inf)
+        words = words + log_weight[:, :, None]
     shares = torch.softmax(torch.cat([logits, words], -1), -1)
     n = logits.shape[-1]
     shares = torch.cat([shares[..., :n], shares[..., n:].sum(-1, keepdim=True)], -1)
