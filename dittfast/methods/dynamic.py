@@ -26,13 +26,15 @@ class Pool(NamedTuple):
 
     Attributes:
         token: ``[n, size]`` int64; slots past the end of a short block repeat its first token.
-        inside: ``[b|1, 1, n, size, 1]`` bool, or None where every slot counts.
+        short: ``[r]`` int64, the blocks in which some slot does not count.
+        outside: ``[b|1, 1, r, size, 1]`` bool, the slots of those that do not.
         count: ``[b|1, 1, n, 1]`` fp32, tokens that count in each block (may be 0).
         span: ``(first, end)`` where the tokens are simply ``first ... end - 1``, else None.
     """
 
     token: torch.Tensor
-    inside: torch.Tensor | None
+    short: torch.Tensor
+    outside: torch.Tensor
     count: torch.Tensor
     span: tuple[int, int] | None
 
@@ -46,11 +48,15 @@ class Pool(NamedTuple):
         if blocks.order is not None:
             token = blocks.order.long()[token]
         inside = inside[None] if valid is None else inside & valid[:, token]
+        short = (~inside).any(-1).any(0).nonzero()[:, 0]
+        outside = ~inside[:, None, short, :, None]
         count = inside.sum(-1)[:, None, :, None].float()
-        first, whole = int(token.min()), bool(inside.all())
+        first = int(token.min())
         tokens = torch.arange(first, first + token.numel()).view_as(token)
-        span = (first, first + token.numel()) if whole and torch.equal(token, tokens) else None
-        return cls(token, None if whole else inside[:, None, ..., None], count, span)
+        span = None
+        if short.numel() == 0 and torch.equal(token, tokens):
+            span = (first, first + token.numel())
+        return cls(token, short, outside, count, span)
 
     def to(self, device) -> Pool:
         return Pool(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
@@ -61,12 +67,17 @@ class Pool(NamedTuple):
             return x[..., slice(*self.span), :].unflatten(-2, self.token.shape)
         return x.index_select(-2, self.token.flatten()).unflatten(-2, self.token.shape)
 
+    def hide(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens [B, H, n, size, D]`` with 0, in place, in the slots that do not count."""
+        if self.short.numel() == 0:
+            return tokens
+        kept = tokens.index_select(2, self.short).masked_fill(self.outside, 0)
+        return tokens.index_copy_(2, self.short, kept)
+
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, n, D]`` means over the tokens that count, in at least fp32; 0 where none do."""
-        tokens = self.gather(x)
-        if self.inside is not None:
-            tokens = tokens.masked_fill(~self.inside, 0)
-        return tokens.sum(-2, dtype=wide_dtype(x.dtype)) / self.count.clamp_min(1)
+        total = self.hide(self.gather(x)).sum(-2, dtype=wide_dtype(x.dtype))
+        return total / self.count.clamp_min(1)
 
 
 class Partition(NamedTuple):

@@ -118,12 +118,9 @@ class Rectified(DynamicMethod):
         always = None
         if self.neighbors or self.first_frame:
             n = partition.grid.numel()
+            # A slot past the end of a short block repeats one of its tokens.
             block = torch.full((layout.num_tokens,), -1)
-            inside = torch.ones_like(pool.token, dtype=torch.bool)
-            if pool.inside is not None:
-                inside = pool.inside[0, 0, ..., 0]
-            number = torch.arange(n)[:, None].expand(inside.shape)
-            block[pool.token[inside]] = number[inside]
+            block[pool.token] = torch.arange(n)[:, None].expand(pool.token.shape)
             always = torch.zeros(n, n, dtype=torch.bool)
             if self.neighbors:
                 always |= neighbor_blocks(layout, block, n)
@@ -231,9 +228,7 @@ def mean_deviation(x: torch.Tensor, mean: torch.Tensor, pool: Pool) -> torch.Ten
     step = max(1, _WORKSPACE // (x.shape[0] * pool.token.numel() * x.shape[-1]))
     found = []
     for heads, centre in zip(x.detach().split(step, 1), mean.detach().split(step, 1)):
-        off = (pool.gather(heads) - centre[..., None, :]).abs_()
-        if pool.inside is not None:
-            off.masked_fill_(~pool.inside, 0)
+        off = pool.hide((pool.gather(heads) - centre[..., None, :]).abs_())
         found.append(off.sum(-2) / pool.count)
     return torch.cat(found, 1)
 
