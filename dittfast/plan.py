@@ -330,9 +330,8 @@ class Plan:
         plan = object.__new__(Plan)
         kept = {name: x for name, x in self.__dict__.items() if name != "_pairs"}
         lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}
-        plan.__dict__.update(
-            kept, **lists, kv_num_full_blocks=kv_num_blocks, rule=None, _transpose=None, **fields
-        )
+        none = {"rule": None, "num_partial_pairs": None, "_transpose": None}
+        plan.__dict__.update(kept | lists | none | fields, kv_num_full_blocks=kv_num_blocks)
         return plan
 
     def select_heads(self, heads: slice) -> Plan:

@@ -6,6 +6,7 @@ from itertools import chain
 import pytest
 import torch
 
+from dittfast import functional
 from dittfast.attention import attend, method_attention
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods.log_linear import LogLinear, top_indices
@@ -423,7 +424,7 @@ def test_auto_levels_follow_the_paper():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(block_size=4), ("block_size", "at least 8", "4")),
+        (dict(block_size=4), ("block_size", "8..256", "4")),
         (dict(topk=0), ("topk", "at least 1", "0")),
         (dict(topk=2.5), ("topk", "2.5")),
         (dict(levels=0), ("levels", "auto", "0")),
@@ -456,3 +457,15 @@ def test_bad_inputs():
     padded = Layout.image(8, 10, text=20, text_lengths=[3, 4, 5])
     with pytest.raises(ValueError, match="3 batch rows"):
         method.plan(padded, x, x)
+
+
+def test_as_a_function():
+    q, k, v, _ = attention_inputs(1, 2, 111, 32)
+    out = functional.log_linear_attention(q, k, v, block_size=8, topk=3, backend="reference")
+    assert torch.equal(out, run(LogLinear(block_size=8, topk=3), line(111), q, k, v))
+    layout = Layout.image(9, 10, text=21)
+    out = functional.log_linear_attention(
+        q, k, v, layout, 8, 3, 2, order="hilbert", text_queries="sparse", backend="reference"
+    )
+    method = LogLinear(8, 3, 2, "hilbert", text_queries="sparse")
+    assert torch.equal(out, run(method, layout, q, k, v))

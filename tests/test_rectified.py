@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
+from dittfast import functional
 from dittfast.attention import attend, method_attention
+from dittfast.config import resolve
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods.rectified import Rectified, neighbor_blocks
+from dittfast.schedule import Schedule
 from dittfast.testing import assert_within_budget, attention_inputs
 
 BACKENDS = ["reference"]
@@ -413,7 +416,7 @@ def test_density_counts_what_is_seen():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(block_size=4), ("block_size", "4")),
+        (dict(block_size=4), ("block_size", "8..256", "4")),
         (dict(topk=0), ("topk", "0")),
         (dict(drop=1.0), ("drop", "[0, 1)", "1.0")),
         (dict(drop=-0.1), ("drop", "-0.1")),
@@ -437,3 +440,27 @@ def test_bad_inputs():
         method.plan(Layout.image(10, 10), x, x[:, :, :90], x)
     with pytest.raises(ValueError, match="no grid"):
         method.plan(Layout((Context(100),)), x, x, x)
+
+
+@pytest.mark.parametrize(
+    "preset, drop, dense_steps, dense_layers",
+    [
+        ("flux", 0.9, 0, ("37-56",)),
+        ("hunyuan", 0.8, 0, ()),
+        ("wan2.1", 0.75, 5, ("0-1",)),
+        ("wan2.2", 0.85, 3, ("0-1",)),
+        ("cogvideox", 0.85, 5, ()),
+    ],
+)
+def test_presets_are_the_published_settings(preset, drop, dense_steps, dense_layers):
+    method, schedule = resolve(f"rectified/{preset}")
+    assert method == Rectified(drop=drop, round_up=preset == "wan2.1")
+    assert schedule == Schedule(dense_first_steps=dense_steps, dense_layers=dense_layers)
+
+
+def test_as_a_function():
+    layout = Layout.image(9, 10, text=21)
+    q, k, v, _ = attention_inputs(1, 2, 111, 32)
+    options = dict(block_size=16, topk=2, top_p=0.1, order="morton", neighbors=False)
+    out = functional.rectified_attention(q, k, v, layout, **options, backend="reference")
+    assert torch.equal(out, run(Rectified(**options), layout, q, k, v))

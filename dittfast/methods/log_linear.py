@@ -9,6 +9,7 @@ import torch
 
 from ..layout import Layout, make_blocks, split_evenly
 from ..plan import Plan
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
 from .dynamic import DynamicMethod, Partition, Pool, match_heads
 
 ORDERS = ("morton", "hilbert", "raster")
@@ -43,8 +44,8 @@ class LogLinear(DynamicMethod):
     Transformers", arXiv 2512.16615. Any length, any top-k: the last block of a level may be short
     and its mean and weight use its true count.
 
-    Attributes:
-        block_size: tokens in a block and blocks in a block of the next level, at least 8.
+    Args:
+        block_size: tokens in a block and blocks in a block of the next level, 8 to 256.
         topk: blocks chosen on each level, at least 1; clamped to the blocks there are.
         levels: levels of pooling, at least 1, or "auto": the largest L with
             ``block_size ** (L + 1)`` at most the number of image tokens (the paper's rule).
@@ -55,7 +56,7 @@ class LogLinear(DynamicMethod):
             choose blocks as image queries do, and the plan stays O(N log N).
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range; a layout without a grid, or too small for ``levels``.
     """
 
     name: ClassVar[str] = "log_linear"
@@ -69,24 +70,15 @@ class LogLinear(DynamicMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        least = {"block_size": 8, "topk": 1, "levels": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if name == "levels" and value == "auto":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                auto = ' or "auto"' if name == "levels" else ""
-                raise ValueError(
-                    f"log_linear: {name} must be an integer of at least {low}{auto}, got {value!r}"
-                )
-        if self.order not in ORDERS:
-            raise ValueError(
-                f"log_linear: order must be one of {', '.join(ORDERS)}, got {self.order!r}"
-            )
-        if self.text_queries not in ("dense", "sparse"):
-            raise ValueError(
-                f'log_linear: text_queries must be "dense" or "sparse", got {self.text_queries!r}'
-            )
+        check_integer("block_size", self.block_size, 8, MAX_BLOCK_SIZE)
+        check_integer("topk", self.topk, 1)
+        if self.levels != "auto":
+            check_integer("levels", self.levels, 1, remedy='or "auto", from the length')
+            object.__setattr__(self, "levels", int(self.levels))
+        object.__setattr__(self, "block_size", int(self.block_size))
+        object.__setattr__(self, "topk", int(self.topk))
+        check_choice("order", self.order, ORDERS)
+        check_choice("text_queries", self.text_queries, ("dense", "sparse"))
 
     def num_levels(self, layout: Layout) -> int:
         """Levels of pooling for this layout.

@@ -10,6 +10,7 @@ import torch
 
 from ..layout import Grid, Layout
 from ..plan import Plan
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
 from .dynamic import DynamicMethod, Partition, Pool, match_heads
 
 ORDERS = ("hilbert", "morton", "raster")
@@ -47,8 +48,8 @@ class Rectified(DynamicMethod):
     deviations meet signed means in it, it is an estimate and no bound. Statistics are fp32 means,
     so half precision cannot overflow; a short last block counts its true tokens.
 
-    Attributes:
-        block_size: tokens in a block, at least 8.
+    Args:
+        block_size: tokens in a block, 8 to 256.
         topk: key blocks of image tokens each query block keeps at least; clamped to those there
             are. Give this or ``drop``.
         drop: share of the image's key blocks to drop, in [0, 1):
@@ -62,7 +63,7 @@ class Rectified(DynamicMethod):
         rectify: False drops the correction: plain block top-k, for comparison.
 
     Raises:
-        ValueError: an option out of range, or both ``topk`` and ``drop``.
+        ValueError: an option out of range, or both ``topk`` and ``drop``; a layout without a grid.
     """
 
     name: ClassVar[str] = "rectified"
@@ -79,26 +80,18 @@ class Rectified(DynamicMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, low in (("block_size", 8), ("topk", 1)):
-            value = getattr(self, name)
-            if value is None and name == "topk":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(
-                    f"rectified: {name} must be an integer of at least {low}, got {value!r}"
-                )
+        check_integer("block_size", self.block_size, 8, MAX_BLOCK_SIZE)
+        if self.topk is not None:
+            check_integer("topk", self.topk, 1)
+            object.__setattr__(self, "topk", int(self.topk))
+        object.__setattr__(self, "block_size", int(self.block_size))
         if self.topk is not None and self.drop is not None:
-            raise ValueError(
-                f"rectified: give topk or drop, not both (got topk={self.topk}, drop={self.drop})"
-            )
+            raise ValueError(f"give topk or drop, not both; got topk={self.topk}, drop={self.drop}")
         if self.drop is not None and not 0 <= self.drop < 1:
-            raise ValueError(f"rectified: drop must lie in [0, 1), got {self.drop!r}")
+            raise ValueError(f"drop must lie in [0, 1), 0 drops nothing; got {self.drop!r}")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"rectified: top_p must lie in [0, 1], got {self.top_p!r}")
-        if self.order not in ORDERS:
-            raise ValueError(
-                f"rectified: order must be one of {', '.join(ORDERS)}, got {self.order!r}"
-            )
+            raise ValueError(f"top_p must lie in [0, 1], a share of the mass; got {self.top_p!r}")
+        check_choice("order", self.order, ORDERS)
 
     def num_kept(self, layout: Layout) -> int:
         """Least number of key blocks of image tokens that a query block keeps by its scores."""
