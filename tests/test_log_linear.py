@@ -322,6 +322,16 @@ def test_prepared_planning_is_traced_in_one_graph(text_queries):
         torch.testing.assert_close(ours, eager)
 
 
+def test_training_after_inference_mode():
+    layout, method = Layout.image(9, 10, text=21, text_lengths=[5]), LogLinear(block_size=8, topk=2)
+    q, k, v = leaves(*attention_inputs(1, 2, 111, 32)[:3])
+    with torch.inference_mode():
+        before = run(method, layout, q, k, v)
+    after = run(method, layout, q, k, v)
+    grads = torch.autograd.grad(after.sum(), (q, k, v))
+    assert torch.equal(before, after) and all(torch.isfinite(g).all() for g in grads)
+
+
 def test_two_resolutions_with_one_method():
     method = LogLinear(block_size=8, topk=3)
     layouts = [Layout.image(10, 11), Layout.image(12, 9), Layout.image(10, 11)]

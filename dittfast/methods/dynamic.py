@@ -147,7 +147,9 @@ class DynamicMethod(Method):
     def _cached(self, key: tuple, make: Callable):
         found = self._cache.get(key)
         if found is None:
-            found = make()
+            # Kept for later calls too, which may train: no inference tensors.
+            with torch.inference_mode(False):
+                found = make()
             while len(self._cache) >= 2 * _CACHE_SIZE:
                 self._cache.pop(next(iter(self._cache)), None)
             self._cache[key] = found

@@ -1,4 +1,4 @@
-"""Log-linear sparse attention: hierarchical top-k and pooled tokens (LLSA, arXiv 2512.16615)."""
+"""Log-linear sparse attention: hierarchical top-k and pooled tokens (LLSA, arXiv:2512.16615)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LogLinear(DynamicMethod):
     gradient; pooled keys and values pass theirs to the tokens they average.
 
     Source: Zhou et al., "Trainable Log-linear Sparse Attention for Efficient Diffusion
-    Transformers", arXiv 2512.16615. Any length, any top-k: the last block of a level may be short
+    Transformers", arXiv:2512.16615. Any length, any top-k: the last block of a level may be short
     and its mean and weight use its true count.
 
     Args:

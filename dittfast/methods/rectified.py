@@ -1,4 +1,4 @@
-"""Rectified sparse attention: top blocks, and block means for what is dropped (2511.19835)."""
+"""Rectified sparse attention: top blocks, and block means of the rest (arXiv:2511.19835)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ class Rectified(DynamicMethod):
 
     Context queries (text) are dense. Differentiable in q, k and v with the selection held fixed.
 
-    Source: "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
-    arXiv 2511.19835. The error above is the one of the published code; since means of absolute
-    deviations meet signed means in it, it is an estimate and no bound. Statistics are fp32 means,
-    so half precision cannot overflow; a short last block counts its true tokens.
+    Source: Rectified SpaAttn, arXiv:2511.19835, and its code, which the error is taken from: means
+    of absolute deviations meet signed means in it, so it is an estimate and no bound. Statistics
+    are fp32 means, so half precision cannot overflow; a short block counts its true tokens.
 
     Args:
         block_size: tokens in a block, 8 to 256.
