@@ -24,6 +24,8 @@ _EXPORTS = {
     "unguide": "dittfast.pipelines.guidance",
     "RadialAttnProcessor": "dittfast.pipelines.processors",
     "LocalAttnProcessor": "dittfast.pipelines.processors",
+    "LogLinearAttnProcessor": "dittfast.pipelines.processors",
+    "RectifiedAttnProcessor": "dittfast.pipelines.processors",
 }
 _MODULES = ("functional", "methods")
 __all__ = ["__version__", *_EXPORTS, *_MODULES]

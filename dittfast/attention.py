@@ -170,7 +170,8 @@ def method_attention(
     if scale is None:
         scale = method.scale(layout, q.shape[-1])
     if plan is None:
-        plan = method.plan(layout, q, k)
+        given = {"scale": scale, "kv_log_weight": kv_log_weight}
+        plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)
     k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
     if kv_log_weight is not None and extra:

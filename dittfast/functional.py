@@ -1,7 +1,8 @@
 """Every method as a plain function of q, k, v, for people without diffusers.
 
 Nothing is cached: each call plans anew. To plan once, keep ``plan = method.plan(layout)`` and call
-:func:`dittfast.attend` with it.
+:func:`dittfast.attend` with it. LogLinear and Rectified plan from q and k, so at every call; keep
+the method, which remembers what depends on the layout alone, and call ``method_attention`` with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Local, Radial
+from .methods import Local, LogLinear, Radial, Rectified
 
 
 def radial_attention(
@@ -87,4 +88,93 @@ def local_attention(
     parameters = {} if spatial_weight is None else {"spatial_weight": spatial_weight}
     return method_attention(
         method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend, **parameters
+    )
+
+
+def log_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout | None = None,
+    block_size: int = 16,
+    topk: int = 8,
+    levels: int | str = 2,
+    *,
+    order: str = "morton",
+    enrich: bool = True,
+    text_queries: str = "dense",
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+):
+    """Log-linear sparse attention (LLSA, arXiv:2512.16615): top blocks, and means of the rest.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
+            (grouped-query attention).
+        layout: where the N tokens sit; None for a one-dimensional sequence as it is.
+        block_size, topk, levels, order, enrich, text_queries: see
+            :class:`dittfast.methods.LogLinear`.
+        backend, scale, return_lse: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype, or ``(out, lse [B, H, N] fp32)``. Differentiable in
+        q, k and v, with the choice of blocks held fixed.
+
+    Raises:
+        ValueError: an option out of range, more levels than N supports, or tensors that do not
+            fit the layout.
+    """
+    method = LogLinear(block_size, topk, levels, order, enrich, text_queries)
+    layout = Layout.image(1, q.shape[-2]) if layout is None else layout
+    return method_attention(
+        method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend
+    )
+
+
+def rectified_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    block_size: int = 128,
+    topk: int | None = None,
+    top_p: float = 0.3,
+    order: str = "hilbert",
+    *,
+    drop: float | None = None,
+    neighbors: bool = True,
+    first_frame: bool = False,
+    round_up: bool = False,
+    rectify: bool = True,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+):
+    """Rectified SpaAttn (arXiv:2511.19835): top blocks, corrected by the means of the others.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms, N the layout's tokens; k and v may have
+            fewer heads (grouped-query attention).
+        layout: where the N tokens sit.
+        topk: key blocks each query block keeps at least; None keeps ``1 - drop`` of them.
+        drop: share of key blocks to drop, default 0.8; give this or ``topk``.
+        block_size, top_p, order, neighbors, first_frame, round_up, rectify: see
+            :class:`dittfast.methods.Rectified`.
+        backend, scale: see :func:`dittfast.attend`.
+        return_lse: also return the lse of the sparse softmax alone, which the correction is not
+            part of.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype, or ``(out, lse [B, H, N] fp32)``. Differentiable in
+        q, k and v, with the choice of blocks held fixed.
+
+    Raises:
+        ValueError: an option out of range, or tensors that do not fit the layout.
+    """
+    method = Rectified(
+        block_size, topk, drop, top_p, order, neighbors, first_frame, round_up, rectify
+    )
+    return method_attention(
+        method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend
     )

@@ -318,6 +318,23 @@ class Plan:
             changes.setdefault("num_partial_pairs", None)
         return dataclasses.replace(self, validate=True, **changes)
 
+    def with_lists(
+        self, kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, **fields: torch.Tensor | None
+    ) -> Plan:
+        """This partition with other lists, all of them full blocks; *not* validated.
+
+        For methods that make lists at every call: nothing is checked and nothing waits for a
+        device. ``fields`` may set ``kv_log_weight``, ``out_scale`` and ``out_residual``.
+        :meth:`replace` validates the result.
+        """
+        plan = object.__new__(Plan)
+        # Names with an underscore are caches of this plan's lists.
+        kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
+        lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}
+        none = {"rule": None, "num_partial_pairs": None, "_transpose": None}
+        plan.__dict__.update(kept | lists | none | fields, kv_num_full_blocks=kv_num_blocks)
+        return plan
+
     def select_heads(self, heads: slice) -> Plan:
         """The plan of some heads, for context parallelism, where a rank holds a slice of them."""
         pick = lambda x: x if x is None or x.shape[1] == 1 else x[:, heads]  # noqa: E731

@@ -138,6 +138,7 @@ class ModelState:
             )  # fmt: skip
         else:
             plan = method.plan(layout).to(device) if method.static else None
+            method.prepare(layout, device)
             core = Core(method, layout, plan, session.backend, self.family.strict)
         self.cores[key] = core
         return core

@@ -130,6 +130,7 @@ class SparseAttnProcessor:
         key = (layout, device)
         if key not in self._cores:
             plan = self.method.plan(layout).to(device) if self.method.static else None
+            self.method.prepare(layout, device)
             self._cores[key] = Core(self.method, layout, plan, self.backend)
         return self._cores[key]
 
@@ -144,3 +145,15 @@ class LocalAttnProcessor(SparseAttnProcessor):
     """CLEAR's local attention (arXiv:2412.16112); options of :class:`dittfast.methods.Local`."""
 
     method_name = "local"
+
+
+class LogLinearAttnProcessor(SparseAttnProcessor):
+    """LLSA (arXiv:2512.16615); options of :class:`dittfast.methods.LogLinear`."""
+
+    method_name = "log_linear"
+
+
+class RectifiedAttnProcessor(SparseAttnProcessor):
+    """Rectified SpaAttn (arXiv:2511.19835); options of :class:`dittfast.methods.Rectified`."""
+
+    method_name = "rectified"

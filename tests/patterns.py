@@ -41,7 +41,7 @@ class FirstKeys(Method):
     name: ClassVar[str] = "first_keys"
     static: ClassVar[bool] = False
 
-    def plan(self, layout, q=None, k=None, v=None):
+    def plan(self, layout, q=None, k=None, v=None, scale=None, kv_log_weight=None):
         blocks = layout.blocks(16)
         largest = torch.stack(
             [

@@ -69,6 +69,14 @@ def test_orders(sides):
     assert_parity(random_plan(q_blocks, kv_blocks, (1, 2)), "cpu")
 
 
+def test_an_order_whose_ends_look_like_a_run_of_tokens():
+    # The first block holds tokens 0, 5, 6, 3 and not 0, 1, 2, 3.
+    order = torch.tensor([0, 5, 6, 3, 1, 2, 4, 7])
+    kv_blocks = even_blocks(8, 4)._replace(order=order.int())
+    mask = torch.tensor([[True, False]])
+    assert_parity(Plan.from_block_mask(mask, even_blocks(16, 16), kv_blocks), "cpu")
+
+
 @pytest.mark.parametrize("metric", ["disc", "raster"])
 @pytest.mark.parametrize("frames", [1, 3, 20])
 def test_token_rule_anywhere(metric, frames):

@@ -5,7 +5,12 @@ import copy
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.processors import LocalAttnProcessor, RadialAttnProcessor
+from dittfast.pipelines.processors import (
+    LocalAttnProcessor,
+    LogLinearAttnProcessor,
+    RadialAttnProcessor,
+    RectifiedAttnProcessor,
+)
 from dittfast.pipelines.rotary import image_layout, video_layout
 
 import dittfast
@@ -16,6 +21,18 @@ CASES = {
     "flux-radial": (tiny.flux_pipeline, RadialAttnProcessor, "radial", dict(block_size=16)),
     "wan-local": (tiny.wan_pipeline, LocalAttnProcessor, "local", dict(window=2)),
     "wan-radial": (tiny.wan_pipeline, RadialAttnProcessor, "radial", dict(block_size=4)),
+    "flux-log_linear": (
+        tiny.flux_pipeline,
+        LogLinearAttnProcessor,
+        "log_linear",
+        dict(block_size=8, topk=2, levels=1),
+    ),
+    "wan-rectified": (
+        tiny.wan_pipeline,
+        RectifiedAttnProcessor,
+        "rectified",
+        dict(block_size=8, topk=1, top_p=0.0, neighbors=False),
+    ),
 }
 
 

@@ -3,8 +3,16 @@
 from .base import Method
 from .dense import Dense
 from .local import Local
+from .log_linear import LogLinear
 from .radial import Radial
+from .rectified import Rectified
 
-METHODS: dict[str, type[Method]] = {"dense": Dense, "radial": Radial, "local": Local}
+METHODS: dict[str, type[Method]] = {
+    "dense": Dense,
+    "radial": Radial,
+    "local": Local,
+    "log_linear": LogLinear,
+    "rectified": Rectified,
+}
 
-__all__ = ["METHODS", "Method", "Dense", "Radial", "Local"]
+__all__ = ["METHODS", "Method", "Dense", "Radial", "Local", "LogLinear", "Rectified"]

@@ -32,17 +32,34 @@ class Method(ABC):
 
     @abstractmethod
     def plan(
-        self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
+        self,
+        layout: Layout,
+        q: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        scale: float | None = None,
+        kv_log_weight: torch.Tensor | None = None,
     ) -> Plan:
         """The pattern for one layout.
 
+        Static methods are called with the layout alone and need not take the other arguments.
+
         Args:
             layout: geometry of the sequence, N tokens.
-            q, k: ``[B, H, N, D]``, needed where ``static`` is False.
+            q, k, v: ``[B, H, N, D]``, before :meth:`extend`; given where ``static`` is False.
+            scale: the softmax scale that ``attend`` will use; default ``1/sqrt(D)``.
+            kv_log_weight: ``[B|1, H|1, N]``, what ``attend`` will add to the logits of the N keys
+                on top of the plan's own: a mask that the layout does not know.
 
         Returns:
             A plan for N queries and N keys plus those that :meth:`extend` appends. Padding of
             ``layout.context_lengths`` is in its ``kv_log_weight``.
+        """
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 (optional)
+        """Compute and keep what a plan made from q and k needs of the layout alone.
+
+        Once it ran for a layout and device, planning can be traced by ``torch.compile``.
         """
 
     def extend(

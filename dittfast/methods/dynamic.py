@@ -1,0 +1,199 @@
+"""What the methods that plan from q and k share: pooled blocks, padding, cached geometry."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from ..layout import Blocks, Layout
+from .base import Method
+
+# Geometries (and paddings) a method keeps: a pipeline has a few resolutions and prompt lengths.
+_CACHE_SIZE = 8
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics are taken in: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Pool(NamedTuple):
+    """Some blocks of a sequence, ready for masked statistics of their tokens.
+
+    Attributes:
+        token: ``[n, size]`` int64; slots past the end of a short block repeat its first token.
+        short: ``[r]`` int64, the blocks in which some slot does not count.
+        outside: ``[b|1, 1, r, size, 1]`` bool, the slots of those that do not.
+        count: ``[b|1, 1, n, 1]`` fp32, tokens that count in each block (may be 0).
+        span: ``(first, end)`` where the tokens are simply ``first ... end - 1``, else None.
+    """
+
+    token: torch.Tensor
+    short: torch.Tensor
+    outside: torch.Tensor
+    count: torch.Tensor
+    span: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, blocks: Blocks, rows: torch.Tensor, size: int, valid=None) -> Pool:
+        """The blocks numbered ``rows``, on the CPU; ``valid [b, num_tokens]`` hides padding."""
+        starts, lengths = blocks.starts.long()[rows], blocks.lengths.long()[rows]
+        slot = torch.arange(size)
+        inside = slot < lengths[:, None]
+        token = starts[:, None] + torch.where(inside, slot, 0)
+        if blocks.order is not None:
+            token = blocks.order.long()[token]
+        inside = inside[None] if valid is None else inside & valid[:, token]
+        short = (~inside).any(-1).any(0).nonzero()[:, 0]
+        outside = ~inside[:, None, short, :, None]
+        count = inside.sum(-1)[:, None, :, None].float()
+        first = int(token.min())
+        tokens = torch.arange(first, first + token.numel()).view_as(token)
+        span = None
+        if short.numel() == 0 and torch.equal(token, tokens):
+            span = (first, first + token.numel())
+        return cls(token, short, outside, count, span)
+
+    def to(self, device) -> Pool:
+        return Pool(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., n, size, D]``: the tokens of each block of ``x [..., N, D]``."""
+        if self.span is not None:
+            return x[..., slice(*self.span), :].unflatten(-2, self.token.shape)
+        return x.index_select(-2, self.token.flatten()).unflatten(-2, self.token.shape)
+
+    def hide(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens [B, H, n, size, D]`` with 0, in place, in the slots that do not count."""
+        if self.short.numel() == 0:
+            return tokens
+        kept = tokens.index_select(2, self.short).masked_fill(self.outside, 0)
+        return tokens.index_copy_(2, self.short, kept)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, n, D]`` means over the tokens that count, in at least fp32; 0 where none do."""
+        total = self.hide(self.gather(x)).sum(-2, dtype=wide_dtype(x.dtype))
+        return total / self.count.clamp_min(1)
+
+
+class Partition(NamedTuple):
+    """The blocks of a layout and which of them hold image tokens.
+
+    Attributes:
+        blocks: all blocks; none spans two segments.
+        grid: ``[n]`` int64, blocks of image tokens.
+        context: ``[c]`` int64, blocks of context tokens.
+    """
+
+    blocks: Blocks
+    grid: torch.Tensor
+    context: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, block_size: int, order: str) -> Partition:
+        permutation = layout.order(order)
+        if torch.equal(permutation, torch.arange(permutation.numel(), dtype=permutation.dtype)):
+            permutation = None
+        blocks = layout.blocks(block_size, permutation)
+        # Context tokens keep their places, so a context block starts at its own first token.
+        context = torch.zeros(layout.num_tokens, dtype=torch.bool)
+        context[torch.from_numpy(layout.coordinates()[:, 0] < 0)] = True
+        is_context = context[blocks.starts.long()]
+        return cls(blocks, (~is_context).nonzero()[:, 0], is_context.nonzero()[:, 0])
+
+
+class Padding(NamedTuple):
+    """What ``Layout.context_lengths`` means for one partition.
+
+    Attributes:
+        log_weight: ``[b, 1, num_tokens]`` fp32 with -inf on padding; None where nothing is padded.
+        context: ``[b|1, c]`` int64 context blocks, those that hold valid tokens first.
+        count: ``[b|1]`` int64, how many do.
+    """
+
+    log_weight: torch.Tensor | None
+    context: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, partition: Partition, device) -> Padding:
+        context, valid = partition.context, layout.valid()
+        if valid is None:
+            used = torch.ones(1, context.numel(), dtype=torch.bool)
+        else:
+            # Valid tokens come first in their segment: the first one of a block decides.
+            used = valid[:, partition.blocks.starts.long()[context]]
+        by = torch.argsort((~used).to(torch.int8), dim=-1, stable=True)
+        return cls(layout.kv_log_weight(device), context[by].to(device), used.sum(-1).to(device))
+
+
+@dataclass(frozen=True)
+class DynamicMethod(Method):
+    """A method whose plan is made from q and k at every call.
+
+    Everything that depends on the layout alone is computed once per (layout, device) and kept in
+    the method object, so hold on to one object per model; at most a few layouts are kept.
+    """
+
+    static: ClassVar[bool] = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "_cache", {})
+
+    def _cached(self, key: tuple, make: Callable):
+        found = self._cache.get(key)
+        if found is None:
+            # Kept for later calls too, which may train: no inference tensors.
+            with torch.inference_mode(False):
+                found = make()
+            while len(self._cache) >= 2 * _CACHE_SIZE:
+                self._cache.pop(next(iter(self._cache)), None)
+            self._cache[key] = found
+        return found
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        self._padding(layout, self._geometry(layout, device).partition, device)
+
+    def _geometry(self, layout: Layout, device: torch.device):
+        # Text lengths change with every prompt; the geometry does not.
+        bare = replace(layout, context_lengths=None)
+        return self._cached(("geometry", bare, device), lambda: self._make_geometry(bare, device))
+
+    @abstractmethod
+    def _make_geometry(self, layout: Layout, device: torch.device):
+        """Everything planning needs that depends on the layout alone."""
+
+    def _padding(self, layout: Layout, partition: Partition, device: torch.device) -> Padding:
+        return self._cached(
+            ("padding", layout, device), lambda: Padding.of(layout, partition, device)
+        )
+
+    def _check(self, layout: Layout, **tensors: torch.Tensor | None) -> None:
+        """Raise ValueError where q, k or v are missing or do not fit the layout."""
+        for name, x in tensors.items():
+            if x is None:
+                raise ValueError(
+                    f"{self.name} plans from {', '.join(tensors)}, but {name} is None; "
+                    f"call plan(layout, {', '.join(tensors)})"
+                )
+            if x.ndim != 4 or x.shape[2] != layout.num_tokens:
+                raise ValueError(
+                    f"{name} must be [B, H, {layout.num_tokens}, D] for this layout, "
+                    f"got {list(x.shape)}"
+                )
+            rows = layout.context_lengths
+            if rows is not None and len(rows) not in (1, x.shape[0]):
+                raise ValueError(
+                    f"the layout has context lengths for {len(rows)} batch rows, "
+                    f"{name} has {x.shape[0]}"
+                )
+
+
+def match_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, Hk, n, D]`` repeated to ``heads`` heads (grouped-query attention)."""
+    groups = heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
