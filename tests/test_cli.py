@@ -25,7 +25,16 @@ from dittfast.methods import Local, Radial
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "12"]
-SPARSE = ["--method", "local", "--set", "window=3", "--set", "tile=[1,4,4]", "--set", "min_tokens=0"]
+SPARSE = [
+    "--method",
+    "local",
+    "--set",
+    "window=3",
+    "--set",
+    "tile=[1,4,4]",
+    "--set",
+    "min_tokens=0",
+]
 SPARSE += ["--backend", "reference"]
 
 
@@ -107,7 +116,15 @@ def test_generate_compare(model, out, capsys):
 
 def test_generate_says_when_it_ran_dense(model, out, capsys):
     arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
-    options = ["--method", "local", "--set", "min_tokens=5000", "--compare", "--backend", "reference"]
+    options = [
+        "--method",
+        "local",
+        "--set",
+        "min_tokens=5000",
+        "--compare",
+        "--backend",
+        "reference",
+    ]
     assert main([*arguments, *options]) == 0
     shown = capsys.readouterr()
     assert shown.err.count("dense: 108 tokens are fewer than the 5,000") == 1
@@ -130,7 +147,16 @@ def test_a_sample_model_brings_its_own_call(model, out, capsys, monkeypatch):
         assert main(["generate", "--examples", "--model", "tiny-flux"]) == 0
         shown = capsys.readouterr().out
         assert shown.splitlines()[:2] == ["a red cat", "a dog"] and "cat, dog" in shown
-        options = ["--method", "local", "--set", "window=2", "--backend", "reference", "--model", "tiny-flux"]
+        options = [
+            "--method",
+            "local",
+            "--set",
+            "window=2",
+            "--backend",
+            "reference",
+            "--model",
+            "tiny-flux",
+        ]
         assert main(["generate", "a red cat", *options, "-o", str(out / "a.png")]) == 0
         data = json.loads((out / "a.json").read_text())
         assert data["call"]["height"] == 64 and data["model"] == "tiny-flux"
@@ -286,8 +312,29 @@ def test_ctrl_c_in_a_real_process(model, out):
 
 
 def test_plan_prints_and_draws_what_the_method_plans(out, capsys):
-    arguments = ["plan", "--method", "radial", "--set", "block_size=16", "--set", "decay_factor=0.5"]
-    arguments += ["--frames", "7", "--height", "5", "--width", "8", "--text", "9", "--head-dim", "64", "--heads", "3"]
+    arguments = [
+        "plan",
+        "--method",
+        "radial",
+        "--set",
+        "block_size=16",
+        "--set",
+        "decay_factor=0.5",
+    ]
+    arguments += [
+        "--frames",
+        "7",
+        "--height",
+        "5",
+        "--width",
+        "8",
+        "--text",
+        "9",
+        "--head-dim",
+        "64",
+        "--heads",
+        "3",
+    ]
     arguments += ["-o", str(out / "p.png"), "--json", str(out / "p.json")]
     assert main(arguments) == 0
     data = json.loads((out / "p.json").read_text())
@@ -307,10 +354,34 @@ def test_plan_prints_and_draws_what_the_method_plans(out, capsys):
 
 def test_plan_puts_text_where_it_is_told(out):
     for flags, first in (([], True), (["--text-last"], False), (["--text-first"], True)):
-        arguments = ["plan", "--method", "local", "--height", "6", "--width", "6", "--text", "5", "--json"]
+        arguments = [
+            "plan",
+            "--method",
+            "local",
+            "--height",
+            "6",
+            "--width",
+            "6",
+            "--text",
+            "5",
+            "--json",
+        ]
         assert main([*arguments, str(out / "p.json"), *flags]) == 0
         assert json.loads((out / "p.json").read_text())["text_first"] is first
-    video = ["plan", "--method", "radial", "--frames", "3", "--height", "6", "--width", "6", "--text", "5", "--json"]
+    video = [
+        "plan",
+        "--method",
+        "radial",
+        "--frames",
+        "3",
+        "--height",
+        "6",
+        "--width",
+        "6",
+        "--text",
+        "5",
+        "--json",
+    ]
     assert main([*video, str(out / "p.json")]) == 0
     assert json.loads((out / "p.json").read_text())["text_first"] is False
 
