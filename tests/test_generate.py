@@ -80,9 +80,7 @@ def test_pictures_that_are_not_finite_are_refused():
 
 def test_compare_draws_both_arms_from_one_noise(pipe):
     stages = []
-    arms = generate(
-        pipe, CALL, LOCAL, backend="reference", compare=True, runs=2, on_stage=stages.append
-    )
+    arms = generate(pipe, CALL, LOCAL, compare=True, runs=2, on_stage=stages.append)
     assert stages == [
         "dense, warm-up", "local, warm-up", "dense, run 1 of 2", "local, run 1 of 2",
         "local, run 2 of 2", "dense, run 2 of 2",
@@ -90,7 +88,7 @@ def test_compare_draws_both_arms_from_one_noise(pipe):
     dense, sparse = arms
     assert [a.name for a in arms] == ["dense", "local"]
     assert np.array_equal(dense.run.frames[0], by_hand(pipe))
-    with dittfast.enable(pipe, LOCAL, backend="reference"):
+    with dittfast.enable(pipe, LOCAL):
         assert np.array_equal(sparse.run.frames[0], by_hand(pipe))
     assert not np.array_equal(dense.run.frames, sparse.run.frames)
     assert [len(a.timings) for a in arms] == [2, 2]
@@ -111,27 +109,25 @@ def test_the_warm_up_runs_the_method_whatever_the_schedule(pipe, monkeypatch):
         module, "enable", lambda *a, **k: seen.append(k["schedule"]) or enable(*a, **k)
     )
     schedule = Schedule(dense_first_steps=2, dense_last_steps=1, dense_layers=(0,))
-    generate(pipe, CALL, LOCAL, schedule, backend="reference", compare=True)
+    generate(pipe, CALL, LOCAL, schedule, compare=True)
     warm = dataclasses.replace(schedule, dense_first_steps=0, dense_last_steps=0)
     assert seen == [warm, schedule]
 
 
 def test_the_schedule_is_followed(pipe):
     everywhere = Schedule(dense_first_steps=3)
-    (arm,) = generate(pipe, CALL, LOCAL, everywhere, backend="reference")
+    (arm,) = generate(pipe, CALL, LOCAL, everywhere)
     assert np.array_equal(arm.run.frames[0], by_hand(pipe))
 
 
 def test_a_full_plan_draws_what_dense_attention_draws(pipe):
-    dense, planned = generate(pipe, CALL, Dense(block_size=32), backend="reference", compare=True)
+    dense, planned = generate(pipe, CALL, Dense(block_size=32), compare=True)
     found = quality(dense.run, planned.run)
     assert found["identical"] or found["psnr_db"] > 70
 
 
 def test_below_min_tokens_everything_is_dense(pipe):
-    dense, sparse = generate(
-        pipe, CALL, LOCAL, Schedule(min_tokens=10**6), backend="reference", compare=True
-    )
+    dense, sparse = generate(pipe, CALL, LOCAL, Schedule(min_tokens=10**6), compare=True)
     assert sparse.density == 1.0
     assert quality(dense.run, sparse.run) == {
         "identical": True,
@@ -142,7 +138,7 @@ def test_below_min_tokens_everything_is_dense(pipe):
 
 def test_the_record_is_json_and_true(pipe):
     source = sources.Source("folder", "tiny", "/somewhere")
-    arms = generate(pipe, CALL, LOCAL, backend="reference", compare=True, seed=7)
+    arms = generate(pipe, CALL, LOCAL, compare=True, seed=7)
     data = json.loads(json.dumps(record(pipe, source, CALL, 7, arms), allow_nan=False))
     assert data["prompt"] == "a red cat" and data["seed"] == 7 and data["model"] == "tiny"
     assert data["call"] == {k: v for k, v in CALL.items() if k != "prompt"}
