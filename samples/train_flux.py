@@ -31,7 +31,9 @@ CAPTION_DROP = 0.1
 WARM_UP = 100
 DECAY_PART = 0.4
 AVERAGE_EVERY = 4
-PROGRESS = ("stage", "stage_step", "step", "samples", "seconds", "losses", "history")
+PROGRESS = (
+    *("stage", "stage_step", "step", "samples", "seconds", "cpu_seconds", "losses", "history"),
+)
 
 
 def parse_stage(text):
@@ -89,7 +91,8 @@ class Run:
         ]
         self.average = [p.detach().clone() for p in self.model.parameters()]
         self.stage, self.stage_step, self.step = 0, 0, 0
-        self.samples, self.seconds, self.losses, self.history = 0, 0.0, [], []
+        self.samples, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.losses, self.history = [], []
 
     def _tokenizer(self, words):
         folder = self.args.out / "tokenizer"
@@ -181,16 +184,18 @@ class Run:
         latents, ids = all_latents(self.labelled, self.vae, size), image_ids(size)
         saved = logged = time.time()
         while self.stage_step < steps:
-            start = time.time()
+            start, cpu_start = time.time(), time.process_time()
             self.train_step(latents, ids, size, steps, batch, peak_lr)
             now = time.time()
             self.seconds += now - start
+            self.cpu_seconds += time.process_time() - cpu_start
             if self.step % 100 == 0:
                 rate = 100 * batch / (now - logged)
                 logged = now
                 print(
                     f"{size} px step {self.stage_step}/{steps} (all: {self.step} steps, "
-                    f"{self.samples} samples, {self.seconds / 60:.1f} min) "
+                    f"{self.samples} samples, {self.seconds / 60:.1f} min, "
+                    f"{self.cpu_seconds / 60:.1f} CPU min) "
                     f"loss {self.mean_loss():.4f} {rate:.1f} samples/s",
                     flush=True,
                 )
@@ -213,7 +218,8 @@ class Run:
             self.stage, self.stage_step, self.losses = index + 1, 0, []
             self.save()
         self.save()
-        print(f"done: {self.step} steps, {self.samples} samples, {self.seconds / 3600:.2f} h")
+        hours = self.cpu_seconds / 3600
+        print(f"done: {self.step} steps, {self.samples} samples, {hours:.2f} CPU hours")
 
 
 def main():
