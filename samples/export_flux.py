@@ -6,7 +6,6 @@ python samples/export_flux.py grid --model work/sample-flux --out work/grid.png
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 
@@ -91,10 +90,13 @@ def make_readable_for_both_versions(folder):
 
     These are the tokenizer's class name and the prefix of CLIP's weights.
     """
-    for file in folder.rglob("*.json"):
-        if file.name in ("model_index.json", "tokenizer_config.json"):
-            text = file.read_text()
-            file.write_text(re.sub(r"\bTokenizersBackend\b", "PreTrainedTokenizerFast", text))
+    for file in [folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")]:
+        config = json.loads(
+            file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        )
+        for leftover in ("is_local", "local_files_only"):
+            config.pop(leftover, None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
     file = folder / "text_encoder" / "model.safetensors"
     weights = {
         f"text_model.{name.removeprefix('text_model.')}": tensor
