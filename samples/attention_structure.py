@@ -177,11 +177,14 @@ def plot(table, path):
     """One column per time: mass by distance above, shares of the top tenth below."""
     steps = sorted({row["step"] for row in table["rows"]})
     figure, axes = plt.subplots(
-        2, len(steps), figsize=(4.6 * len(steps), 8.2), squeeze=False, layout="constrained"
+        2, len(steps), figsize=(4.8 * len(steps), 9.4), squeeze=False, layout="constrained"
     )
     for column, step in enumerate(steps):
         rows = [row for row in table["rows"] if row["step"] == step]
-        names = [f"{row['kind']} {row['layer']} head {row['head']}" for row in rows]
+        names = [
+            f"{row['kind']} {row['layer']} head {row['head']}\n({100 * row['text']:.0f} % on text)"
+            for row in rows
+        ]
         upper, lower = axes[:, column]
         mass = np.array([row["distance"] for row in rows])
         uniform = np.array(table["distance_uniform"])
@@ -191,7 +194,7 @@ def plot(table, path):
             shade = "white" if value < 0.35 else "black"
             upper.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=shade, size=7)
         upper.set_xticks(range(len(DISTANCE_NAMES)), DISTANCE_NAMES)
-        upper.set_yticks(range(len(names) + 1), [*names, "uniform"], fontsize=7)
+        upper.set_yticks(range(len(names) + 1), [*names, "uniform"], fontsize=6)
         upper.set_xlabel("distance, tokens")
         upper.set_title(f"step {step + 1} of {table['steps_in_all']}, t = {rows[0]['time']:.2f}")
         shares = {name: [r["top_blocks"][name] for r in rows] for name in rows[0]["top_blocks"]}
@@ -201,12 +204,13 @@ def plot(table, path):
         for i, (name, values) in enumerate(shares.items()):
             bars = lower.barh(y + 0.2 * (i - 1.5), values, height=0.2, label=name)
             lower.axvline(expected[name], color=bars[0].get_facecolor(), ls=":", lw=1)
-        lower.set_yticks(y, names, fontsize=7)
+        lower.set_yticks(y, names, fontsize=6)
         lower.invert_yaxis()
         lower.set_xlim(0, 1)
-        lower.set_xlabel("share of mass in the top tenth (dotted: uniform)")
+        lower.set_xlabel("share of the mass in the top tenth (dotted: uniform)")
     figure.colorbar(picture, ax=axes[0, -1], label="share of the mass on image keys")
-    axes[1, 0].legend(fontsize=7, loc="lower right")
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle("Where the sample model's attention goes (image rows, averaged over prompts)")
     figure.savefig(path, dpi=90)
 

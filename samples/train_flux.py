@@ -143,6 +143,15 @@ class Run:
         recent = self.losses[-200:]
         return sum(recent) / max(1, len(recent))
 
+    def latents(self, size):
+        """The stage's pictures, encoded once and kept beside the checkpoint."""
+        file = self.args.out / f"latents-{size}.pt"
+        if not file.exists():
+            temporary = file.with_suffix(".tmp")
+            torch.save(all_latents(self.labelled, self.vae, size), temporary)
+            os.replace(temporary, file)
+        return torch.load(file)
+
     def gradients(self, ids, clean, noise, t, tokens):
         """Loss and gradients of one thread's part of the batch."""
         noisy = torch.lerp(clean, noise, t[:, None, None])
@@ -198,7 +207,7 @@ class Run:
         torch._foreach_copy_([p.detach() for p in self.model.parameters()], live)
 
     def train_stage(self, size, steps, batch, peak_lr):
-        latents, ids = all_latents(self.labelled, self.vae, size), image_ids(size)
+        latents, ids = self.latents(size), image_ids(size)
         saved = logged = time.time()
         while self.stage_step < steps:
             start, cpu_start = time.time(), time.process_time()
