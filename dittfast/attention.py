@@ -76,6 +76,10 @@ def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
                 f"{name} is for batch {x.shape[0]} and {x.shape[1]} heads, which does not "
                 f"broadcast to batch {q.shape[0]} and {q.shape[1]} heads"
             )
+    if plan.out_residual is not None and plan.out_residual.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"out_residual has {plan.out_residual.shape[3]} channels, the head dim is {q.shape[3]}"
+        )
     if kv_log_weight is not None and kv_log_weight.shape[2:] != (plan.num_keys,):
         raise ValueError(
             f"kv_log_weight must be [B|1, H|1, {plan.num_keys}], got {list(kv_log_weight.shape)}"

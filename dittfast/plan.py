@@ -264,6 +264,9 @@ class Plan:
             )
         if bool((self.kv_num_full_blocks > self.kv_num_blocks).any()):
             errors.append("kv_num_full_blocks exceeds kv_num_blocks")
+        if bool((self.kv_num_full_blocks < 0).any()):
+            least = int(self.kv_num_full_blocks.min())
+            errors.append(f"kv_num_full_blocks must be at least 0, found {least}")
         if self.rule is None and bool((self.kv_num_full_blocks < self.kv_num_blocks).any()):
             errors.append("partial blocks need a rule; list them as full, or give rule=TokenRule")
         slot = torch.arange(shape[3], device=self.kv_indices.device)

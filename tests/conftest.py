@@ -18,6 +18,11 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# A busy machine is no failure.
+settings.register_profile("dittfast", deadline=None, max_examples=60)
+settings.load_profile("dittfast")
 
 
 def pytest_collection_modifyitems(items):

@@ -32,8 +32,11 @@ def ragged_blocks(num_tokens: int, block_size: int, seed: int = 0, shuffle=False
     return make_blocks(starts[listed], lengths[listed], order)
 
 
-def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, seed=0) -> TokenRule:
-    """Queries and keys scattered over two grids; every tenth is context."""
+def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, seed=0, keeps=True):
+    """A TokenRule for tokens scattered over two grids, every tenth context.
+
+    Without ``keeps`` a rule that hides every pair.
+    """
     draw = _generator(seed)
 
     def integers(low, high, n):
@@ -46,7 +49,13 @@ def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, s
         return frame, integers(0, 12, n) << 16 | x if metric == METRICS[0] else x * 10
 
     limits = integers(-1, 60, frames)
-    return TokenRule(metric, limits, *side(num_queries), *side(num_keys), sink_frames)
+    sides = *side(num_queries), *side(num_keys)
+    if not keeps:
+        zeros = torch.zeros(num_queries + num_keys, dtype=torch.int32).split(
+            [num_queries, num_keys]
+        )
+        return TokenRule(metric, limits * 0 - 1, *(x for x in zeros for _ in range(2)))
+    return TokenRule(metric, limits, *sides, sink_frames)
 
 
 def random_plan(

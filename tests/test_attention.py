@@ -1,0 +1,274 @@
+"""attend: the reference against the written formulas, and what it does with bad input."""
+
+import re
+
+import pytest
+import torch
+from parity import even_blocks, ragged_blocks, random_plan, random_rule, results
+
+from dittfast import Layout, attend, methods
+from dittfast.attention import BACKENDS, choose_backend
+from dittfast.plan import Plan
+from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
+
+SIZES = [1, 63, 111, 390]
+BLOCKS = even_blocks(8, 4)
+
+
+def row_values(x, plan):
+    """``[..., nQ, D]`` per block as ``[..., num_queries, D]`` per token, one token at a time."""
+    order = plan.q_blocks.order
+    rows = torch.empty(*x.shape[:-2], plan.num_queries, x.shape[-1], dtype=x.dtype)
+    for block, (start, length) in enumerate(zip(plan.q_blocks.starts, plan.q_blocks.lengths)):
+        for position in range(start, start + length):
+            token = position if order is None else int(order[position])
+            rows[..., token, :] = x[..., block, :]
+    return rows
+
+
+def formula(q, k, v, plan, weight, scale):
+    """``softmax(scale q kᵀ + weight) v`` over the kept keys, out of autograd's primitives."""
+    logits = scale * torch.einsum("bhid,bhjd->bhij", q, k)
+    if weight is not None:
+        logits = logits + weight[:, :, None, :].to(logits)
+    logits = torch.where(plan.to_dense_mask(), logits, -torch.inf)
+    unseen = (logits == -torch.inf).all(-1, keepdim=True)
+    logits = logits.masked_fill(unseen, 0)
+    lse = torch.logsumexp(logits, -1)
+    p = torch.exp(logits - lse[..., None]).masked_fill(unseen, 0)
+    out = torch.einsum("bhij,bhjd->bhid", p, v)
+    if plan.out_scale is not None:
+        out = out * row_values(plan.out_scale[..., None], plan)
+    if plan.out_residual is not None:
+        out = out + row_values(plan.out_residual, plan)
+    return out, lse.masked_fill(unseen[..., 0], -torch.inf)
+
+
+def check_reference(plan, batch=2, heads=3, head_dim=8, weight=None, scale=0.3):
+    inputs = attention_inputs(
+        batch, heads, plan.num_queries, head_dim, plan.num_keys, torch.float64
+    )
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    epilogue = [x for x in (plan.out_scale, plan.out_residual) if x is not None]
+    leaves += [x.requires_grad_() for x in epilogue]
+    out, lse = formula(*leaves[:3], plan, weight, scale)
+    found, found_lse = attend(
+        *leaves[:3], plan, kv_log_weight=weight, scale=scale, return_lse=True, backend="reference"
+    )
+    torch.testing.assert_close(found, out)
+    torch.testing.assert_close(found_lse, lse)
+    seen = lse != -torch.inf
+    grads = (
+        torch.autograd.grad(
+            (a * inputs[3]).sum() + b[seen].square().sum(), leaves, retain_graph=True
+        )
+        for a, b in ((found, found_lse), (out, lse))
+    )
+    for actual, expected in zip(*grads):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("num_tokens", SIZES)
+def test_reference_is_the_formula(num_tokens):
+    blocks = ragged_blocks(num_tokens, 32, 1, shuffle=True)
+    rule = random_rule(num_tokens, num_tokens)
+    check_reference(random_plan(blocks, blocks, rule=rule), heads=1, batch=1)
+
+
+@pytest.mark.parametrize("lists", [(1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
+def test_reference_takes_lists_weights_and_epilogue_of_any_shape(lists):
+    q_blocks = ragged_blocks(30, 8, 2, shuffle=True)
+    weight = torch.randn(*lists, 41)
+    weight[..., ::5] = -torch.inf
+    fields = {
+        "out_scale": torch.rand(*lists, q_blocks.count, dtype=torch.float64) + 0.5,
+        "out_residual": torch.randn(*lists, q_blocks.count, 8, dtype=torch.float64),
+    }
+    plan = random_plan(q_blocks, ragged_blocks(41, 8, 3), lists, random_rule(30, 41), **fields)
+    check_reference(plan, weight=weight)
+
+
+def test_reference_where_a_query_sees_nothing():
+    plan = Plan.from_block_mask(torch.eye(2, dtype=torch.bool), BLOCKS, BLOCKS)
+    weight = torch.zeros(1, 1, 8)
+    weight[..., :4] = -torch.inf
+    check_reference(plan, weight=weight)
+
+
+def test_reference_gradients_by_finite_differences():
+    blocks = ragged_blocks(9, 4, 4)
+    fields = {"out_scale": torch.rand(1, 1, blocks.count, dtype=torch.float64) + 0.5}
+    plan = random_plan(blocks, blocks, (1, 2), random_rule(9, 9), **fields)
+    q, k, v, _ = attention_inputs(1, 2, 9, 3, dtype=torch.float64)
+
+    def function(q, k, v, out_scale):
+        plan_ = plan.replace(out_scale=out_scale)
+        return attend(q, k, v, plan_, return_lse=True, backend="reference")
+
+    leaves = [x.requires_grad_() for x in (q, k, v, plan.out_scale)]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_full_plan_is_dense_attention(backend, dtype):
+    q, k, v, _ = attention_inputs(1, 2, 63, 16, dtype=dtype)
+    plan = Plan.full(63, block_size=16)
+    out = attend(q, k, v, plan, backend=backend)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    eager = eager_attention(q, k, v, torch.ones(63, 63, dtype=torch.bool), 0.25)
+    assert_within_budget("out", out, exact, eager)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_grouped_query_attention(backend):
+    q, _, _, grad = attention_inputs(2, 6, 63, 16)
+    k, v, _, _ = attention_inputs(2, 2, 63, 16, seed=1)
+    blocks = ragged_blocks(63, 16, 5)
+    plan = random_plan(blocks, blocks, (1, 6))
+    mask = plan.to_dense_mask()
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    wide = leaves[0], *(x.repeat_interleave(3, 1) for x in leaves[1:])
+    exact = eager_attention(*wide, mask, 0.25)
+    expected = [exact, *torch.autograd.grad(exact, leaves, grad.double())]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, plan, backend=backend)
+    actual = [out, *torch.autograd.grad(out, leaves, grad)]
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_comes_back(backend):
+    q, k, v, _ = attention_inputs(1, 2, 8, 16, dtype=torch.float16)
+    plan = Plan.full(8, block_size=4)
+    out = attend(q, k, v, plan, backend=backend)
+    again, lse = attend(q, k, v, plan, return_lse=True, scale=16**-0.5, backend=backend)
+    assert torch.equal(out, again)
+    assert out.dtype == torch.float16 and out.shape == q.shape
+    assert lse.dtype == torch.float32 and lse.shape == (1, 2, 8)
+    logits = q.double() @ k.double().mT / 4
+    torch.testing.assert_close(lse.double(), torch.logsumexp(logits, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    q, k, v, _ = attention_inputs(1, 1, 8, 16)
+    plan = Plan.full(8, block_size=4)
+    assert not attend(q, k, v, plan).requires_grad
+    v.requires_grad_()
+    attend(q, k, v, plan).sum().backward()
+    assert v.grad is not None and q.grad is None
+
+
+def test_auto_chooses_by_device():
+    assert choose_backend(torch.device("cpu")) == "cpu"
+    assert choose_backend(torch.device("cuda", 1)) == "triton"
+    q, k, v, _ = attention_inputs(1, 1, 30, 16)
+    plan = methods.Local(2).plan(Layout.image(5, 6))
+    assert torch.equal(attend(q, k, v, plan), attend(q, k, v, plan, backend="cpu"))
+
+
+def test_method_scales_reach_every_backend():
+    layout = Layout.image(6, 7)
+    q, k, v, _ = attention_inputs(1, 1, 42, 16)
+    plan = methods.Local(3).plan(layout)
+    expected = eager_attention(q, k, v, plan.to_dense_mask(), 0.7)
+    for backend in ("reference", "cpu"):
+        out = attend(q, k, v, plan, scale=0.7, backend=backend)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def tensors(q=(1, 2, 8, 16), k=(1, 2, 8, 16), v=None, dtype=torch.float32, k_dtype=None):
+    v = k if v is None else v
+    return (
+        torch.zeros(q, dtype=dtype),
+        torch.zeros(k, dtype=k_dtype or dtype),
+        torch.zeros(v, dtype=dtype),
+    )
+
+
+PLAN = Plan.full(8, block_size=4)
+WEIGHT = torch.zeros(3, 1, 8)
+PER_HEAD = random_plan(BLOCKS, BLOCKS, (1, 3))
+RESIDUAL = torch.ones(1, 4, 2, 16)
+BAD_CALLS = [
+    (tensors(q=(2, 8, 16)), PLAN, {}, "q must be [B, H, N, D], got shape [2, 8, 16]"),
+    (
+        tensors(k_dtype=torch.float64),
+        PLAN,
+        {},
+        "q, k, v must agree in dtype and device: q is torch.float32 on cpu, k is torch.float64",
+    ),
+    (tensors(dtype=torch.int32), PLAN, {}, "needs floating-point tensors, got torch.int32"),
+    (
+        tensors(v=(1, 2, 8, 8)),
+        PLAN,
+        {},
+        "k and v must have one shape, got [1, 2, 8, 16] and [1, 2, 8, 8]",
+    ),
+    (tensors(k=(1, 2, 8, 8)), PLAN, {}, "q and k must agree in batch and head dim"),
+    (tensors(k=(2, 2, 8, 16)), PLAN, {}, "q and k must agree in batch and head dim"),
+    (tensors(q=(1, 3, 8, 16)), PLAN, {}, "3 query heads are no multiple of 2 key heads"),
+    (tensors(q=(1, 2, 9, 16)), PLAN, {}, "the plan is for 8 queries and 8 keys, got 9 and 8; "),
+    (tensors(k=(1, 2, 7, 16)), PLAN, {}, "the plan is for 8 queries and 8 keys, got 8 and 7; "),
+    (
+        tensors(),
+        PER_HEAD,
+        {},
+        "kv_indices is for batch 1 and 3 heads, which does not broadcast to batch 1 and 2 heads",
+    ),
+    (tensors(), PLAN, {"kv_log_weight": WEIGHT}, "kv_log_weight is for batch 3 and 1 heads"),
+    (
+        tensors(),
+        PLAN,
+        {"kv_log_weight": WEIGHT[:1, :, :7]},
+        "kv_log_weight must be [B|1, H|1, 8], got [1, 1, 7]",
+    ),
+    (
+        tensors(),
+        PLAN.replace(out_scale=torch.ones(2, 1, 2)),
+        {},
+        "out_scale is for batch 2 and 1 heads",
+    ),
+    (tensors(), PLAN.replace(out_residual=RESIDUAL), {}, "out_residual is for batch 1 and 4 heads"),
+    (
+        tensors(),
+        PLAN.replace(out_residual=RESIDUAL[:, :1, :, :8]),
+        {},
+        "out_residual has 8 channels, the head dim is 16",
+    ),
+    (tensors(), PLAN.replace(kv_log_weight=WEIGHT), {}, "plan.kv_log_weight is for batch 3"),
+    (
+        tensors(),
+        PLAN,
+        {"backend": "gpu"},
+        "backend must be auto, triton, cpu, reference; got 'gpu'",
+    ),
+]
+
+
+@pytest.mark.parametrize("inputs, plan, options, message", BAD_CALLS, ids=[c[3] for c in BAD_CALLS])
+def test_bad_calls_are_refused(inputs, plan, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attend(*inputs, plan, **options)
+
+
+def test_a_named_backend_says_all_that_is_in_its_way(monkeypatch):
+    class Stubborn:
+        @staticmethod
+        def not_supported_reasons(q, k, v):
+            return ["it is Monday", "it rains"]
+
+    monkeypatch.setitem(BACKENDS, "stubborn", lambda: Stubborn)
+    with pytest.raises(ValueError, match="the stubborn backend cannot run this: it is Monday; it"):
+        attend(*tensors(), PLAN, backend="stubborn")
+
+
+def test_forms_of_results_agree_with_each_other():
+    """The helper that the backends' tests compare with: the oracle equals the formula there too."""
+    plan = random_plan(BLOCKS, BLOCKS, rule=random_rule(8, 8))
+    inputs = attention_inputs(1, 1, 8, 4, dtype=torch.float64)
+    found = results(*inputs, None, plan, "reference")
+    out, lse = formula(*inputs[:3], plan, None, 0.5)
+    torch.testing.assert_close(found["out"], out)
+    torch.testing.assert_close(found["lse"], lse)

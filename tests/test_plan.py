@@ -1,0 +1,355 @@
+"""Plans: lists, masks, transposes, density and FLOPs against brute force; bad plans are refused."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity import even_blocks, ragged_blocks, random_plan, random_rule
+
+from dittfast.layout import Blocks, Layout, make_blocks
+from dittfast.plan import METRICS, Plan, TokenRule, transpose_lists
+
+seeds = st.integers(0, 10_000)
+
+
+@st.composite
+def plans(draw, with_weight=False):
+    """Random plans: ragged, ordered, with and without a rule, per batch row and head."""
+    seed = draw(seeds)
+    q_blocks = ragged_blocks(
+        draw(st.integers(1, 40)), draw(st.integers(1, 9)), seed, draw(st.booleans())
+    )
+    kv_blocks = ragged_blocks(
+        draw(st.integers(1, 40)), draw(st.integers(1, 9)), seed + 1, draw(st.booleans())
+    )
+    num_q, num_k = int(q_blocks.lengths.sum()), int(kv_blocks.lengths.sum())
+    rule = None
+    if draw(st.booleans()):
+        rule = random_rule(
+            num_q, num_k, draw(st.sampled_from(METRICS)), 3, draw(st.integers(0, 1)), seed
+        )
+    lists = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 3)]))
+    fields = {}
+    if with_weight and draw(st.booleans()):
+        weight = torch.randn(draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3])), num_k)
+        weight[torch.rand(weight.shape) < 0.3] = -torch.inf
+        weight[..., 0] = 0
+        fields["kv_log_weight"] = weight
+    if with_weight:
+        fields["num_real_keys"] = draw(st.integers(1, num_k))
+    density = draw(st.floats(0.05, 1))
+    return random_plan(q_blocks, kv_blocks, lists, rule, density, seed, **fields)
+
+
+def keep_by_hand(rule: TokenRule, query: int, key: int) -> bool:
+    """TokenRule's docstring for one pair."""
+    q_frame, kv_frame = int(rule.q_frame[query]), int(rule.kv_frame[key])
+    if q_frame < 0 or kv_frame < 0 or q_frame >> 16 != kv_frame >> 16:
+        return True
+    if kv_frame & 0xFFFF < rule.sink_frames:
+        return True
+    apart = abs((q_frame & 0xFFFF) - (kv_frame & 0xFFFF))
+    limit = int(rule.limits[min(apart, len(rule.limits) - 1)])
+    a, b = int(rule.q_place[query]), int(rule.kv_place[key])
+    if rule.metric == "raster":
+        return abs(a - b) <= limit
+    (ya, xa), (yb, xb) = divmod(a, 1 << 16), divmod(b, 1 << 16)
+    return (ya - yb) ** 2 + (xa - xb) ** 2 <= limit
+
+
+def tokens_of(blocks: Blocks, block: int):
+    """``(position, token)`` of every token in a block."""
+    start, length = int(blocks.starts[block]), int(blocks.lengths[block])
+    order = range(start + length) if blocks.order is None else blocks.order.tolist()
+    return [(p, order[p]) for p in range(start, start + length)]
+
+
+def mask_by_hand(plan: Plan) -> torch.Tensor:
+    """The dense mask from the lists, pair by pair."""
+    lists = plan.kv_indices.shape[:2]
+    mask = torch.zeros(*lists, plan.num_queries, plan.num_keys, dtype=torch.bool)
+    for batch in range(lists[0]):
+        for head in range(lists[1]):
+            for row in range(plan.q_blocks.count):
+                for slot in range(int(plan.kv_num_blocks[batch, head, row])):
+                    col = int(plan.kv_indices[batch, head, row, slot])
+                    full = slot < int(plan.kv_num_full_blocks[batch, head, row])
+                    for q_at, query in tokens_of(plan.q_blocks, row):
+                        for kv_at, key in tokens_of(plan.kv_blocks, col):
+                            mask[batch, head, query, key] = full or keep_by_hand(
+                                plan.rule, q_at, kv_at
+                            )
+    return mask
+
+
+@given(plans())
+def test_dense_mask(plan):
+    assert torch.equal(plan.to_dense_mask(), mask_by_hand(plan))
+
+
+@given(plans())
+def test_block_mask_and_back(plan):
+    mask = plan.to_block_mask()
+    expected = torch.zeros_like(mask)
+    for b, h, row, slot in np.ndindex(*plan.kv_indices.shape):
+        if slot < plan.kv_num_blocks[b, h, row]:
+            expected[b, h, row, plan.kv_indices[b, h, row, slot]] = True
+    assert torch.equal(mask, expected)
+    again = Plan.from_block_mask(mask, plan.q_blocks, plan.kv_blocks)
+    assert torch.equal(again.to_block_mask(), mask)
+    assert torch.equal(again.kv_num_full_blocks, again.kv_num_blocks)
+
+
+@given(plans())
+def test_transpose(plan):
+    t = plan.transpose()
+    lists = plan.kv_indices.shape[:2]
+    assert t.q_num_blocks.shape == (*lists, plan.kv_blocks.count)
+    assert plan.transpose() is t
+    for b, h in np.ndindex(*lists):
+        for col in range(plan.kv_blocks.count):
+            full, partial = [], []
+            for row in range(plan.q_blocks.count):
+                used = plan.kv_indices[b, h, row, : plan.kv_num_blocks[b, h, row]].tolist()
+                if col in used:
+                    is_full = used.index(col) < plan.kv_num_full_blocks[b, h, row]
+                    (full if is_full else partial).append(row)
+            count = int(t.q_num_blocks[b, h, col])
+            assert t.q_indices[b, h, col, :count].tolist() == full + partial
+            assert int(t.q_num_full_blocks[b, h, col]) == len(full)
+
+
+@given(plans())
+def test_transposing_twice_gives_the_lists_back(plan):
+    count = plan.q_blocks.count
+    once = transpose_lists(
+        plan.kv_indices, plan.kv_num_blocks, plan.kv_num_full_blocks, plan.kv_blocks.count
+    )
+    twice = transpose_lists(*once, count)
+    assert torch.equal(twice.q_num_blocks, plan.kv_num_blocks)
+    assert torch.equal(twice.q_num_full_blocks, plan.kv_num_full_blocks)
+    for b, h, row in np.ndindex(*plan.kv_indices.shape[:3]):
+        full, used = (int(x[b, h, row]) for x in (plan.kv_num_full_blocks, plan.kv_num_blocks))
+        for part in (slice(0, full), slice(full, used)):
+            given_ = sorted(plan.kv_indices[b, h, row, part].tolist())
+            assert twice.q_indices[b, h, row, part].tolist() == given_
+
+
+@given(plans(with_weight=True))
+def test_density_and_flops(plan):
+    shown = torch.ones(1, 1, plan.num_keys, dtype=torch.bool)
+    if plan.kv_log_weight is not None:
+        shown = torch.isfinite(plan.kv_log_weight)
+    seen = (mask_by_hand(plan) & shown[..., None, :]).double()
+    seen = seen.expand(*(max(a, b) for a, b in zip(seen.shape[:2], (2, 3))), -1, -1)
+    real = shown[..., : plan.num_real_keys].double().sum(-1).mean()
+    kept = seen[..., : plan.num_real_keys].sum((-2, -1)).mean()
+    assert plan.density == pytest.approx(float(kept / (plan.num_queries * real)))
+    pairs = float(seen.sum((-2, -1)).mean())
+    assert plan.flops(64, heads=3, batch=2) == pytest.approx(4 * 64 * 6 * pairs)
+    assert plan.flops(64, backward=True) == pytest.approx(14 * 64 * pairs)
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_a_planner_may_count_partial_pairs_itself(seed):
+    blocks = ragged_blocks(40, 8, seed)
+    plan = random_plan(blocks, blocks, rule=random_rule(40, 40, seed=seed), seed=seed)
+    only_full = mask_by_hand(plan.replace(rule=random_rule(40, 40, seed=seed, keeps=False)))
+    partial = int((mask_by_hand(plan) & ~only_full).sum())
+    assert plan.replace(num_partial_pairs=partial).density == pytest.approx(plan.density)
+    assert plan.replace(num_partial_pairs=partial + 16).density == pytest.approx(
+        plan.density + 0.01
+    )
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 12))
+def test_from_lists_sorts_full_blocks_first(seed, n_q, n_k):
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.rand(n_q, n_k, generator=draw) < 0.5
+    mask[torch.arange(n_q), torch.randint(0, n_k, (n_q,), generator=draw)] = True
+    full = torch.rand(n_q, n_k, generator=draw) < 0.5
+    rows, cols = mask.nonzero(as_tuple=True)
+    by = torch.randperm(rows.numel(), generator=draw)
+    q_blocks, kv_blocks = even_blocks(4 * n_q, 4), even_blocks(4 * n_k, 4)
+    rule = random_rule(4 * n_q, 4 * n_k)
+    plan = Plan.from_lists(rows[by], cols[by], full[rows, cols][by], q_blocks, kv_blocks, rule=rule)
+    assert torch.equal(plan.to_block_mask()[0, 0], mask)
+    for row in range(n_q):
+        count, whole = (int(x[0, 0, row]) for x in (plan.kv_num_blocks, plan.kv_num_full_blocks))
+        listed = plan.kv_indices[0, 0, row, :count].tolist()
+        assert listed[:whole] == (mask & full)[row].nonzero()[:, 0].tolist()
+        assert listed[whole:] == (mask & ~full)[row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("num_queries, num_keys", [(1, 1), (63, 390), (390, 63), (1000, 1000)])
+def test_full_plan(num_queries, num_keys):
+    plan = Plan.full(num_queries, num_keys, block_size=64)
+    assert plan.density == 1
+    assert plan.flops(8) == 4 * 8 * num_queries * num_keys
+    assert bool(plan.to_dense_mask().all())
+
+
+@given(seeds, st.sampled_from(METRICS), st.integers(1, 5), st.integers(0, 2))
+def test_rule(seed, metric, frames, sink_frames):
+    rule = random_rule(15, 17, metric, frames, sink_frames, seed)
+    kept = rule.keep(torch.arange(15)[:, None], torch.arange(17))
+    expected = [[keep_by_hand(rule, q, k) for k in range(17)] for q in range(15)]
+    assert kept.tolist() == expected
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rule_from_layout(metric):
+    layout = Layout.video(3, 4, 5, text=3)
+    order = layout.order("hilbert")
+    rule = TokenRule.from_layout(layout, metric, [6, 2, -1], order, sink_frames=1, extra_keys=2)
+    place = layout.coordinates()[order.numpy()]
+    kept = rule.keep(torch.arange(63)[:, None], torch.arange(65))
+    assert bool(kept[:, 63:].all())
+    for i, (gi, ti, yi, xi) in enumerate(place.tolist()):
+        for j, (gj, tj, yj, xj) in enumerate(place.tolist()):
+            distance = (yi - yj) ** 2 + (xi - xj) ** 2
+            if metric == "raster":
+                distance = abs(yi * 5 + xi - yj * 5 - xj)
+            expected = gi < 0 or gj < 0 or tj == 0 or distance <= [6, 2, -1][abs(ti - tj)]
+            assert bool(kept[i, j]) == expected
+
+
+def test_plans_are_frozen_and_replace_validates():
+    plan = Plan.full(10, block_size=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.num_real_keys = 3
+    assert plan.replace(num_real_keys=4).num_real_keys == 4
+    with pytest.raises(ValueError, match=r"num_real_keys must lie in 1\.\.10, got 11"):
+        plan.replace(num_real_keys=11)
+
+
+def test_moving_to_the_same_device_changes_nothing():
+    plan = Plan.full(10, block_size=4)
+    assert plan.to("cpu") is plan and plan.to(torch.device("cpu")) is plan
+
+
+def test_select_heads():
+    blocks = ragged_blocks(40, 8)
+    fields = {
+        "kv_log_weight": torch.randn(1, 4, 40),
+        "out_scale": torch.rand(2, 1, blocks.count) + 1,
+        "out_residual": torch.randn(1, 4, blocks.count, 8),
+    }
+    plan = random_plan(blocks, blocks, (2, 4), random_rule(40, 40), **fields)
+    part = plan.select_heads(slice(1, 3))
+    assert torch.equal(part.to_dense_mask(), plan.to_dense_mask()[:, 1:3])
+    assert torch.equal(part.kv_log_weight, plan.kv_log_weight[:, 1:3])
+    assert torch.equal(part.out_residual, plan.out_residual[:, 1:3])
+    assert part.out_scale is plan.out_scale
+
+
+def test_worklists_are_made_once_per_backend():
+    plan, made = Plan.full(10, block_size=4), []
+
+    def make(tensors):
+        made.append(tensors)
+        return torch.arange(3)
+
+    assert plan.tensors(backend="some").worklist is None
+    first = plan.worklist("some", make)
+    assert plan.worklist("some", make) is first and len(made) == 1
+    assert plan.tensors(backend="some").worklist is first
+    assert plan.tensors(backend="other").worklist is None and plan.tensors().worklist is None
+
+
+def test_tensors_adds_log_weights_and_carries_the_transpose():
+    blocks = even_blocks(12, 4)
+    plan = random_plan(blocks, blocks, kv_log_weight=torch.ones(1, 1, 12))
+    assert plan.tensors().q_indices is None
+    assert torch.equal(
+        plan.tensors(torch.ones(2, 1, 12)).kv_log_weight, torch.full((2, 1, 12), 2.0)
+    )
+    plan.transpose()
+    assert plan.tensors().q_indices is plan.transpose().q_indices
+
+
+BLOCKS = even_blocks(12, 4)
+
+
+def make(
+    indices=((0, 1), (1, 2), (2, 0)), count=(2, 2, 2), full=None, q=BLOCKS, kv=BLOCKS, **fields
+):
+    indices, count = (torch.tensor(x, dtype=torch.int32)[None, None] for x in (indices, count))
+    full = count.clone() if full is None else torch.tensor(full, dtype=torch.int32)[None, None]
+    return Plan(indices, count, full, q, kv, **fields)
+
+
+RULE = random_rule(12, 12)
+LONG = torch.zeros(1, 1, 3, 1, dtype=torch.int64)
+ONES = torch.ones(1, 1, 3, dtype=torch.int32)
+COVER = "blocks must cover positions 0..n-1 once each, without holes"
+BAD_PLANS = [
+    (dict(indices=((0, 1), (1, 3), (2, 0))), "kv_indices must lie in 0..2, found 0..3"),
+    (dict(indices=((0, 1), (1, -1), (2, 0))), "kv_indices must lie in 0..2, found -1..2"),
+    (
+        dict(indices=((0, 1), (2, 2), (2, 0))),
+        "query block 1 (batch 0, head 0) lists key block 2 twice",
+    ),
+    (dict(count=(2, 0, 2)), "query block 1 (batch 0, head 0) sees no key block"),
+    (dict(count=(2, 3, 2)), "kv_num_blocks must lie in 0..2, found 2..3"),
+    (dict(count=(2, -1, 2)), "kv_num_blocks must lie in 0..2, found -1..2"),
+    (dict(full=(2, 3, 2)), "kv_num_full_blocks exceeds kv_num_blocks"),
+    (dict(full=(2, -1, 2), rule=RULE), "kv_num_full_blocks must be at least 0, found -1"),
+    (dict(full=(2, 1, 2)), "partial blocks need a rule"),
+    (
+        dict(indices=((0, 1), (1, 2)), count=(2, 2)),
+        "kv_indices must be [B|1, H|1, 3, maxK], got [1, 1, 2, 2]",
+    ),
+    (dict(count=(2, 2)), "kv_num_blocks must be [1, 1, 3] like kv_indices, got [1, 1, 2]"),
+    (
+        dict(kv_log_weight=torch.zeros(1, 1, 11)),
+        "kv_log_weight must be [B|1, H|1, 12], got [1, 1, 11]",
+    ),
+    (dict(out_scale=torch.ones(1, 3)), "out_scale must be [B|1, H|1, 3], got [1, 3]"),
+    (dict(out_scale=torch.tensor([[[1.0, 0, 1]]])), "out_scale must be positive, found 0.0"),
+    (
+        dict(out_residual=torch.ones(1, 1, 2, 8)),
+        "out_residual must be [B|1, H|1, 3, 8], got [1, 1, 2, 8]",
+    ),
+    (dict(num_real_keys=13), "num_real_keys must lie in 1..12, got 13"),
+    (dict(q=make_blocks([0, 4, 9], [4, 4, 3])), "q " + COVER),
+    (dict(kv=make_blocks([0, 3, 7], [4, 4, 4])), "kv " + COVER),
+    (dict(q=make_blocks([1, 5, 9], [4, 4, 4])), "q " + COVER),
+    (dict(q=make_blocks([0, 4, 4], [4, 0, 8])), "all lengths >= 1"),
+    (dict(q=make_blocks([0, 4, 8], [4, 8])), "equally many starts and lengths"),
+    (
+        dict(kv=make_blocks([0, 4, 8], [4] * 3, [0, 0, *range(2, 12)])),
+        "kv order must be a permutation of 0..11",
+    ),
+]
+
+
+@pytest.mark.parametrize("fields, message", BAD_PLANS, ids=[m for _, m in BAD_PLANS])
+def test_bad_plans_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**fields)
+
+
+def test_lists_must_be_int32():
+    with pytest.raises(ValueError, match=r"kv_indices must be int32, got torch\.int64"):
+        Plan(LONG, ONES, ONES, BLOCKS, BLOCKS)
+
+
+def test_every_fault_is_named_at_once():
+    with pytest.raises(ValueError, match=r"lists key block 0 twice; .*num_real_keys"):
+        make(((0, 0), (1, 2), (2, 0)), num_real_keys=0)
+
+
+def test_unused_slots_may_hold_anything():
+    plan = make(((0, 99), (1, 1), (2, -7)), count=(1, 1, 1))
+    assert torch.equal(plan.to_block_mask()[0, 0], torch.eye(3, dtype=torch.bool))
+
+
+def test_bad_metric():
+    with pytest.raises(ValueError, match="metric must be one of disc, raster, got 'square'"):
+        TokenRule.from_layout(Layout.image(2, 2), "square", [1])
