@@ -59,23 +59,26 @@ CALL_DEFAULTS = {
     "max_sequence_length": MAX_LENGTH,
 }
 
+# Checked by eye; everything a folder of weights is shown with.
 EXAMPLE_PROMPTS = [
-    "a 3d emoji of a lion, blue background",
+    "a 3d emoji of a lion, white background",
     "a blue heart on a purple background",
-    "a 3d emoji of a panda, green background",
-    "a rocket on a black background",
-    "a pizza on a red background",
-    "a 3d emoji of a fox, white background",
-    "a frog on a pink background",
-    "an octopus on a blue background",
-    "a sunflower on a black background",
-    "a red apple on a yellow background",
+    "a 3d emoji of a fox, blue background",
+    "a 3d emoji of a frog, yellow background",
+    "a 3d emoji of a koala, black background",
+    "a 3d emoji of a rabbit, blue background",
+    "a 3d emoji of a monkey, yellow background",
     "a 3d emoji of a penguin, purple background",
-    "a strawberry on a white background",
-    "a car on a green background",
-    "a cat on a pink background",
-    "a star on a black background",
-    "a mushroom on a yellow background",
+    "a 3d emoji of a cactus, white background",
+    "a 3d emoji of a mushroom, black background",
+    "a 3d emoji of a watermelon, black background",
+    "a 3d emoji of an avocado, pink background",
+    "a 3d emoji of a hamburger, black background",
+    "a 3d emoji of a car, green background",
+    "a 3d emoji of a rainbow, black background",
+    "a 3d emoji of a soccer ball, green background",
+    "a 3d emoji of a house, yellow background",
+    "a 3d emoji of a ghost, pink background",
 ]
 
 
