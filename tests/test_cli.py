@@ -371,6 +371,7 @@ def test_doctor_checks_results_not_only_imports(capsys, monkeypatch):
     refusing = SimpleNamespace(not_supported_reasons=lambda q, k, v: ["needs a toaster"])
     monkeypatch.setitem(BACKENDS, "triton", lambda: refusing)
     monkeypatch.setattr("dittfast.environment.devices", lambda: [torch.device("cpu")])
+    monkeypatch.setattr("dittfast.cli.doctor._compiler_finding", lambda: "not asked")
     monkeypatch.setitem(BACKENDS, "cpu", lambda: reference)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
