@@ -334,7 +334,7 @@ class Plan:
         # Names with an underscore are caches of this plan's lists.
         kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
         lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}
-        none = {"rule": None, "num_partial_pairs": None, "_transpose": None}
+        none = {"rule": None, "num_partial_pairs": None, "_transpose": None, "_worklists": {}}
         plan.__dict__.update(kept | lists | none | fields, kv_num_full_blocks=kv_num_blocks)
         return plan
 
