@@ -191,22 +191,23 @@ def test_the_table_says_what_design_says(path, source, allowed):
     assert [is_allowed(found) for found in imports_of(path, source)] == [allowed]
 
 
-def graph(kept=lambda found: True) -> dict[str, set[str]]:
+@cache
+def graph(at_top_only: bool) -> dict[str, set[str]]:
     """Module -> modules of ours it imports."""
-    return {
-        name: {i.module for i in imports_of(path) if kept(i) and i.module in modules()} - {name}
-        for name, path in modules().items()
-    }
+    edges = {}
+    for name, path in modules().items():
+        found = (i for i in imports_of(path) if not (at_top_only and i.lazy))
+        edges[name] = {i.module for i in found if i.module in modules()} - {name}
+    return edges
 
 
 def test_no_import_cycles():
-    top_level = graph(lambda found: not found.lazy)
-    graphlib.TopologicalSorter(top_level).prepare()
+    graphlib.TopologicalSorter(graph(at_top_only=True)).prepare()
 
 
 def reachable(module: str) -> set[str]:
     """Modules of dittfast.kernels that a module needs, at the top or in functions."""
-    edges, seen, left = graph(), set(), [module]
+    edges, seen, left = graph(at_top_only=False), set(), [module]
     while left:
         at = left.pop()
         if at not in seen and at.startswith("dittfast.kernels"):
