@@ -1,0 +1,255 @@
+"""``dittfast bench``: measure speed, after checking that the results agree."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dittfast.files import check_output, write_json
+
+from .options import parse_options, seconds
+
+EXAMPLE = """\
+examples:
+  dittfast bench attention --method local --set window=16 --height 64 --width 64
+  dittfast bench attention --method radial --method local --tokens 16384 --json attention.json
+  dittfast bench break-even --method local --no-flex
+"""
+TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dittfast bench``."""
+    parser.epilog = EXAMPLE
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    attention = tasks.add_parser(
+        "attention", help="dense attention, a method and flex_attention in turns, at one size"
+    )
+    _add_common(attention)
+    size = attention.add_argument_group("size, in tokens")
+    size.add_argument("--tokens", type=int, metavar="N", help="a grid of N tokens is chosen")
+    size.add_argument("--frames", type=int, metavar="N", help="(default: 1; 16 for radial)")
+    size.add_argument("--height", type=int, metavar="N")
+    size.add_argument("--width", type=int, metavar="N")
+    size.add_argument("--text", type=int, default=0, metavar="N", help="(default: 0)")
+    attention.add_argument(
+        "--flex",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time compiled flex_attention too (default: yes)",
+    )
+    attention.add_argument("--backend", default="auto", help="auto, triton, cpu or reference")
+    even = tasks.add_parser(
+        "break-even", help="the number of tokens from which a method is faster than dense"
+    )
+    _add_common(even)
+    even.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=list(TOKENS),
+        metavar="N",
+        help=f"numbers of tokens to try (default: {' '.join(map(str, TOKENS))})",
+    )
+    even.add_argument("--frames", type=int, metavar="N", help="(default: 1; 16 for radial)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--method",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="radial, local, ... or a preset; repeatable",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="options",
+        help="an option of the method, or of one of several as NAME.KEY=VALUE; repeatable",
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument("--head-dim", type=int, default=64, metavar="N", help="(default: 64)")
+    work.add_argument("--heads", type=int, default=4, metavar="N", help="(default: 4)")
+    work.add_argument("--batch", type=int, default=1, metavar="N", help="(default: 1)")
+    work.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    work.add_argument("--backward", action="store_true", help="time forward and backward together")
+    work.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
+    work.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+
+
+def run(args) -> int:
+    """Check and measure; 1 if a result is wrong, and then no speed is printed."""
+    if args.json is not None:
+        check_output(args.json)
+
+    from dittfast.bench import ParityError
+    from dittfast.environment import describe_device, versions
+
+    methods = _methods(args)
+    work = _workload(args)
+    data = {"task": args.task, "device": describe_device(work.device), "versions": versions()}
+    print(f"{data['device']['name']}, {_details(data)}")
+    try:
+        task = _attention if args.task == "attention" else _break_even
+        data |= task(args, methods, work)
+    except ParityError as error:
+        print(f"FAILED: {error}\nno speed is shown for a wrong result")
+        return 1
+    if args.json is not None:
+        write_json(args.json, data)
+    print(json.dumps(data))
+    return 0
+
+
+def _details(data: dict) -> str:
+    about = {k: v for k, v in data["device"].items() if k not in ("name", "type")}
+    about |= {name: data["versions"].get(name) for name in ("torch", "triton")}
+    return ", ".join(f"{k} {v or 'none'}" for k, v in about.items())
+
+
+def _methods(args) -> list:
+    """Each method with its own options: those for all, and those given as NAME.KEY."""
+    from dittfast.config import SCHEDULE_FIELDS, resolve
+
+    options = parse_options(args.options)
+    known = set(args.method)
+    for key in options:
+        name = key.rpartition(".")[0]
+        if name and name not in known:
+            raise ValueError(f"--set {key}: no --method {name} is given")
+        if key.rpartition(".")[2] in SCHEDULE_FIELDS:
+            raise ValueError(f"{key} belongs to the schedule; it does not change one attention")
+    found = []
+    for name in args.method:
+        common = {k: v for k, v in options.items() if "." not in k}
+        own = {k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == name}
+        found.append(resolve(name, **(common | own))[0])
+    return found
+
+
+def _workload(args):
+    import torch
+
+    from dittfast.bench import Workload
+    from dittfast.layout import Layout
+
+    device = args.device
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if found is None else found.type
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+    return Workload(
+        Layout.image(1, 1),
+        args.batch,
+        args.heads,
+        args.head_dim,
+        getattr(torch, dtype),
+        device,
+        args.backward,
+        args.seed,
+    )
+
+
+def _layout(args, method: str):
+    from dittfast.bench import layout_for
+    from dittfast.layout import Layout
+
+    sides = args.height, args.width
+    if (args.tokens is None) == (None in sides) or (args.tokens is not None and any(sides)):
+        raise ValueError("give the size as --tokens, or as --height and --width")
+    if args.tokens is None:
+        return Layout.video(args.frames or 1, *sides, args.text, (args.frames or 1) == 1)
+    if args.text:
+        raise ValueError("--text needs --height and --width: --tokens counts the grid alone")
+    return layout_for(args.tokens, method, args.frames)
+
+
+def _attention(args, methods, work) -> dict:
+    from dataclasses import replace
+
+    from dittfast.bench import bench_attention
+
+    works = [replace(work, layout=_layout(args, m.name)) for m in methods]
+    rows = []
+    for method, case in zip(methods, works):
+        row = bench_attention(
+            method, case, repeats=args.repeats, flex=args.flex, backend=args.backend
+        )
+        rows.append(row)
+        _print_attention(row)
+    return {"rows": rows}
+
+
+def _print_attention(row: dict) -> None:
+    options = ", ".join(f"{k}={v}" for k, v in row["method"].items() if k != "name")
+    what = "forward and backward" if row["backward"] else "forward"
+    grid = " x ".join(map(str, row["grid"]))
+    print(f"\n{row['method']['name']} ({options})")
+    print(
+        f"{row['tokens']:,} tokens ({grid}, {row['context']} text), batch {row['batch']}, "
+        f"{row['heads']} heads of {row['head_dim']}, {row['dtype']}, {what}"
+    )
+    planned = "kept" if row["static"] else "in every call"
+    print(
+        f"density {row['density']:.4f}, plan {seconds(row['plan_seconds'])} ({planned}); "
+        "results agree with dense fp64 attention"
+    )
+    head = ("", "p20", "p50", "p80", "useful GFLOP/s", "efficiency", "speed-up")
+    print("{:<16}{:>9}{:>9}{:>9}{:>16}{:>12}{:>10}".format(*head))
+    lines = [("dense", row["dense_seconds"], row["dense_gflops"], 1.0, 1.0)]
+    lines.append(
+        (
+            f"attend {row['backend']}",
+            row["attend_seconds"],
+            row["attend_gflops"],
+            row["useful_efficiency"]["p50"],
+            row["speedup"]["p50"],
+        )
+    )
+    flex = row["flex"]
+    if "seconds" in flex:
+        efficiency = flex["useful_efficiency"]["p50"]
+        speedup = efficiency / row["density"]
+        lines.append(("flex_attention", flex["seconds"], flex["gflops"], efficiency, speedup))
+    for name, times, gflops, efficiency, speedup in lines:
+        cells = [f"{1e3 * times[p]:.4g} ms" for p in ("p20", "p50", "p80")]
+        print(
+            f"{name:<16}"
+            + "".join(f"{c:>9}" for c in cells)
+            + f"{gflops:>16.1f}{efficiency:>12.3f}{speedup:>10.2f}"
+        )
+    if "not_run" in flex:
+        print(f"flex_attention  not run: {flex['not_run']}")
+    print(
+        f"median of {row['rounds']} rounds; efficiency = dense time x density / attend time, "
+        f"p20 {row['useful_efficiency']['p20']:.3f}, p80 {row['useful_efficiency']['p80']:.3f}"
+    )
+
+
+def _break_even(args, methods, work) -> dict:
+    from dittfast.bench import break_even, least_faster
+
+    found = []
+    for method in methods:
+        print(f"\n{method!r}")
+        print(f"{'tokens':>8}{'density':>9}{'dense':>11}{'attend':>11}{'speed-up':>10}")
+        rows = []
+        tokens, frames = args.tokens, args.frames
+        for row in break_even(method, tokens, work, repeats=args.repeats, frames=frames):
+            rows.append(row)
+            times = (seconds(row[f"{name}_seconds"]["p50"]) for name in ("dense", "attend"))
+            cells = "".join(f"{t:>11}" for t in times)
+            speedup = row["speedup"]["p50"]
+            print(f"{row['tokens']:>8}{row['density']:>9.4f}{cells}{speedup:>10.2f}")
+        least = least_faster(rows)
+        print("not faster at the largest size" if least is None else f"faster from {least:,}")
+        found.append({"method": method.name, "min_tokens": least, "rows": rows})
+    return {"methods": found}
