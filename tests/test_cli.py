@@ -122,6 +122,23 @@ def test_generate_says_when_it_ran_dense(model, out, capsys):
     assert json.loads((out / "a.json").read_text())["sparse"]["density"] == 1.0
 
 
+def test_no_speed_without_a_density(model, out):
+    from dittfast.cli.generate import _captions
+
+    arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
+    assert main([*arguments, *words("--method rectified --set block_size=16 --compare")]) == 0
+    data = json.loads((out / "a.json").read_text())
+    assert data["sparse"]["density"] is None  # chosen from q and k at every call
+    described = SimpleNamespace(layers=[SimpleNamespace(dense=None)], method=Local())
+    arms = [
+        SimpleNamespace(name=n, seconds=1.0, seconds_per_step=0.1, density=d, description=about)
+        for n, d, about in (("dense", 1.0, None), ("x", None, described))
+    ]
+    assert "density differs by call" in _captions(arms, data, 1)[1][1][1]
+    arms[1].density = 0.25
+    assert "density 0.250" in _captions(arms, data, 1)[1][1][1]
+
+
 def test_a_sample_model_brings_its_own_call(model, out, capsys, monkeypatch):
     from dittfast.pipelines import sources
 

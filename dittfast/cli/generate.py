@@ -216,7 +216,9 @@ def _captions(arms, data, gain: int):
     facts = [f"{ratio:.2f}x as fast"]
     if all(layer.dense for layer in sparse.description.layers):
         facts.append("all layers ran dense")
-    elif sparse.density is not None:
+    elif sparse.density is None:
+        facts.insert(0, "density differs by call")
+    else:
         facts.insert(0, f"density {sparse.density:.3f}")
     return (
         (dense.name, (_times(dense),)),
