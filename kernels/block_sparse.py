@@ -1,0 +1,523 @@
+"""Triton kernels of block-sparse attention: forward, and backward without atomics.
+
+One program owns one tile of queries (forward, dq) or of keys (dkv) and walks that block's list.
+Full blocks stand first in a list, so a walk is one loop without and one with the token rule. A
+block longer than a tile is cut into ``PARTS`` tiles; of short blocks a tile packs ``PACK``. Tiles
+of ragged blocks repeat the block's last row, and a bias of -inf hides the repeats.
+
+Prefixes: ``i_`` program ids, ``o_`` offsets, ``b_`` tiles held on chip. Other names are those of
+:class:`dittfast.plan.PlanTensors`. Logits are in base 2 inside (``exp2`` is what the hardware
+has); ``lse`` leaves in nats. The online softmax is FlashAttention-2's (Dao, arXiv:2307.08691).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Sizes that differ from plan to plan without changing the code: not a reason to compile again.
+_SIZES = [
+    *("heads", "num_queries", "num_keys", "num_q_blocks", "num_kv_blocks", "sink_frames"),
+    *("kv_list_size", "q_list_size", "list_b", "list_h", "weight_b", "weight_h"),
+    *("scale_b", "scale_h", "residual_b", "residual_h"),
+]
+
+
+@triton.jit
+def _program(heads, num_blocks, PARTS: tl.constexpr):
+    """``(batch row, head, block, part)`` of this program; neighbours share a head's keys."""
+    tile = tl.program_id(0) % (num_blocks * PARTS)
+    i_bh = tl.program_id(0) // (num_blocks * PARTS)
+    return i_bh // heads, i_bh % heads, tile // PARTS, tile % PARTS
+
+
+@triton.jit
+def _listed(
+    step, first, last, indices, starts, lengths,
+    PARTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``(block, start, length)`` of tile ``step`` of a walk over list entries first..last-1.
+
+    Scalars, or ``[BLOCK]`` where a tile packs several blocks; length 0 past the end. A loop asks
+    for the next tile before it computes with this one: list -> start -> data are dependent loads,
+    and so they overlap with arithmetic.
+    """
+    entry = first + step * PACK // PARTS
+    if PACK > 1:
+        entry += tl.arange(0, BLOCK) // (BLOCK // PACK)
+    block = tl.load(indices + entry, mask=entry < last, other=0)
+    length = tl.where(entry < last, tl.load(lengths + block), 0)
+    return block, tl.load(starts + block), length
+
+
+@triton.jit
+def _rows(
+    step, start, length, order, PARTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """``(position, token, inside)`` of a tile's rows."""
+    o_row = (step % PARTS) * BLOCK + tl.arange(0, BLOCK) % (BLOCK // PACK)
+    position = start + (o_row if EVEN else tl.maximum(tl.minimum(o_row, length - 1), 0))
+    token = position if order is None else tl.load(order + position)
+    return position, token, o_row < length
+
+
+@triton.jit
+def _tile(x, token, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``token`` of x ``[n, HEAD_DIM]``, zero from column HEAD_DIM on."""
+    o_d = tl.arange(0, BLOCK_D)
+    at = x + token.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if BLOCK_D == HEAD_DIM:
+        return tl.load(at)
+    return tl.load(at, mask=o_d[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    x, value, token, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    o_d = tl.arange(0, BLOCK_D)
+    at = x + token.to(tl.int64)[:, None] * stride + o_d[None, :]
+    mask = inside[:, None] & (o_d[None, :] < HEAD_DIM)
+    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias(kv_log_weight, token, inside):
+    """What is added to base-2 logits: the log weight, and -inf on rows that are not inside."""
+    weight = 0.0 if kv_log_weight is None else tl.load(kv_log_weight + token) * LOG2E
+    return tl.where(inside, weight, float("-inf"))
+
+
+@triton.jit
+def _keep(
+    q_frame, q_place, kv_frame, kv_place, limits, sink_frames,
+    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr,
+):  # fmt: skip
+    """``dittfast.plan.TokenRule.keep`` of one tile; two arguments are columns, two are rows."""
+    if RULE == 1:
+        dy = (q_place >> 16) - (kv_place >> 16)
+        dx = (q_place & 0xFFFF) - (kv_place & 0xFFFF)
+        distance = dy * dy + dx * dx
+    else:
+        distance = tl.abs(q_place - kv_place)
+    if NUM_LIMITS == 1:
+        limit = tl.load(limits)
+    else:
+        # Through shared memory: a load per pair would cost registers by the hundred.
+        o_limit = tl.arange(0, triton.next_power_of_2(NUM_LIMITS))
+        b_limits = tl.load(limits + tl.minimum(o_limit, NUM_LIMITS - 1))
+        apart = tl.minimum(tl.abs(q_frame - kv_frame), NUM_LIMITS - 1)
+        limit = tl.gather(b_limits, tl.reshape(apart, [apart.numel]), 0)
+        limit = tl.reshape(limit, apart.shape)
+    # Keys that everybody sees get a grid number of their own, and context queries have -1: then
+    # one comparison of grid numbers (the upper half) tells all pairs that the rule leaves alone.
+    seen = (kv_frame < 0) | ((kv_frame & 0xFFFF) < sink_frames)
+    code = tl.where(seen, 0x7FFF0000, kv_frame)
+    return (distance <= limit) | (((q_frame ^ code) >> 16) != 0)
+
+
+@triton.jit
+def _forward_walk(
+    acc, b_sum, b_max, b_q, q_position, first, last, k, v, scale, stride_kn, stride_vn,
+    kv_indices, kv_starts, kv_lengths, kv_order, kv_log_weight,
+    limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr,
+):  # fmt: skip
+    if RULE:
+        b_q_frame = tl.load(q_frame + q_position)[:, None]
+        b_q_place = tl.load(q_place + q_position)[:, None]
+    _, start, length = _listed(
+        0, first, last, kv_indices, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+    )
+    position, token, inside = _rows(0, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN)
+    _, start, length = _listed(
+        1, first, last, kv_indices, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+    )
+    for step in range(0, tl.cdiv((last - first) * KV_PARTS, KV_PACK)):
+        next_position, next_token, next_inside = _rows(
+            step + 1, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN
+        )
+        _, start, length = _listed(
+            step + 2, first, last, kv_indices, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+        )
+        # [BLOCK_N, BLOCK_D]
+        b_k = _tile(k, token, stride_kn, HEAD_DIM, BLOCK_D)
+        # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if kv_log_weight is None and KV_EVEN and not RULE:
+            new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+            b_p = tl.exp2(b_s * scale - new_max[:, None])
+            b_shrink = tl.exp2(b_max - new_max)
+        else:
+            b_s = b_s * scale
+            if kv_log_weight is not None or not KV_EVEN:
+                b_s += _bias(kv_log_weight, token, inside)[None, :]
+            if RULE:
+                keep = _keep(
+                    b_q_frame, b_q_place, tl.load(kv_frame + position)[None, :],
+                    tl.load(kv_place + position)[None, :], limits, sink_frames,
+                    RULE, NUM_LIMITS,
+                )  # fmt: skip
+                b_s = tl.where(keep, b_s, float("-inf"))
+            new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            # A row that has seen no key yet keeps a finite pivot: -inf - -inf would be NaN.
+            pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+            b_p = tl.exp2(b_s - pivot[:, None])
+            b_shrink = tl.exp2(b_max - pivot)
+        b_max = new_max
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_v = _tile(v, token, stride_vn, HEAD_DIM, BLOCK_D)
+        acc = acc * b_shrink[:, None]
+        acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")
+        position, token, inside = next_position, next_token, next_inside
+    return acc, b_sum, b_max
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward_kernel(
+    q, k, v, out, lse,
+    kv_indices, kv_num_blocks, kv_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
+    q_order, kv_order, kv_log_weight, out_scale, out_residual,
+    limits, q_frame, q_place, kv_frame, kv_place,
+    scale, heads, num_queries, num_keys, num_q_blocks, kv_list_size, sink_frames,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    list_b, list_h, weight_b, weight_h, scale_b, scale_h, residual_b, residual_h,
+    METRIC: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
+    KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``out`` and ``lse`` of one tile of queries."""
+    i_b, i_h, i_q, part = _program(heads, num_q_blocks, Q_PARTS)
+    q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    k += i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
+    v += i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
+    out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
+    lse += (i_b * heads + i_h).to(tl.int64) * num_queries
+    if kv_log_weight is not None:
+        kv_log_weight += (i_b * weight_b + i_h * weight_h).to(tl.int64) * num_keys
+    row = (i_b * list_b + i_h * list_h).to(tl.int64) * num_q_blocks + i_q
+    kv_indices += row * kv_list_size
+    num_blocks = tl.load(kv_num_blocks + row)
+    num_full = tl.load(kv_num_full_blocks + row)
+
+    start = tl.load(q_starts + i_q)
+    q_position, q_token, q_inside = _rows(
+        part, start, tl.load(q_lengths + i_q), q_order, Q_PARTS, 1, BLOCK_M, False
+    )
+    b_q = _tile(q, q_token, stride_qn, HEAD_DIM, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    acc, b_sum, b_max = _forward_walk(
+        acc, b_sum, b_max, b_q, q_position, 0, num_full, k, v, scale * LOG2E, stride_kn, stride_vn,
+        kv_indices, kv_starts, kv_lengths, kv_order, kv_log_weight,
+        limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+        0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
+    )  # fmt: skip
+    if METRIC:
+        acc, b_sum, b_max = _forward_walk(
+            acc, b_sum, b_max, b_q, q_position, num_full, num_blocks, k, v, scale * LOG2E,
+            stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order, kv_log_weight,
+            limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N // SPLIT,
+            KV_PARTS * SPLIT if KV_PACK == 1 else 1, tl.cdiv(KV_PACK, SPLIT), KV_EVEN,
+        )  # fmt: skip
+
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    acc = acc / b_sum[:, None]
+    if out_scale is not None:
+        at = (i_b * scale_b + i_h * scale_h).to(tl.int64) * num_q_blocks + i_q
+        acc = acc * tl.load(out_scale + at)
+    if out_residual is not None:
+        at = (i_b * residual_b + i_h * residual_h).to(tl.int64) * num_q_blocks + i_q
+        o_d = tl.arange(0, BLOCK_D)
+        acc += tl.load(out_residual + at * HEAD_DIM + o_d, mask=o_d < HEAD_DIM, other=0.0)[None, :]
+    _store_tile(out, acc, q_token, stride_on, q_inside, HEAD_DIM, BLOCK_D)
+    tl.store(lse + q_token, b_max * LN2 + tl.log(b_sum), mask=q_inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def delta_kernel(
+    out, do, lse, dlse, delta, lse2, d_out_scale, d_out_residual,
+    q_starts, q_lengths, q_order, out_scale, out_residual,
+    heads, num_queries, num_q_blocks,
+    stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn,
+    scale_b, scale_h, residual_b, residual_h,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, Q_PARTS: tl.constexpr,
+):  # fmt: skip
+    """What the backward needs of each query, by *position*, and the epilogue's gradients.
+
+    ``delta = do . (out - out_residual) - dlse``. ``lse2`` is lse in base 2, +inf where a query
+    sees no key, so that ``exp2(logit - lse2)`` is 0 there.
+    """
+    i_b, i_h, i_q, _ = _program(heads, num_q_blocks, 1)
+    out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
+    do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
+    row = (i_b * heads + i_h).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    if out_residual is not None:
+        at = (i_b * residual_b + i_h * residual_h).to(tl.int64) * num_q_blocks + i_q
+        b_residual = tl.load(out_residual + at * HEAD_DIM + o_d, mask=o_d < HEAD_DIM, other=0.0)
+        b_do_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+    delta_sum = 0.0
+    start = tl.load(q_starts + i_q)
+    length = tl.load(q_lengths + i_q)
+    for part in range(0, Q_PARTS):
+        position, token, inside = _rows(part, start, length, q_order, Q_PARTS, 1, BLOCK_M, False)
+        b_out = _tile(out, token, stride_on, HEAD_DIM, BLOCK_D).to(tl.float32)
+        b_do = _tile(do, token, stride_gn, HEAD_DIM, BLOCK_D).to(tl.float32)
+        b_do = tl.where(inside[:, None], b_do, 0.0)
+        if out_residual is not None:
+            b_out -= b_residual[None, :]
+            b_do_sum += tl.sum(b_do, 0)
+        b_delta = tl.sum(b_out * b_do, 1)
+        delta_sum += tl.sum(b_delta)
+        if dlse is not None:
+            b_delta -= tl.load(dlse + row * num_queries + token)
+        b_lse = tl.load(lse + row * num_queries + token)
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+        tl.store(delta + row * num_queries + position, b_delta, mask=inside)
+        tl.store(lse2 + row * num_queries + position, b_lse, mask=inside)
+    at = row * num_q_blocks + i_q
+    if out_scale is not None:
+        scale_at = (i_b * scale_b + i_h * scale_h).to(tl.int64) * num_q_blocks + i_q
+        tl.store(d_out_scale + at, delta_sum / tl.load(out_scale + scale_at))
+    if out_residual is not None:
+        tl.store(d_out_residual + at * HEAD_DIM + o_d, b_do_sum, mask=o_d < HEAD_DIM)
+
+
+@triton.jit
+def _dq_walk(
+    b_dq, b_q, b_do, b_delta, b_lse2, block_scale, q_position, first, last, k, v, scale,
+    stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order, kv_log_weight,
+    limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr,
+):  # fmt: skip
+    if RULE:
+        b_q_frame = tl.load(q_frame + q_position)[:, None]
+        b_q_place = tl.load(q_place + q_position)[:, None]
+    _, start, length = _listed(
+        0, first, last, kv_indices, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+    )
+    position, token, inside = _rows(0, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN)
+    _, start, length = _listed(
+        1, first, last, kv_indices, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+    )
+    for step in range(0, tl.cdiv((last - first) * KV_PARTS, KV_PACK)):
+        next_position, next_token, next_inside = _rows(
+            step + 1, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN
+        )
+        _, start, length = _listed(
+            step + 2, first, last, kv_indices, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+        )
+        # [BLOCK_N, BLOCK_D]
+        b_k = _tile(k, token, stride_kn, HEAD_DIM, BLOCK_D)
+        b_v = _tile(v, token, stride_vn, HEAD_DIM, BLOCK_D)
+        # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        if kv_log_weight is not None or not KV_EVEN:
+            b_s += _bias(kv_log_weight, token, inside)[None, :]
+        if RULE:
+            keep = _keep(
+                b_q_frame, b_q_place, tl.load(kv_frame + position)[None, :],
+                tl.load(kv_place + position)[None, :], limits, sink_frames,
+                RULE, NUM_LIMITS,
+            )  # fmt: skip
+            b_s = tl.where(keep, b_s, float("-inf"))
+        b_p = tl.exp2(b_s - b_lse2[:, None])
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_ds = b_p * (b_dp * block_scale - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        position, token, inside = next_position, next_token, next_inside
+    return b_dq
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def dq_kernel(
+    q, k, v, do, delta, lse2, dq,
+    kv_indices, kv_num_blocks, kv_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
+    q_order, kv_order, kv_log_weight, out_scale,
+    limits, q_frame, q_place, kv_frame, kv_place,
+    scale, heads, num_queries, num_keys, num_q_blocks, kv_list_size, sink_frames,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
+    list_b, list_h, weight_b, weight_h, scale_b, scale_h,
+    METRIC: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
+    KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one tile of queries; ``dq`` is contiguous."""
+    i_b, i_h, i_q, part = _program(heads, num_q_blocks, Q_PARTS)
+    q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    k += i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
+    v += i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
+    do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
+    first_row = (i_b * heads + i_h).to(tl.int64) * num_queries
+    if kv_log_weight is not None:
+        kv_log_weight += (i_b * weight_b + i_h * weight_h).to(tl.int64) * num_keys
+    row = (i_b * list_b + i_h * list_h).to(tl.int64) * num_q_blocks + i_q
+    kv_indices += row * kv_list_size
+    num_blocks = tl.load(kv_num_blocks + row)
+    num_full = tl.load(kv_num_full_blocks + row)
+    block_scale = 1.0
+    if out_scale is not None:
+        at = (i_b * scale_b + i_h * scale_h).to(tl.int64) * num_q_blocks + i_q
+        block_scale = tl.load(out_scale + at)
+
+    start = tl.load(q_starts + i_q)
+    q_position, q_token, q_inside = _rows(
+        part, start, tl.load(q_lengths + i_q), q_order, Q_PARTS, 1, BLOCK_M, False
+    )
+    b_q = _tile(q, q_token, stride_qn, HEAD_DIM, BLOCK_D)
+    b_do = _tile(do, q_token, stride_gn, HEAD_DIM, BLOCK_D)
+    b_delta = tl.load(delta + first_row + q_position)
+    b_lse2 = tl.load(lse2 + first_row + q_position)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_dq = _dq_walk(
+        b_dq, b_q, b_do, b_delta, b_lse2, block_scale, q_position, 0, num_full, k, v,
+        scale * LOG2E, stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order,
+        kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+        0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
+    )  # fmt: skip
+    if METRIC:
+        b_dq = _dq_walk(
+            b_dq, b_q, b_do, b_delta, b_lse2, block_scale, q_position, num_full, num_blocks, k, v,
+            scale * LOG2E, stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order,
+            kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N // SPLIT,
+            KV_PARTS * SPLIT if KV_PACK == 1 else 1, tl.cdiv(KV_PACK, SPLIT), KV_EVEN,
+        )  # fmt: skip
+    _store_tile(
+        dq + first_row * HEAD_DIM, b_dq * scale, q_token, HEAD_DIM, q_inside, HEAD_DIM, BLOCK_D
+    )
+
+
+@triton.jit
+def _dkv_walk(
+    b_dk, b_dv, b_k, b_v, b_bias, kv_position, first, last, q, do, delta, lse2, out_scale, scale,
+    stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
+    limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, Q_PARTS: tl.constexpr, Q_PACK: tl.constexpr,
+    Q_EVEN: tl.constexpr,
+):  # fmt: skip
+    if RULE:
+        b_kv_frame = tl.load(kv_frame + kv_position)[:, None]
+        b_kv_place = tl.load(kv_place + kv_position)[:, None]
+    block, start, length = _listed(
+        0, first, last, q_indices, q_starts, q_lengths, Q_PARTS, Q_PACK, BLOCK_M
+    )
+    position, token, inside = _rows(0, start, length, q_order, Q_PARTS, Q_PACK, BLOCK_M, Q_EVEN)
+    next_block, start, length = _listed(
+        1, first, last, q_indices, q_starts, q_lengths, Q_PARTS, Q_PACK, BLOCK_M
+    )
+    if out_scale is not None:
+        block_scale = tl.load(out_scale + block)
+    for step in range(0, tl.cdiv((last - first) * Q_PARTS, Q_PACK)):
+        next_position, next_token, next_inside = _rows(
+            step + 1, start, length, q_order, Q_PARTS, Q_PACK, BLOCK_M, Q_EVEN
+        )
+        if out_scale is not None:
+            next_scale = tl.load(out_scale + next_block)
+        next_block, start, length = _listed(
+            step + 2, first, last, q_indices, q_starts, q_lengths, Q_PARTS, Q_PACK, BLOCK_M
+        )
+        # [BLOCK_M, BLOCK_D]
+        b_q = _tile(q, token, stride_qn, HEAD_DIM, BLOCK_D)
+        b_do = _tile(do, token, stride_gn, HEAD_DIM, BLOCK_D)
+        b_delta = tl.load(delta + position)
+        b_lse2 = tl.load(lse2 + position)
+        if not Q_EVEN:
+            b_lse2 = tl.where(inside, b_lse2, float("inf"))
+        # [BLOCK_N, BLOCK_M]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
+        if BIAS:
+            b_s += b_bias[:, None]
+        if RULE:
+            keep = _keep(
+                tl.load(q_frame + position)[None, :], tl.load(q_place + position)[None, :],
+                b_kv_frame, b_kv_place, limits, sink_frames, RULE, NUM_LIMITS,
+            )  # fmt: skip
+            b_s = tl.where(keep, b_s, float("-inf"))
+        b_p = tl.exp2(b_s - b_lse2[None, :])
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        if out_scale is None:
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        else:
+            b_scale = (tl.zeros([BLOCK_M], dtype=tl.float32) + block_scale)[None, :]
+            b_dv = tl.dot((b_p * b_scale).to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+            b_dp = b_dp * b_scale
+            block_scale = next_scale
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        position, token, inside = next_position, next_token, next_inside
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def dkv_kernel(
+    q, k, v, do, delta, lse2, dk, dv,
+    q_indices, q_num_blocks, q_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
+    q_order, kv_order, kv_log_weight, out_scale,
+    limits, q_frame, q_place, kv_frame, kv_place,
+    scale, heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, q_list_size, sink_frames,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
+    list_b, list_h, weight_b, weight_h, scale_b, scale_h,
+    METRIC: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
+    Q_PACK: tl.constexpr, Q_EVEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys and values, over the transposed lists; contiguous outputs."""
+    i_b, i_h, i_kv, part = _program(heads, num_kv_blocks, KV_PARTS)
+    q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    k += i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
+    v += i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
+    do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
+    delta += (i_b * heads + i_h).to(tl.int64) * num_queries
+    lse2 += (i_b * heads + i_h).to(tl.int64) * num_queries
+    row = (i_b * list_b + i_h * list_h).to(tl.int64) * num_kv_blocks + i_kv
+    q_indices += row * q_list_size
+    num_blocks = tl.load(q_num_blocks + row)
+    num_full = tl.load(q_num_full_blocks + row)
+    if out_scale is not None:
+        out_scale += (i_b * scale_b + i_h * scale_h).to(tl.int64) * num_q_blocks
+
+    start = tl.load(kv_starts + i_kv)
+    kv_position, kv_token, kv_inside = _rows(
+        part, start, tl.load(kv_lengths + i_kv), kv_order, KV_PARTS, 1, BLOCK_N, False
+    )
+    b_k = _tile(k, kv_token, stride_kn, HEAD_DIM, BLOCK_D)
+    b_v = _tile(v, kv_token, stride_vn, HEAD_DIM, BLOCK_D)
+    b_bias = None
+    # Rows beyond the block are computed and not stored: only a weight needs the bias here.
+    BIAS: tl.constexpr = kv_log_weight is not None
+    if BIAS:
+        kv_log_weight += (i_b * weight_b + i_h * weight_h).to(tl.int64) * num_keys
+        b_bias = _bias(kv_log_weight, kv_token, kv_inside)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    b_dk, b_dv = _dkv_walk(
+        b_dk, b_dv, b_k, b_v, b_bias, kv_position, 0, num_full, q, do, delta, lse2, out_scale,
+        scale * LOG2E, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
+        limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+        0, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, Q_PARTS, Q_PACK, Q_EVEN,
+    )  # fmt: skip
+    if METRIC:
+        b_dk, b_dv = _dkv_walk(
+            b_dk, b_dv, b_k, b_v, b_bias, kv_position, num_full, num_blocks, q, do, delta, lse2,
+            out_scale, scale * LOG2E, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
+            limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            METRIC, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, BLOCK_M // SPLIT,
+            Q_PARTS * SPLIT if Q_PACK == 1 else 1, tl.cdiv(Q_PACK, SPLIT), Q_EVEN,
+        )  # fmt: skip
+    first_row = (i_b * heads + i_h).to(tl.int64) * num_keys
+    dk += first_row * HEAD_DIM
+    dv += first_row * HEAD_DIM
+    _store_tile(dk, b_dk * scale, kv_token, HEAD_DIM, kv_inside, HEAD_DIM, BLOCK_D)
+    _store_tile(dv, b_dv, kv_token, HEAD_DIM, kv_inside, HEAD_DIM, BLOCK_D)

@@ -1,0 +1,282 @@
+"""Compile every Triton kernel without a GPU, and report what the compilers made of it.
+
+    python -P -m dittfast.kernels.compile_report
+    python -P -m dittfast.kernels.compile_report --targets sm_90 --head-dims 128 --dtypes bf16
+
+Prints a table, then one line of JSON. Registers and spilled bytes are those of the binary that a
+GPU would run; speed is not measured here and does not follow from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpretedFunction
+
+from dittfast.plan import PlanTensors
+
+from . import triton_backend
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+KERNELS = ("forward", "delta", "dq", "dkv")
+POINTERS = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Which of a plan's optional parts a compiled variant has; each is a different kernel."""
+
+    block_size: int = 128
+    ragged: bool = False
+    order: bool = False
+    weight: bool = False
+    epilogue: bool = False
+    metric: int = 0
+    num_limits: int = 1
+
+
+_ALL = dict(ragged=True, order=True, weight=True, epilogue=True)
+FEATURES = {
+    "plain": Feature(),
+    "ragged": Feature(ragged=True),
+    "general": Feature(**_ALL),
+    "rule": Feature(**_ALL, metric=1),
+    "video_rule": Feature(**_ALL, metric=1, num_limits=21),
+    "small_blocks": Feature(16, **_ALL),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one target.
+
+    Attributes:
+        spilled_bytes: local memory per thread, which is where spilled registers go.
+        async_loads: whether the main loop copies its tiles to shared memory asynchronously. On
+            AMD a tile waits in registers instead, loaded ``num_stages - 1`` steps ahead.
+        matrix_unit: wgmma, tcgen05, mma, mfma, or fma where fp32 is computed exactly.
+        serialized: the compiler's note that it could not overlap wgmma with other work.
+    """
+
+    target: str
+    kernel: str
+    head_dim: int
+    dtype: str
+    features: str
+    tile: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    async_loads: bool
+    matrix_unit: str
+    serialized: bool
+
+
+def calls_for(head_dim: int, dtype: torch.dtype, feature: Feature, capability) -> dict:
+    """``{kernel name: Call}`` as the launchers make them, on tensors without storage."""
+    n = 32 * feature.block_size
+    blocks = n // feature.block_size
+    num_tokens = n - 1 if feature.ragged else n
+    if_ = lambda condition, x: x if condition else None  # noqa: E731
+
+    def ints(*shape):
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    def floats(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lists = ints(1, 1, blocks, blocks), ints(1, 1, blocks), ints(1, 1, blocks)
+    rule = feature.metric > 0
+    t = PlanTensors(
+        *lists,
+        *(ints(blocks) for _ in range(4)),
+        *(if_(feature.order, ints(num_tokens)) for _ in range(2)),
+        if_(feature.weight, floats(1, 1, num_tokens)),
+        if_(feature.epilogue, floats(1, 1, blocks)),
+        if_(feature.epilogue, floats(1, 1, blocks, head_dim)),
+        if_(rule, ints(feature.num_limits)),
+        *(if_(rule, ints(num_tokens)) for _ in range(4)),
+        *lists,
+        metric=feature.metric,
+        sink_frames=0,
+        q_block_size=feature.block_size,
+        kv_block_size=feature.block_size,
+    )
+    q = floats(2, 4, num_tokens, head_dim, dtype=dtype)
+    lse = floats(2, 4, num_tokens)
+    grads = (q, q, q, if_(feature.epilogue, lse), if_(feature.epilogue, lse))
+    scale = head_dim**-0.5
+    forward = triton_backend.forward_call(q, q, q, q, lse, t, scale, capability)
+    backward = triton_backend.backward_calls(q, lse, q, q, q, q, lse, grads, t, scale, capability)
+    return dict(zip(KERNELS, [forward, *backward]))
+
+
+def source_of(call) -> ASTSource:
+    """What Triton compiles at this launch: the types and alignments of its arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(call.kernel.params):
+        value = call.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            # The allocator aligns to far more than the 16 bytes a vector load needs.
+            signature[parameter.name] = "*" + POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def compile_call(call, target: GPUTarget):
+    """``(compiled kernel, what the assembler said)``."""
+    if isinstance(call.kernel, InterpretedFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile kernels")
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source_of(call), target=target, options=options)
+    return compiled, log.getvalue()
+
+
+def loops(ttgir: str) -> list[str]:
+    """The bodies of the innermost loops of a kernel in Triton's GPU dialect."""
+    return re.findall(r"^( *)[^\n]*= scf\.for [^\n]*\{\n(.*?)\n\1\}", ttgir, re.M | re.S)
+
+
+def has_async_loads(ttgir: str) -> bool:
+    """Whether no loop that multiplies matrices loads a 2-D tile through registers."""
+    bodies = [body for _, body in loops(ttgir) if re.search(r"dot|_mma", body)]
+    tile = r"tensor<\d+x\d+x!tt\.ptr"
+    return bool(bodies) and all(
+        re.search(r"ttg\.async_copy_global_to_local [^\n]*" + tile, body)
+        and not re.search(r"= tt\.load [^\n]*" + tile, body)
+        for body in bodies
+    )
+
+
+def matrix_unit(assembly: str) -> str:
+    for name, pattern in (
+        ("tcgen05", r"tcgen05\.mma"),
+        ("wgmma", r"wgmma\.mma_async"),
+        ("mma", r"mma\.sync"),
+        ("mfma", r"v_mfma"),
+    ):
+        if re.search(pattern, assembly):
+            return name
+    return "fma"
+
+
+def measure(compiled, log: str) -> dict:
+    """Registers, spilled bytes, shared memory, loads and matrix unit of a compiled kernel."""
+    found = {
+        "shared_bytes": compiled.metadata.shared,
+        "async_loads": has_async_loads(compiled.asm["ttgir"]),
+        "serialized": "wgmma.mma_async instructions are serialized" in log,
+    }
+    if "ptx" in compiled.asm:
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+        registers = re.search(r"Used (\d+) registers", log)
+        found["matrix_unit"] = matrix_unit(compiled.asm["ptx"])
+        found["registers"] = int(registers[1])
+        found["spilled_bytes"] = max(int(n) for n in spills.groups())
+        return found
+    assembly = compiled.asm["amdgcn"]
+    value = lambda name: int(re.search(rf"\.{name}: +(\d+)", assembly)[1])  # noqa: E731
+    found["matrix_unit"] = matrix_unit(assembly)
+    found["registers"] = value("vgpr_count")
+    found["spilled_bytes"] = max(value("private_segment_fixed_size"), 4 * value("vgpr_spill_count"))
+    return found
+
+
+def report(targets, kernels, head_dims, dtypes, features):
+    """Yield a :class:`Compiled` for every combination, as they are compiled."""
+    for target in targets:
+        gpu = TARGETS[target]
+        capability = target if gpu.backend == "hip" else divmod(gpu.arch, 10)
+        for head_dim in head_dims:
+            for dtype in dtypes:
+                for feature in features:
+                    calls = calls_for(head_dim, DTYPES[dtype], FEATURES[feature], capability)
+                    for kernel in kernels:
+                        call = calls[kernel]
+                        compiled, log = compile_call(call, gpu)
+                        sizes = [call.arguments.get(f"BLOCK_{x}") for x in "MN"]
+                        yield Compiled(
+                            target,
+                            kernel,
+                            head_dim,
+                            dtype,
+                            feature,
+                            "x".join(str(n) for n in sizes if n),
+                            call.num_warps,
+                            call.num_stages,
+                            **measure(compiled, log),
+                        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dittfast.kernels.compile_report")
+    choices = {
+        "targets": (list(TARGETS), ["sm_80", "sm_90", "sm_100", "gfx942"]),
+        "kernels": (list(KERNELS), list(KERNELS)),
+        "dtypes": (list(DTYPES), ["fp16", "bf16"]),
+        "features": (list(FEATURES), list(FEATURES)),
+    }
+    for name, (allowed, default) in choices.items():
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=allowed, default=default, metavar=name[:-1],
+            help=f"of {', '.join(allowed)}; default {' '.join(default)}",
+        )  # fmt: skip
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256], metavar="D")
+    options = parser.parse_args(arguments)
+
+    columns = (
+        "target", "kernel", "head_dim", "dtype", "features", "tile", "num_warps", "num_stages",
+        "registers", "spilled_bytes", "shared_bytes", "async_loads", "matrix_unit", "serialized",
+    )  # fmt: skip
+    widths = [max(len(name), 12 if name == "features" else 0) for name in columns]
+    write = sys.stdout.write
+    write("  ".join(f"{name:>{w}}" for name, w in zip(columns, widths)) + "\n")
+    rows = []
+    for row in report(
+        options.targets, options.kernels, options.head_dims, options.dtypes, options.features
+    ):
+        rows.append(asdict(row))
+        cells = (str(rows[-1][name]) for name in columns)
+        write("  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)) + "\n")
+        sys.stdout.flush()
+    spilled = sum(row["spilled_bytes"] > 0 for row in rows)
+    write(json.dumps({"triton": triton.__version__, "spilled": spilled, "kernels": rows}) + "\n")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Block-sparse attention on a GPU: launch sizes and launchers of the Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+
+from dittfast.plan import PlanTensors, transpose_lists
+
+from .op import define_backend, empty_outputs
+
+try:
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from . import block_sparse
+except ImportError:  # Triton has no wheels for macOS and Windows; not_supported_reasons says so.
+    block_sparse = None
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class KernelConfig(NamedTuple):
+    """Tile sizes and launch options of one kernel.
+
+    Attributes:
+        block_m, block_n: rows of a query tile and of a key tile.
+        num_warps, num_stages: threads per program, and loads in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class LaunchConfig(NamedTuple):
+    forward: KernelConfig
+    dq: KernelConfig
+    dkv: KernelConfig
+
+
+def launch_config(head_dim: int, dtype: torch.dtype, capability) -> LaunchConfig:
+    half = KernelConfig(64, 64, 4, 2)
+    return LaunchConfig(half, half, half)
+
+
+class Call(NamedTuple):
+    """One kernel launch: what runs, over how many programs, on what."""
+
+    kernel: object
+    grid: int
+    arguments: dict
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> None:
+        arguments = {name: self.arguments[name] for name in self.kernel.arg_names}
+        self.kernel[(self.grid,)](**arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def capability_of(device: torch.device):
+    """The compute capability, as :func:`launch_config` takes it."""
+    if device.type != "cuda":
+        return (8, 0)
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return torch.cuda.get_device_capability(device)
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x, copied only where a row is not consecutive in memory (as in an expanded gradient)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(letter: str, x: torch.Tensor) -> dict[str, int]:
+    return {f"stride_{letter}{dim}": n for dim, n in zip("bhn", x.stride())}
+
+
+def _broadcast(name: str, x: torch.Tensor | None) -> dict[str, int]:
+    """Steps per batch row and head, in rows of ``x [B|1, H|1, ...]``; 0 where it broadcasts."""
+    batch, heads = (1, 1) if x is None else x.shape[:2]
+    return {f"{name}_b": heads if batch > 1 else 0, f"{name}_h": 1 if heads > 1 else 0}
+
+
+def _owned(block_size: int, tile: int) -> tuple[int, int]:
+    """``(tile, parts)``: tiles that together cover one block of the side a program owns."""
+    tile = min(tile, max(16, triton.next_power_of_2(block_size)))
+    return tile, math.ceil(block_size / tile)
+
+
+def _walked(block_size: int, tile: int) -> tuple[int, int]:
+    """``(parts, pack)``: tiles per block or blocks per tile of the side that is walked."""
+    return math.ceil(block_size / tile), max(1, tile // triton.next_power_of_2(block_size))
+
+
+def _split(t: PlanTensors) -> int:
+    """Pieces of a walked tile under the token rule; looking up limits takes registers."""
+    return 2 if t.metric and t.limits.numel() > 1 else 1
+
+
+def _even(block_size: int, count: int, total: int, tile: int) -> bool:
+    """Whether every tile of the walked side is full of tokens."""
+    return block_size % tile == 0 and count * block_size == total
+
+
+def _common(q, k, v, t: PlanTensors, scale: float) -> dict:
+    """Every argument the kernels share, by name."""
+    fp32 = lambda x: None if x is None else x.float()  # noqa: E731
+    t = t._replace(out_scale=fp32(t.out_scale), out_residual=fp32(t.out_residual))
+    tensors = {
+        name: x if x is None else x.contiguous()
+        for name, x in t._asdict().items()
+        if not isinstance(x, int)
+    }
+    return {
+        **tensors,
+        **dict(q=q, k=k, v=v, scale=scale, heads=q.shape[1], sink_frames=t.sink_frames),
+        **dict(num_queries=q.shape[2], num_keys=k.shape[2]),
+        **dict(num_q_blocks=t.q_starts.numel(), num_kv_blocks=t.kv_starts.numel()),
+        **dict(kv_list_size=t.kv_indices.shape[3], METRIC=t.metric),
+        **dict(NUM_LIMITS=0 if t.limits is None else t.limits.numel()),
+        **dict(HEAD_DIM=q.shape[3], BLOCK_D=triton.next_power_of_2(q.shape[3])),
+        **_strides("q", q),
+        **_strides("k", k),
+        **_strides("v", v),
+        **_broadcast("weight", t.kv_log_weight),
+        **_broadcast("scale", t.out_scale),
+        **_broadcast("residual", t.out_residual),
+    }
+
+
+def _by_query(kernel, values: dict, t: PlanTensors, config: KernelConfig) -> Call:
+    """A launch of a kernel that owns queries and walks lists of keys."""
+    block_m, q_parts = _owned(t.q_block_size, config.block_m)
+    kv_parts, kv_pack = _walked(t.kv_block_size, config.block_n)
+    sizes = t.kv_block_size, values["num_kv_blocks"], values["num_keys"]
+    values = {
+        **values,
+        **_broadcast("list", t.kv_indices),
+        **dict(BLOCK_M=block_m, BLOCK_N=config.block_n, Q_PARTS=q_parts, KV_PARTS=kv_parts),
+        **dict(KV_PACK=kv_pack, KV_EVEN=_even(*sizes, config.block_n), SPLIT=_split(t)),
+    }
+    programs = values["q"].shape[0] * values["heads"] * values["num_q_blocks"]
+    return Call(kernel, programs * q_parts, values, config.num_warps, config.num_stages)
+
+
+def forward_call(q, k, v, out, lse, t: PlanTensors, scale: float, capability) -> Call:
+    values = {**_common(q, k, v, t, scale), **dict(out=out, lse=lse), **_strides("o", out)}
+    config = launch_config(q.shape[3], q.dtype, capability).forward
+    return _by_query(block_sparse.forward_kernel, values, t, config)
+
+
+def backward_calls(
+    grad_out, grad_lse, q, k, v, out, lse, grads, t: PlanTensors, scale: float, capability
+) -> list[Call]:
+    """The backward's launches, in order.
+
+    Args:
+        grads: contiguous ``(dq, dk, dv, d out_scale or None, d out_residual or None)`` to fill,
+            the last two fp32 per batch row, head and query block.
+    """
+    dq, dk, dv, d_out_scale, d_out_residual = grads
+    config = launch_config(q.shape[3], q.dtype, capability)
+    rows = dict(dtype=torch.float32, device=q.device)
+    values = {
+        **_common(q, k, v, t, scale),
+        **dict(out=out, lse=lse, do=grad_out, dlse=grad_lse, dq=dq, dk=dk, dv=dv),
+        **dict(d_out_scale=d_out_scale, d_out_residual=d_out_residual),
+        **dict(delta=torch.empty(q.shape[:3], **rows), lse2=torch.empty(q.shape[:3], **rows)),
+        **_strides("o", out),
+        **_strides("g", grad_out),
+    }
+    batch_heads = q.shape[0] * q.shape[1]
+    block_m, q_parts = _owned(t.q_block_size, 64)
+    delta = {**values, **dict(BLOCK_M=block_m, Q_PARTS=q_parts)}
+    delta = Call(block_sparse.delta_kernel, batch_heads * values["num_q_blocks"], delta, 4, 2)
+
+    block_n, kv_parts = _owned(t.kv_block_size, config.dkv.block_n)
+    q_parts, q_pack = _walked(t.q_block_size, config.dkv.block_m)
+    sizes = t.q_block_size, values["num_q_blocks"], values["num_queries"]
+    dkv = {
+        **values,
+        **_broadcast("list", t.q_indices),
+        **dict(BLOCK_M=config.dkv.block_m, BLOCK_N=block_n, Q_PARTS=q_parts, KV_PARTS=kv_parts),
+        **dict(Q_PACK=q_pack, Q_EVEN=_even(*sizes, config.dkv.block_m)),
+        **dict(q_list_size=t.q_indices.shape[3], SPLIT=_split(t)),
+    }
+    programs = batch_heads * values["num_kv_blocks"] * kv_parts
+    dkv = Call(block_sparse.dkv_kernel, programs, dkv, config.dkv.num_warps, config.dkv.num_stages)
+    return [delta, _by_query(block_sparse.dq_kernel, values, t, config.dq), dkv]
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def forward(q, k, v, t: PlanTensors, scale: float):
+    """Shapes as in :func:`dittfast.attend`. Returns ``(out, lse)``."""
+    out, lse = empty_outputs(q)
+    if out.stride(-1) != 1:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # The walk over full blocks takes the maximum before it scales: it needs a positive scale.
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)
+    with _on(q.device):
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        forward_call(q, k, v, out, lse, t, scale, capability_of(q.device)).launch()
+    return out, lse
+
+
+def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
+    """Gradients of q, k, v and, where the plan has them, of out_scale and out_residual."""
+    if t.q_indices is None:
+        lists = t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks
+        t = t._replace(**transpose_lists(*lists, t.kv_starts.numel())._asdict())
+    blocks = (*q.shape[:2], t.q_starts.numel())
+    like = dict(device=q.device, dtype=torch.float32)
+    grads = (
+        *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)),
+        None if t.out_scale is None else torch.empty(blocks, **like),
+        None if t.out_residual is None else torch.empty(*blocks, q.shape[3], **like),
+    )
+    with _on(q.device):
+        q, k, v, out, grad_out = (_unit_stride(x) for x in (q, k, v, out, grad_out))
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        capability = capability_of(q.device)
+        for call in backward_calls(
+            grad_out, grad_lse, q, k, v, out, lse.contiguous(), grads, t, scale, capability
+        ):
+            call.launch()
+    return grads
+
+
+attend = define_backend("triton", forward, backward)
+
+
+def not_supported_reasons(q, k, v) -> list[str]:
+    """Why the kernels cannot run these tensors, with what to do; empty where they can."""
+    if block_sparse is None:
+        return ["Triton is not installed (pip install triton, Linux only); use backend='cpu'"]
+    reasons = []
+    head_dim = q.shape[-1]
+    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
+        reasons.append(
+            f"head dim must be a multiple of 16 from 16 to {MAX_HEAD_DIM}, got {head_dim}; "
+            "pad q, k and v with zeros and pass the unpadded scale"
+        )
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
+    interpreted = isinstance(block_sparse.forward_kernel, InterpretedFunction)
+    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+        reasons.append(f"it needs a CUDA or ROCm device, got {q.device}; use backend='cpu'")
+    return reasons

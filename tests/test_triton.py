@@ -1,0 +1,460 @@
+"""The Triton kernels against the dense fp64 oracle, in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from dittfast.attention import attend
+from dittfast.kernels import triton_backend
+from dittfast.kernels.triton_backend import KernelConfig, LaunchConfig, not_supported_reasons
+from dittfast.layout import Blocks, Layout, make_blocks, split_evenly
+from dittfast.plan import Plan, TokenRule
+from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("nan_empty")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def patch_triton_language_once(monkeypatch):
+    """The interpreter patches it at every call of a device function: most of a test's time."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        if interpreter.tl.core.is_builtin(interpreter.tl.load):
+            patched.clear()
+        if id(fn.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+def ragged(num_tokens: int, block_size: int, seed: int, shuffled: bool = False) -> Blocks:
+    """Blocks of 1 to ``block_size`` tokens, at least one of them whole, in some order of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [min(block_size, num_tokens)]
+    while (left := num_tokens - sum(lengths)) > 0:
+        lengths.append(min(left, int(torch.randint(1, block_size + 1, (), generator=generator))))
+    ends = torch.tensor(lengths).cumsum(0)
+    order = torch.randperm(num_tokens, generator=generator) if shuffled else None
+    by = torch.randperm(len(lengths), generator=generator)
+    return make_blocks((ends - torch.tensor(lengths))[by], torch.tensor(lengths)[by], order)
+
+
+def even(num_tokens: int, block_size: int) -> Blocks:
+    return make_blocks(*split_evenly(0, num_tokens, block_size))
+
+
+def random_plan(q_blocks, kv_blocks, lists=(1, 1), seed=0, rule=None, density=0.4, **fields):
+    """Random block lists, with partial blocks where there is a rule; every row keeps a block."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*lists, q_blocks.count, kv_blocks.count)
+    state = (torch.rand(shape, generator=generator) < density).int() * 2
+    state.scatter_(-1, torch.randint(0, shape[-1], (*shape[:-1], 1), generator=generator), 2)
+    if rule is not None:
+        state -= ((torch.rand(shape, generator=generator) < 0.5) & (state == 2)).int()
+    count = (state > 0).sum(-1, dtype=torch.int32)
+    by = torch.argsort(state, dim=-1, descending=True, stable=True).int()[..., : int(count.max())]
+    # What stands behind the end of a list is not to be read.
+    by = torch.where(torch.arange(by.shape[-1]) < count[..., None], by, 1 << 30)
+    full = (state == 2).sum(-1, dtype=torch.int32)
+    return Plan(by.contiguous(), count, full, q_blocks, kv_blocks, rule=rule, **fields)
+
+
+def random_rule(metric, num_q, num_k, num_limits, seed=0, sink_frames=0) -> TokenRule:
+    """A rule over tokens scattered over two grids of five frames, some of them context."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, n):
+        return torch.randint(low, high, (n,), generator=generator, dtype=torch.int32)
+
+    def frames(n):
+        frame = draw(0, 2, n) << 16 | draw(0, 5, n)
+        return torch.where(draw(0, 10, n) == 0, -1, frame).int()
+
+    def places(n):
+        return draw(0, 12, n) << 16 | draw(0, 12, n) if metric == "disc" else draw(0, 144, n)
+
+    limits = draw(-1, 60, num_limits)
+    where = frames(num_q), places(num_q), frames(num_k), places(num_k)
+    return TokenRule(metric, limits, *where, sink_frames)
+
+
+def run(q, k, v, grads, plan, backend, **options):
+    """``{name: value}`` of out, lse and the gradients."""
+    leaves = {name: x.detach().requires_grad_() for name, x in (("q", q), ("k", k), ("v", v))}
+    for name in ("out_scale", "out_residual"):
+        if getattr(plan, name) is not None:
+            leaves[name] = getattr(plan, name).detach().to(q.device).requires_grad_()
+    plan = plan.replace(**{n: x for n, x in leaves.items() if n.startswith("out_")})
+    out, lse = attend(
+        *(leaves[n] for n in "qkv"), plan, backend=backend, return_lse=True, **options
+    )
+    grads = [g.to(x.dtype) for g, x in zip(grads, (out, lse))]
+    found = torch.autograd.grad((out, lse), list(leaves.values()), grads)
+    named = {"out": out, "lse": lse} | {f"d{name}": g for name, g in zip(leaves, found)}
+    return {name: x.detach().cpu() for name, x in named.items()}
+
+
+def per_row(x, plan):
+    """Values per query block, ``[..., nQ, D]``, as values per token."""
+    rows = x.new_empty(*x.shape[:-2], plan.num_queries, x.shape[-1])
+    for block, (start, length) in enumerate(zip(plan.q_blocks.starts, plan.q_blocks.lengths)):
+        at = torch.arange(start, start + length)
+        rows[..., at if plan.q_blocks.order is None else plan.q_blocks.order[at].long(), :] = x[
+            ..., block : block + 1, :
+        ]
+    return rows
+
+
+def run_eager(q, k, v, grads, plan, log_weight, scale):
+    """What plain attention makes of the same inputs in their own dtype."""
+    mask = plan.to_dense_mask()
+    shown = torch.ones(1, 1, plan.num_keys) if log_weight is None else torch.isfinite(log_weight)
+    dead = ~(mask & shown[..., None, :].bool()).any(-1, keepdim=True)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    weight = None if log_weight is None else log_weight.clamp_min(-1e4)
+    out = eager_attention(q, k, v, mask | dead, scale, weight)
+    logits = (q @ k.transpose(-1, -2)) * scale
+    if weight is not None:
+        logits = logits + weight[..., None, :].to(logits)
+    lse = torch.logsumexp(logits.masked_fill(~(mask | dead), -torch.inf), -1)
+    out = out.masked_fill(dead, 0)
+    if plan.out_scale is not None:
+        out = out * per_row(plan.out_scale[..., None], plan).to(out)
+    if plan.out_residual is not None:
+        out = out + per_row(plan.out_residual, plan).to(out)
+    grad_out, grad_lse = grads
+    grads = grad_out.to(out), grad_lse.masked_fill(dead[..., 0], 0).to(lse)
+    found = torch.autograd.grad((out, lse), (q, k, v), grads)
+    return {"out": out, "lse": lse} | {f"d{n}": g for n, g in zip("qkv", found)}
+
+
+def check(plan, batch=1, heads=2, head_dim=32, dtype=torch.float32, size=1.0, log_weight=None,
+          scale=None, view=lambda x: x):  # fmt: skip
+    """Assert that the kernels are about as close to the fp64 oracle as eager attention is."""
+    q, k, v, grad_out = attention_inputs(
+        batch, heads, plan.num_queries, head_dim, plan.num_keys, dtype, size
+    )
+    grads = grad_out, torch.randn(grad_out.shape[:3], generator=torch.Generator().manual_seed(9))
+    scale = head_dim**-0.5 if scale is None else scale
+    total = plan.kv_log_weight
+    if log_weight is not None:
+        total = log_weight if total is None else total + log_weight
+    options = {"kv_log_weight": log_weight, "scale": scale}
+    exact = run(*(x.double() for x in (q, k, v)), grads, plan, "reference", **options)
+    if log_weight is not None:
+        options["kv_log_weight"] = log_weight.to(DEVICE)
+    inputs = (view(x.to(DEVICE)) for x in (q, k, v))
+    moved = view(grads[0].to(DEVICE)), grads[1].to(DEVICE)
+    actual = run(*inputs, moved, plan.to(DEVICE), "triton", **options)
+    eager = run_eager(q, k, v, grads, plan, total, scale)
+    assert actual["out"].dtype == dtype and actual["lse"].dtype == torch.float32
+    unseen = exact["lse"] == -torch.inf
+    assert torch.equal(actual["lse"] == -torch.inf, unseen)
+    for values in (exact, actual, eager):
+        values["lse"] = values["lse"].masked_fill(unseen, 0)
+    for name, value in actual.items():
+        # The epilogue's gradients are sums of what bounds the others.
+        budget = eager.get(name)
+        if budget is None:
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            assert float((value - exact[name]).abs().max()) <= tolerance * float(
+                exact[name].abs().max()
+            ), name
+        else:
+            assert_within_budget(name, value, exact[name], budget)
+    return actual
+
+
+LISTS = [(1, 1), (2, 1), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("lists", LISTS, ids=str)
+def test_lists_per_batch_row_and_per_head(lists):
+    blocks = ragged(111, 32, seed=1)
+    check(random_plan(blocks, blocks, lists, seed=2), batch=2, heads=3, head_dim=16)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_head_dims(head_dim, dtype):
+    plan = random_plan(ragged(63, 32, seed=3), ragged(70, 32, seed=4))
+    check(plan, heads=1, head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_input_scales(size, dtype):
+    blocks = even(192, 64)
+    check(random_plan(blocks, blocks, density=0.6), head_dim=64, dtype=dtype, size=size)
+
+
+@pytest.mark.parametrize(
+    "q_size, kv_size, num_tokens",
+    [(1, 1, 9), (8, 8, 63), (16, 16, 111), (60, 60, 130), (120, 120, 250), (128, 128, 300),
+     (256, 256, 390), (16, 128, 200), (200, 24, 201), (100, 1, 100)],
+)  # fmt: skip
+def test_block_sizes(q_size, kv_size, num_tokens):
+    plan = random_plan(ragged(num_tokens, q_size, seed=5), ragged(num_tokens, kv_size, seed=6))
+    check(plan, heads=1)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 111, 390])
+def test_dense_plan(num_tokens):
+    check(Plan.full(num_tokens, block_size=64), heads=1)
+
+
+def test_more_queries_and_more_keys():
+    check(random_plan(ragged(30, 16, seed=7), ragged(150, 32, seed=8)), heads=1)
+    check(random_plan(ragged(150, 32, seed=9), ragged(30, 16, seed=10)), heads=1)
+
+
+@pytest.mark.parametrize("sides", ["q", "kv", "both"])
+def test_orders(sides):
+    q_blocks = ragged(90, 32, seed=11, shuffled=sides != "kv")
+    kv_blocks = ragged(111, 32, seed=12, shuffled=sides != "q")
+    check(random_plan(q_blocks, kv_blocks, (1, 2)))
+
+
+@pytest.mark.parametrize("num_limits", [1, 3, 5])
+@pytest.mark.parametrize("metric", ["disc", "raster"])
+def test_token_rule(metric, num_limits):
+    rule = random_rule(metric, 90, 130, num_limits, sink_frames=num_limits // 3)
+    blocks = ragged(90, 32, seed=13), ragged(130, 64, seed=14, shuffled=True)
+    check(random_plan(*blocks, rule=rule, density=0.6))
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (2, 3, 5)])
+def test_token_rule_of_a_video(tile):
+    layout = Layout.video(3, 7, 6, text=5)
+    blocks = layout.tiles(tile)
+    rule = TokenRule.from_layout(layout, "disc", [9, 4, -1], blocks.order, sink_frames=1)
+    check(random_plan(blocks, blocks, rule=rule, density=0.8))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_log_weight(shape):
+    weight = torch.randn(*shape, 111, generator=torch.Generator().manual_seed(15))
+    weight[..., ::7] = -torch.inf
+    blocks = ragged(111, 32, seed=16, shuffled=True)
+    check(random_plan(blocks, blocks), batch=2, head_dim=16, log_weight=weight)
+
+
+def test_log_weight_of_plan_and_call_add_up():
+    plan = random_plan(even(96, 32), even(96, 32), kv_log_weight=torch.rand(1, 1, 96))
+    check(plan, heads=1, head_dim=16, log_weight=torch.rand(1, 1, 96))
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_queries_that_see_nothing(partial):
+    blocks = even(96, 32)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    mask[0, 1:] = False
+    weight = torch.zeros(1, 1, 96)
+    weight[..., :32] = -torch.inf
+    plan = Plan.from_block_mask(mask, blocks, blocks)
+    if partial:
+        place = torch.arange(96, dtype=torch.int32)
+        frame = torch.zeros_like(place)
+        frames = frame, place, frame, place
+        rule = TokenRule("raster", torch.tensor([3], dtype=torch.int32), *frames)
+        plan = plan.replace(rule=rule, kv_num_full_blocks=torch.zeros(1, 1, 3, dtype=torch.int32))
+    found = check(plan, head_dim=16, log_weight=weight)
+    assert float(found["out"][:, :, :28].abs().max()) == 0
+    assert float(found["dq"][:, :, :28].abs().max()) == 0
+    assert bool((found["lse"][:, :, :28] == 0).all())  # check() shows -inf as 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=str)
+def test_epilogue(shape):
+    blocks = ragged(111, 32, seed=17, shuffled=True)
+    draw = torch.Generator().manual_seed(18)
+    plan = random_plan(
+        blocks,
+        blocks,
+        out_scale=torch.rand(*shape, blocks.count, generator=draw) + 0.5,
+        out_residual=torch.randn(*shape, blocks.count, 48, generator=draw),
+    )
+    check(plan, batch=2, head_dim=48)
+    check(plan.replace(out_residual=None), batch=2, head_dim=48, dtype=torch.float16)
+
+
+def test_everything_at_once():
+    rule = random_rule("disc", 130, 150, 4, sink_frames=1)
+    weight = torch.randn(2, 1, 150, generator=torch.Generator().manual_seed(19))
+    weight[..., 140:] = -torch.inf
+    q_blocks = ragged(130, 24, seed=20, shuffled=True)
+    plan = random_plan(
+        q_blocks,
+        ragged(150, 48, seed=21, shuffled=True),
+        (2, 2),
+        rule=rule,
+        out_scale=torch.rand(1, 2, q_blocks.count) + 0.5,
+        out_residual=torch.randn(1, 2, q_blocks.count, 80),
+    )
+    check(plan, batch=2, head_dim=80, dtype=torch.float16, log_weight=weight)
+
+
+def test_negative_scale():
+    check(random_plan(even(96, 32), even(96, 32)), heads=1, head_dim=16, scale=-2.0)
+
+
+VIEWS = {
+    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "slice of a fused projection": lambda x: torch.cat([x, x, x], -1)[..., x.shape[-1] : -x.shape[-1]],
+    "column-major": lambda x: x.mT.contiguous().mT,
+    "every second token": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_strided_inputs(view):
+    blocks = ragged(63, 32, seed=22)
+    check(random_plan(blocks, blocks), batch=2, head_dim=16, view=VIEWS[view])
+
+
+def test_output_keeps_the_memory_order_of_the_queries():
+    q, k, v, _ = attention_inputs(2, 3, 40, 16, device=DEVICE)
+    for view in VIEWS.values():
+        out = attend(view(q), k, v, Plan.full(40, block_size=32), backend="triton")
+        assert out.stride() == torch.empty_like(view(q)).stride()
+
+
+def test_expanded_gradient_and_batch():
+    q, k, v, _ = attention_inputs(1, 2, 40, 16, device=DEVICE)
+    q = q.requires_grad_()
+    plan = Plan.full(40, block_size=16)
+    wide = q.expand(3, -1, -1, -1)
+    out = attend(wide, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), plan, backend="triton")
+    (actual,) = torch.autograd.grad(out.sum(), q)
+    exact = attend(q.double(), k.double(), v.double(), plan, backend="reference")
+    (exact,) = torch.autograd.grad(3 * exact.sum(), q)
+    torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_query_attention():
+    q, _, _, grad = attention_inputs(1, 4, 63, 16, device=DEVICE)
+    k, v, _, _ = attention_inputs(1, 2, 63, 16, device=DEVICE, seed=1)
+    blocks = ragged(63, 32, seed=23)
+    plan = random_plan(blocks, blocks, (1, 4))
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, plan, backend=backend)
+        found.append((out, *torch.autograd.grad(out, leaves, grad.to(dtype))))
+    for actual, exact in zip(*found):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_inverts_the_lists_where_the_caller_did_not():
+    blocks = ragged(63, 16, seed=24)
+    plan = random_plan(blocks, blocks).to(DEVICE)
+    q, k, v, grad = attention_inputs(1, 1, 63, 16, device=DEVICE)
+    tensors = plan.tensors()
+    assert tensors.q_indices is None
+    found = []
+    for t in (tensors, tensors._replace(**plan.transpose()._asdict())):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = triton_backend.attend(*leaves, t, 0.25)
+        found.append(torch.autograd.grad(out, leaves, grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 128), (128, 32)], ids=str)
+@pytest.mark.parametrize("sizes", [(24, 100), (100, 24)], ids=str)
+def test_any_tile_sizes_fit_any_block_sizes(tile, sizes, monkeypatch):
+    config = KernelConfig(*tile, num_warps=4, num_stages=2)
+    monkeypatch.setattr(
+        triton_backend, "launch_config", lambda *_, **__: LaunchConfig(config, config, config)
+    )
+    rule = random_rule("raster", 150, 150, 3)
+    blocks = ragged(150, sizes[0], seed=25), ragged(150, sizes[1], seed=26)
+    check(random_plan(*blocks, rule=rule, density=0.6), heads=1, head_dim=16)
+
+
+def test_runs_are_bit_identical():
+    blocks = ragged(111, 32, seed=27)
+    plan = random_plan(blocks, blocks).to(DEVICE)
+    inputs = attention_inputs(1, 2, 111, 16, dtype=torch.float16, device=DEVICE)
+    grads = inputs[3], torch.ones(1, 2, 111, device=DEVICE)
+    first, second = (run(*inputs[:3], grads, plan, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_opcheck():
+    blocks = ragged(40, 16, seed=28)
+    plan = random_plan(blocks, blocks, out_scale=torch.rand(1, 1, blocks.count) + 0.5).to(DEVICE)
+    q, k, v, _ = attention_inputs(1, 1, 40, 16, device=DEVICE)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    plan.transpose()
+    tensors = list(plan.tensors())
+    number = plan.tensors()._fields.index("metric")
+    scale = plan.tensors()._fields.index("out_scale")
+    tensors[scale] = None
+    args = (q, k, v, tensors[:number], plan.out_scale, None, tensors[number:], 0.25)
+    torch.library.opcheck(torch.ops.dittfast.attend_triton.default, args)
+
+
+def test_compiles_in_one_graph():
+    blocks = ragged(40, 16, seed=29)
+    plan = random_plan(blocks, blocks).to(DEVICE)
+
+    def step(q, k, v):
+        out, lse = attend(q, k, v, plan, return_lse=True, backend="triton")
+        return torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+
+    inputs = [x.requires_grad_() for x in attention_inputs(1, 2, 40, 16, device=DEVICE)[:3]]
+    torch._dynamo.reset()
+
+    def forward(q, k, v):
+        return attend(q, k, v, plan, return_lse=True, backend="triton")
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    out, lse = compiled(*inputs)
+    grads = torch.autograd.grad(out.square().sum() + lse.sum(), inputs)
+    for actual, expected in zip(grads, step(*inputs)):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "head_dim, dtype, message",
+    [(24, torch.float32, "multiple of 16"), (272, torch.float16, "16 to 256, got 272"),
+     (64, torch.float64, "got torch.float64")],
+)  # fmt: skip
+def test_refuses_what_it_cannot_run(head_dim, dtype, message):
+    q = torch.zeros(1, 1, 8, head_dim, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        attend(q, q, q, Plan.full(8, block_size=8), backend="triton")
+
+
+def test_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(triton_backend, "InterpretedFunction", ())
+    q = torch.zeros(1, 1, 8, 24)
+    reasons = not_supported_reasons(q, q, q)
+    assert len(reasons) == 2
+    assert any("got cpu; use backend='cpu'" in reason for reason in reasons)
+
+
+def test_refuses_without_triton(monkeypatch):
+    monkeypatch.setattr(triton_backend, "block_sparse", None)
+    q = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(ValueError, match="pip install triton"):
+        attend(q, q, q, Plan.full(8, block_size=8), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's bf16 dot is wrong")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
+def test_bfloat16(head_dim, size):
+    rule = random_rule("disc", 1000, 1000, 3)
+    blocks = ragged(1000, 128, seed=30, shuffled=True), ragged(1000, 128, seed=31)
+    plan = random_plan(*blocks, rule=rule)
+    check(plan, batch=2, head_dim=head_dim, dtype=torch.bfloat16, size=size)
