@@ -74,9 +74,7 @@ EXAMPLE_PROMPTS = [
     "a 3d emoji of a watermelon, black background",
     "a 3d emoji of an avocado, pink background",
     "a 3d emoji of a hamburger, black background",
-    "a 3d emoji of a car, green background",
     "a 3d emoji of a rainbow, black background",
-    "a 3d emoji of a soccer ball, green background",
     "a 3d emoji of a house, yellow background",
     "a 3d emoji of a ghost, pink background",
 ]
