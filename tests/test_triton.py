@@ -169,7 +169,8 @@ def check(plan, batch=1, heads=2, head_dim=32, dtype=torch.float32, size=1.0, lo
                 exact[name].abs().max()
             ), name
         else:
-            assert_within_budget(name, value, exact[name], budget)
+            # Gradients recompute the probabilities from the log-sum-exp, which eager does not.
+            assert_within_budget(name, value, exact[name], budget, factor=8, floor=32)
     return actual
 
 
