@@ -108,8 +108,11 @@ class _Rule:
             limits = self.limits[codes].index_select(1, self.kv_code.index_select(0, index))
             left = torch.cat([F.one_hot(code, codes.numel()).to(left.dtype), left], 1)
             right = torch.cat([limits, right])
-        right = right.unflatten(1, keys.shape).transpose(0, 1)
-        bias = torch.bmm(left.unflatten(0, shape), right).clamp_max_(0)
+        if shape[0] == 1:
+            bias = torch.mm(left, right)[None].clamp_max_(0)
+        else:
+            right = right.unflatten(1, keys.shape).transpose(0, 1)
+            bias = torch.bmm(left.unflatten(0, shape), right).clamp_max_(0)
         return bias if bias.dtype == self.dtype else bias.clamp_min_(_HIDDEN).to(self.dtype)
 
 
@@ -247,6 +250,8 @@ class _Problem:
             self.buffers[buffer] = torch.empty(size, dtype=self.dtype)
         out = self.buffers[buffer][:size].view(shape)
         torch.index_select(x, 1, index, out=out)
+        if len(piece.keys) == 1:
+            return out[None]
         return out.unflatten(1, piece.keys.shape).transpose(0, 1)
 
     def attend(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
