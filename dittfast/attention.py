@@ -131,11 +131,12 @@ def attend(
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     plan = plan.to(q.device)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if needs_grad and not torch.compiler.is_compiling():
-        plan.transpose()
-    if hasattr(implementation, "make_worklist") and not torch.compiler.is_compiling():
-        plan.worklist(name, implementation.make_worklist)
+    if not torch.compiler.is_compiling():
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        if hasattr(implementation, "make_worklist"):
+            plan.worklist(name, implementation.make_worklist)
+        elif needs_grad and torch.is_grad_enabled():
+            plan.transpose()
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight, name), scale)
     return (out, lse) if return_lse else out

@@ -13,6 +13,7 @@ CPUs without half-precision matrix units. Results are the same in every run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ _HIDDEN = -(2.0**120)
 _UNSEEN = -(2.0**98)
 # Makes half a unit beyond the limit of the token rule as good as -inf. A power of two: exact.
 _STEEP = 2.0**100
+# Frames of queries whose limits are spread over the keys once instead of in every call.
+_FEW_CODES = 8
 
 
 def not_supported_reasons(q, k, v) -> list[str]:
@@ -76,13 +79,18 @@ class _Rule:
         free |= q_codes[:, None] >> 16 != kv_codes >> 16
         free |= (kv_codes & 0xFFFF) < t.sink_frames
         limits = limits[apart.long()].masked_fill_(free, always)
-        self.limits = (limits.to(exact) + 0.5).mul_(_STEEP)
+        limits = (limits.to(exact) + 0.5).mul_(_STEEP)
         q_at, kv_at = q_at.to(exact), kv_at.to(exact)
         placed = (q_frame >= 0)[:, None].to(exact)
-        self.left = torch.cat([2 * q_at, -(q_at * q_at).sum(1, keepdim=True), -placed], 1)
+        left = torch.cat([2 * q_at, -(q_at * q_at).sum(1, keepdim=True), -placed], 1)
         square = (kv_at * kv_at).sum(1, keepdim=True)
-        right = torch.cat([kv_at, torch.ones_like(square), square], 1).t()
-        self.right = right.contiguous().mul_(_STEEP)
+        right = torch.cat([kv_at, torch.ones_like(square), square], 1).t().mul(_STEEP)
+        self.few = q_codes.numel() <= _FEW_CODES
+        if self.few:
+            one_hot = F.one_hot(self.q_code, q_codes.numel()).to(exact)
+            left = torch.cat([one_hot, left], 1)
+            right = torch.cat([limits[:, self.kv_code], right])
+        self.limits, self.left, self.right = limits, left, right.contiguous()
 
     def bias(self, start: int, shape: tuple[int, int], keys: torch.Tensor) -> torch.Tensor:
         """``[count, rows, K]``: 0 where a pair is kept, hugely negative elsewhere.
@@ -93,14 +101,18 @@ class _Rule:
             keys: ``[count, K]`` key positions.
         """
         end = start + shape[0] * shape[1]
-        codes, code = torch.unique(self.q_code[start:end], return_inverse=True)
         index = keys.reshape(-1)
-        limits = self.limits[codes].index_select(1, self.kv_code.index_select(0, index))
-        right = torch.cat([limits, self.right.index_select(1, index)])
-        right = right.unflatten(1, keys.shape).transpose(0, 1)
-        one_hot = F.one_hot(code, codes.numel()).to(self.left.dtype)
-        left = torch.cat([one_hot, self.left[start:end]], 1).unflatten(0, shape)
-        bias = torch.bmm(left, right).clamp_max_(0)
+        left, right = self.left[start:end], self.right.index_select(1, index)
+        if not self.few:
+            codes, code = torch.unique(self.q_code[start:end], return_inverse=True)
+            limits = self.limits[codes].index_select(1, self.kv_code.index_select(0, index))
+            left = torch.cat([F.one_hot(code, codes.numel()).to(left.dtype), left], 1)
+            right = torch.cat([limits, right])
+        if shape[0] == 1:
+            bias = torch.mm(left, right)[None].clamp_max_(0)
+        else:
+            right = right.unflatten(1, keys.shape).transpose(0, 1)
+            bias = torch.bmm(left.unflatten(0, shape), right).clamp_max_(0)
         return bias if bias.dtype == self.dtype else bias.clamp_min_(_HIDDEN).to(self.dtype)
 
 
@@ -125,32 +137,29 @@ class _Lists(NamedTuple):
 class _Piece(NamedTuple):
     """Part of a call small enough for its bias: ``count`` problems of ``rows`` by ``K``.
 
-    ``lists`` says for which heads; ``keys`` are token indices ``[count, K]``; ``bias`` is
-    ``[count, heads|1, rows|1, K]`` or None.
+    ``keys`` are token indices ``[count, K]``; ``run`` is the first of them where they are
+    consecutive. ``bias`` is ``[count, heads|1, rows|1, K]`` or None.
     """
 
-    lists: _Lists
     start: int
     rows: int
     keys: torch.Tensor
+    run: int | None
     bias: torch.Tensor | None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """A view ``[count, heads, rows, ...]`` of per-row values ``x [B, H, N, ...]``."""
+        """A view ``[count, heads, rows, ...]`` of per-row values ``x [heads, N, ...]``."""
         count = len(self.keys)
-        x = self.lists.of(x)[:, self.start : self.start + count * self.rows]
-        return x.unflatten(1, (count, self.rows)).transpose(0, 1)
+        x = x.narrow(1, self.start, count * self.rows)
+        return x[None] if count == 1 else x.unflatten(1, (count, self.rows)).transpose(0, 1)
 
-    def run(self) -> slice | None:
-        """The keys as a slice, where they are consecutive tokens."""
-        if len(self.keys) > 1:
-            return None
-        first, last = int(self.keys[0, 0]), int(self.keys[0, -1])
-        if last - first != self.keys.shape[1] - 1:
-            return None
-        # A locality order may have such ends by chance.
-        tokens = torch.arange(first, last + 1, dtype=self.keys.dtype)
-        return slice(first, last + 1) if torch.equal(self.keys[0], tokens) else None
+
+def _scatter_add(x: torch.Tensor, piece: _Piece, values: torch.Tensor) -> None:
+    """Add ``values [count, heads, K, D]`` to ``x [heads, N, D]``, in place; one after the other."""
+    if piece.run is not None:
+        x.narrow(1, piece.run, piece.keys.shape[1]).add_(values[0])
+    else:
+        x.index_add_(1, piece.keys.reshape(-1), values.transpose(0, 1).flatten(1, 2))
 
 
 class _Problem:
@@ -164,6 +173,7 @@ class _Problem:
         self.tokens = t.q_order.long() if t.q_order is not None else None
         if rows.numel():
             self.tokens = rows if self.tokens is None else self.tokens[rows]
+        self.kv_order = None if t.kv_order is None else t.kv_order.long()
         self.rule = _Rule(t, rows, self.dtype) if t.metric else None
         self.q = self.by_row(q)
         self.k, self.v = (x.to(self.dtype).contiguous() for x in (k, v))
@@ -192,39 +202,47 @@ class _Problem:
         batch, heads, rows, width = self.q.shape
         return torch.zeros(rows, batch, heads, width, dtype=self.dtype).permute(1, 2, 0, 3)
 
-    def pieces(self) -> Iterator[_Piece]:
+    def by_list(self) -> Iterator[tuple[_Lists, Iterator[_Piece]]]:
+        """The lists of the plan, each with its pieces of work."""
         batch, heads = self.t.kv_indices.shape[:2]
         at = 0
-        for call in self.work.calls:
-            lists = _Lists(call.batch, call.head, (batch == 1, heads == 1))
-            positions = self.work.positions[at : at + call.count * call.keys]
-            at += positions.numel()
-            yield from self._split(call, lists, positions.view(call.count, call.keys))
+        for (b, h), group in groupby(self.work.calls, key=lambda call: (call.batch, call.head)):
+            lists, calls = _Lists(b, h, (batch == 1, heads == 1)), list(group)
+            sizes = [call.count * call.keys for call in calls]
+            positions = self.work.positions[at : at + sum(sizes)].long()
+            at += sum(sizes)
+            yield lists, self._pieces(lists, calls, positions.split(sizes))
 
-    def _split(self, call: Call, lists: _Lists, positions: torch.Tensor) -> Iterator[_Piece]:
+    def _pieces(self, lists: _Lists, calls: list[Call], positions) -> Iterator[_Piece]:
         weight = self.weight
         if weight is not None:
             weight = weight[0] if weight.shape[:2] == (1, 1) else lists.of(weight)
-        tokens = positions
-        if self.t.kv_order is not None:
-            tokens = self.t.kv_order.index_select(0, positions.reshape(-1)).view_as(positions)
         heads = 1 if weight is None else len(weight)
-        most = _BIAS_VALUES // (heads * call.count * call.rows)
-        for some, keys in zip(positions.split(max(1, most), 1), tokens.split(max(1, most), 1)):
-            bias = None
-            if call.partial:
-                bias = self.rule.bias(call.start, (call.count, call.rows), some)[:, None]
-            if weight is not None:
-                part = weight.index_select(1, keys.reshape(-1)).unflatten(1, keys.shape)
-                part = part.transpose(0, 1)[:, :, None]
-                bias = part if bias is None else bias + part
-            yield _Piece(lists, call.start, call.rows, keys, bias)
+        for call, keys in zip(calls, positions):
+            keys = keys.view(call.count, call.keys)
+            most = max(1, _BIAS_VALUES // (heads * call.count * call.rows))
+            for part in keys.split(most, 1):
+                yield self._piece(call, part, weight)
+
+    def _piece(self, call: Call, positions: torch.Tensor, weight) -> _Piece:
+        tokens, bias, run = positions, None, None
+        if self.kv_order is not None:
+            tokens = self.kv_order[positions]
+        elif call.count == 1:
+            first, last = int(tokens[0, 0]), int(tokens[0, -1])
+            run = first if last - first == tokens.numel() - 1 else None
+        if call.partial:
+            bias = self.rule.bias(call.start, (call.count, call.rows), positions)[:, None]
+        if weight is not None:
+            part = weight.index_select(1, tokens.reshape(-1)).unflatten(1, tokens.shape)
+            part = part.transpose(0, 1)[:, :, None]
+            bias = part if bias is None else bias + part
+        return _Piece(call.start, call.rows, tokens, run, bias)
 
     def gather(self, x: torch.Tensor, piece: _Piece, buffer: int) -> torch.Tensor:
-        """``[count, heads, K, D]`` of ``x [B, H, N, D]``."""
-        x, run = piece.lists.of(x), piece.run()
-        if run is not None:
-            return x[None, :, run]
+        """``[count, heads, K, D]`` of ``x [heads, N, D]``."""
+        if piece.run is not None:
+            return x.narrow(1, piece.run, piece.keys.shape[1])[None]
         index = piece.keys.reshape(-1)
         shape = x.shape[0], index.numel(), x.shape[2]
         size = shape[0] * shape[1] * shape[2]
@@ -232,26 +250,25 @@ class _Problem:
             self.buffers[buffer] = torch.empty(size, dtype=self.dtype)
         out = self.buffers[buffer][:size].view(shape)
         torch.index_select(x, 1, index, out=out)
+        if len(piece.keys) == 1:
+            return out[None]
         return out.unflatten(1, piece.keys.shape).transpose(0, 1)
-
-    def scatter(self, x: torch.Tensor, piece: _Piece, values: torch.Tensor) -> None:
-        """Add ``values [count, heads, K, D]`` to ``x [B, H, N, D]``; the reverse of gather."""
-        x, run = piece.lists.of(x), piece.run()
-        if run is not None:
-            x[:, run] += values[0]
-        else:
-            x.index_add_(1, piece.keys.reshape(-1), values.transpose(0, 1).flatten(1, 2))
 
     def attend(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)`` in row order, without the epilogue."""
         out = self.new_rows()
         lse = torch.full(self.q.shape[:3], -torch.inf, dtype=self.dtype)
-        for piece in self.pieces():
-            k, v = self.gather(self.k, piece, 0), self.gather(self.v, piece, 1)
-            part, part_lse = _flash(piece.of(self.q), k, v, attn_mask=piece.bias, scale=scale)
-            old = piece.of(lse)
-            piece.of(out).lerp_(part, torch.sigmoid(part_lse - old)[..., None])
-            old.copy_(torch.logaddexp(old, part_lse))
+        for lists, pieces in self.by_list():
+            q, k, v = (lists.of(x) for x in (self.q, self.k, self.v))
+            out_l, lse_l = lists.of(out), lists.of(lse)
+            for piece in pieces:
+                near_k, near_v = self.gather(k, piece, 0), self.gather(v, piece, 1)
+                part, part_lse = _flash(
+                    piece.of(q), near_k, near_v, attn_mask=piece.bias, scale=scale
+                )
+                before = piece.of(lse_l)
+                piece.of(out_l).lerp_(part, torch.sigmoid(part_lse - before)[..., None])
+                before.copy_(torch.logaddexp(before, part_lse))
         unseen = lse < _UNSEEN
         out.masked_fill_(unseen[..., None], 0)
         return out, lse.masked_fill_(unseen, -torch.inf)
@@ -259,15 +276,18 @@ class _Problem:
     def gradients(self, grad, out, lse, scale: float):
         """``(dq in row order, dk, dv)``; ``out`` without the epilogue."""
         dq, dk, dv = self.new_rows(), torch.zeros_like(self.k), torch.zeros_like(self.v)
-        for piece in self.pieces():
-            k, v = self.gather(self.k, piece, 0), self.gather(self.v, piece, 1)
-            parts = _flash_backward(
-                piece.of(grad), piece.of(self.q), k, v, piece.of(out), piece.of(lse), 0.0, False,
-                attn_mask=piece.bias, scale=scale,
-            )  # fmt: skip
-            piece.of(dq).add_(parts[0])
-            self.scatter(dk, piece, parts[1])
-            self.scatter(dv, piece, parts[2])
+        inputs = grad, self.q, self.k, self.v, out, lse, dq, dk, dv
+        for lists, pieces in self.by_list():
+            grad_l, q, k, v, out_l, lse_l, dq_l, dk_l, dv_l = (lists.of(x) for x in inputs)
+            for piece in pieces:
+                near_k, near_v = self.gather(k, piece, 0), self.gather(v, piece, 1)
+                parts = _flash_backward(
+                    piece.of(grad_l), piece.of(q), near_k, near_v, piece.of(out_l),
+                    piece.of(lse_l), 0.0, False, attn_mask=piece.bias, scale=scale,
+                )  # fmt: skip
+                piece.of(dq_l).add_(parts[0])
+                _scatter_add(dk_l, piece, parts[1])
+                _scatter_add(dv_l, piece, parts[2])
         return dq, dk, dv
 
     def block_rows(self, x: torch.Tensor) -> torch.Tensor:
