@@ -30,6 +30,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Bias values of one call: bounds memory.
 _BIAS_VALUES = 1 << 23
+# Keys of a piece: gathered ones should still be in the cache when they are used.
+_MOST_KEYS = 4096
 # Hides a key. Finite, so that a piece of a row that sees nothing gives no NaN before it is merged
 # with weight zero; below _UNSEEN a log-sum-exp means that the row saw nothing at all.
 _HIDDEN = -(2.0**120)
@@ -220,7 +222,8 @@ class _Problem:
         heads = 1 if weight is None else len(weight)
         for call, keys in zip(calls, positions):
             keys = keys.view(call.count, call.keys)
-            most = max(1, _BIAS_VALUES // (heads * call.count * call.rows))
+            most = _BIAS_VALUES // (heads * call.count * call.rows)
+            most = max(1, min(most, _MOST_KEYS))
             for part in keys.split(most, 1):
                 yield self._piece(call, part, weight)
 

@@ -194,10 +194,8 @@ def _shared(seen: torch.Tensor, span: int, weight: torch.Tensor | None):
     pyramid = [common]
     for _ in sizes[1:]:
         pyramid.append(pyramid[-1][0::2] & pyramid[-1][1::2])
-    # Twice the rows are hardly faster, four times are: every other size, and single blocks.
-    chosen = sorted({*range(len(sizes) - 1, -1, -2), 0}, reverse=True)
     taken, above = torch.zeros_like(pyramid[-1]), len(sizes) - 1
-    for level in chosen:
+    for level in range(len(sizes) - 1, -1, -1):
         taken = taken.repeat_interleave(1 << above - level, 0)
         above = level
         own = pyramid[level] & ~taken
