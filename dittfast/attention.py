@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -154,6 +155,7 @@ def method_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    on_plan: Callable[[Plan], None] | None = None,
     **parameters: torch.Tensor,
 ):
     """Self-attention over ``layout`` by ``method``: plan, append its summary tokens, attend.
@@ -163,6 +165,7 @@ def method_attention(
         plan: a cached plan of a static method; made here if None.
         kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
         scale: default the method's own, ``1/sqrt(D)`` for most.
+        on_plan: called with a plan that is made from q and k; not while torch.compile traces.
         parameters: the method's trainable parameters; missing ones take their initial values.
 
     Returns and raises: as :func:`attend`; ValueError too if N is not the layout's length.
@@ -177,6 +180,8 @@ def method_attention(
     if plan is None:
         given = {"scale": scale, "kv_log_weight": kv_log_weight}
         plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)
+        if on_plan is not None and not method.static and not torch.compiler.is_compiling():
+            on_plan(plan)
     k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
     if kv_log_weight is not None and extra:

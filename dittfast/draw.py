@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .layout import Blocks, Context, Layout
 from .plan import Plan
@@ -17,6 +17,7 @@ from .plan import Plan
 INK, FAINT, PAPER = (28, 32, 38), (98, 106, 116), (255, 255, 255)
 # Dark, light and grey differ in brightness too, so that they survive a grey printer.
 FULL, PARTIAL, HIDDEN = (23, 66, 112), (132, 178, 224), (240, 240, 237)
+DROPPED = (190, 46, 40)
 FRAME_LINE, SEGMENT_LINE = (236, 160, 40), (196, 44, 52)
 PANEL = 256  # least width of a picture in a comparison, in pixels
 
@@ -288,6 +289,67 @@ def block_mask(
         y += line_height(text) + 4
     page.text(x, y + line_height(text) // 2, notes, text)
     return page.image
+
+
+def kept_mass(
+    maps: Sequence[Sequence[tuple[np.ndarray, np.ndarray, str]]],
+    *,
+    title: str = "",
+    names: Sequence[str] = (),
+    cell: int = 220,
+) -> Image.Image:
+    """Where dense attention puts its mass, and how much of that a plan keeps: a panel per head.
+
+    Args:
+        maps: rows of panels, a row per layer. A panel is ``(mass, kept, label)``:
+            attention between blocks ``[nQ, nK]``, bool of the same shape, and a line below.
+        names: a line above each row.
+        cell: pixels a panel is wide, at least.
+
+    Kept block pairs are blue and dropped ones red, both the darker the more mass they hold.
+    """
+    most = max(max(mass.shape) for row in maps for mass, _, _ in row)
+    scale = max(1, cell // most)
+    pictures = [[_mass_picture(mass, kept, scale) for mass, kept, _ in row] for row in maps]
+    width = max(p.width for row in pictures for p in row)
+    columns, gap, small = max(map(len, maps)), 14, 13
+    row_height = [
+        line_height(15) + max(p.height for p in row) + 2 * line_height(small) + gap
+        for row in pictures
+    ]
+    total = max(640, gap + columns * (width + gap))
+    heading = _wrap(title, _font(18), total - 2 * gap, 3) if title else []
+    top = gap + len(heading) * line_height(18) + line_height(small) + gap
+    page = _Page(total, top + sum(row_height) + gap)
+    y = page.text(gap, gap, heading, 18)
+    x = gap
+    for colour, meaning in ((FULL, "kept"), (DROPPED, "dropped")):
+        page.draw.rectangle((x, y + 3, x + 14, y + 15), fill=colour)
+        page.text(x + 20, y, [meaning], small, FAINT)
+        x += 100
+    words = "darker: more attention (root scale); queries down, keys across"
+    page.text(x, y, [words], small, FAINT)
+    y = top
+    for number, (row, drawn) in enumerate(zip(maps, pictures)):
+        if number < len(names):
+            page.text(gap, y, _wrap(names[number], _font(15), total - 2 * gap, 1), 15)
+        for column, ((_, _, label), picture) in enumerate(zip(row, drawn)):
+            x = gap + column * (width + gap)
+            page.image.paste(picture, (x, y + line_height(15)))
+            lines = _wrap(label, _font(small), width, 2)
+            page.text(x, y + line_height(15) + picture.height + 2, lines, small, FAINT)
+        y += row_height[number]
+    return page.image
+
+
+def _mass_picture(mass: np.ndarray, kept: np.ndarray, scale: int) -> Image.Image:
+    # A root shows small shares too; relative to the largest of the panel.
+    depth = np.sqrt(mass / max(float(mass.max()), 1e-30))[..., None]
+    ink = np.where(kept[..., None], np.array(FULL, float), np.array(DROPPED, float))
+    shade = depth * ink + (1 - depth) * np.array(PAPER, float)
+    picture = Image.fromarray(np.clip(np.rint(shade), 0, 255).astype(np.uint8))
+    size = picture.width * scale, picture.height * scale
+    return ImageOps.expand(picture.resize(size, Image.Resampling.NEAREST), 1, FAINT)
 
 
 @dataclass(frozen=True)

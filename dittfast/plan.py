@@ -415,9 +415,8 @@ class Plan:
         slot = torch.arange(self.kv_indices.shape[3], device=self.device)
         return slot < self.kv_num_blocks[..., None]
 
-    @cached_property
-    def _pairs(self) -> tuple[float, float]:
-        """Mean over batch rows and heads of (real token pairs kept, all pairs computed)."""
+    def _key_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 for every key position that is there: (of the real tokens, of all keys), fp64."""
         weight = self.kv_log_weight
         shown = torch.ones(1, 1, self.num_keys, dtype=torch.float64, device=self.device)
         if weight is not None:
@@ -425,25 +424,41 @@ class Plan:
         position = torch.arange(self.num_keys, device=self.device)
         token = position if self.kv_blocks.order is None else self.kv_blocks.order.long()
         shown = shown[..., token]
-        real = shown * (token < self.num_real_keys)
+        return shown * (token < self.num_real_keys), shown
+
+    def _full_pairs(self, keys: torch.Tensor) -> torch.Tensor:
+        """Pairs in full blocks, a mean over batch rows and heads; ``keys`` as `_key_counts`."""
         used = self._used()
         slot = torch.arange(used.shape[-1], device=self.device)
-        full = slot < self.kv_num_full_blocks[..., None]
-        totals = []
-        for keys in (real, shown):
-            # Visible keys per key block, for each batch row and head the weight tells apart.
-            edges = torch.nn.functional.pad(keys.cumsum(-1), (1, 0))
-            starts = self.kv_blocks.starts.long()
-            per_block = edges[..., starts + self.kv_blocks.lengths] - edges[..., starts]
-            shape = torch.broadcast_shapes(self.kv_indices.shape[:2], per_block.shape[:2])
-            per_block = per_block.expand(*shape, -1)
-            index = self.kv_indices.expand(*shape, -1, -1).long()
-            seen = torch.where(used & full, index, 0)
-            weights = torch.gather(
-                per_block[:, :, None].expand(*shape, index.shape[2], -1), 3, seen
-            )
-            rows = (weights * (used & full)).sum(-1) * self.q_blocks.lengths
-            totals.append(float(rows.sum() / (shape[0] * shape[1])))
+        used = used & (slot < self.kv_num_full_blocks[..., None])
+        # Visible keys per key block, for each batch row and head the weight tells apart.
+        edges = torch.nn.functional.pad(keys.cumsum(-1), (1, 0))
+        starts = self.kv_blocks.starts.long()
+        per_block = edges[..., starts + self.kv_blocks.lengths] - edges[..., starts]
+        shape = torch.broadcast_shapes(self.kv_indices.shape[:2], per_block.shape[:2])
+        per_block = per_block.expand(*shape, -1)
+        index = self.kv_indices.expand(*shape, -1, -1).long()
+        seen = torch.where(used, index, 0)
+        weights = torch.gather(per_block[:, :, None].expand(*shape, index.shape[2], -1), 3, seen)
+        rows = (weights * used).sum(-1) * self.q_blocks.lengths
+        return rows.sum() / (shape[0] * shape[1])
+
+    def listed_density(self) -> torch.Tensor:
+        """:attr:`density` as a 0-d fp64 tensor, without waiting for the device.
+
+        Counts full blocks only, which are all a method that plans from q and k makes.
+        """
+        real = self._key_counts()[0]
+        return self._full_pairs(real) / (self.num_queries * real.sum(-1).mean())
+
+    @cached_property
+    def _pairs(self) -> tuple[float, float]:
+        """Mean over batch rows and heads of (real token pairs kept, all pairs computed)."""
+        real, shown = self._key_counts()
+        totals = [float(self._full_pairs(keys)) for keys in (real, shown)]
+        used = self._used()
+        full = torch.arange(used.shape[-1], device=self.device)
+        full = full < self.kv_num_full_blocks[..., None]
         if self.num_partial_pairs is not None:
             return totals[0] + self.num_partial_pairs, totals[1] + self.num_partial_pairs
         partial = (used & ~full).nonzero()

@@ -400,8 +400,9 @@ class Description:
     Attributes:
         method, schedule, backend: as enabled.
         num_tokens: tokens of the last forward pass; None before the first.
-        density: kept fraction of token pairs in the sparse layers; None before the first pass,
-            and for methods that choose from q and k at every call.
+        density: kept fraction of token pairs in the sparse layers, averaged over all calls so far
+            where the method chooses from q and k at every call. None before the first pass, and
+            for such a method under torch.compile, which leaves the counting out.
         layers: every self-attention layer, and why it is dense.
         notes: what else stays dense.
     """
@@ -437,6 +438,7 @@ class Description:
             density = "chosen from q and k at every call"
             if self.density is not None:
                 density = f"{self.density:.1%} of token pairs in sparse layers"
+                density += "" if self.method.static else ", mean over calls"
             lines.append(f"density   {density}")
         sparse = sum(x.dense is None for x in self.layers)
         lines.append(f"layers    {len(self.layers)} self-attention: {sparse} sparse")
@@ -471,8 +473,8 @@ def describe(pipe) -> Description:
             core = next((c for (at, _), c in state.cores.items() if at == state.layout), None)
         dense = state.session.method.name == "dense"
         small = num_tokens is not None and state.cores and core is None
-        if core is not None and core.plan is not None:
-            density = core.plan.density
+        if core is not None:
+            density = core.density
         for name in state.layers:
             reason = None
             if name in state.dense_layers:

@@ -31,8 +31,9 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 class Core:
     """What replaces dense attention for one layout; shared by the layers that run it.
 
-    ``plan`` is None for methods that make it from q and k at every call. ``strict`` says that a
-    layer which never attends over the layout's tokens is an error.
+    ``plan`` is None for methods that make it from q and k at every call; of those the density is
+    averaged over the calls so far. ``strict`` says that a layer which never attends over the
+    layout's tokens is an error.
     """
 
     def __init__(
@@ -44,6 +45,20 @@ class Core:
         self.backend = backend
         self.num_tokens = layout.num_tokens
         self.strict = strict
+        self._density: torch.Tensor | float = 0.0
+        self._calls = 0
+
+    def observe(self, plan: Plan) -> None:
+        """Count the density of a plan that was made from q and k."""
+        self._density = self._density + plan.listed_density().detach()
+        self._calls += 1
+
+    @property
+    def density(self) -> float | None:
+        """Kept fraction of token pairs: the plan's, or the mean over calls; None before any."""
+        if self.plan is not None:
+            return self.plan.density
+        return float(self._density) / self._calls if self._calls else None
 
 
 class Perturbation:
@@ -157,6 +172,7 @@ def _attend(state: LayerState, call: dict) -> torch.Tensor:
         kv_log_weight=key_log_weight(call.get("attn_mask"), q),
         scale=call.get("scale"),
         backend=core.backend,
+        on_plan=core.observe,
         **state.parameters,
     )
 

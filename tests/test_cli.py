@@ -111,6 +111,29 @@ def test_generate_compare(model, out, capsys):
     assert any(np.array_equal(page[y : y + 192, 15:303], enlarged) for y in rows)
 
 
+def test_plan_probe_draws_what_is_kept_of_a_run(model, out, capsys):
+    arguments = [*words("plan --method rectified --set block_size=16 --set topk=1 --layers 0,-1")]
+    arguments += ["--probe", model, "--prompt", "a red cat", "--steps", "2"]
+    picture, record = out / "kept.png", out / "kept.json"
+    assert main([*arguments, "-o", str(picture), "--json", str(record)]) == 0
+    data = json.loads(record.read_text())
+    heads = [head for call in data["calls"] for head in call["heads"]]
+    assert len(data["calls"]) == 2 and len(heads) == 4 and data["calls"][0]["step"] == 1
+    assert data["mass"] == pytest.approx(np.mean([h["mass"] for h in heads]))
+    assert all(0 < h["density"] < 1 and 0 < h["mass"] < 1 for h in heads)
+    assert f"{data['mass']:.3f}" in capsys.readouterr().out
+    page = pixels(picture)
+    blue, red = np.array([23, 66, 112]), np.array([190, 46, 40])
+    assert (page == blue).all(-1).any() and (page == red).all(-1).any()
+
+
+def test_plan_without_a_grid_names_what_is_missing(capsys):
+    assert main(words("plan --method local --height 4")) == 2
+    assert "--width is missing" in capsys.readouterr().err
+    assert main(words("plan --method local --probe --layers a")) == 2
+    assert "--layers takes numbers" in capsys.readouterr().err
+
+
 def test_generate_says_when_it_ran_dense(model, out, capsys):
     arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
     options = words("--method local --set min_tokens=5000 --compare")
@@ -122,13 +145,13 @@ def test_generate_says_when_it_ran_dense(model, out, capsys):
     assert json.loads((out / "a.json").read_text())["sparse"]["density"] == 1.0
 
 
-def test_no_speed_without_a_density(model, out):
+def test_density_of_a_method_that_chooses_at_every_call(model, out):
     from dittfast.cli.generate import _captions
 
     arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
     assert main([*arguments, *words("--method rectified --set block_size=16 --compare")]) == 0
     data = json.loads((out / "a.json").read_text())
-    assert data["sparse"]["density"] is None  # chosen from q and k at every call
+    assert 0 < data["sparse"]["density"] < 1  # the mean over calls
     described = SimpleNamespace(layers=[SimpleNamespace(dense=None)], method=Local())
     arms = [
         SimpleNamespace(name=n, seconds=1.0, seconds_per_step=0.1, density=d, description=about)
@@ -418,7 +441,7 @@ def test_numbers_are_readable():
 
 
 def test_usage_errors_and_help(capsys):
-    for arguments in ([], ["frobnicate"], ["plan"], ["plan", "--method"]):
+    for arguments in ([], ["frobnicate"], ["plan", "--method"]):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
@@ -440,7 +463,7 @@ def test_help_is_quick_and_loads_no_torch():
         times.append(time.perf_counter() - start)
         assert result.returncode == 0 and "generate" in result.stdout
     assert min(times) < 1
-    modules = {p.stem for p in (ROOT / "dittfast" / "cli").glob("*.py")} - {"__init__", "options"}
+    modules = {p.stem for p in (ROOT / "dittfast" / "cli").glob("*.py")} - {"__init__", "options", "probe"}
     assert modules == set(COMMANDS)
     code = (
         f"import sys\nfrom dittfast.cli import _parser\nfor name in {modules}: _parser(name)\n"

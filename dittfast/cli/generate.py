@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dittfast.files import atomic_path, check_output, save_video, write_json
 
-from .options import add_method_arguments, chosen_method, parse_options, seconds
+from .options import add_method_arguments, chosen_method, parse_options, quiet_libraries, seconds
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".gif")
@@ -104,7 +104,7 @@ def run(args) -> int:
     method, schedule = _method(args, source)
     device = sources.choose_device(args.device)
     dtype = sources.choose_dtype(args.dtype, device)
-    _quiet_libraries()
+    quiet_libraries()
     _say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
     pipe = sources.load(source, device, dtype)
 
@@ -173,15 +173,6 @@ def _method(args, source):
         asked = preset if preset in presets() else asked
         options.setdefault("min_tokens", 0)
     return resolve(asked, **options)
-
-
-def _quiet_libraries() -> None:
-    """One bar, ours: no bars for reading files of which most take no time."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _frames(arms, data):

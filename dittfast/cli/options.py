@@ -86,3 +86,12 @@ def compact(value: float, unit: str = "") -> str:
 def seconds(value: float) -> str:
     """Seconds with three digits: ``0.0123 s``, ``1.23 s``, ``123 s``."""
     return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"
+
+
+def quiet_libraries() -> None:
+    """One bar, ours: no bars for reading files of which most take no time."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from dittfast.files import check_output, write_image, write_json
 
+from . import probe
 from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
 
 EXAMPLE = """\
 examples:
   dittfast plan --method radial --frames 21 --height 45 --width 80 -o radial.png
   dittfast plan --method local --set window=8 --height 64 --width 64 --text 512 -o local.png
+  dittfast plan --method rectified --set block_size=64 --probe --layers 0,3 -o rectified.png
 """
 
 
@@ -21,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     grid = parser.add_argument_group("layout, in tokens (a FLUX token is 16 pixels wide)")
     grid.add_argument("--frames", type=int, default=1, metavar="N", help="(default: 1, an image)")
-    grid.add_argument("--height", type=int, required=True, metavar="N")
-    grid.add_argument("--width", type=int, required=True, metavar="N")
+    grid.add_argument("--height", type=int, metavar="N")
+    grid.add_argument("--width", type=int, metavar="N")
     grid.add_argument(
         "--text", type=int, default=0, metavar="N", help="text tokens in the sequence (default: 0)"
     )
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text after the grid, as in HunyuanVideo (the default for videos)",
     )
     add_method_arguments(parser)
+    probe.add_arguments(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--head-dim", type=int, default=128, metavar="N", help="(default: 128)")
     work.add_argument("--heads", type=int, default=24, metavar="N", help="(default: 24)")
@@ -60,6 +63,11 @@ def run(args) -> int:
     asked, options = chosen_method(args), parse_options(args.options)
     if asked is None:
         raise ValueError("the method is missing; add --method radial, or --config FILE")
+    if args.probe is not None:
+        return probe.run(args, asked, options)
+    for name in ("height", "width"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name} is missing; give the grid in tokens, or --probe for a run")
 
     from dittfast.config import SCHEDULE_FIELDS, resolve
     from dittfast.layout import Layout
@@ -71,7 +79,7 @@ def run(args) -> int:
     if not method.static:
         raise ValueError(
             f"{method.name} chooses blocks from q and k at every call, so it has no mask of its "
-            "own; a mask of random q and k would mean nothing. Static methods can be drawn"
+            "own; add --probe instead of a grid to draw what it does to the q and k of a model"
         )
     text_first = args.frames == 1 if args.text_first is None else args.text_first
     layout = Layout.video(args.frames, args.height, args.width, args.text, text_first)

@@ -1,0 +1,146 @@
+"""``dittfast plan --probe``: what a method keeps of the attention of a real run, head by head."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dittfast.files import write_image, write_json
+
+DEFAULT_PROMPT = "a 3d emoji of a lion, blue background"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that go with ``--probe``."""
+    group = parser.add_argument_group(
+        "probe", "plan on the q and k of a dense run instead of on a grid; any method"
+    )
+    group.add_argument(
+        "--probe",
+        nargs="?",
+        const="sample-flux",
+        metavar="MODEL",
+        help="a sample model, a diffusers folder or a hub id (default: sample-flux)",
+    )
+    group.add_argument("--prompt", default=DEFAULT_PROMPT, help='(default: "%(default)s")')
+    group.add_argument("--steps", type=int, metavar="N", help="denoising steps of the run")
+    group.add_argument("--step", type=int, metavar="N", help="the step to look at, from 0")
+    group.add_argument("--layers", metavar="N,N", help="self-attention layers (default: all)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+
+
+def run(args, asked: str, options: dict) -> int:
+    """Draw the kept and the dropped attention of every head, and print the numbers."""
+    layers = None
+    if args.layers is not None:
+        try:
+            layers = [int(x) for x in args.layers.split(",")]
+        except ValueError:
+            raise ValueError(f"--layers takes numbers such as 0,3; got {args.layers!r}") from None
+    from dittfast.config import resolve
+
+    options.setdefault("min_tokens", 0)
+    method, _ = resolve(asked, **options)
+    from dittfast.pipelines import sources
+    from dittfast.pipelines.generate import call_arguments
+    from dittfast.pipelines.probe import capture, measure
+
+    from .options import quiet_libraries
+
+    source = sources.find(args.probe)
+    device = sources.choose_device("auto")
+    quiet_libraries()
+    pipe = sources.load(source, device, sources.choose_dtype("auto", device))
+    pipe.set_progress_bar_config(desc="dense run", disable=None)
+    call = call_arguments(pipe, args.prompt, source.settings, num_inference_steps=args.steps)
+    steps = None if args.step is None else [args.step]
+    reports = [
+        measure(method, c) for c in capture(pipe, call, steps=steps, layers=layers, seed=args.seed)
+    ]
+    data = _numbers(reports, method, source, call, args)
+    print("\n".join(_lines(reports, data)))
+    written = [Path(x) for x in (args.output, args.json) if x is not None]
+    if args.json is not None:
+        write_json(args.json, data)
+    if args.output is not None:
+        write_image(args.output, _picture(reports, method, data))
+    if written:
+        print("wrote " + ", ".join(map(str, written)))
+    return 0
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _numbers(reports, method, source, call: dict, args) -> dict:
+    from dataclasses import asdict
+
+    from dittfast.environment import versions
+
+    heads = [head for report in reports for head in report.heads]
+    return {
+        "method": {"name": method.name, **asdict(method)},
+        "model": source.name,
+        "prompt": args.prompt,
+        "seed": args.seed,
+        "num_inference_steps": call["num_inference_steps"],
+        "tokens": reports[0].plan.num_queries,
+        "calls": [
+            {"step": r.step, "layer": r.layer, "heads": [asdict(h) for h in r.heads]}
+            for r in reports
+        ],
+        **{name: _mean(getattr(h, name) for h in heads) for name in ("density", "mass", "error")},
+        "versions": versions(),
+    }
+
+
+def _lines(reports, data: dict) -> list[str]:
+    width = max(len(r.layer) for r in reports)
+    step = reports[0].step
+    lines = [
+        f"method    {data['method']['name']}",
+        f"run       {data['model']}, step {step} of {data['num_inference_steps']}, "
+        f"{data['tokens']:,} tokens",
+        f"{'layer':<{width}}  head  density  mass kept  error",
+    ]
+    for report in reports:
+        for head in report.heads:
+            lines.append(
+                f"{report.layer:<{width}}  {head.head:>4}  {head.density:7.3f}  {head.mass:9.3f}  "
+                f"{head.error:5.3f}"
+            )
+    lines.append(
+        f"{'mean':<{width}}        {data['density']:7.3f}  {data['mass']:9.3f}  "
+        f"{data['error']:5.3f}"
+    )
+    lines.append(
+        "mass kept: share of dense attention on the kept pairs; error: |out - dense| / |dense|"
+    )
+    return lines
+
+
+def _picture(reports, method, data: dict):
+    from dittfast.draw import kept_mass
+
+    rows = []
+    for report in reports:
+        mask = report.plan.to_block_mask()[0].cpu().numpy()
+        # Summaries that a method appends are no blocks of the sequence.
+        own = report.plan.kv_blocks.starts.cpu() < report.plan.num_real_keys
+        row = []
+        for head in report.heads:
+            kept = mask[min(head.head, len(mask) - 1)][:, own.numpy()]
+            mass = report.block_mass[head.head][:, own].numpy()
+            label = f"head {head.head}: density {head.density:.2f}, mass {head.mass:.2f}"
+            by = report.plan.q_blocks.starts.cpu().argsort().numpy()
+            columns = report.plan.kv_blocks.starts.cpu()[own].argsort().numpy()
+            row.append((mass[by][:, columns], kept[by][:, columns], label))
+        rows.append(row)
+    title = (
+        f"{method.name} on {data['model']}, step {reports[0].step} of "
+        f"{data['num_inference_steps']}: density {data['density']:.2f}, "
+        f"mass kept {data['mass']:.2f}"
+    )
+    return kept_mass(rows, title=title, names=[r.layer for r in reports])

@@ -1,0 +1,218 @@
+"""What a method does to the q, k and v of a real run: density and mass kept, head by head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dittfast.bench import mask_rows
+from dittfast.layout import Layout
+from dittfast.methods.base import Method
+from dittfast.plan import Plan
+
+from .adapter import enable, transformers_of
+from .generate import run
+from .seam import key_log_weight
+from .steps import scheduler_step
+
+# Query rows whose attention is computed at once.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The inputs of one attention call of a dense run.
+
+    Attributes:
+        step: the denoising step, from 0. layer: the module's name.
+        layout: geometry of the N tokens.
+        q, k, v: ``[B, H, N, D]``, after norms and rotary embedding.
+        scale: of the logits. kv_log_weight: ``[B|1, H|1, N]`` from the model's mask, or None.
+    """
+
+    step: int
+    layer: str
+    layout: Layout
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    kv_log_weight: torch.Tensor | None = None
+
+
+class _Recorder:
+    """Stands where a perturbation would: sees every call of a layer, and leaves its output."""
+
+    strict = True
+
+    def __init__(self, model: torch.nn.Module, layer: str, steps, found: list[Captured]):
+        self.model, self.layer, self.steps, self.found = model, layer, steps, found
+
+    @property
+    def num_tokens(self) -> int:
+        return self.model._dittfast.layout.num_tokens
+
+    def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
+        state = self.model._dittfast
+        step, _ = scheduler_step(state.session.scheduler)
+        again = any(c.step == step and c.layer == self.layer for c in self.found)
+        if step in self.steps and not again:
+            q, k, v = (call[name].detach().clone() for name in ("query", "key", "value"))
+            scale = call.get("scale")
+            scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+            weight = key_log_weight(call.get("attn_mask"), q)
+            self.found.append(Captured(step, self.layer, state.layout, q, k, v, scale, weight))
+        return out
+
+
+def capture(
+    pipe,
+    call: dict,
+    *,
+    steps: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[Captured]:
+    """Run a pipeline with dense attention and keep q, k and v of some attention calls.
+
+    Args:
+        pipe: a pipeline that dittfast can read, not enabled.
+        call: arguments of the pipeline, see :func:`~dittfast.pipelines.generate.call_arguments`.
+        steps: denoising steps, from 0; default the middle one. Of a step with several passes
+            (two-call guidance) the first is kept.
+        layers: numbers of self-attention layers in the model's order; negative ones count from
+            the end; default all.
+
+    Returns:
+        One entry per step and layer, in the order of the run.
+
+    Raises:
+        ValueError: a step or layer that does not exist, and as :func:`enable`.
+    """
+    total = call.get("num_inference_steps")
+    if total is None:
+        raise ValueError("capture needs num_inference_steps in call")
+    steps = [total // 2] if steps is None else list(steps)
+    for step in steps:
+        if not 0 <= step < total:
+            raise ValueError(f"steps must lie in 0..{total - 1} for this run, got {step}")
+    found: list[Captured] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(enable(pipe, "dense"))
+        for model in transformers_of(pipe).values():
+            states = model._dittfast.layers
+            names = list(states)
+            for number in range(len(names)) if layers is None else layers:
+                if not -len(names) <= number < len(names):
+                    raise ValueError(
+                        f"layers must lie in 0..{len(names) - 1} for this model, got {number}"
+                    )
+                name = names[number]
+                states[name].perturbation = _Recorder(model, name, steps, found)
+        run(pipe, call, seed)
+    return found
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What one head keeps of one captured call.
+
+    Attributes:
+        head: its number; the numbers are means over the batch.
+        density: kept fraction of token pairs.
+        mass: share of dense attention's probability that lies on the pairs kept token by token,
+            a mean over the grid's query rows. What a method gives back by pooled summaries or a
+            correction is not in it.
+        error: ``|out - dense| / |dense|`` of the head's output, over the same rows.
+    """
+
+    head: int
+    density: float
+    mass: float
+    error: float
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What a method does to one captured call.
+
+    Attributes:
+        step, layer: as captured. heads: one report a head.
+        plan: the plan the method made.
+        block_mass: ``[H, nQ, nK]`` dense attention between the plan's blocks, each row adding up
+            to 1 over the sequence's own keys, for the first batch row.
+    """
+
+    step: int
+    layer: str
+    heads: tuple[HeadReport, ...]
+    plan: Plan = field(repr=False)
+    block_mass: torch.Tensor = field(repr=False)
+
+
+def measure(method: Method, captured: Captured, backend: str = "auto") -> CallReport:
+    """Plan ``method`` on captured q, k and v, and compare with dense attention."""
+    from dittfast.attention import method_attention
+
+    c = captured
+    given = {"scale": c.scale, "kv_log_weight": c.kv_log_weight}
+    plan = method.plan(c.layout) if method.static else method.plan(c.layout, c.q, c.k, c.v, **given)
+    plan = plan.to(c.q.device)
+    out = method_attention(
+        method, c.layout, c.q, c.k, c.v, plan=plan, scale=c.scale, backend=backend,
+        kv_log_weight=c.kv_log_weight,
+    )  # fmt: skip
+    is_grid = torch.from_numpy(c.layout.coordinates()[:, 0] >= 0)
+    if not is_grid.any():
+        is_grid = torch.ones_like(is_grid)
+    heads, n = c.q.shape[1:3]
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1).double() for x in (c.k, c.v))
+    valid = c.layout.kv_log_weight(c.q.device)
+    kept = torch.zeros(heads, dtype=torch.float64)
+    apart, size = torch.zeros_like(kept), torch.zeros_like(kept)
+    row_of, column_of = (_block_of(b, n) for b in (plan.q_blocks, plan.kv_blocks))
+    block_mass = torch.zeros(heads, plan.q_blocks.count, plan.kv_blocks.count, dtype=torch.float64)
+    for tokens in torch.arange(n).split(_ROWS):
+        logits = c.q[:, :, tokens].double() @ k.transpose(-1, -2) * c.scale
+        for weight in (valid, c.kv_log_weight):
+            if weight is not None:
+                logits = logits + weight[..., None, :].double()
+        shares = torch.softmax(logits, -1)
+        dense = shares @ v
+        columns = torch.zeros(heads, len(tokens), plan.kv_blocks.count, dtype=torch.float64)
+        columns.index_add_(2, column_of, shares[0].cpu())
+        block_mass.index_add_(1, row_of[tokens], columns)
+        seen = mask_rows(plan, tokens)[..., :n]
+        rows = is_grid[tokens].double()
+        kept += ((shares * seen).sum(-1).mean(0).cpu() * rows).sum(-1)
+        off = (out[:, :, tokens].double() - dense).square().sum((0, 3)).cpu()
+        apart += (off * rows).sum(-1)
+        size += (dense.square().sum((0, 3)).cpu() * rows).sum(-1)
+    block_mass /= plan.q_blocks.lengths.cpu()[:, None]
+    density = _densities(plan, heads)
+    mass, error = kept / is_grid.sum(), (apart / size).sqrt()
+    reports = tuple(
+        HeadReport(h, density[h], float(mass[h]), float(error[h])) for h in range(heads)
+    )
+    return CallReport(c.step, c.layer, reports, plan, block_mass)
+
+
+def _densities(plan: Plan, heads: int) -> list[float]:
+    if plan.kv_indices.shape[1] == 1:
+        return [plan.density] * heads
+    return [plan.select_heads(slice(h, h + 1)).density for h in range(heads)]
+
+
+def _block_of(blocks, n: int) -> torch.Tensor:
+    """``[n]``: the block each of the sequence's own tokens is in."""
+    starts, lengths = blocks.starts.long().cpu(), blocks.lengths.long().cpu()
+    by = torch.argsort(starts)
+    block = torch.repeat_interleave(by, lengths[by])
+    if blocks.order is None:
+        return block[:n]
+    found = torch.empty_like(block)
+    found[blocks.order.long().cpu()] = block
+    return found[:n]
