@@ -7,13 +7,15 @@ import json
 
 from dittfast.files import check_output, write_json
 
+from . import growth
 from .options import parse_options, seconds
 
 EXAMPLE = """\
 examples:
   dittfast bench attention --method local --set window=16 --height 64 --width 64
   dittfast bench attention --method radial --method local --tokens 16384 --json attention.json
-  dittfast bench break-even --method local --no-flex
+  dittfast bench break-even --method local
+  dittfast bench growth --method log_linear --method radial --plot growth.png
 """
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"numbers of tokens to try (default: {' '.join(map(str, TOKENS))})",
     )
     even.add_argument("--frames", type=int, metavar="N", help="(default: 1; 16 for radial)")
+    grows = tasks.add_parser("growth", help="time and plan memory over the number of tokens")
+    _add_common(grows)
+    growth.add_arguments(grows)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +101,7 @@ def run(args) -> int:
     data = {"task": args.task, "device": describe_device(work.device), "versions": versions()}
     print(f"{data['device']['name']}, {_details(data)}")
     try:
-        task = _attention if args.task == "attention" else _break_even
-        data |= task(args, methods, work)
+        data |= TASKS[args.task](args, methods, work)
     except ParityError as error:
         print(f"FAILED: {error}\nno speed is shown for a wrong result")
         return 1
@@ -253,3 +257,6 @@ def _break_even(args, methods, work) -> dict:
         print("not faster at the largest size" if least is None else f"faster from {least:,}")
         found.append({"method": method.name, "min_tokens": least, "rows": rows})
     return {"methods": found}
+
+
+TASKS = {"attention": _attention, "break-even": _break_even, "growth": growth.run}

@@ -1,0 +1,132 @@
+"""How time and memory of a method grow with the number of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+
+from .attention import method_attention
+from .bench import Workload, check_parity, detached, interleaved_seconds, percentiles
+from .layout import Layout
+from .methods.base import Method
+from .plan import Plan
+
+# Longest sequence on which plain dense attention is timed beside the method.
+_DENSE_TOKENS = 16384
+
+
+def growing_layout(tokens: int, frame: tuple[int, int] | None = None) -> Layout:
+    """An image of ``tokens`` tokens, or a video of that many in frames of fixed size.
+
+    Raises:
+        ValueError: tokens that do not fill frames.
+    """
+    if frame is None:
+        height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+        return Layout.image(height, tokens // height)
+    if tokens % math.prod(frame):
+        raise ValueError(f"{tokens} tokens do not fill frames of {frame[0]} x {frame[1]}")
+    return Layout.video(tokens // math.prod(frame), *frame)
+
+
+def plan_bytes(plan: Plan) -> int:
+    """Bytes of everything the plan hands to a kernel."""
+    tensors = [x for x in plan.tensors() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def exponent(tokens: Sequence[int], values: Sequence[float]) -> float | None:
+    """The least-squares slope of log(values) over log(tokens); None for fewer than two sizes."""
+    if len(tokens) < 2:
+        return None
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (tokens, values))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def growth(
+    method: Method,
+    tokens: Sequence[int],
+    work: Workload,
+    *,
+    frame: tuple[int, int] | None = None,
+    repeats: int = 3,
+    on_row: Callable[[dict], None] = lambda row: None,
+) -> dict:
+    """Time ``method`` at growing lengths, and fit exponents.
+
+    A row's seconds cover everything a new layout costs: planning (for a static method building the
+    plan, once) and attention. Results are checked against a dense fp64 oracle on sampled rows
+    before a row is timed. Up to 16,384 tokens dense attention is timed in the same rounds.
+
+    Args:
+        tokens: lengths of the sequence. frame: rows and columns of a frame, None for one image.
+        work: its layout is replaced. on_row: called with each row as it is ready.
+
+    Returns:
+        ``{"method", "frame", "rows", "exponents"}``, plain values. ``exponents`` are slopes in
+        log-log scale of the median ``seconds``, of ``plan_bytes`` and of the ``pairs`` computed.
+
+    Raises:
+        ParityError: a result is wrong. ValueError: lengths that do not work.
+    """
+    rows = []
+    for count in sorted(tokens):
+        case = replace(work, layout=growing_layout(count, frame))
+        row = _row(method, case, repeats)
+        rows.append(row)
+        on_row(row)
+    counts = [row["tokens"] for row in rows]
+    fitted = {
+        "seconds": exponent(counts, [row["seconds"]["p50"] for row in rows]),
+        "plan_bytes": exponent(counts, [row["plan_bytes"] for row in rows]),
+        "pairs": exponent(counts, [row["pairs"] for row in rows]),
+    }
+    return {
+        "method": {"name": method.name, **asdict(method)},
+        "frame": frame,
+        "heads": work.heads,
+        "head_dim": work.head_dim,
+        "rows": rows,
+        "exponents": fitted,
+    }
+
+
+@torch.no_grad()
+def _row(method: Method, work: Workload, repeats: int) -> dict:
+    layout = work.layout
+    q, k, v, grad_out = work.inputs()
+    method.prepare(layout, q.device)
+    scale = method.scale(layout, work.head_dim) or work.head_dim**-0.5
+    plan = _plan(method, layout, q, k, v)
+    near_k, near_v = method.extend(layout, k, v)
+    check_parity(q, near_k, near_v, grad_out, detached(plan), scale)
+    functions = {"attend": partial(_plan_and_attend, method, layout, q, k, v)}
+    if layout.num_tokens <= _DENSE_TOKENS:
+        dense = torch.nn.functional.scaled_dot_product_attention
+        functions["dense"] = partial(dense, q, k, v)
+    times = interleaved_seconds(functions, repeats, q.device)
+    density = plan.density
+    return {
+        "tokens": layout.num_tokens,
+        "grid": list(layout.grid.shape),
+        "density": density,
+        "pairs": plan.flops(1) / 4,
+        "plan_bytes": plan_bytes(plan),
+        "seconds": percentiles(times["attend"]),
+        "dense_seconds": percentiles(times["dense"]) if "dense" in times else None,
+        "rounds": repeats,
+    }
+
+
+def _plan(method: Method, layout: Layout, q, k, v) -> Plan:
+    plan = method.plan(layout) if method.static else method.plan(layout, q, k, v)
+    return plan.to(q.device)
+
+
+def _plan_and_attend(method: Method, layout: Layout, q, k, v) -> torch.Tensor:
+    return method_attention(method, layout, q, k, v, plan=_plan(method, layout, q, k, v))

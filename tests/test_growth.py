@@ -1,0 +1,75 @@
+"""Growth: exponents are slopes, rows are checked and complete, and the CLI writes both files."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from dittfast.bench import ParityError, Workload
+from dittfast.cli import main
+from dittfast.growth import exponent, growing_layout, growth
+from dittfast.layout import Layout
+from dittfast.methods import LogLinear, Radial
+
+
+def test_exponent_is_the_slope_in_log_log_scale():
+    tokens = [1024, 2048, 8192]
+    assert exponent(tokens, [3.0 * n**1.5 for n in tokens]) == pytest.approx(1.5)
+    assert exponent(tokens, [7.0] * 3) == pytest.approx(0)
+    assert exponent([1024], [1.0]) is None
+
+
+def test_layouts_grow_in_area_or_in_frames():
+    assert growing_layout(48).grid.shape == (1, 6, 8)
+    assert growing_layout(96, (4, 6)).grid.shape == (4, 4, 6)
+    with pytest.raises(ValueError, match="100 tokens do not fill frames of 4 x 6"):
+        growing_layout(100, (4, 6))
+
+
+def test_rows_and_exponents():
+    seen = []
+    work = Workload(Layout.image(1, 1), heads=2, head_dim=16)
+    result = growth(LogLinear(topk=2), [512, 384, 1024], work, repeats=1, on_row=seen.append)
+    assert [row["tokens"] for row in seen] == [384, 512, 1024]
+    assert result["rows"] == seen
+    plan = LogLinear(topk=2).plan
+    layout = growing_layout(512)
+    q, k, v, _ = Workload(layout, heads=2, head_dim=16).inputs()
+    assert seen[1]["density"] == pytest.approx(plan(layout, q, k, v).density)
+    assert result["exponents"]["plan_bytes"] < 1.5
+    assert result["exponents"]["pairs"] == pytest.approx(
+        exponent([384, 512, 1024], [row["pairs"] for row in seen])
+    )
+    assert all(row["dense_seconds"]["p50"] > 0 for row in seen)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    from dittfast import growth as module
+
+    def wrong(*args, **kwargs):
+        raise ParityError("attend disagrees")
+
+    monkeypatch.setattr(module, "check_parity", wrong)
+    monkeypatch.setattr(module, "interleaved_seconds", lambda *a: pytest.fail("timed"))
+    with pytest.raises(ParityError):
+        growth(Radial(), [256], Workload(Layout.image(1, 1), head_dim=16), frame=(8, 8))
+
+
+def test_command_writes_curves_and_numbers(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    plot, numbers = tmp_path / "growth.png", tmp_path / "growth.json"
+    arguments = "bench growth --method log_linear --method radial --set radial.block_size=32"
+    arguments += " --heads 1 --head-dim 16 --tokens 512 1024 --repeats 1"
+    assert main([*arguments.split(), "--plot", str(plot), "--json", str(numbers)]) == 0
+    data = json.loads(numbers.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == data
+    assert [x["method"]["name"] for x in data["methods"]] == ["log_linear", "radial"]
+    assert data["methods"][1]["rows"][1]["grid"] == [8, 8, 16]
+    with Image.open(plot) as picture:
+        assert min(picture.size) > 300
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*arguments.split(), "--plot", str(plot)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
