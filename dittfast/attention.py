@@ -164,7 +164,8 @@ def method_attention(
         q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
         plan: a cached plan of a static method; made here if None.
         kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
-        scale: default the method's own, ``1/sqrt(D)`` for most.
+        scale: default ``1/sqrt(D)``. A method that departs from that (proportional attention)
+            departs from any scale by the same factor.
         on_plan: called with a plan that is made from q and k; not while torch.compile traces.
         parameters: the method's trainable parameters; missing ones take their initial values.
 
@@ -175,8 +176,10 @@ def method_attention(
             f"the layout describes {layout.num_tokens} tokens, got q with {q.shape[-2]} and k with "
             f"{k.shape[-2]}; check its text length and grid (q, k, v are [B, H, N, D])"
         )
-    if scale is None:
-        scale = method.scale(layout, q.shape[-1])
+    own = method.scale(layout, q.shape[-1])
+    if own is not None:
+        # What a model asks for stays, times the factor by which the method departs from 1/sqrt(D).
+        scale = own if scale is None else scale * own * q.shape[-1] ** 0.5
     if plan is None:
         given = {"scale": scale, "kv_log_weight": kv_log_weight}
         plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)

@@ -75,7 +75,7 @@ def local_attention(
         spatial_weight: ``[c, c]`` weights of the down-sampled keys, for ``downsample=c``; default
             1/c², a plain mean.
         backend, return_lse: see :func:`dittfast.attend`.
-        scale: default ``1/sqrt(D)``, or the proportional scale where that is asked for.
+        scale: default ``1/sqrt(D)``; times the proportional factor where that is asked for.
 
     Returns:
         ``out [B, H, N, D]`` in q's dtype, or ``(out, lse [B, H, N] fp32)``. Differentiable in

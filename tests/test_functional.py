@@ -1,6 +1,7 @@
 """The plain functions against dense fp64 attention written from the formulas."""
 
 import importlib.util
+import math
 from functools import partial
 
 import pytest
@@ -237,6 +238,13 @@ def test_proportional_scale_reaches_the_logits():
     assert factor != 16**-0.5
     actual = functional.local_attention(q, k, v, layout, proportional=True, backend="reference")
     expected = eager_attention(q, k, v, circle(layout, 8), factor)
+    torch.testing.assert_close(actual, expected)
+    # A model's own scale keeps its meaning: the factor by which tokens outgrew training is applied.
+    actual = functional.local_attention(
+        q, k, v, layout, proportional=True, scale=0.1, backend="reference"
+    )
+    growth = math.sqrt(math.log(layout.num_tokens) / math.log(4096 + 512))
+    expected = eager_attention(q, k, v, circle(layout, 8), 0.1 * growth)
     torch.testing.assert_close(actual, expected)
 
 
