@@ -18,7 +18,7 @@ _EXPORTS = {
     "attend": "dittfast.attention",
     "enable": "dittfast.pipelines.adapter",
     "disable": "dittfast.pipelines.adapter",
-    "describe": "dittfast.pipelines.adapter",
+    "describe": "dittfast.pipelines.description",
     "HeadGuidance": "dittfast.methods.head_guidance",
     "guide": "dittfast.pipelines.guidance",
     "unguide": "dittfast.pipelines.guidance",

@@ -1,166 +1,32 @@
-"""enable, disable, describe: put a method into a diffusers pipeline and take it out again."""
+"""enable and disable: put a method into a diffusers pipeline and take it out again."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
-import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from dittfast.break_even import min_tokens as measured_break_even
 from dittfast.config import resolve, unknown
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .families import FAMILIES, Family, bind_arguments
-from .seam import Core, LayerState, is_swapped, restore, stock_class, swap
-from .steps import TimestepCounter, scheduler_step, timestep_step
+from .seam import LayerState, is_swapped, restore, stock_class, swap
+from .sequences import Sequences
+from .state import ModelState, Session
 
 if TYPE_CHECKING:
-    from .guidance import GuidanceState
+    from .description import Description
 
 logger = logging.getLogger(__name__)
 
-LayoutReader = Callable[[torch.nn.Module, dict], Layout]
-
-
-class Session:
-    """One ``enable`` call: the method, its schedule, and the pipeline whose steps it follows."""
-
-    def __init__(self, pipe, method: Method, schedule: Schedule, backend: str):
-        self.method = method
-        self.schedule = schedule
-        self.backend = backend
-        self.counter = TimestepCounter()
-        self._pipe = weakref.ref(pipe)
-
-    def __deepcopy__(self, memo):
-        # A copied pipeline gets a session that follows the copy; a copied model alone keeps
-        # following the pipeline it came from.
-        pipe = self._pipe()
-        twin = Session.__new__(Session)
-        twin.__dict__.update(self.__dict__)
-        twin.counter = TimestepCounter()
-        twin._pipe = weakref.ref(memo.get(id(pipe), pipe)) if pipe is not None else self._pipe
-        return twin
-
-    @property
-    def scheduler(self):
-        return getattr(self._pipe(), "scheduler", None)
-
-    @property
-    def pipe(self):
-        """The pipeline (or transformer) this session was enabled on; None once it is gone."""
-        return self._pipe()
-
-    def step(self, arguments: dict) -> tuple[int, int | None]:
-        """The 0-based step of the pass with these forward arguments, and the number of steps."""
-        found = scheduler_step(self.scheduler)
-        if found is None:
-            found = timestep_step(self.scheduler, self.counter, arguments["timestep"])
-        return found
-
-    def is_dense_step(self, arguments: dict) -> bool:
-        """Whether the pass with these forward arguments belongs to a dense step."""
-        if not (self.schedule.dense_first_steps or self.schedule.dense_last_steps):
-            return False
-        step, total = self.step(arguments)
-        if total is None:
-            if self.schedule.dense_last_steps:
-                raise ValueError(
-                    f"dense_last_steps={self.schedule.dense_last_steps} needs to know the number "
-                    "of steps, which only a pipeline's scheduler does; call dittfast.enable on "
-                    "the pipeline"
-                )
-            total = step + 1
-        return self.schedule.is_dense_step(step, total)
-
-
-class ModelState:
-    """State of one transformer: its layers, how its layout is read, and plans made so far."""
-
-    def __init__(self, session: Session, family: Family, layers: dict[str, LayerState]):
-        self.session = session
-        self.family = family
-        self.layers = layers
-        names = list(layers)
-        self.dense_layers = session.schedule.dense_layer_names(names) if names else set()
-        self.cores: dict[tuple[Layout, torch.device], Core | None] = {}
-        self.layout: Layout | None = None
-        self.break_even: int | None = None
-        self.guidance: GuidanceState | None = None
-        self.context: str | None = None
-        self._read: tuple | None = None
-
-    def read_layout(self, model: torch.nn.Module, arguments: dict) -> Layout:
-        """The layout of this pass.
-
-        Reading values of a tensor waits for the device, so a family that does is read once per
-        tensor: pipelines pass the same position ids at every step.
-        """
-        sources = [arguments[name] for name in self.family.reads_values]
-        shapes = [x.shape for x in arguments.values() if torch.is_tensor(x)]
-        versions = [0 if x.is_inference() else x._version for x in sources]
-        if sources and self._read is not None:
-            tensors, seen = self._read
-            if seen == (shapes, versions) and all(a is b for a, b in zip(tensors, sources)):
-                return self.layout
-        self._read = sources, (shapes, versions)
-        return self.family.read(model, arguments)
-
-    def core(self, layout: Layout, device: torch.device) -> Core | None:
-        """What runs on this layout; None where it stays dense. Static plans are made once."""
-        key = (layout, device)
-        if key in self.cores:
-            return self.cores[key]
-        session, method = self.session, self.session.method
-        if method.name == "dense":
-            # The stock attention, not a plan that lists every block.
-            return None
-        if method.needs_grid:
-            layout.grid  # noqa: B018 (raises on a text-only layout)
-        least = session.schedule.min_tokens
-        if least is None:
-            least = measured_break_even(method.name, device.type)
-        self.break_even = least
-        core = None
-        if layout.num_tokens < least:
-            logger.warning(
-                "dense: %s tokens are fewer than the %s from which %s pays on %s "
-                "(min_tokens=0 runs it anyway)",
-                f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type,
-            )  # fmt: skip
-        else:
-            plan = method.plan(layout).to(device) if method.static else None
-            method.prepare(layout, device)
-            core = Core(method, layout, plan, session.backend, self.family.strict)
-        self.cores[key] = core
-        return core
-
-    def prepare(self, model: torch.nn.Module, arguments: dict) -> None:
-        """Decide, before a forward pass, what each layer runs in it."""
-        self.layout = layout = self.read_layout(model, arguments)
-        core = None
-        if not self.session.is_dense_step(arguments):
-            hidden = arguments["hidden_states"]
-            core = self.core(layout, hidden.device)
-        for name, state in self.layers.items():
-            state.core = None if name in self.dense_layers else core
-
-    def check_reached(self) -> None:
-        """Raise if no layer of a hand-described model met its sequence in this pass."""
-        running = [state for state in self.layers.values() if state.core is not None]
-        if running and not self.family.strict and not any(state.reached for state in running):
-            raise RuntimeError(
-                f"no attention layer saw a sequence of {self.layout.num_tokens} tokens, the length "
-                "of the layout passed to dittfast.enable; count its text and grid again"
-            )
+LayoutReader = Callable[[torch.nn.Module, dict], Layout | Sequences]
 
 
 def _forward(self, *args, **kwargs):
@@ -230,7 +96,7 @@ def _family(model: torch.nn.Module, layout: Layout | LayoutReader | None) -> Fam
         raise ValueError(f"layout must be a Layout or a function, got {type(layout).__name__}")
     read = (lambda model, arguments: layout) if isinstance(layout, Layout) else layout
     if known:
-        return Family(known.layers, read)
+        return dataclasses.replace(known, read=read, reads_values=())
     return Family(".*", read, strict=False)
 
 
@@ -258,6 +124,8 @@ class Enabled:
         disable(self._pipe)
 
     def describe(self) -> Description:
+        from .description import describe
+
         return describe(self._pipe)
 
 
@@ -340,7 +208,26 @@ def enable(
         states[name] = ModelState(session, family, layer_states)
     for name, model in models.items():
         _install(model, states[name])
+        _log(name, model, states[name])
     return Enabled(pipe)
+
+
+def _log(component: str, model: torch.nn.Module, state: ModelState) -> None:
+    """One line: how many layers run the method, what is dense and why."""
+    from .description import dense_steps, other_attention
+
+    session, total = state.session, len(state.layers)
+    dense = [*dense_steps(session.schedule), *other_attention(model, state)]
+    if state.dense_layers:
+        dense.insert(0, f"{len(state.dense_layers)} layers are dense by dense_layers")
+    logger.info(
+        "%s: %s in %d of %d self-attention layers%s",
+        component,
+        session.method,
+        total - len(state.dense_layers),
+        total,
+        "".join(f"; {sentence}" for sentence in dense),
+    )
 
 
 def _layer_parameters(method: Method, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -383,122 +270,3 @@ def method_parameters(pipe) -> dict[str, torch.nn.Parameter]:
         for layer, state in model._dittfast.layers.items()
         for name, parameter in state.parameters.items()
     }
-
-
-@dataclass(frozen=True)
-class LayerDescription:
-    """One self-attention layer: its name, and why it is dense (None where it is sparse)."""
-
-    name: str
-    dense: str | None = None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What runs where. ``str()`` of it is a table for people.
-
-    Attributes:
-        method, schedule, backend: as enabled.
-        num_tokens: tokens of the last forward pass; None before the first.
-        density: kept fraction of token pairs in the sparse layers, averaged over all calls so far
-            where the method chooses from q and k at every call. None before the first pass, and
-            for such a method under torch.compile, which leaves the counting out.
-        layers: every self-attention layer, and why it is dense.
-        notes: what else stays dense.
-    """
-
-    method: Method
-    schedule: Schedule
-    backend: str
-    num_tokens: int | None
-    density: float | None
-    layers: tuple[LayerDescription, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict:
-        """Plain data, for JSON."""
-        return {
-            "method": {"name": self.method.name, **asdict(self.method)},
-            "schedule": asdict(self.schedule),
-            "backend": self.backend,
-            "num_tokens": self.num_tokens,
-            "density": self.density,
-            "sparse_layers": [x.name for x in self.layers if x.dense is None],
-            "dense_layers": {x.name: x.dense for x in self.layers if x.dense is not None},
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        lines = [f"method    {self.method}", f"schedule  {self.schedule}"]
-        lines.append(f"backend   {self.backend}")
-        if self.num_tokens is None:
-            lines.append("tokens    known after the first forward pass")
-        else:
-            lines.append(f"tokens    {self.num_tokens:,}")
-            density = "chosen from q and k at every call"
-            if self.density is not None:
-                density = f"{self.density:.1%} of token pairs in sparse layers"
-                density += "" if self.method.static else ", mean over calls"
-            lines.append(f"density   {density}")
-        sparse = sum(x.dense is None for x in self.layers)
-        lines.append(f"layers    {len(self.layers)} self-attention: {sparse} sparse")
-        reasons: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.dense is not None:
-                reasons.setdefault(layer.dense, []).append(layer.name)
-        for reason, names in reasons.items():
-            shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-            lines.append(f"          {len(names)} dense: {reason} ({shown})")
-        lines.extend(f"note      {note}" for note in self.notes)
-        return "\n".join(lines)
-
-
-def describe(pipe) -> Description:
-    """Which layers run which method, at what density, and what is dense and why.
-
-    Raises:
-        ValueError: dittfast is not enabled on this pipeline.
-    """
-    models = {n: m for n, m in transformers_of(pipe).items() if is_swapped(m)}
-    if not models:
-        raise ValueError("dittfast is not enabled on this pipeline; call dittfast.enable first")
-    layers, notes = [], []
-    num_tokens = density = None
-    for component, model in models.items():
-        state: ModelState = model._dittfast
-        prefix = "" if len(models) == 1 else f"{component}."
-        core = None
-        if state.layout is not None:
-            num_tokens = state.layout.num_tokens
-            core = next((c for (at, _), c in state.cores.items() if at == state.layout), None)
-        dense = state.session.method.name == "dense"
-        small = num_tokens is not None and state.cores and core is None
-        if core is not None:
-            density = core.density
-        for name in state.layers:
-            reason = None
-            if name in state.dense_layers:
-                reason = "dense_layers of the schedule"
-            elif dense:
-                reason = "the method is dense"
-            elif small:
-                reason = f"{num_tokens:,} tokens are below min_tokens {state.break_even:,}"
-            layers.append(LayerDescription(prefix + name, reason))
-        modules = [m for m in model.modules() if callable(getattr(m, "processor", None))]
-        if len(modules) > len(state.layers):
-            notes.append(
-                f"{prefix}{len(modules) - len(state.layers)} other attention modules "
-                "(cross-attention, text refiners) are dense"
-            )
-        schedule = state.session.schedule
-        if state.guidance is not None:
-            heads = len(state.guidance.config.heads)
-            notes.append(f"{prefix}guided by {heads} weakened heads: one more pass at guided steps")
-    for which in ("first", "last"):
-        steps = getattr(schedule, f"dense_{which}_steps")
-        if steps:
-            notes.append(f"the {which} {steps} denoising steps are dense")
-    session = state.session
-    return Description(
-        session.method, schedule, session.backend, num_tokens, density, tuple(layers), tuple(notes)
-    )

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dittfast.layout import Context, Grid, Layout
+from dittfast.layout import Layout
+
+from . import readers_image as image
+from . import readers_video as video
+from .sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,27 @@ class Family:
     Attributes:
         layers: regular expression over module names; full matches are the self-attention layers
             whose sequence the reader describes. Text refiners and cross-attention do not match.
-        read: ``(model, arguments of its forward by name) -> Layout``.
+        read: ``(model, arguments of its forward by name) -> Layout``, or Sequences where batch
+            rows or layers differ.
         reads_values: names of tensor arguments whose values (not only shapes) ``read`` looks at.
-        strict: whether every selected layer must meet the layout's sequence; False where the user
-            described an unknown model, whose other layers then stay dense.
+        strict: whether every selected layer must meet the layout's sequence; False where layers
+            may be skipped, or where the user described an unknown model, whose other layers then
+            stay dense.
+        dense: ``(regular expression over module names, why)`` of other attention that stays dense.
+        outer_mask: whether the model turns a mask m over keys into an N x N mask m mᵀ. All
+            tokens of a grid are valid.
+        timestep: the argument with the timestep.
+        time_rises: whether that grows over the steps (most count down).
     """
 
     layers: str
-    read: Callable[[torch.nn.Module, dict], Layout]
+    read: Callable[[torch.nn.Module, dict], Layout | Sequences]
     reads_values: tuple[str, ...] = ()
     strict: bool = True
+    dense: tuple[tuple[str, str], ...] = ()
+    outer_mask: bool = False
+    timestep: str = "timestep"
+    time_rises: bool = False
 
 
 def bind_arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -40,58 +55,101 @@ def bind_arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(names, args)), **kwargs}
 
 
-def grids_from_ids(ids: torch.Tensor, axes: tuple[int, int] = (1, 2)) -> list[Grid]:
-    """Grids from position ids ``[N, k]`` (or ``[1, N, k]``); column 0 tells the images apart.
-
-    Only the order of the ids is used, so scaled or shifted positions read the same.
-
-    Raises:
-        ValueError: the tokens of an image are not in raster order.
-    """
-    rows = (ids if ids.ndim == 2 else ids[0]).detach().to("cpu", torch.float64)
-    grids = []
-    start = 0
-    change = (rows[1:, 0] != rows[:-1, 0]).nonzero()[:, 0].tolist()
-    for end in [i + 1 for i in change] + [len(rows)]:
-        y, x = (rows[start:end, axis] for axis in axes)
-        width = int((y == y[0]).sum())
-        height = len(y) // width
-        raster = len(y) == height * width
-        if raster:
-            y, x = y.view(height, width), x.view(height, width)
-            raster = bool((y == y[:, :1]).all() and (x == x[:1]).all())
-        if not raster:
-            raise ValueError(
-                f"position ids {start}..{end - 1} are not an image in raster order; "
-                "pass layout=Layout.image(...) to dittfast.enable"
-            )
-        grids.append(Grid(1, height, width))
-        start = end
-    return grids
-
-
-def _flux(model, arguments: dict) -> Layout:
-    # FLUX and Kontext: text first, then the image, then reference images.
-    text = arguments["encoder_hidden_states"].shape[1]
-    grids = grids_from_ids(arguments["img_ids"])
-    return Layout((*((Context(text),) if text else ()), *grids))
-
-
-def _patched_video(model, arguments: dict) -> Layout:
-    # Latents [B, C, F, H, W]; text is cross-attention.
-    sizes = arguments["hidden_states"].shape[2:]
-    frames, height, width = (n // p for n, p in zip(sizes, model.config.patch_size))
-    return Layout.video(frames, height, width)
-
+CROSS = "cross-attention: its keys are another sequence"
+TEXT = "refines text alone, a short sequence without a grid"
+_CROSS2 = ((r".*\.attn2", CROSS),)
+_JOINT = r"(single_)?transformer_blocks\.\d+\.attn"
 
 FAMILIES: dict[str, Family] = {
-    "FluxTransformer2DModel": Family(
-        r"(single_)?transformer_blocks\.\d+\.attn",
-        _flux,
-        reads_values=("img_ids",),
+    # Images.
+    "FluxTransformer2DModel": Family(_JOINT, image.flux, reads_values=("img_ids",)),
+    "Flux2Transformer2DModel": Family(_JOINT, image.flux2, reads_values=("img_ids",)),
+    "ChromaTransformer2DModel": Family(
+        _JOINT, image.flux, reads_values=("img_ids",), outer_mask=True
     ),
-    "WanTransformer3DModel": Family(
-        r"blocks\.\d+\.attn1",
-        _patched_video,
+    "SD3Transformer2DModel": Family(r"transformer_blocks\.\d+\.attn2?", image.sd3),
+    "QwenImageTransformer2DModel": Family(r"transformer_blocks\.\d+\.attn", image.qwen),
+    "HunyuanImageTransformer2DModel": Family(
+        _JOINT, image.hunyuan_image, dense=((r"context_embedder\..*", TEXT),)
+    ),
+    "ZImageTransformer2DModel": Family(
+        r"(layers|noise_refiner)\.\d+\.attention",
+        image.z_image,
+        dense=((r"context_refiner\..*", TEXT),),
+        timestep="t",
+        time_rises=True,
+    ),
+    "Lumina2Transformer2DModel": Family(
+        r"(layers|noise_refiner)\.\d+\.attn",
+        image.lumina2,
+        reads_values=("encoder_attention_mask",),
+        dense=((r"context_refiner\..*", TEXT),),
+        time_rises=True,
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        r"(joint|single)_transformer_blocks\.\d+\.attn", image.auraflow
+    ),
+    "CogView4Transformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn1", image.text_then_image, outer_mask=True
+    ),
+    "HiDreamImageTransformer2DModel": Family(
+        r"(double|single)_stream_blocks\.\d+\.block\.attn1", image.hidream, timestep="timesteps"
+    ),
+    "PixArtTransformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn1", image.image, dense=_CROSS2
+    ),
+    "DiTTransformer2DModel": Family(r"transformer_blocks\.\d+\.attn1", image.image),
+    # Videos.
+    "WanTransformer3DModel": Family(r"blocks\.\d+\.attn1", video.video, dense=_CROSS2),
+    "WanVACETransformer3DModel": Family(r"(vace_)?blocks\.\d+\.attn1", video.video, dense=_CROSS2),
+    "SkyReelsV2Transformer3DModel": Family(r"blocks\.\d+\.attn1", video.skyreels, dense=_CROSS2),
+    "CosmosTransformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn1", video.video, dense=_CROSS2
+    ),
+    "HunyuanVideoTransformer3DModel": Family(
+        _JOINT, video.hunyuan_video, dense=((r"context_embedder\..*", TEXT),)
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn",
+        video.hunyuan_video15,
+        dense=((r"context_embedder\..*", TEXT),),
+        outer_mask=True,
+    ),
+    "MochiTransformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn1",
+        video.mochi,
+        reads_values=("encoder_attention_mask",),
+    ),
+    "CogVideoXTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", video.cogvideox),
+    "LTXVideoTransformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn1", video.ltx, dense=_CROSS2
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn1",
+        video.ltx2,
+        strict=False,  # its spatio-temporal guidance skips the attention of chosen blocks
+        dense=(
+            (r".*\.(audio_)?attn2|.*\.(audio_to_video|video_to_audio)_attn", CROSS),
+            (r".*\.audio_attn1", "audio, a short sequence without a grid"),
+        ),
+    ),
+    "Kandinsky5Transformer3DModel": Family(
+        r"visual_transformer_blocks\.\d+\.self_attention",
+        video.kandinsky5,
+        dense=(
+            (r"visual_transformer_blocks\..*\.cross_attention", CROSS),
+            (r"text_transformer_blocks\..*", TEXT),
+        ),
+    ),
+    "AllegroTransformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn1", video.allegro, dense=_CROSS2
+    ),
+    "LatteTransformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn1",
+        image.image,
+        dense=(
+            (r"transformer_blocks\..*\.attn2", CROSS),
+            (r"temporal_transformer_blocks\..*", "one place over time, not an image"),
+        ),
     ),
 }

@@ -20,7 +20,8 @@ from dittfast.methods.base import Method
 from dittfast.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
 from dittfast.schedule import Schedule
 
-from .adapter import Description, enable, transformers_of
+from .adapter import enable, transformers_of
+from .description import Description
 from .sources import Source
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ import torch
 from dittfast.methods.dense import Dense
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .adapter import ModelState, disable, enable, transformers_of
+from .adapter import disable, enable, transformers_of
 from .seam import Perturbation, is_swapped
+from .state import ModelState
 
 
 class GuidanceState:
@@ -35,7 +36,7 @@ class GuidanceState:
             delta, self.delta = self.delta, None
             return out if delta is None else _add(out, delta)
         self.delta = None
-        step, _ = state.session.step(arguments)
+        step, _ = state.session.step(state.family, arguments)
         if self.config.guidance_scale == 0 or not self.config.is_guided_step(step):
             return out
         batch = arguments["hidden_states"].shape[0]

@@ -46,7 +46,7 @@ class Captured:
 class _Recorder:
     """Stands where a perturbation would: sees every call of a layer, and leaves its output."""
 
-    strict = True
+    strict, outer_mask = True, False
 
     def __init__(self, model: torch.nn.Module, layer: str, steps, found: list[Captured]):
         self.model, self.layer, self.steps, self.found = model, layer, steps, found
@@ -54,6 +54,9 @@ class _Recorder:
     @property
     def num_tokens(self) -> int:
         return self.model._dittfast.layout.num_tokens
+
+    def at(self, num_tokens) -> bool:
+        return num_tokens == self.num_tokens
 
     def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
         state = self.model._dittfast
@@ -63,7 +66,8 @@ class _Recorder:
             q, k, v = (call[name].detach().clone() for name in ("query", "key", "value"))
             scale = call.get("scale")
             scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-            weight = key_log_weight(call.get("attn_mask"), q)
+            token = state.layout.grid_start if state.family.outer_mask else None
+            weight = key_log_weight(call.get("attn_mask"), q, token)
             self.found.append(Captured(step, self.layer, state.layout, q, k, v, scale, weight))
         return out
 

@@ -17,7 +17,7 @@ from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 
 from .rotary import image_layout, video_layout
-from .seam import Core, LayerState, check_reached, intercept
+from .seam import Core, LayerState, Part, check_reached, intercept
 
 
 def _layout_of(attn: torch.nn.Module, encoder_hidden_states, rotary) -> Layout:
@@ -131,7 +131,7 @@ class SparseAttnProcessor:
         if key not in self._cores:
             plan = self.method.plan(layout).to(device) if self.method.static else None
             self.method.prepare(layout, device)
-            self._cores[key] = Core(self.method, layout, plan, self.backend)
+            self._cores[key] = Core(self.method, ((Part(layout, plan),),), self.backend)
         return self._cores[key]
 
 

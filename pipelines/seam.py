@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from dittfast.attention import method_attention
-from dittfast.layout import Layout
+from dittfast.layout import Context, Layout
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import soft_pag
 from dittfast.methods.local import Local
@@ -28,37 +28,70 @@ _SDPA = F.scaled_dot_product_attention
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-class Core:
-    """What replaces dense attention for one layout; shared by the layers that run it.
+class Part:
+    """One layout and its plan, None for methods that make it from q and k at every call.
 
-    ``plan`` is None for methods that make it from q and k at every call; of those the density is
-    averaged over the calls so far. ``strict`` says that a layer which never attends over the
-    layout's tokens is an error.
+    Of those the density is averaged over the calls so far.
     """
 
-    def __init__(
-        self, method: Method, layout: Layout, plan: Plan | None, backend: str, strict: bool = True
-    ):
-        self.method = method
+    def __init__(self, layout: Layout, plan: Plan | None):
         self.layout = layout
         self.plan = plan
-        self.backend = backend
         self.num_tokens = layout.num_tokens
-        self.strict = strict
+        self.calls = 0
         self._density: torch.Tensor | float = 0.0
-        self._calls = 0
 
     def observe(self, plan: Plan) -> None:
         """Count the density of a plan that was made from q and k."""
         self._density = self._density + plan.listed_density().detach()
-        self._calls += 1
+        self.calls += 1
 
     @property
     def density(self) -> float | None:
         """Kept fraction of token pairs: the plan's, or the mean over calls; None before any."""
         if self.plan is not None:
             return self.plan.density
-        return float(self._density) / self._calls if self._calls else None
+        return float(self._density) / self.calls if self.calls else None
+
+
+class Core:
+    """What replaces dense attention in one forward pass; shared by the layers that run it.
+
+    Args:
+        parts: for each length of sequence one Part for the whole batch, or one per batch row; the
+            main sequence first.
+        strict: whether a layer that never attends over one of these sequences is an error.
+        outer_mask: whether an N x N mask is known to be m mᵀ, with all grid tokens valid.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        parts: tuple[tuple[Part, ...], ...],
+        backend: str,
+        strict: bool = True,
+        outer_mask: bool = False,
+    ):
+        self.method = method
+        self.parts = parts
+        self.backend = backend
+        self.strict = strict
+        self.outer_mask = outer_mask
+
+    @property
+    def main(self) -> Part:
+        return self.parts[0][0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.main.num_tokens
+
+    def at(self, num_tokens) -> tuple[Part, ...] | None:
+        """The parts for a sequence of this length; None where no layout has it."""
+        for rows in self.parts:
+            if num_tokens == rows[0].num_tokens:
+                return rows
+        return None
 
 
 class Perturbation:
@@ -72,9 +105,14 @@ class Perturbation:
         self.rows = rows
         self.layout = layout
         self.strict = True
+        self.outer_mask = False
         self.num_tokens = layout.num_tokens
         self.weak = Local(window=1) if rows == "diagonal" else None
         self.plan = self.weak.plan(layout) if self.weak else None
+
+    def at(self, num_tokens) -> bool:
+        """Whether a sequence of this length is the weakened one."""
+        return num_tokens == self.num_tokens
 
     def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
         q, k, v = call["query"], call["key"], call["value"]
@@ -135,8 +173,10 @@ class intercept(TorchFunctionMode):
         if func is _SDPA:
             call = {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
             q, k = call["query"], call["key"]
-            if q.shape[-2] == k.shape[-2] == self.state.running.num_tokens:
+            if q.shape[-2] == k.shape[-2] and self.state.running.at(q.shape[-2]):
                 return self._answer(func, args, kwargs, call)
+        elif func in _OUTER and self.state.running.outer_mask:
+            return _without_outer_product(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _answer(self, func, args, kwargs, call):
@@ -147,6 +187,23 @@ class intercept(TorchFunctionMode):
         if state.perturbation is not None:
             out = state.perturbation(out, state.strength, call)
         return out
+
+
+_OUTER = (torch.Tensor.repeat, torch.Tensor.__and__)
+
+
+def _without_outer_product(func, args, kwargs):
+    """HunyuanVideo 1.5 builds m mᵀ in every layer: 10 GB at 100,000 tokens. Keep m, expanded.
+
+    Its rows are only read back by :func:`key_log_weight`, for grid tokens, where both agree.
+    """
+    mask = args[0]
+    if mask.dtype == torch.bool and mask.ndim == 4:
+        if func is torch.Tensor.repeat and args[1:] == (1, 1, mask.shape[-1], 1):
+            return mask.expand(-1, -1, mask.shape[-1], -1)
+        if func is torch.Tensor.__and__ and mask.stride(-2) == 0:
+            return mask
+    return func(*args, **kwargs)
 
 
 def _attend(state: LayerState, call: dict) -> torch.Tensor:
@@ -161,24 +218,68 @@ def _attend(state: LayerState, call: dict) -> torch.Tensor:
             f"{core.method.name} has no attention dropout, got dropout_p={call['dropout_p']}; "
             "set the model's attention dropout to 0"
         )
-    q = call["query"]
+    q, k, v, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
+    rows = core.at(q.shape[-2])
+    token = rows[0].layout.grid_start if core.outer_mask else None
+    weight = key_log_weight(mask, q, token)
+    scale = call.get("scale")
+    if len(rows) == 1:
+        out = _attend_part(state, rows[0], q, k, v, weight, scale)
+    else:
+        if len(rows) != q.shape[0]:
+            raise ValueError(
+                f"this pass describes {len(rows)} batch rows that differ, and attention got "
+                f"{q.shape[0]}; run the prompts one at a time"
+            )
+        pick = lambda x, b: x if x is None or x.shape[0] == 1 else x[b : b + 1]  # noqa: E731
+        out = torch.cat(
+            [
+                _attend_part(state, part, *(pick(x, b) for x in (q, k, v, weight)), scale)
+                for b, part in enumerate(rows)
+            ]
+        )
+    if core.outer_mask and mask is not None and mask.dtype != torch.bool:
+        out = _restore_context(out, call, rows[0].layout)
+    return out
+
+
+def _attend_part(state, part: Part, q, k, v, weight, scale) -> torch.Tensor:
     return method_attention(
-        core.method,
-        core.layout,
+        state.core.method,
+        part.layout,
         q,
-        call["key"],
-        call["value"],
-        plan=core.plan,
-        kv_log_weight=key_log_weight(call.get("attn_mask"), q),
-        scale=call.get("scale"),
-        backend=core.backend,
-        on_plan=core.observe,
+        k,
+        v,
+        plan=part.plan,
+        kv_log_weight=weight,
+        scale=scale,
+        backend=state.core.backend,
+        on_plan=part.observe,
         **state.parameters,
     )
 
 
-def key_log_weight(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+def _restore_context(out: torch.Tensor, call: dict, layout: Layout) -> torch.Tensor:
+    """Context rows as the model has them: an added m mᵀ is another bias for padding's queries."""
+    q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
+    out = out.clone()
+    for start, segment in layout.spans():
+        if isinstance(segment, Context):
+            rows = slice(start, start + segment.length)
+            out[:, :, rows] = _SDPA(
+                q[:, :, rows], k, v, attn_mask=mask[:, :, rows], scale=call.get("scale")
+            )
+    return out
+
+
+def key_log_weight(
+    mask: torch.Tensor | None, q: torch.Tensor, token: int | None = None
+) -> torch.Tensor | None:
     """An attention mask over keys ``[B|1, (H|1), 1, N]`` as log weights ``[B|1, H|1, N]``.
+
+    Args:
+        token: of an N x N mask, the query whose row is that of all grid tokens; None if there is
+            no such query.
 
     Raises:
         ValueError: the mask differs between queries, which a block plan would drop.
@@ -190,13 +291,13 @@ def key_log_weight(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor |
         mask = mask[:, None]
     elif mask.ndim == 2:
         mask = mask[None, None]
-    if mask.shape[-2] != 1:
+    if mask.shape[-2] != 1 and token is None:
         raise ValueError(
             f"this layer passes an attention mask of shape {list(shape)} that may differ between "
             "queries; only masks over keys can be combined with a plan. Keep the layer dense "
             "with dense_layers"
         )
-    mask = mask[:, :, 0]
+    mask = mask[:, :, 0 if mask.shape[-2] == 1 else token]
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
     return mask.float()

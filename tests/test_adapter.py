@@ -397,7 +397,8 @@ def test_masks_are_honoured_or_refused():
 
 def test_causal_and_dropout_are_refused():
     state = seam.LayerState()
-    state.core = seam.Core(Full(), Layout.image(4, 4), Full().plan(Layout.image(4, 4)), "reference")
+    layout = Layout.image(4, 4)
+    state.core = seam.Core(Full(), ((seam.Part(layout, Full().plan(layout)),),), "reference")
     q = torch.randn(1, 1, 16, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     with seam.intercept(state):

@@ -117,13 +117,13 @@ def test_dynamic_density_is_the_mean_over_calls():
     with dittfast.enable(pipe, method, min_tokens=0) as enabled:
         assert enabled.describe().density is None
         pipe(**CALL, output_type="latent")
-        core = next(iter(pipe.transformer._dittfast.cores.values()))
-        q = torch.randn(1, 2, core.num_tokens, 16)
-        plan = method.plan(core.layout, q, q, q)
+        part = next(iter(pipe.transformer._dittfast.parts.values()))
+        q = torch.randn(1, 2, part.num_tokens, 16)
+        plan = method.plan(part.layout, q, q, q)
         before = enabled.describe().density
-        calls = core._calls
+        calls = part.calls
         assert calls == 2 * 4  # steps x layers
-        core.observe(plan)
+        part.observe(plan)
         assert enabled.describe().density == pytest.approx(
             (before * calls + plan.density) / (calls + 1)
         )

@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "draw a picture with a pipeline, dense and sparse",
     "plan": "draw a method's block mask, with its density and FLOPs",
     "bench": "measure speed, after checking that the results agree",
+    "parity": "check every model family under every method, on tiny random models",
     "doctor": "show what runs on this machine, and why the rest does not",
 }
 INTERRUPTED = 130

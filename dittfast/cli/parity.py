@@ -1,0 +1,95 @@
+"""``dittfast parity``: does every model family agree with itself under every method?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dittfast.files import check_output, write_json, write_text
+
+EXAMPLE = """\
+Runs each family of the installed diffusers as a tiny random model, on the CPU, in about a minute:
+the stock model, a plan that keeps everything, and each method on the cpu and reference backends.
+
+examples:
+  dittfast parity
+  dittfast parity --family wan --family mochi --method radial
+"""
+
+LEGEND = """\
+A number is the density of a good cell: the kept fraction of the token pairs of a sequence of about
+100 tokens ("chosen": from q and k at every call). A good cell means: where the plan keeps
+everything (1.00) the output is the stock model's, and elsewhere the cpu backend gives what the
+reference backend gives, both within the noise of eager attention; a plan that leaves something out
+changes the output; and after dittfast.disable the output is bit for bit the stock model's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dittfast parity``."""
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "--family", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+    )
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+    )
+    parser.add_argument("--markdown", metavar="FILE", help="write the table here, as Markdown")
+    parser.add_argument("--json", metavar="FILE", help="write every cell's numbers here")
+
+
+def run(args) -> int:
+    """Print the matrix; 1 if a cell is bad."""
+    for path, endings in ((args.markdown, (".md",)), (args.json, None)):
+        if path is not None:
+            check_output(path, endings)
+
+    import warnings
+    from dataclasses import asdict
+    from itertools import groupby
+
+    from dittfast.environment import versions
+    from dittfast.pipelines.parity import METHODS, TINY, matrix, text_of
+
+    found = matrix(args.family, args.method)
+    width = max(len(name) for name in TINY)
+    cells, rows = [], []
+    print("  ".join(x.ljust(10) for x in ["model".ljust(width), *(args.method or METHODS)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tiny models are allowed to be odd
+        for name, group in groupby(found, lambda cell: cell.family):
+            group = list(group)
+            texts = [text_of(cell) for cell in group]
+            print("  ".join(x.ljust(10) for x in [name.ljust(width), *texts]).rstrip(), flush=True)
+            cells += group
+            rows.append([name, f"`{TINY[name].name}`", *texts])
+    bad = [cell for cell in cells if not cell.ok]
+    print("\n" + LEGEND)
+    for cell in bad:
+        print(f"FAILED {cell.family} under {cell.method}: {cell.problem}")
+    print(f"{len(cells) - len(bad)} of {len(cells)} cells are good")
+    if args.markdown is not None:
+        head = ["model", "class", *(args.method or METHODS)]
+        write_text(args.markdown, _markdown(head, rows))
+        print(f"wrote {Path(args.markdown)}")
+    if args.json is not None:
+        data = {"cells": [asdict(cell) for cell in cells], "versions": versions()}
+        write_json(args.json, data)
+        print(f"wrote {Path(args.json)}")
+    return 1 if bad else 0
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    from dittfast.environment import versions
+
+    used = ", ".join(f"{name} {versions()[name]}" for name in ("diffusers", "torch"))
+    lines = [
+        "# Model families",
+        "",
+        f"Written by `dittfast parity --markdown docs/families.md` with {used}.",
+        "",
+        LEGEND,
+        "",
+        *(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""describe: which layers run which method, at what density, and what is dense and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from dittfast.methods.base import Method
+from dittfast.schedule import Schedule
+
+from .adapter import transformers_of
+from .seam import Part, is_swapped
+from .state import ModelState
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One self-attention layer: its name, and why it is dense (None where it is sparse)."""
+
+    name: str
+    dense: str | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What runs where. ``str()`` of it is a table for people.
+
+    Attributes:
+        method, schedule, backend: as enabled.
+        num_tokens: tokens of the last forward pass; None before the first.
+        density: kept fraction of token pairs in the sparse layers, averaged over all calls so far
+            where the method chooses from q and k at every call. None before the first pass, and
+            for such a method under torch.compile, which leaves the counting out.
+        layers: every self-attention layer, and why it is dense.
+        notes: what else stays dense.
+    """
+
+    method: Method
+    schedule: Schedule
+    backend: str
+    num_tokens: int | None
+    density: float | None
+    layers: tuple[LayerDescription, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict:
+        """Plain data, for JSON."""
+        return {
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "schedule": asdict(self.schedule),
+            "backend": self.backend,
+            "num_tokens": self.num_tokens,
+            "density": self.density,
+            "sparse_layers": [x.name for x in self.layers if x.dense is None],
+            "dense_layers": {x.name: x.dense for x in self.layers if x.dense is not None},
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"method    {self.method}", f"schedule  {self.schedule}"]
+        lines.append(f"backend   {self.backend}")
+        if self.num_tokens is None:
+            lines.append("tokens    known after the first forward pass")
+        else:
+            lines.append(f"tokens    {self.num_tokens:,}")
+            density = "chosen from q and k at every call"
+            if self.density is not None:
+                density = f"{self.density:.1%} of token pairs in sparse layers"
+                density += "" if self.method.static else ", mean over calls"
+            lines.append(f"density   {density}")
+        sparse = sum(x.dense is None for x in self.layers)
+        lines.append(f"layers    {len(self.layers)} self-attention: {sparse} sparse")
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.dense is not None:
+                reasons.setdefault(layer.dense, []).append(layer.name)
+        for reason, names in reasons.items():
+            shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+            lines.append(f"          {len(names)} dense: {reason} ({shown})")
+        lines.extend(f"note      {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def describe(pipe) -> Description:
+    """Which layers run which method, at what density, and what is dense and why.
+
+    Raises:
+        ValueError: dittfast is not enabled on this pipeline.
+    """
+    models = {n: m for n, m in transformers_of(pipe).items() if is_swapped(m)}
+    if not models:
+        raise ValueError("dittfast is not enabled on this pipeline; call dittfast.enable first")
+    layers, notes = [], []
+    num_tokens = density = None
+    for component, model in models.items():
+        state: ModelState = model._dittfast
+        prefix = "" if len(models) == 1 else f"{component}."
+        main = None
+        if state.layout is not None:
+            num_tokens = state.layout.num_tokens
+            main = next((p for (at, _), p in state.parts.items() if at == state.layout), None)
+            if main is not None:
+                density = main.density
+        for name in state.layers:
+            layers.append(LayerDescription(prefix + name, _why_dense(state, name, main)))
+        notes.extend(prefix + note for note in other_attention(model, state))
+        if state.sequences is not None and state.sequences.rows_differ:
+            notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
+        if state.guidance is not None:
+            heads = len(state.guidance.config.heads)
+            notes.append(f"{prefix}guided by {heads} weakened heads: one more pass at guided steps")
+    session = state.session
+    notes.extend(dense_steps(session.schedule))
+    return Description(
+        session.method,
+        session.schedule,
+        session.backend,
+        num_tokens,
+        density,
+        tuple(layers),
+        tuple(notes),
+    )
+
+
+def _why_dense(state: ModelState, name: str, main: Part | None) -> str | None:
+    if name in state.dense_layers:
+        return "dense_layers of the schedule"
+    if state.session.method.name == "dense":
+        return "the method is dense"
+    if main is None and state.parts and state.layout is not None:
+        tokens = f"{state.layout.num_tokens:,}"
+        return f"{tokens} tokens are below min_tokens {state.break_even:,}"
+    return None
+
+
+def other_attention(model: torch.nn.Module, state: ModelState) -> list[str]:
+    """One sentence for each kind of attention that the method does not touch, and why."""
+    kinds: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if callable(getattr(module, "processor", None)) and name not in state.layers:
+            found = (why for names, why in state.family.dense if re.fullmatch(names, name))
+            why = next(found, "not self-attention over the image or video")
+            kinds.setdefault(why, []).append(name)
+    return [
+        f"{len(names)} other attention modules are dense: {why} ({names[0]}"
+        + (f" ... {names[-1]})" if len(names) > 1 else ")")
+        for why, names in kinds.items()
+    ]
+
+
+def dense_steps(schedule: Schedule) -> list[str]:
+    """Which denoising steps are dense, in words."""
+    counts = [("first", schedule.dense_first_steps), ("last", schedule.dense_last_steps)]
+    return [f"the {which} {n} denoising steps are dense" for which, n in counts if n]

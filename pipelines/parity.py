@@ -1,0 +1,147 @@
+"""Family by method: do tiny real models agree with themselves when dittfast is enabled?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.methods.base import Method
+from dittfast.plan import Plan
+
+from .adapter import enable
+from .description import describe
+from .tiny import Tiny
+from .tiny_image import TINY_IMAGE
+from .tiny_video import TINY_VIDEO
+
+TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Dense attention as a plan of blocks: what the other methods keep all of."""
+
+    name: ClassVar[str] = "full"
+    needs_grid: ClassVar[bool] = False
+
+    def plan(self, layout, q=None, k=None):
+        weight = layout.kv_log_weight()
+        return Plan.full(layout.num_tokens, block_size=16, kv_log_weight=weight)
+
+
+# Small blocks, so that even a hundred tokens have something to leave out.
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "radial": Radial(block_size=4, decay_factor=0.2),
+    "local": Local(window=3),
+    "log_linear": LogLinear(block_size=16, topk=2, levels=1),
+    "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One family under one method.
+
+    Attributes:
+        density: kept fraction of the token pairs; None where it is chosen from q and k.
+        error: largest difference that should be none, relative to the largest output: of the full
+            plan from the stock model, of a sparse one between the cpu and reference backends.
+        noise: what eager attention loses by another order of its sums, in the same unit.
+        change: how far the method moves the output from the stock model's.
+        problem: what is wrong; None if nothing is.
+    """
+
+    family: str
+    method: str
+    density: float | None = None
+    error: float = 0.0
+    noise: float = 0.0
+    change: float = 0.0
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None
+
+
+def output(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    """The prediction of one forward pass without gradients, flat."""
+    with torch.no_grad():
+        found = model(**inputs)
+    found = found[0] if isinstance(found, tuple) else found
+    parts = found if isinstance(found, list) else [found]
+    return torch.cat([x.flatten() for x in parts])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value of ``b``."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def eager_noise(model: torch.nn.Module, inputs: dict, stock: torch.Tensor) -> float:
+    """How far the stock model moves when PyTorch computes its attention another way."""
+    with sdpa_kernel(SDPBackend.MATH):
+        other = output(model, inputs)
+    return max(distance(other, stock), 4 * torch.finfo(stock.dtype).eps)
+
+
+def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
+    """The cells of one family. Every method starts from the stock model and must leave it so."""
+    model, inputs = tiny.build()
+    stock = output(model, inputs)
+    noise = eager_noise(model, inputs, stock)
+    for method in methods:
+        yield _cell(name, method, model, inputs, stock, noise)
+
+
+def _cell(name, method, model, inputs, stock, noise) -> Cell:
+    found, density = {}, None
+    try:
+        for backend in ("cpu", "reference"):
+            with enable(model, METHODS[method], backend=backend, min_tokens=0):
+                found[backend] = output(model, inputs)
+                density = describe(model).density
+    except (ValueError, RuntimeError) as error:
+        return Cell(name, method, problem=f"{type(error).__name__}: {error}")
+    error = distance(found["cpu"], found["reference"])
+    change = distance(found["reference"], stock)
+    if density == 1:
+        error, change = max(error, change), 0.0
+    problem = None
+    if not torch.equal(output(model, inputs), stock):
+        problem = "disable did not restore the stock model"
+    elif not error <= 8 * noise:
+        problem = f"differs by {error:.1e} where eager attention loses {noise:.1e}"
+    elif density != 1 and change <= 20 * noise:
+        problem = f"the method changed nothing ({change:.1e})"
+    return Cell(name, method, density, error, noise, change, problem)
+
+
+def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterator[Cell]:
+    """The cells of the chosen families and methods, all of them by default.
+
+    Raises:
+        ValueError: an unknown family or method; all known ones are named.
+    """
+    from dittfast.config import unknown
+
+    families, methods = list(families) or list(TINY), list(methods) or list(METHODS)
+    for kind, given, known in (("family", families, TINY), ("method", methods, METHODS)):
+        for value in given:
+            if value not in known:
+                raise unknown(kind, value, known)
+    for name in families:
+        yield from check(name, TINY[name], methods)
+
+
+def text_of(cell: Cell) -> str:
+    """What a table shows: the density where a cell is good."""
+    if not cell.ok:
+        return "FAILED"
+    return "chosen" if cell.density is None else f"{cell.density:.2f}"

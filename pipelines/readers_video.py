@@ -1,0 +1,94 @@
+"""Layout readers of video transformers: from the arguments of ``forward`` to token positions.
+
+Each takes ``(model, arguments by name)``. The comment says the order of the sequence at
+``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+from dittfast.layout import Grid, Layout
+
+from .sequences import Sequences, joint, patches, text_lengths
+
+
+def video(model, arguments: dict) -> Layout:
+    # Wan, VACE, Cosmos: latents [B, C, F, H, W]; text is cross-attention.
+    return Layout((patches(arguments["hidden_states"].shape[2:], model.config.patch_size),))
+
+
+def skyreels(model, arguments: dict) -> Layout:
+    if model.config.num_frame_per_block > 1:
+        raise ValueError(
+            f"this SkyReels-V2 has causal attention (num_frame_per_block = "
+            f"{model.config.num_frame_per_block}): its mask differs between queries, and a plan "
+            "would drop it. Use a checkpoint with num_frame_per_block = 1, or no dittfast"
+        )
+    return video(model, arguments)
+
+
+def _grid(model, sizes) -> Grid:
+    """Latents of models with ``patch_size_t``, which may be None."""
+    config = model.config
+    return patches(sizes, (config.patch_size_t or 1, config.patch_size, config.patch_size))
+
+
+def allegro(model, arguments: dict) -> Layout:
+    # The video alone.
+    return Layout((_grid(model, arguments["hidden_states"].shape[2:]),))
+
+
+def hunyuan_video(model, arguments: dict) -> Layout:
+    # Video, then text (for image to video: image tokens and text), padded.
+    grid = _grid(model, arguments["hidden_states"].shape[2:])
+    return joint(grid, arguments["encoder_hidden_states"].shape[1])
+
+
+def hunyuan_video15(model, arguments: dict) -> Layout:
+    # Video, then image, glyph and text tokens, the valid ones of all three first.
+    grid = _grid(model, arguments["hidden_states"].shape[2:])
+    names = ("image_embeds", "encoder_hidden_states_2", "encoder_hidden_states")
+    return joint(grid, sum(arguments[name].shape[1] for name in names))
+
+
+def mochi(model, arguments: dict) -> Sequences:
+    # Video, then the valid text only. The batch rows attend one by one.
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    grid = patches((frames, height, width), model.config.patch_size)
+    rows = text_lengths(arguments["encoder_attention_mask"])
+    return Sequences((tuple(joint(grid, n) for n in rows),))
+
+
+def cogvideox(model, arguments: dict) -> Layout:
+    # Text, then the video; latents are [B, F, C, H, W].
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    grid = _grid(model, (frames, height, width))
+    return joint(arguments["encoder_hidden_states"].shape[1], grid)
+
+
+def _packed(arguments: dict) -> tuple[Grid, int]:
+    """The grid of packed latents ``[B, N, C]``, and the tokens of conditioning frames beside it."""
+    grid = Grid(*(int(arguments[name]) for name in ("num_frames", "height", "width")))
+    return grid, arguments["hidden_states"].shape[1] - grid.length
+
+
+def ltx(model, arguments: dict) -> Layout:
+    # Conditioning frames, then the video. Conditions may lie at any place and stride: context.
+    grid, conditions = _packed(arguments)
+    return joint(conditions, grid)
+
+
+def ltx2(model, arguments: dict) -> Layout:
+    # The video, then keyframes and references; audio is a sequence of its own.
+    grid, conditions = _packed(arguments)
+    return joint(grid, conditions)
+
+
+def kandinsky5(model, arguments: dict) -> Layout:
+    # The video alone; latents are [B, F, H, W, C].
+    if arguments.get("sparse_params") is not None:
+        raise ValueError(
+            "this Kandinsky 5 runs its own sparse attention (NABLA), which reorders the tokens; "
+            "turn it off with pipe.transformer.register_to_config(attention_type='regular'), or "
+            "use no dittfast"
+        )
+    return Layout((patches(arguments["hidden_states"].shape[1:4], model.config.patch_size),))

@@ -1,0 +1,256 @@
+"""Tiny random image transformers of every family, and their inputs."""
+
+from __future__ import annotations
+
+import torch
+
+from .tiny import BATCH, HEADS, IMAGE, TEXT, Tiny, text_mask, time
+
+
+def _ids(*images: tuple[int, int], columns: int = 3) -> torch.Tensor:
+    """Position ids of images in raster order: number, row, column (, 0)."""
+    parts = []
+    for number, (height, width) in enumerate(images):
+        ids = torch.zeros(height, width, columns)
+        ids[..., 0] = number
+        ids[..., 1] = torch.arange(height)[:, None]
+        ids[..., 2] = torch.arange(width)
+        parts.append(ids.view(-1, columns))
+    return torch.cat(parts)
+
+
+_REFERENCES = ((4, 6), (3, 5))
+
+
+def _flux(draw, model, images=(IMAGE,)) -> dict:
+    ids = _ids(*images)
+    return dict(
+        hidden_states=draw(BATCH, len(ids), 16),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        pooled_projections=draw(BATCH, 32),
+        timestep=time(0.5),
+        img_ids=ids,
+        txt_ids=torch.zeros(TEXT, 3),
+        guidance=time(3.5),
+    )
+
+
+def _flux2(draw, model) -> dict:
+    ids = _ids(IMAGE, *_REFERENCES, columns=4)
+    text = torch.zeros(TEXT, 4)
+    text[:, 3] = torch.arange(TEXT)
+    return dict(
+        hidden_states=draw(BATCH, len(ids), 16),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        timestep=time(0.5),
+        img_ids=ids.expand(BATCH, -1, -1),
+        txt_ids=text.expand(BATCH, -1, -1),
+        guidance=time(3.5),
+    )
+
+
+def _chroma(draw, model, dtype=torch.bool) -> dict:
+    inputs = _flux(draw, model)
+    del inputs["pooled_projections"], inputs["guidance"]
+    image = torch.ones(BATCH, inputs["hidden_states"].shape[1], dtype=dtype)
+    return {**inputs, "attention_mask": torch.cat([text_mask().to(dtype), image], 1)}
+
+
+def _sd3(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        pooled_projections=draw(BATCH, 32),
+        timestep=time(500.0),
+    )
+
+
+def _qwen(draw, model, images=(IMAGE,)) -> dict:
+    shapes = [(1, *image) for image in images]
+    return dict(
+        hidden_states=draw(BATCH, sum(h * w for h, w in images), 16),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_hidden_states_mask=text_mask().bool(),
+        timestep=time(0.5),
+        img_shapes=[shapes] * BATCH,
+    )
+
+
+def _hunyuan_image(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, *IMAGE),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_attention_mask=text_mask(),
+        encoder_hidden_states_2=draw(BATCH, 5, 16),
+        encoder_attention_mask_2=text_mask(5, 5),
+        timestep=time(500.0),
+    )
+
+
+def _z_image(draw, model, second=IMAGE) -> dict:
+    return dict(
+        x=[draw(4, 1, 2 * h, 2 * w) for h, w in (IMAGE, second)],
+        t=time(0.5),
+        cap_feats=[draw(TEXT, 16), draw(40, 16)],
+    )
+
+
+def _lumina2(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_attention_mask=text_mask(),
+        timestep=time(0.5),
+    )
+
+
+def _auraflow(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        timestep=time(0.5),
+    )
+
+
+def _cogview4(draw, model) -> dict:
+    size = torch.tensor([[22.0, 18.0]]).expand(BATCH, -1)
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        timestep=time(500.0),
+        original_size=size,
+        target_size=size,
+        crop_coords=torch.zeros(BATCH, 2),
+        attention_mask=text_mask(),
+    )
+
+
+def _hidream(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        encoder_hidden_states_t5=draw(BATCH, TEXT, 16),
+        encoder_hidden_states_llama3=draw(2, BATCH, 5, 16),
+        pooled_embeds=draw(BATCH, 16),
+        timesteps=time(500.0),
+    )
+
+
+def _pixart(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_attention_mask=text_mask(),
+        timestep=time(500.0),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    )
+
+
+def _dit(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 20, 20),
+        timestep=time(500.0),
+        class_labels=torch.tensor([1, 3]),
+    )
+
+
+_FLUX = dict(**HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32)
+_FLUX1 = dict(**_FLUX, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
+_CHROMA = dict(
+    **_FLUX, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+    approximator_layers=1,
+)  # fmt: skip
+_SD3 = dict(
+    **HEADS, sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+    joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+    pos_embed_max_size=24,
+)  # fmt: skip
+_QWEN = dict(
+    **HEADS, in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=32,
+    axes_dims_rope=(4, 4, 8),
+)  # fmt: skip
+_Z_IMAGE = dict(
+    in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+    axes_dims=[4, 4, 8], axes_lens=[128, 32, 32],
+)  # fmt: skip
+_FLUX2 = dict(**_FLUX, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4))
+_SD35 = dict(**_SD3, dual_attention_layers=(0,), qk_norm="rms_norm")
+_QWEN_IMAGE_EDIT = dict(**_QWEN, zero_cond_t=True)
+_HUNYUAN_IMAGE = dict(
+    **HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+    num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=32, text_embed_2_dim=16,
+    rope_axes_dim=(8, 8),
+)  # fmt: skip
+_LUMINA2 = dict(
+    sample_size=32, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+    num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 4, 8), axes_lens=(32,
+    32, 32), cap_feat_dim=32,
+)  # fmt: skip
+_AURAFLOW = dict(
+    **HEADS, sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
+    num_single_dit_layers=1, joint_attention_dim=32, caption_projection_dim=32,
+    pos_embed_max_size=256,
+)  # fmt: skip
+_COGVIEW4 = dict(
+    **HEADS, patch_size=2, in_channels=4, out_channels=4, num_layers=2, text_embed_dim=32,
+    time_embed_dim=16, condition_dim=16, rope_axes_dim=(16, 16),
+)  # fmt: skip
+_HIDREAM = dict(
+    **HEADS, patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+    caption_channels=[16, 16], text_emb_dim=16, num_routed_experts=2, num_activated_experts=1,
+    axes_dims_rope=(4, 4, 8), max_resolution=(24, 24), llama_layers=[0, 1],
+)  # fmt: skip
+_PIXART = dict(
+    **HEADS, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32, sample_size=32,
+    caption_channels=32,
+)  # fmt: skip
+_DIT = dict(**HEADS, in_channels=4, num_layers=2, sample_size=20, num_embeds_ada_norm=8)
+
+_SQUARE = ("hidden_states", (None, 2, 3))
+_IMAGE = (1, *IMAGE)
+
+TINY_IMAGE: dict[str, Tiny] = {
+    "flux": Tiny("FluxTransformer2DModel", _FLUX1, _flux, _IMAGE, None),
+    "flux-kontext": Tiny(
+        "FluxTransformer2DModel",
+        _FLUX1,
+        lambda draw, model: _flux(draw, model, (IMAGE, *_REFERENCES)),
+        _IMAGE,
+        None,
+    ),
+    "flux2": Tiny("Flux2Transformer2DModel", _FLUX2, _flux2, _IMAGE, None),
+    "chroma": Tiny("ChromaTransformer2DModel", _CHROMA, _chroma, _IMAGE, None),
+    "chroma-float-mask": Tiny(
+        "ChromaTransformer2DModel",
+        _CHROMA,
+        lambda draw, model: _chroma(draw, model, torch.float32),
+        _IMAGE,
+        None,
+    ),
+    "sd3": Tiny("SD3Transformer2DModel", _SD3, _sd3, _IMAGE, _SQUARE),
+    "sd3.5": Tiny("SD3Transformer2DModel", _SD35, _sd3, _IMAGE, _SQUARE),
+    "qwen-image": Tiny("QwenImageTransformer2DModel", _QWEN, _qwen, _IMAGE, None),
+    "qwen-image-edit": Tiny(
+        "QwenImageTransformer2DModel",
+        _QWEN_IMAGE_EDIT,
+        lambda draw, model: _qwen(draw, model, (IMAGE, *_REFERENCES)),
+        _IMAGE,
+        None,
+    ),
+    "hunyuan-image": Tiny(
+        "HunyuanImageTransformer2DModel", _HUNYUAN_IMAGE, _hunyuan_image, _IMAGE, _SQUARE
+    ),
+    "z-image": Tiny("ZImageTransformer2DModel", _Z_IMAGE, _z_image, _IMAGE, ("x", (1, 2, 3))),
+    "z-image-two-sizes": Tiny(
+        "ZImageTransformer2DModel",
+        _Z_IMAGE,
+        lambda draw, model: _z_image(draw, model, second=(5, 8)),
+        _IMAGE,
+        ("x", (1, 2, 3)),
+    ),
+    "lumina2": Tiny("Lumina2Transformer2DModel", _LUMINA2, _lumina2, _IMAGE, _SQUARE),
+    "auraflow": Tiny("AuraFlowTransformer2DModel", _AURAFLOW, _auraflow, _IMAGE, _SQUARE),
+    "cogview4": Tiny("CogView4Transformer2DModel", _COGVIEW4, _cogview4, _IMAGE, _SQUARE),
+    "hidream": Tiny("HiDreamImageTransformer2DModel", _HIDREAM, _hidream, _IMAGE, _SQUARE),
+    "pixart": Tiny("PixArtTransformer2DModel", _PIXART, _pixart, _IMAGE, _SQUARE),
+    "dit": Tiny("DiTTransformer2DModel", _DIT, _dit, (1, 10, 10), _SQUARE),
+}
