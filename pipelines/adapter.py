@@ -81,7 +81,13 @@ def transformers_of(pipe) -> dict[str, torch.nn.Module]:
     return found
 
 
-def _family(model: torch.nn.Module, layout: Layout | LayoutReader | None) -> Family:
+def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = None) -> Family:
+    """How a model is read: as its class is known, or by the layout given.
+
+    Raises:
+        ValueError: an unknown class without a layout, or a layout that is neither a Layout nor a
+            function.
+    """
     name = stock_class(type(model)).__name__
     known = FAMILIES.get(name)
     if layout is None:
@@ -198,7 +204,7 @@ def enable(
                 "dittfast is already enabled on this pipeline with "
                 f"{model._dittfast.session.method}; call dittfast.disable(pipe) first"
             )
-        family = _family(model, layout)
+        family = family_of(model, layout)
         layers = attention_layers(model, family)
         if not layers:
             raise ValueError(

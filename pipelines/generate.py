@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -17,11 +18,13 @@ import torch
 
 from dittfast.environment import describe_device, versions
 from dittfast.methods.base import Method
+from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
 from dittfast.schedule import Schedule
 
 from .adapter import enable, transformers_of
-from .description import Description
+from .description import Description, describe
+from .guidance import guide
 from .sources import Source
 
 logger = logging.getLogger(__name__)
@@ -261,11 +264,14 @@ class Arm:
         }
 
 
-def _draw(pipe, call, seed, method, schedule, backend) -> tuple[Run, Description | None]:
-    if method is None:
-        return run(pipe, call, seed), None
-    with enable(pipe, method, schedule=schedule, backend=backend) as enabled:
-        return run(pipe, call, seed), enabled.describe()
+def _draw(pipe, call, seed, method, schedule, backend, guidance) -> tuple[Run, Description | None]:
+    with contextlib.ExitStack() as stack:
+        if method is not None:
+            stack.enter_context(enable(pipe, method, schedule=schedule, backend=backend))
+        if guidance is not None:
+            stack.enter_context(guide(pipe, guidance))
+        drawn = run(pipe, call, seed)
+        return drawn, None if method is None else describe(pipe)
 
 
 def generate(
@@ -274,6 +280,7 @@ def generate(
     method: Method | None = None,
     schedule: Schedule | None = None,
     *,
+    guidance: HeadGuidance | None = None,
     backend: str = "auto",
     seed: int = 0,
     compare: bool = False,
@@ -289,6 +296,7 @@ def generate(
     Args:
         call: see :func:`call_arguments`.
         method: None for dense attention alone.
+        guidance: of every run, dense and sparse.
         runs: timed runs of each arm.
         on_stage: called with the name of what comes next.
 
@@ -313,13 +321,13 @@ def generate(
         warm_up = dataclasses.replace(schedule, dense_first_steps=0, dense_last_steps=0)
         for name, chosen in arms:
             on_stage(f"{name}, warm-up")
-            _draw(pipe, call | {"num_inference_steps": 1}, seed, chosen, warm_up, backend)
+            _draw(pipe, call | {"num_inference_steps": 1}, seed, chosen, warm_up, backend, guidance)
     drawn: list[list[tuple[Run, Description | None]]] = [[] for _ in arms]
     for turn in range(runs):
         for index in range(len(arms)) if turn % 2 == 0 else reversed(range(len(arms))):
             name, chosen = arms[index]
             on_stage(name if runs == 1 else f"{name}, run {turn + 1} of {runs}")
-            drawn[index].append(_draw(pipe, call, seed, chosen, schedule, backend))
+            drawn[index].append(_draw(pipe, call, seed, chosen, schedule, backend, guidance))
     return [
         Arm(name, results[0][0], tuple(r.timing for r, _ in results), results[0][1])
         for (name, _), results in zip(arms, drawn)
@@ -341,7 +349,14 @@ def quality(dense: Run, other: Run) -> dict:
     }
 
 
-def record(pipe, source: Source, call: dict, seed: int, arms: list[Arm]) -> dict:
+def record(
+    pipe,
+    source: Source,
+    call: dict,
+    seed: int,
+    arms: list[Arm],
+    guidance: HeadGuidance | None = None,
+) -> dict:
     """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
     model = next(iter(transformers_of(pipe).values()))
     last = arms[-1]
@@ -351,6 +366,7 @@ def record(pipe, source: Source, call: dict, seed: int, arms: list[Arm]) -> dict
         "pipeline": type(pipe).__name__,
         "call": {k: v for k, v in call.items() if k != "prompt"},
         "seed": seed,
+        "guidance": None if guidance is None else dataclasses.asdict(guidance),
         "versions": versions(),
         "device": describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import torch
 
 from dittfast.methods.dense import Dense
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .adapter import disable, enable, transformers_of
+from .adapter import attention_layers, disable, enable, family_of, transformers_of
 from .seam import Perturbation, is_swapped
 from .state import ModelState
 
@@ -93,6 +94,13 @@ def _second_half(value, batch: int, name: str = ""):
     return value[batch // 2 :] if batched and not name.endswith("_ids") else value
 
 
+def head_counts(pipe) -> list[int]:
+    """The number of heads in every self-attention layer, in the order of the model."""
+    model = next(iter(transformers_of(pipe).values()))
+    family = model._dittfast.family if is_swapped(model) else family_of(model)
+    return [module.heads for module in attention_layers(model, family).values()]
+
+
 def head_strengths(state: ModelState, model, config: HeadGuidance) -> dict[str, torch.Tensor]:
     """``[H]`` strengths by layer name.
 
@@ -140,7 +148,8 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
 
     Args:
         pipe: a pipeline or transformer, enabled (:func:`dittfast.enable`, call it first) or not.
-        config: a HeadGuidance, or its fields as ``options``.
+        config: a HeadGuidance, or its fields as ``options``; ``heads`` may be the path of a file
+            that :func:`dittfast.hunt` wrote, whose settings hold where no option says otherwise.
 
     Returns:
         A handle; ``with dittfast.guide(...):`` stops guiding on exit.
@@ -149,7 +158,9 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
         ValueError: a field out of range, a layer or head that does not exist, a pipeline that is
             guided already.
     """
-    if config is None:
+    if config is None and isinstance(options.get("heads"), (str, Path)):
+        config = HeadGuidance.load(options.pop("heads"), **options)
+    elif config is None:
         config = HeadGuidance(**options)
     elif options:
         raise ValueError(f"give a HeadGuidance or its fields, not both; got {sorted(options)} too")

@@ -16,6 +16,7 @@ from dittfast import __version__
 
 COMMANDS = {
     "generate": "draw a picture with a pipeline, dense and sparse",
+    "hunt": "search the attention heads that guide a model best",
     "plan": "draw a method's block mask, with its density and FLOPs",
     "bench": "measure speed, after checking that the results agree",
     "parity": "check every model family under every method, on tiny random models",

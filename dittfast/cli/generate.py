@@ -9,15 +9,22 @@ from pathlib import Path
 
 from dittfast.files import atomic_path, check_output, save_video, write_json
 
-from .options import add_method_arguments, chosen_method, parse_options, quiet_libraries, seconds
+from .options import (
+    CALL,
+    add_call_arguments,
+    add_guidance_arguments,
+    add_method_arguments,
+    add_model_argument,
+    add_place_arguments,
+    guidance,
+    method_and_schedule,
+    quiet_libraries,
+    say,
+    seconds,
+)
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".gif")
-# Arguments of the pipeline's call that have an option of the same name here.
-CALL = (
-    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
-    "negative_prompt", "max_sequence_length",
-)  # fmt: skip
 EXAMPLE = """\
 examples:
   dittfast generate "a blue heart on a purple background" -o heart.png
@@ -33,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", action="store_true", help="list prompts the sample model was trained for"
     )
-    parser.add_argument(
-        "--model",
-        default="sample-flux",
-        metavar="NAME",
-        help="a sample model, a diffusers folder or a hub id (default: %(default)s)",
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -59,28 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparing.add_argument(
         "--save-all", action="store_true", help="write the compared pictures on their own too"
     )
-    call = parser.add_argument_group("picture", "without these the model's own defaults hold")
-    call.add_argument("--height", type=int, metavar="PX")
-    call.add_argument("--width", type=int, metavar="PX")
-    call.add_argument("--num-frames", type=int, metavar="N", help="of a video")
-    call.add_argument("--num-inference-steps", "--steps", type=int, metavar="N")
-    call.add_argument("--guidance-scale", type=float, metavar="X")
-    call.add_argument("--true-cfg-scale", type=float, metavar="X")
-    call.add_argument("--negative-prompt", metavar="TEXT")
-    call.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens")
+    add_guidance_arguments(parser)
+    call = add_call_arguments(parser)
     call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     call.add_argument("--fps", type=int, default=16, metavar="N", help="of a video (default: 16)")
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    where.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        help="auto: bfloat16 on accelerators, float32 on CPUs",
-    )
-    where.add_argument(
-        "--backend", default="auto", metavar="NAME", help="auto, triton, cpu or reference"
-    )
+    add_place_arguments(parser)
 
 
 def run(args) -> int:
@@ -101,11 +86,14 @@ def run(args) -> int:
 
     check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
     source = sources.find(args.model)
-    method, schedule = _method(args, source)
+    if args.method is None and args.config is None and args.compare:
+        raise ValueError("--compare needs a method; add --method local, or --config FILE")
+    method, schedule = method_and_schedule(args, source)
+    guided = guidance(args)
     device = sources.choose_device(args.device)
     dtype = sources.choose_dtype(args.dtype, device)
     quiet_libraries()
-    _say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
+    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
     pipe = sources.load(source, device, dtype)
 
     from dittfast.pipelines.generate import call_arguments, generate, is_video, record
@@ -117,29 +105,26 @@ def run(args) -> int:
     def on_stage(name: str) -> None:
         pipe.set_progress_bar_config(desc=name, disable=None)
         if not sys.stderr.isatty():  # no bar then
-            _say(name)
+            say(name)
 
     arms = generate(
         pipe,
         call,
         method,
         schedule,
+        guidance=guided,
         backend=args.backend,
         seed=args.seed,
         compare=args.compare,
         runs=args.runs,
         on_stage=on_stage,
     )
-    data = record(pipe, source, call, args.seed, arms)
+    data = record(pipe, source, call, args.seed, arms, guided)
     written = _write(output, arms, data, args)
     for line in _summary(arms, data):
         print(line)
     print("wrote " + ", ".join(map(str, written)))
     return 0
-
-
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
 
 
 def _list_examples(source) -> int:
@@ -151,28 +136,6 @@ def _list_examples(source) -> int:
         if name in source.settings:
             print(f"\n{name} it was trained on: {', '.join(source.settings[name])}")
     return 0
-
-
-def _method(args, source):
-    """The method and schedule that were asked for; (None, None) for dense attention."""
-    asked, options = chosen_method(args), parse_options(args.options)
-    if asked is None:
-        if args.compare or options:
-            flag = "--compare" if args.compare else "--set"
-            raise ValueError(f"{flag} needs a method; add --method local, or --config FILE")
-        return None, None
-    from dittfast.attention import BACKENDS
-    from dittfast.config import presets, resolve, unknown
-
-    if args.backend != "auto" and args.backend not in BACKENDS:
-        raise unknown("backend", args.backend, ["auto", *BACKENDS])
-    if source.settings:
-        # A sample model is too small for sparse attention to pay; it is there to show that it
-        # works. Its preset, or at least min_tokens=0, makes the method run.
-        preset = f"{asked}/{source.name}"
-        asked = preset if preset in presets() else asked
-        options.setdefault("min_tokens", 0)
-    return resolve(asked, **options)
 
 
 def _frames(arms, data):

@@ -1,9 +1,157 @@
-"""What several subcommands share: ``--method``, ``--config``, ``--set``, and how numbers look."""
+"""What several subcommands share: groups of options, what they mean, and how numbers look."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
+
+# Arguments of the pipeline's call that have an option of the same name.
+CALL = (
+    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+    "negative_prompt", "max_sequence_length",
+)  # fmt: skip
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """``--model``."""
+    parser.add_argument(
+        "--model",
+        default="sample-flux",
+        metavar="NAME",
+        help="a sample model, a diffusers folder or a hub id (default: %(default)s)",
+    )
+
+
+def add_call_arguments(parser: argparse.ArgumentParser):
+    """What the pipeline's call takes; the group, for more."""
+    call = parser.add_argument_group("picture", "without these the model's own defaults hold")
+    call.add_argument("--height", type=int, metavar="PX")
+    call.add_argument("--width", type=int, metavar="PX")
+    call.add_argument("--num-frames", type=int, metavar="N", help="of a video")
+    call.add_argument("--num-inference-steps", "--steps", type=int, metavar="N")
+    call.add_argument("--guidance-scale", type=float, metavar="X")
+    call.add_argument("--true-cfg-scale", type=float, metavar="X")
+    call.add_argument("--negative-prompt", metavar="TEXT")
+    call.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens")
+    return call
+
+
+def add_place_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--device``, ``--dtype`` and ``--backend``."""
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    where.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="auto: bfloat16 on accelerators, float32 on CPUs",
+    )
+    where.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto, triton, cpu or reference"
+    )
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser, heads: bool = True) -> None:
+    """``--guide...``; with ``heads`` also those that name the heads."""
+    group = parser.add_argument_group(
+        "guidance by weakened heads", "one more pass of the transformer at every guided step"
+    )
+    if heads:
+        either = group.add_mutually_exclusive_group()
+        either.add_argument("--guide", metavar="FILE", help="heads.json, as dittfast hunt wrote it")
+        either.add_argument(
+            "--guide-heads", metavar="L.H,...", help="heads by layer and number, such as 3.1,5.0"
+        )
+    group.add_argument("--guide-scale", type=float, metavar="W", help="(default: 3)")
+    group.add_argument(
+        "--guide-strength", type=float, metavar="U", help="how far heads are weakened, 0 to 1 (1)"
+    )
+    group.add_argument(
+        "--guide-rows", metavar="ROWS", help="which tokens: image, joint or diagonal (image)"
+    )
+    group.add_argument(
+        "--guide-steps", metavar="A:B", help="guide steps A up to, not including, B (all)"
+    )
+
+
+def head_list(text: str) -> tuple[tuple[int, int], ...]:
+    """``"3.1, 5.0"`` as ``((3, 1), (5, 0))``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    heads = []
+    for item in text.replace(",", " ").split():
+        layer, dot, head = item.partition(".")
+        if not (dot and layer.lstrip("-").isdigit() and head.isdigit()):
+            raise ValueError(f"heads are written LAYER.HEAD, such as 3.1,5.0; got {item!r}")
+        heads.append((int(layer), int(head)))
+    if not heads:
+        raise ValueError(f"no heads in {text!r}; name them as LAYER.HEAD, such as 3.1,5.0")
+    return tuple(heads)
+
+
+def number_list(text: str) -> list[int]:
+    """``"0, 4-6"`` as ``[0, 4, 5, 6]``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    numbers: list[int] = []
+    for item in text.replace(",", " ").split():
+        first, dash, last = item.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"expected numbers such as 0,1 or 0-3, got {item!r}")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def guidance_options(args) -> dict:
+    """The fields of HeadGuidance that the options name, without the heads.
+
+    Raises:
+        ValueError: ``--guide-steps`` that is no range.
+    """
+    given = {
+        "guidance_scale": args.guide_scale,
+        "strength": args.guide_strength,
+        "rows": args.guide_rows,
+    }
+    if args.guide_steps is not None:
+        start, colon, stop = args.guide_steps.partition(":")
+        if not colon or not (start or "0").isdigit() or not (stop or "0").isdigit():
+            raise ValueError(f"--guide-steps takes A:B, such as 2:10; got {args.guide_steps!r}")
+        given["start_step"] = int(start or 0)
+        given["stop_step"] = int(stop) if stop else None
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def guidance(args):
+    """The :class:`dittfast.HeadGuidance` that was asked for, or None.
+
+    Raises:
+        ValueError: settings without heads, or a value out of range.
+        FileNotFoundError: no such file with heads.
+    """
+    options = guidance_options(args)
+    if args.guide is None and args.guide_heads is None:
+        if options:
+            raise ValueError(
+                "the guidance has no heads to weaken; add --guide heads.json, or "
+                "--guide-heads 3.1,5.0"
+            )
+        return None
+    from dittfast.methods.head_guidance import HeadGuidance
+
+    if args.guide is not None:
+        return HeadGuidance.load(args.guide, **options)
+    return HeadGuidance(head_list(args.guide_heads), **options)
+
+
+def say(words: str) -> None:
+    """A line for people, on stderr."""
+    print(words, file=sys.stderr, flush=True)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
@@ -46,6 +194,31 @@ def chosen_method(args) -> str | None:
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: a config file ends in .yaml or .yml")
     return str(path)
+
+
+def method_and_schedule(args, source):
+    """The method and schedule that were asked for; (None, None) for dense attention.
+
+    Raises:
+        ValueError: options without a method, or as :func:`dittfast.config.resolve`.
+    """
+    asked, options = chosen_method(args), parse_options(args.options)
+    if asked is None:
+        if options:
+            raise ValueError("--set needs a method; add --method local, or --config FILE")
+        return None, None
+    from dittfast.attention import BACKENDS
+    from dittfast.config import presets, resolve, unknown
+
+    if args.backend != "auto" and args.backend not in BACKENDS:
+        raise unknown("backend", args.backend, ["auto", *BACKENDS])
+    if source.settings:
+        # A sample model is too small for sparse attention to pay; it is there to show that it
+        # works. Its preset, or at least min_tokens=0, makes the method run.
+        preset = f"{asked}/{source.name}"
+        asked = preset if preset in presets() else asked
+        options.setdefault("min_tokens", 0)
+    return resolve(asked, **options)
 
 
 def parse_options(pairs: list[str]) -> dict:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -58,6 +61,8 @@ class HeadGuidance:
         for value in strengths:
             if not 0 <= value <= 1:
                 raise ValueError(f"strength must lie in 0..1, got {value!r}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale!r}")
         check_choice("rows", self.rows, ROWS)
         check_integer("start_step", self.start_step, 0)
         if self.stop_step is not None:
@@ -69,6 +74,42 @@ class HeadGuidance:
         if isinstance(self.strength, (int, float)):
             return (float(self.strength),) * len(self.heads)
         return tuple(float(value) for value in self.strength)
+
+    @classmethod
+    def load(cls, path: str | Path, **changes) -> HeadGuidance:
+        """The guidance in a JSON file, such as the heads.json of :func:`dittfast.hunt`.
+
+        Args:
+            changes: fields to use in place of the file's.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, no heads in it, an unknown field, or a value out of range.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file with heads at {path}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        known = [f.name for f in fields(cls)]
+        if not isinstance(data, dict) or not isinstance(data.get("heads"), list):
+            raise ValueError(f'{path} names no heads; it needs "heads": [[layer, head], ...]')
+        # What the search says about itself is for people.
+        strange = [key for key in data if key not in (*known, "search")]
+        if strange:
+            raise ValueError(f"{path}: unknown field {strange[0]!r}; known: {', '.join(known)}")
+        if not data["heads"]:
+            raise ValueError(f"{path}: heads is empty; the search found none that help")
+        data = {key: data[key] for key in known if key in data} | changes
+        try:
+            data["heads"] = tuple((layer, head) for layer, head in data["heads"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: heads must be [layer, head] pairs") from error
+        if isinstance(data.get("strength"), list):
+            data["strength"] = tuple(data["strength"])
+        return cls(**data)
 
     def is_guided_step(self, step: int) -> bool:
         return self.start_step <= step and (self.stop_step is None or step < self.stop_step)

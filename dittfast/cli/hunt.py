@@ -1,0 +1,214 @@
+"""``dittfast hunt``: search the attention heads that guide a model best."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import (
+    CALL,
+    add_call_arguments,
+    add_guidance_arguments,
+    add_method_arguments,
+    add_model_argument,
+    add_place_arguments,
+    guidance_options,
+    head_list,
+    method_and_schedule,
+    number_list,
+    parse_options,
+    quiet_libraries,
+    say,
+)
+
+EXAMPLE = """\
+examples:
+  dittfast hunt --objective colorfulness --true-cfg-scale 1 --steps 8 -o hunt
+  dittfast hunt --objective mine.py:score --model FOLDER --prompts prompts.txt -o hunt
+  dittfast generate "a blue heart on a purple background" --guide hunt/heads.json -o heart.png
+"""
+SHOWN = 8  # candidates in a round's table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dittfast hunt``."""
+    parser.epilog = EXAMPLE
+    add_model_argument(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="where heads.json, the pictures and the state go; the search goes on from a state "
+        "that is there",
+    )
+    what = parser.add_argument_group("objective")
+    what.add_argument(
+        "--objective",
+        metavar="NAME",
+        help="saturation, colorfulness, contrast, sharpness, background, class_probability, clip, "
+        "pickscore; or your own (images, prompts) -> scores as module:function or file.py:function",
+    )
+    what.add_argument(
+        "--objective-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the objective, such as model=classifier.pt2; repeatable",
+    )
+    what.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line; a sample model has its own: the first half to search with, the "
+        "second held out",
+    )
+    what.add_argument(
+        "--holdout", metavar="FILE", help="prompts that only judge what was found, one a line"
+    )
+    what.add_argument("--seeds", default="0", metavar="N,...", help="(default: 0)")
+    what.add_argument("--holdout-seeds", metavar="N,...", help="(default: as --seeds)")
+    how = parser.add_argument_group("search")
+    how.add_argument("--rounds", type=int, default=3, metavar="R", help="at most (default: 3)")
+    how.add_argument(
+        "--topk", type=int, default=1, metavar="K", help="heads added in a round (default: 1)"
+    )
+    which = how.add_mutually_exclusive_group()
+    which.add_argument("--layers", metavar="N,...", help="search these layers only, such as 2-5")
+    which.add_argument("--heads", metavar="L.H,...", help="search these heads only")
+    how.add_argument(
+        "--screen", type=int, metavar="N", help="a first look at every head by N pictures"
+    )
+    how.add_argument("--keep", type=int, metavar="N", help="heads that pass the first look")
+    how.add_argument(
+        "--all-rounds", action="store_true", help="go on after a round that gains nothing"
+    )
+    how.add_argument(
+        "--compare-layers", action="store_true", help="judge every whole layer as well"
+    )
+    how.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="pictures at once (default: 4)"
+    )
+    add_guidance_arguments(parser, heads=False)
+    add_method_arguments(parser, "; dense attention without it")
+    add_call_arguments(parser)
+    add_place_arguments(parser)
+
+
+def run(args) -> int:
+    """Check all that can be checked, load, search, and report."""
+    from dittfast.pipelines import sources
+    from dittfast.pipelines.objectives import OBJECTIVES, find_objective
+
+    if args.output is None:
+        raise ValueError("-o FOLDER is missing; say where the search may write")
+    if args.objective is None:
+        raise ValueError(
+            f"--objective is missing; built in: {', '.join(OBJECTIVES)}; or module:function"
+        )
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name one for the search's files")
+    source = sources.find(args.model)
+    prompts, holdout = _prompts(args, source)
+    options = parse_options(args.objective_set)
+    if args.objective == "background" and "backgrounds" in source.settings:
+        from dittfast.samples.captions import BACKGROUNDS
+
+        options.setdefault("colors", BACKGROUNDS)
+    objective = find_objective(args.objective, **options)
+    method, schedule = method_and_schedule(args, source)
+    search = dict(
+        seeds=number_list(args.seeds),
+        rounds=args.rounds,
+        topk=args.topk,
+        layers=None if args.layers is None else number_list(args.layers),
+        heads=None if args.heads is None else head_list(args.heads),
+        screen=args.screen,
+        keep=args.keep,
+        min_gain=None if args.all_rounds else 0.0,
+        batch_size=args.batch_size,
+        holdout=holdout,
+        holdout_seeds=None if args.holdout_seeds is None else number_list(args.holdout_seeds),
+        compare_layers=args.compare_layers,
+        **guidance_options(args),
+    )
+    device = sources.choose_device(args.device)
+    dtype = sources.choose_dtype(args.dtype, device)
+    quiet_libraries()
+    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
+    pipe = sources.load(source, device, dtype)
+
+    from dittfast.pipelines.adapter import enable
+    from dittfast.pipelines.generate import call_arguments
+    from dittfast.pipelines.hunt import hunt
+
+    given = {name: getattr(args, name) for name in CALL}
+    call = call_arguments(pipe, prompts[0], source.settings, **given)
+    call.pop("prompt")
+    if method is not None:
+        enable(pipe, method, schedule=schedule, backend=args.backend)
+    result = hunt(
+        pipe, objective, prompts, call=call, folder=folder, on_round=_print_round, **search
+    )
+    _print_result(result)
+    print(f"wrote {folder}/heads.json, curve.png and a sheet of each round")
+    return 0
+
+
+def _prompts(args, source) -> tuple[list[str], list[str]]:
+    """The prompts to search with, and those held out."""
+    own = source.settings.get("prompts", [])
+    half = len(own) // 2
+    if args.prompts is None and not own:
+        raise ValueError(f"{source.name} brings no prompts; add --prompts FILE, one prompt a line")
+    prompts = own[:half] if args.prompts is None else _lines(args.prompts)
+    if args.holdout is not None:
+        return prompts, _lines(args.holdout)
+    return prompts, own[half:] if args.prompts is None else []
+
+
+def _lines(path: str) -> list[str]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file with prompts at {path}")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def _print_round(found) -> None:
+    from dittfast.pipelines.head_search import name_of
+
+    print(f"\nround {found.number}")
+    print(f"{'head':<8}{'mean':>12}{'pictures':>10}")
+    for candidate in found.candidates[:SHOWN]:
+        mark = "  chosen" if candidate.head in found.added else ""
+        name = name_of([candidate.head])
+        print(f"{name:<8}{candidate.mean:>12.6g}{candidate.samples:>10}{mark}")
+    if len(found.candidates) > SHOWN:
+        print(f"... and {len(found.candidates) - SHOWN} more")
+    note = "" if found.best_so_far else ", no better than before"
+    print(f"together {name_of(found.heads)}: {found.mean:.6g}{note}", flush=True)
+
+
+def _print_result(result) -> None:
+    from statistics import fmean
+
+    from dittfast.pipelines.head_search import name_of
+    from dittfast.pipelines.hunt import paired
+
+    held = bool(result.unguided.holdout)
+    print(f"\n{'':<14}{'searched':>12}" + (f"{'held out':>12}" if held else "") + "  heads")
+    for row in (result.unguided, *result.layers, *result.found):
+        means = f"{fmean(row.search):>12.6g}" + (f"{fmean(row.holdout):>12.6g}" if held else "")
+        mark = "  *" if row is result.best else ""
+        print(f"{row.name:<14}{means}  {name_of(row.heads)}{mark}")
+    for rival in (result.unguided, result.best_layer):
+        if held and rival is not None and rival is not result.best:
+            apart = paired(result.best, rival)
+            error = apart["standard_error"]
+            print(
+                f"{result.best.name} minus {rival.name}, held out: {apart['mean']:+.4g}"
+                + ("" if error is None else f" (standard error {error:.2g})")
+                + f", higher in {apart['wins']:.0%} of {apart['pictures']} pictures"
+            )

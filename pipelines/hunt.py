@@ -1,0 +1,529 @@
+"""HeadHunter (Ahn et al. 2025, arXiv:2506.10978): which heads to weaken, found by drawing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dittfast.charts import Curve, SheetRow, contact_sheet, line_chart
+from dittfast.environment import describe_device, versions
+from dittfast.files import write_image, write_json
+from dittfast.methods.checks import check_integer
+from dittfast.methods.head_guidance import HeadGuidance
+
+from .adapter import transformers_of
+from .generate import call_arguments
+from .guidance import guide, head_counts
+from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
+from .objectives import Objective, describe_objective, evaluate
+from .seam import is_swapped
+
+SHEET_ROWS, SHEET_COLUMNS = 6, 4
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A set of heads that was judged next to others.
+
+    Attributes:
+        name: "unguided", "layer 3" or "round 2".
+        heads: its ``(layer, head)`` pairs; none for the unguided model.
+        search, holdout: its score of every picture, searched with and held out; empty where it
+            was not judged.
+    """
+
+    name: str
+    heads: Heads
+    search: tuple[float, ...]
+    holdout: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class HuntResult:
+    """What :func:`hunt` found.
+
+    Attributes:
+        objective: what was maximised.
+        settings: everything a score depends on: model, prompts, seeds, call, guidance.
+        rounds: of the search.
+        unguided: the pipeline without guidance.
+        layers: every whole layer, with the same guidance settings; empty unless asked for.
+        found: the set after every round.
+    """
+
+    objective: str
+    settings: dict
+    rounds: tuple[Round, ...]
+    unguided: Contender
+    layers: tuple[Contender, ...]
+    found: tuple[Contender, ...]
+
+    @property
+    def best(self) -> Contender:
+        """The set after the round that scored highest in the search; unguided if none is better."""
+        number = max((r.number for r in self.rounds if r.best_so_far), default=0)
+        return self.found[number - 1] if number else self.unguided
+
+    @property
+    def best_layer(self) -> Contender | None:
+        """The layer that scored highest in the search, so chosen as the heads were."""
+        return max(self.layers, key=lambda c: statistics.fmean(c.search), default=None)
+
+    @property
+    def guidance(self) -> HeadGuidance:
+        """What to hand to :func:`dittfast.guide`.
+
+        Raises:
+            ValueError: no set of heads was better than the unguided pipeline.
+        """
+        if not self.best.heads:
+            raise ValueError(
+                "no heads were found that raise the objective above the unguided pipeline's "
+                f"{statistics.fmean(self.unguided.search):.6g}; try another strength or "
+                "guidance_scale"
+            )
+        return HeadGuidance(self.best.heads, **self.settings["guidance"])
+
+    def to_dict(self) -> dict:
+        """Plain data, for JSON; :meth:`HeadGuidance.load` reads the file."""
+        groups = {"unguided": [self.unguided], "layers": self.layers, "rounds": self.found}
+        report = {
+            "objective": self.objective,
+            "settings": self.settings,
+            "best": self.best.name,
+            "best_layer": self.best_layer.name if self.layers else None,
+            **{name: [_summary(c) for c in group] for name, group in groups.items()},
+            "versions": versions(),
+        }
+        if self.best.holdout:
+            rivals = [self.unguided, *([self.best_layer] if self.layers else [])]
+            report["holdout"] = {
+                f"best_minus_{rival.name.replace(' ', '_')}": paired(self.best, rival)
+                for rival in rivals
+                if rival is not self.best
+            }
+        return {
+            "heads": [list(head) for head in self.best.heads],
+            **self.settings["guidance"],
+            "search": report,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` as JSON, atomically."""
+        write_json(path, self.to_dict())
+
+
+def _summary(contender: Contender) -> dict:
+    means = {
+        split: statistics.fmean(scores)
+        for split in ("search", "holdout")
+        if (scores := getattr(contender, split))
+    }
+    return {
+        "name": contender.name,
+        "heads": [list(head) for head in contender.heads],
+        "mean": means,
+        "scores": {split: list(getattr(contender, split)) for split in means},
+    }
+
+
+def paired(a: Contender, b: Contender) -> dict:
+    """How much higher ``a`` scores than ``b`` on the same held-out pictures.
+
+    Returns:
+        ``mean`` difference, its ``standard_error`` over the pictures (None for fewer than two),
+        ``wins``, the share of pictures where a is higher, and the number of ``pictures``.
+    """
+    apart = [x - y for x, y in zip(a.holdout, b.holdout)]
+    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
+    return {
+        "mean": statistics.fmean(apart),
+        "standard_error": error,
+        "wins": sum(d > 0 for d in apart) / len(apart),
+        "pictures": len(apart),
+    }
+
+
+class _Studio:
+    """Draws samples under a set of heads, and judges them."""
+
+    def __init__(self, pipe, objective: Objective, call: dict, guidance: dict, batch_size: int):
+        self.pipe, self.objective, self.call = pipe, objective, call
+        self.guidance, self.batch_size = guidance, batch_size
+        # The last sets' first pictures, for contact sheets.
+        self._shown: OrderedDict[str, dict[tuple, np.ndarray]] = OrderedDict()
+
+    def draw(self, heads: Heads, samples: Sequence[tuple[str, int]]) -> torch.Tensor:
+        """``[n, F, 3, H, W]`` in 0..1; F is 1 for images.
+
+        Raises:
+            ValueError: values that are not finite.
+        """
+        call = dict(self.call, prompt=[prompt for prompt, _ in samples], output_type="pt")
+        if isinstance(call.get("negative_prompt"), str):
+            call["negative_prompt"] = [call["negative_prompt"]] * len(samples)
+        call["generator"] = [torch.Generator("cpu").manual_seed(seed) for _, seed in samples]
+        guided = contextlib.nullcontext()
+        if heads:
+            guided = guide(self.pipe, HeadGuidance(heads, **self.guidance))
+        with guided, torch.no_grad():
+            out = self.pipe(**call)
+        images = out.frames if hasattr(out, "frames") else out.images[:, None]
+        images = torch.as_tensor(images).float()
+        if not torch.isfinite(images).all():
+            raise ValueError(
+                f"the picture drawn with heads {name_of(heads)} has values that are not finite; "
+                "use a lower guidance_scale, or bfloat16 or float32"
+            )
+        return images
+
+    def score(self, heads: Heads, samples: Sequence[tuple[str, int]], show: Iterable) -> np.ndarray:
+        """One score a sample; the pictures of samples in ``show`` are kept for sheets.
+
+        Raises:
+            ValueError: as :meth:`draw`, a wrong number of scores, or one that is not finite.
+        """
+        images = self.draw(heads, samples)
+        frames = images.shape[1]
+        prompts = [prompt for prompt, _ in samples for _ in range(frames)]
+        with torch.no_grad():
+            scores = evaluate(self.objective, images.flatten(0, 1), prompts)
+        scores = scores.reshape(len(samples), frames).mean(1)
+        for (prompt, seed), value in zip(samples, scores):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the objective {describe_objective(self.objective)} returned {value} for "
+                    f"heads {name_of(heads)}, prompt {prompt!r}, seed {seed}; it must return "
+                    "finite numbers"
+                )
+        self._keep(heads, images, samples, show)
+        return scores
+
+    def _keep(self, heads, images, samples, show) -> None:
+        kept = self._shown.setdefault(name_of(heads), {})
+        self._shown.move_to_end(name_of(heads))
+        for image, sample in zip(images, samples):
+            if sample in show:
+                middle = image[len(image) // 2].permute(1, 2, 0).clamp(0, 1)
+                kept[sample] = (middle * 255).round().byte().cpu().numpy()
+        while len(self._shown) > 64:
+            self._shown.popitem(last=False)
+
+    def pictures(self, heads: Heads, samples: Sequence[tuple[str, int]]) -> list[np.ndarray]:
+        """Pictures ``[H, W, 3]`` uint8; drawn again where they are not kept any more."""
+        kept = self._shown.get(name_of(heads), {})
+        missing = [s for s in samples if s not in kept]
+        for first in range(0, len(missing), self.batch_size):
+            batch = missing[first : first + self.batch_size]
+            self._keep(heads, self.draw(heads, batch), batch, batch)
+        return [self._shown[name_of(heads)][s] for s in samples]
+
+
+class _Judge:
+    """Scores by set of heads: what the book knows, and what has to be drawn."""
+
+    def __init__(self, studio: _Studio, book: ScoreBook, splits: dict[str, list], bar):
+        self.studio, self.book, self.splits, self.bar = studio, book, splits, bar
+        self._counted: dict[tuple[str, str], int] = {}
+
+    def __call__(self, heads: Heads, count: int | None = None, split: str = "search") -> list:
+        samples = self.splits[split]
+        count = len(samples) if count is None else min(count, len(samples))
+        show = samples[:SHEET_COLUMNS] if split == "search" else ()
+        known = self.book.get(split, heads)
+        self._advance(heads, split, min(len(known), count))
+        while len(known) < count:
+            batch = samples[len(known) : min(count, len(known) + self.studio.batch_size)]
+            self.book.extend(split, heads, self.studio.score(heads, batch, show).tolist())
+            known = self.book.get(split, heads)
+            self._advance(heads, split, len(known))
+        return known[:count]
+
+    def _advance(self, heads: Heads, split: str, done: int) -> None:
+        key = split, name_of(heads)
+        self.bar.set_postfix_str(key[1], refresh=False)
+        self.bar.update(max(0, done - self._counted.get(key, 0)))
+        self._counted[key] = max(done, self._counted.get(key, 0))
+
+
+@contextlib.contextmanager
+def _no_bars(pipe):
+    """The pipeline shows no progress bars of its own inside."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = before
+
+
+def _pool(counts: Sequence[int], layers: Sequence[int] | None, heads: Heads | None) -> list[Head]:
+    """The candidates: ``heads``, or all heads of ``layers``, or all heads.
+
+    Raises:
+        ValueError: a layer or head that the model does not have, one named twice, or none at all.
+    """
+    if layers is not None and heads is not None:
+        raise ValueError("give layers or heads to search, not both")
+    for layer in layers or ():
+        if not 0 <= layer < len(counts):
+            raise ValueError(
+                f"layer {layer} does not exist; this model's layers are 0..{len(counts) - 1}"
+            )
+    for layer, head in heads or ():
+        if not 0 <= layer < len(counts) or not 0 <= head < counts[layer]:
+            raise ValueError(
+                f"head {layer}.{head} does not exist; this model has layers "
+                f"0..{len(counts) - 1} with heads 0..{max(counts) - 1}"
+            )
+    if heads is not None:
+        pool = [(int(layer), int(head)) for layer, head in heads]
+    else:
+        chosen = range(len(counts)) if layers is None else layers
+        pool = [(layer, head) for layer in chosen for head in range(counts[layer])]
+    if len(set(pool)) != len(pool):
+        raise ValueError("a layer or head to search is named twice")
+    if not pool:
+        raise ValueError("there are no heads to search; name at least one layer or head")
+    return pool
+
+
+def _samples(prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[tuple[str, int]]:
+    """Every prompt with the first seed, then with the second ..., so that few cover all prompts."""
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"{name} must be a list of prompts, got {prompts!r}")
+    if any(not p.strip() for p in prompts):
+        raise ValueError(f"{name} holds an empty prompt; describe a picture in each")
+    if not seeds:
+        raise ValueError(f"there are no seeds for {name}; name at least one")
+    samples = [(prompt, int(seed)) for seed in seeds for prompt in prompts]
+    if len(set(samples)) != len(samples):
+        raise ValueError(f"{name} or the seeds hold one twice, which would count it double")
+    return samples
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """Tells trained weights apart: a hash of names, shapes and the first values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        values = parameter.detach().flatten()[:64].float().cpu().contiguous()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_facts(pipe) -> dict:
+    models = transformers_of(pipe)
+    first = next(iter(models.values()))
+    session = first._dittfast.session if is_swapped(first) else None
+    return {
+        "pipeline": type(pipe).__name__,
+        "weights": {name: _weights_digest(model) for name, model in models.items()},
+        "method": None if session is None else f"{session.method} {session.schedule}",
+        "device": describe_device(first.device)["name"],
+        "dtype": str(first.dtype).removeprefix("torch."),
+    }
+
+
+def hunt(
+    pipe,
+    objective: Objective,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    call: dict | None = None,
+    rounds: int = 3,
+    topk: int = 1,
+    layers: Sequence[int] | None = None,
+    heads: Heads | None = None,
+    guidance_scale: float = 3.0,
+    strength: float = 1.0,
+    rows: str = "image",
+    start_step: int = 0,
+    stop_step: int | None = None,
+    screen: int | None = None,
+    keep: int | None = None,
+    min_gain: float | None = 0.0,
+    batch_size: int = 4,
+    holdout: Sequence[str] = (),
+    holdout_seeds: Sequence[int] | None = None,
+    compare_layers: bool = False,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    on_round: Callable[[Round], None] = lambda found: None,
+) -> HuntResult:
+    """Search the heads whose weakening guides a pipeline best (HeadHunter, arXiv:2506.10978).
+
+    A set of heads is scored by the mean objective over prompts x seeds, drawn with
+    :func:`dittfast.guide`. Each round tries every remaining head beside those already chosen and
+    adds the best ``topk``. That draws about prompts x seeds x heads pictures a round.
+
+    Args:
+        pipe: a diffusers pipeline, with a sparse method enabled or not.
+        objective: ``(images [B, 3, H, W] in 0..1, prompts) -> B scores`` or ``(images) -> B
+            scores``, higher is better; see :mod:`dittfast.pipelines.objectives` for those built
+            in. A video is scored by the mean over its frames.
+        prompts: to search with.
+        seeds: each prompt is drawn with each.
+        call: the other arguments of the pipeline's call, such as height or num_inference_steps.
+        rounds, topk, screen, keep, min_gain: see :class:`~dittfast.pipelines.head_search.Policy`.
+        layers, heads: search these layers, or these ``(layer, head)`` pairs, only.
+        guidance_scale, strength, rows, start_step, stop_step: see :class:`dittfast.HeadGuidance`.
+        batch_size: pictures drawn at once.
+        holdout: prompts that the search does not see; the sets found are judged by them after it.
+        holdout_seeds: default ``seeds``.
+        compare_layers: judge every whole layer, too.
+        folder: made if it is missing. The search keeps its scores there in state.json and goes on
+            from them when it is called again; contact sheets of each round, the curve and
+            heads.json go there, too. None writes nothing.
+        progress: show a bar, in pictures.
+        on_round: called with each :class:`~dittfast.pipelines.head_search.Round`.
+
+    Returns:
+        The result; ``dittfast.guide(pipe, result.guidance)`` or ``heads="FOLDER/heads.json"``.
+
+    Raises:
+        ValueError: bad options, heads or layers that do not exist, no prompts, a pipeline that is
+            guided already, a folder of a search with other settings, an objective that returns
+            the wrong number of scores or NaN.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to search with; give at least one")
+    policy = Policy(rounds, topk, screen, keep, min_gain)
+    check_integer("batch_size", batch_size, 1)
+    splits = {"search": _samples(prompts, seeds, "prompts")}
+    if holdout:
+        again = seeds if holdout_seeds is None else holdout_seeds
+        splits["holdout"] = _samples(holdout, again, "holdout")
+        both = set(splits["search"]) & set(splits["holdout"])
+        if both:
+            raise ValueError(f"held-out pictures must be new; {sorted(both)[0]!r} is searched with")
+    counts = head_counts(pipe)
+    pool = _pool(counts, layers, heads)
+    options = HeadGuidance(
+        tuple(pool), guidance_scale, strength, rows, start_step, stop_step
+    )  # checks them
+    guidance = {k: v for k, v in asdict(options).items() if k != "heads"}
+    if not isinstance(strength, (int, float)):
+        raise ValueError(f"strength must be one number for a search, got {strength!r}")
+    if any(is_swapped(m) and m._dittfast.guidance for m in transformers_of(pipe).values()):
+        raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
+    arguments = call_arguments(pipe, prompts[0], **(call or {}))
+    settings = {
+        "objective": describe_objective(objective),
+        "model": _model_facts(pipe),
+        "guidance": guidance,
+        "call": {k: v for k, v in arguments.items() if k != "prompt"},
+        "samples": splits["search"],
+        "holdout": splits.get("holdout", []),
+        "batch_size": batch_size,
+    }
+    state = None
+    if folder is not None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = folder / "state.json"
+    book = ScoreBook(settings, state)
+    arguments.pop("prompt")
+    studio = _Studio(pipe, objective, arguments, guidance, batch_size)
+    every_layer = [
+        tuple((layer, head) for head in range(n)) for layer, n in enumerate(counts)
+    ] if compare_layers else []  # fmt: skip
+    total = calls(policy, len(pool), len(splits["search"]))
+    total += len(every_layer) * len(splits["search"])
+    total += (1 + len(every_layer) + rounds) * len(splits.get("holdout", ()))
+
+    def finish(found: Round) -> None:
+        if folder is not None:
+            sheet = _round_sheet(studio, splits["search"], found, judge(()), settings)
+            write_image(folder / f"round-{found.number}.png", sheet)
+        on_round(found)
+
+    from tqdm.auto import tqdm
+
+    with _no_bars(pipe), tqdm(total=total, unit="picture", disable=not progress) as bar:
+        judge = _Judge(studio, book, splits, bar)
+        done = greedy(judge, pool, policy, finish)
+        result = HuntResult(
+            settings["objective"],
+            book.settings,
+            tuple(done),
+            Contender("unguided", (), tuple(judge(()))),
+            tuple(
+                Contender(f"layer {number}", layer, tuple(judge(layer)))
+                for number, layer in enumerate(every_layer)
+            ),
+            tuple(Contender(f"round {r.number}", r.heads, r.scores) for r in done),
+        )
+        if holdout:
+            held = lambda c: replace(c, holdout=tuple(judge(c.heads, split="holdout")))  # noqa: E731
+            result = replace(
+                result,
+                unguided=held(result.unguided),
+                layers=tuple(map(held, result.layers)),
+                found=tuple(map(held, result.found)),
+            )
+        bar.total = bar.n
+        bar.refresh()
+    if folder is not None:
+        write_image(folder / "curve.png", curve(result))
+        result.save(folder / "heads.json")
+    return result
+
+
+def _round_sheet(studio: _Studio, samples, found: Round, unguided: Sequence[float], settings: dict):
+    """The round's best candidates, below the unguided pictures and the set it ended with."""
+    shown = samples[:SHEET_COLUMNS]
+    base = statistics.fmean(unguided)
+    before = tuple(h for h in found.heads if h not in found.added)
+    line = lambda mean: f"{mean:.5g} ({mean - base:+.3g})"  # noqa: E731
+    rows = [SheetRow("unguided", f"{base:.5g}", studio.pictures((), shown))]
+    if len(found.heads) > 1:
+        title = f"all chosen: {name_of(found.heads)}"
+        rows.append(SheetRow(title, line(found.mean), studio.pictures(found.heads, shown)))
+    for candidate in found.candidates[:SHEET_ROWS]:
+        title = f"{'+ ' if before else ''}{name_of([candidate.head])}"
+        title += " (chosen)" if candidate.head in found.added else ""
+        pictures = studio.pictures((*before, candidate.head), shown)
+        rows.append(SheetRow(title, line(candidate.mean), pictures))
+    options = settings["guidance"]
+    footer = (
+        f"{settings['objective']}, mean of {len(samples)} pictures; guidance_scale "
+        f"{options['guidance_scale']:g}, strength {options['strength']:g}, rows {options['rows']}"
+    )
+    columns = [f"{prompt}, seed {seed}" for prompt, seed in shown]
+    return contact_sheet(rows, columns, f"HeadHunter, round {found.number}", footer)
+
+
+def curve(result: HuntResult):
+    """The score after each round, searched and held out, next to unguided and the best layer."""
+    splits = ["search", *(["holdout"] if result.unguided.holdout else [])]
+    names = {"search": "heads, prompts searched with", "holdout": "heads, held-out prompts"}
+    curves = []
+    for split in splits:
+        scores = [getattr(c, split) for c in (result.unguided, *result.found)]
+        curves.append(Curve(names[split], tuple(map(statistics.fmean, scores))))
+    if result.layers:
+        for split in splits:
+            mean = statistics.fmean(getattr(result.best_layer, split))
+            name = f"best whole layer ({result.best_layer.name.split()[-1]}), {split}"
+            curves.append(Curve(name, (mean,), flat=True))
+    added = [" ".join(name_of([h]) for h in r.added) for r in result.rounds]
+    ticks = ["unguided", *(f"{r.number}: + {a}" for r, a in zip(result.rounds, added))]
+    options = result.settings["guidance"]
+    footer = (
+        f"{result.objective}; guidance_scale {options['guidance_scale']:g}, strength "
+        f"{options['strength']:g}; means over {len(result.unguided.search)} pictures"
+    )
+    if result.unguided.holdout:
+        footer += f" searched with and {len(result.unguided.holdout)} held out"
+    return line_chart(curves, ticks, "HeadHunter: objective after each round", footer)
