@@ -22,6 +22,7 @@ _EXPORTS = {
     "HeadGuidance": "dittfast.methods.head_guidance",
     "guide": "dittfast.pipelines.guidance",
     "unguide": "dittfast.pipelines.guidance",
+    "HeadGuider": "dittfast.pipelines.guider",
     "hunt": "dittfast.pipelines.hunt",
     "RadialAttnProcessor": "dittfast.pipelines.processors",
     "LocalAttnProcessor": "dittfast.pipelines.processors",
