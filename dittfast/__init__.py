@@ -28,6 +28,7 @@ _EXPORTS = {
     "LocalAttnProcessor": "dittfast.pipelines.processors",
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
+    "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }
 _MODULES = ("functional", "methods")
 __all__ = ["__version__", *_EXPORTS, *_MODULES]

@@ -12,6 +12,15 @@ import torch
 from .attention import method_attention
 from .layout import Layout
 from .methods import Local, LogLinear, Radial, Rectified
+from .methods.head_guidance import soft_pag
+
+__all__ = [
+    "local_attention",
+    "log_linear_attention",
+    "radial_attention",
+    "rectified_attention",
+    "soft_pag",
+]
 
 
 def radial_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ class GuidanceState:
         self.implicit = implicit
         self.delta: torch.Tensor | None = None
         self._perturbations: dict = {}
+        self._last: tuple[weakref.ref, ...] = ()
 
     def guide(self, model, state: ModelState, arguments: dict, out):
         """The prediction with ``guidance_scale * (cond - weakened)`` added.
@@ -33,7 +35,7 @@ class GuidanceState:
         that ``u + d + g ((c + d) - (u + d)) = u + g (c - u) + d`` for any g. Batched pipelines
         stack [uncond, cond]: the weakened pass runs the second half.
         """
-        if state.context == "uncond":
+        if state.context == "uncond" or self._is_second_call(model, state, arguments):
             delta, self.delta = self.delta, None
             return out if delta is None else _add(out, delta)
         self.delta = None
@@ -54,6 +56,23 @@ class GuidanceState:
         delta = self.config.guidance_scale * (conditional - weakened)
         self.delta = delta
         return _add(out, torch.cat([delta, delta]) if batched else delta)
+
+    def _is_second_call(self, model, state: ModelState, arguments: dict) -> bool:
+        """Whether a pipeline that names no cache context runs its uncond call now.
+
+        Some image-to-image and reference pipelines do not say which call is which: they pass the
+        same latents tensor again with another text.
+        """
+        if state.session.pipe is model:
+            return False
+        tensors = [arguments.get(name) for name in ("hidden_states", "encoder_hidden_states")]
+        before, self._last = self._last, ()
+        if state.context is not None or not all(torch.is_tensor(x) for x in tensors):
+            return False
+        if before and before[0]() is tensors[0] and before[1]() is not tensors[1]:
+            return True
+        self._last = tuple(map(weakref.ref, tensors))
+        return False
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ there is no schedule of dense steps here: use ``enable`` for that.
 
 from __future__ import annotations
 
+import abc
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -15,9 +17,11 @@ from dittfast.config import method_fields, unknown
 from dittfast.layout import Layout
 from dittfast.methods import METHODS
 from dittfast.methods.base import Method
+from dittfast.methods.checks import check_integer
+from dittfast.methods.head_guidance import HeadGuidance
 
 from .rotary import image_layout, video_layout
-from .seam import Core, LayerState, Part, check_reached, intercept
+from .seam import Core, LayerState, Part, Perturbation, check_reached, intercept, native_backend
 
 
 def _layout_of(attn: torch.nn.Module, encoder_hidden_states, rotary) -> Layout:
@@ -33,44 +37,27 @@ def _layout_of(attn: torch.nn.Module, encoder_hidden_states, rotary) -> Layout:
     raise ValueError(f"{kind} does not tell the processor its token grid")
 
 
-class SparseAttnProcessor:
-    """Base of the processors; ``set_attn_processor`` may share one between all layers.
+class _AttnProcessor(abc.ABC):
+    """What the processors share: the stock processor inside, and the layout.
 
-    Args:
-        layout: the token geometry. None reads it from the rotary embedding, which FLUX and Wan
-            have; on a GPU that waits for the device once per forward pass, and it cannot be
-            traced by torch.compile, so pass it there.
-        backend: as in :func:`dittfast.attend`.
-        min_tokens: below this many tokens attention stays dense.
-        options: fields of the method.
-
-    Raises:
-        ValueError: an unknown option (the nearest is named); at the call, a layout that cannot
-            be read.
+    ``state`` is shared by all layers that share the processor.
     """
 
-    method_name: str
+    # What to use where the processor cannot stand in for the stock one.
+    instead: str
     # diffusers sets these on processors; they are handed on to the stock processor.
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(
-        self, layout: Layout | None = None, backend: str = "auto", min_tokens: int = 0, **options
-    ):
-        cls = METHODS[self.method_name]
-        for key in options:
-            if key not in method_fields(cls):
-                raise unknown(f"option of {type(self).__name__}", key, method_fields(cls))
-        self.method: Method = cls(**options)
+    def __init__(self, layout: Layout | None, parameters: dict[str, torch.Tensor] | None = None):
         self.layout = layout
-        self.backend = backend
-        self.min_tokens = min_tokens
-        self.state = LayerState(
-            {name: torch.nn.Parameter(x) for name, x in self.method.parameters().items()}
-        )
+        self.state = LayerState(parameters)
         self._stock: dict[type, object] = {}
-        self._cores: dict[tuple[Layout, torch.device], Core] = {}
         self._read: tuple[weakref.ref, Layout] | None = None
+
+    @abc.abstractmethod
+    def _prepare(self, attn: torch.nn.Module, layout: Layout, hidden_states) -> bool:
+        """Set what ``state`` runs in this call; False to run the stock attention."""
 
     def __call__(
         self,
@@ -85,9 +72,8 @@ class SparseAttnProcessor:
         if getattr(attn, "is_cross_attention", False):
             return stock(*arguments)
         layout = self._find_layout(attn, encoder_hidden_states, image_rotary_emb)
-        if layout.num_tokens < self.min_tokens:
+        if not self._prepare(attn, layout, hidden_states):
             return stock(*arguments)
-        self.state.core = self._core(layout, hidden_states.device)
         with intercept(self.state):
             out = stock(*arguments)
         check_reached(self.state, attn)
@@ -98,8 +84,7 @@ class SparseAttnProcessor:
         if cls is None:
             raise ValueError(
                 f"{type(attn).__name__} does not name its stock processor, so "
-                f"{type(self).__name__} cannot stand in for it; use dittfast.enable(pipe, "
-                f"{self.method_name!r})"
+                f"{type(self).__name__} cannot stand in for it; use {self.instead}"
             )
         if cls not in self._stock:
             self._stock[cls] = cls()
@@ -121,18 +106,58 @@ class SparseAttnProcessor:
             raise ValueError(
                 f"{type(self).__name__} cannot read the layout: {error}. Pass "
                 "layout=Layout.image(height, width, text=...) or Layout.video(...) in tokens, or "
-                f"use dittfast.enable(pipe, {self.method_name!r})"
+                f"use {self.instead}"
             ) from error
         self._read = weakref.ref(rotary[0]), layout
         return layout
 
-    def _core(self, layout: Layout, device: torch.device) -> Core:
-        key = (layout, device)
+
+class SparseAttnProcessor(_AttnProcessor):
+    """Base of the sparse processors; ``set_attn_processor`` may share one between all layers.
+
+    Args:
+        layout: the token geometry. None reads it from the rotary embedding, which FLUX and Wan
+            have; on a GPU that waits for the device once per forward pass, and it cannot be
+            traced by torch.compile, so pass it there.
+        backend: as in :func:`dittfast.attend`.
+        min_tokens: below this many tokens attention stays dense.
+        options: fields of the method.
+
+    Raises:
+        ValueError: an unknown option (the nearest is named); at the call, a layout that cannot
+            be read.
+    """
+
+    method_name: str
+
+    def __init__(
+        self, layout: Layout | None = None, backend: str = "auto", min_tokens: int = 0, **options
+    ):
+        cls = METHODS[self.method_name]
+        for key in options:
+            if key not in method_fields(cls):
+                raise unknown(f"option of {type(self).__name__}", key, method_fields(cls))
+        self.method: Method = cls(**options)
+        parameters = {n: torch.nn.Parameter(x) for n, x in self.method.parameters().items()}
+        super().__init__(layout, parameters)
+        self.backend = backend
+        self.min_tokens = min_tokens
+        self._cores: dict[tuple[Layout, torch.device], Core] = {}
+
+    @property
+    def instead(self) -> str:
+        return f"dittfast.enable(pipe, {self.method_name!r})"
+
+    def _prepare(self, attn, layout: Layout, hidden_states) -> bool:
+        if layout.num_tokens < self.min_tokens:
+            return False
+        key = (layout, hidden_states.device)
         if key not in self._cores:
-            plan = self.method.plan(layout).to(device) if self.method.static else None
-            self.method.prepare(layout, device)
+            plan = self.method.plan(layout).to(key[1]) if self.method.static else None
+            self.method.prepare(layout, key[1])
             self._cores[key] = Core(self.method, ((Part(layout, plan),),), self.backend)
-        return self._cores[key]
+        self.state.core = self._cores[key]
+        return True
 
 
 class RadialAttnProcessor(SparseAttnProcessor):
@@ -157,3 +182,108 @@ class RectifiedAttnProcessor(SparseAttnProcessor):
     """Rectified SpaAttn (arXiv:2511.19835); options of :class:`dittfast.methods.Rectified`."""
 
     method_name = "rectified"
+
+
+class _LastPart:
+    """A perturbation of the last of several equal parts of the batch."""
+
+    def __init__(self, inner: Perturbation, parts: int):
+        self.inner, self.parts = inner, parts
+        self.strict, self.num_tokens = inner.strict, inner.num_tokens
+        self.outer_mask = inner.outer_mask
+
+    def at(self, num_tokens) -> bool:
+        """Whether a sequence of this length is the weakened one."""
+        return self.inner.at(num_tokens)
+
+    def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
+        batch = out.shape[0]
+        first = batch - batch // self.parts
+        part = {
+            name: x[first:] if torch.is_tensor(x) and x.ndim > 2 and x.shape[0] == batch else x
+            for name, x in call.items()
+        }
+        return torch.cat([out[:first], self.inner(out[first:], strength, part)])
+
+
+class HeadGuidanceAttnProcessor(_AttnProcessor):
+    """Weakens attention heads of the layers it is set on (SoftPAG, arXiv:2506.10978).
+
+    A processor cannot run a second pass, so the guided prediction is for the caller to form from
+    the plain one c and the weakened one p, ``c + w (c - p)``. Both can come from one batch::
+
+        weak = HeadGuidanceAttnProcessor(heads=[3], passes=2)
+        name = "transformer_blocks.7.attn.processor"
+        transformer.set_attn_processor({**transformer.attn_processors, name: weak})
+        c, p = transformer(latents.repeat(2, 1, 1), ...).sample.chunk(2)
+
+    :func:`dittfast.guide` does all of it, in plain pipelines.
+
+    Args:
+        heads: which heads of the layer. Layers that share the processor weaken the same ones.
+        strength: u in 0..1 of the map ``(1 - u) A + u I``; one number, or one for each of heads.
+        rows: "image", "joint" or "diagonal", as in :class:`dittfast.HeadGuidance`.
+        passes: equal parts of the batch, of which the last is weakened: 1 weakens all of it, 2
+            takes [plain, weakened], 3 [unconditional, plain, weakened].
+        layout: as in :class:`SparseAttnProcessor`.
+
+    Attributes:
+        active: set it to False to run the stock attention.
+
+    Raises:
+        ValueError: a value out of range, a head twice; at the call, a head that the layer does not
+            have, a batch that passes does not divide, a layout that cannot be read.
+    """
+
+    instead = "dittfast.guide(pipe, heads=...)"
+
+    def __init__(
+        self,
+        heads: Sequence[int],
+        strength: float | Sequence[float] = 1.0,
+        rows: str = "image",
+        passes: int = 1,
+        layout: Layout | None = None,
+    ):
+        super().__init__(layout)
+        if not isinstance(strength, (int, float)):
+            strength = tuple(strength)
+        self.guidance = HeadGuidance(tuple((0, h) for h in heads), strength=strength, rows=rows)
+        check_integer("passes", passes, 1, remedy="2 for a batch of [plain, weakened]")
+        self.passes = passes
+        self.active = True
+        self._perturbations: dict[Layout, _LastPart] = {}
+        self._strengths: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def _prepare(self, attn, layout: Layout, hidden_states) -> bool:
+        if not self.active:
+            return False
+        if hidden_states.shape[0] % self.passes:
+            raise ValueError(
+                f"a batch of {hidden_states.shape[0]} does not divide into passes={self.passes} "
+                "equal parts; stack the passes along the batch"
+            )
+        if layout not in self._perturbations:
+            inner = Perturbation(self.guidance.rows, layout)
+            self._perturbations[layout] = _LastPart(inner, self.passes)
+        key = (attn.heads, hidden_states.device)
+        if key not in self._strengths:
+            self._strengths[key] = self._strength(attn.heads).to(key[1])
+        self.state.perturbation = self._perturbations[layout]
+        self.state.strength = self._strengths[key]
+        return True
+
+    def _strength(self, num_heads: int) -> torch.Tensor:
+        strength = torch.zeros(num_heads)
+        for (_, head), value in zip(self.guidance.heads, self.guidance.strengths):
+            if not 0 <= head < num_heads:
+                raise ValueError(f"head {head} does not exist; heads are 0..{num_heads - 1}")
+            strength[head] = value
+        return strength
+
+    def _stock_processor(self, attn):
+        stock = super()._stock_processor(attn)
+        if self.active:
+            # The backend whose attention call can be watched.
+            stock._attention_backend = native_backend()
+        return stock

@@ -127,7 +127,7 @@ class Perturbation:
                 kv_log_weight=key_log_weight(call.get("attn_mask"), q),
                 scale=call.get("scale"),
             )
-            return soft_pag(out, weak, strength)
+            return soft_pag(out, weak, strength, rows=self.layout)
         if v.shape[1] != out.shape[1]:
             v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
         return soft_pag(out, v, strength, rows=self.layout if self.rows == "image" else None)
@@ -325,14 +325,19 @@ def _set_backend(processor, backend):
         processor._attention_backend = before
 
 
+def native_backend():
+    """The one of diffusers' attention backends that calls scaled_dot_product_attention."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return AttentionBackendName.NATIVE
+
+
 def _native(module: torch.nn.Module, state: LayerState):
     """In a perturbed pass the layer runs diffusers' native backend, the one that can be watched."""
     processor = module.processor
     if state.perturbation is None or not hasattr(processor, "_attention_backend"):
         return contextlib.nullcontext()
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    return _set_backend(processor, AttentionBackendName.NATIVE)
+    return _set_backend(processor, native_backend())
 
 
 def check_reached(state: LayerState, module: torch.nn.Module) -> None:

@@ -194,6 +194,18 @@ def test_two_call_guidance_counts_one_step():
     assert by_step(seen) == [False, True, True]
 
 
+def test_dense_steps_under_a_block_cache():
+    """First-block caching runs one block and skips the rest; steps stay scheduler steps."""
+    from diffusers import FirstBlockCacheConfig
+
+    for make in (tiny.flux_pipeline, tiny.wan_pipeline):
+        pipe = make()
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+        schedule = dict(dense_first_steps=2, dense_last_steps=1)
+        for _ in range(2):
+            assert by_step(sparse_steps(pipe, 5, **schedule)) == [False, False, True, True, False]
+
+
 def test_steps_after_an_interrupted_run():
     pipe = tiny.flux_pipeline()
     with dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=1):

@@ -280,3 +280,37 @@ def test_wrong_lengths_are_named(call):
     with pytest.raises(ValueError, match="batch"):
         padded = layout.with_text_lengths((1, 2, 3))
         call(*[torch.randn(2, 2, 45, 16)] * 3, padded, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_soft_pag_is_the_map_leant_to_identity(dtype):
+    """``((1 - u) A + u I) v`` from A v, with gradients, against whole maps in fp64."""
+    q, k, v = torch.randn(3, 2, 3, 111, 32).to(dtype).double()
+    layout = Layout.image(9, 11, text=12)
+    strength = torch.tensor([0.0, 0.35, 1.0])
+    attention = torch.softmax(q @ k.mT * 32**-0.5, -1)
+    u = strength.double().view(1, 3, 1, 1).repeat(1, 1, 111, 1)
+    u[:, :, :12] = 0  # text rows are left alone
+    identity = torch.eye(111, dtype=torch.float64)
+    v = v.requires_grad_()
+    expected = ((1 - u) * attention + u * identity) @ v
+    ours = v.detach().to(dtype).requires_grad_()
+    out = functional.soft_pag((attention @ ours.double()).to(dtype), ours, strength, rows=layout)
+    assert out.dtype == dtype
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (out.double() * weight).sum().backward()
+    bound = 8 * torch.finfo(dtype).eps
+    with torch.no_grad():
+        assert float((out - expected).abs().max()) <= bound * float(v.abs().max())
+    assert float((ours.grad - v.grad).abs().max()) <= bound * float(v.grad.abs().max())
+
+
+def test_every_method_is_a_documented_function():
+    assert set(functional.__all__) == {
+        "radial_attention", "local_attention", "log_linear_attention", "rectified_attention",
+        "soft_pag",
+    }  # fmt: skip
+    for name in functional.__all__:
+        text = getattr(functional, name).__doc__
+        assert all(part in text for part in ("arXiv", "Args:", "Returns:", "Raises:")), name

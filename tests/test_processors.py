@@ -5,7 +5,9 @@ import copy
 import pytest
 import tiny
 import torch
+from dittfast.pipelines.guidance import guide
 from dittfast.pipelines.processors import (
+    HeadGuidanceAttnProcessor,
     LocalAttnProcessor,
     LogLinearAttnProcessor,
     RadialAttnProcessor,
@@ -95,6 +97,78 @@ def test_an_attention_class_without_a_stock_processor_is_refused():
 def test_unknown_option_names_the_nearest():
     with pytest.raises(ValueError, match="'window'"):
         LocalAttnProcessor(windw=3)
+
+
+@pytest.mark.parametrize("rows", ["image", "joint", "diagonal"])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_weakened_heads_equal_guide(rows, passes):
+    """The last part of the batch is weakened, and c + w (c - p) is what guide computes."""
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs(batch=1)
+    with torch.no_grad():
+        stock = model(**inputs)[0]
+        with guide(model, heads=[(1, 0), (3, 0)], strength=0.6, guidance_scale=2.0, rows=rows):
+            expected = model(**inputs)[0]
+        before = model.attn_processors
+        weak = HeadGuidanceAttnProcessor([0], 0.6, rows, passes=passes)
+        names = (
+            "transformer_blocks.1.attn.processor",
+            "single_transformer_blocks.1.attn.processor",
+        )
+        model.set_attn_processor({**before, **dict.fromkeys(names, weak)})
+        batch = {
+            k: torch.cat([v] * passes) if torch.is_tensor(v) and not k.endswith("_ids") else v
+            for k, v in inputs.items()
+        }
+        *others, p = model(**batch)[0].chunk(passes)
+        for other in others:
+            torch.testing.assert_close(other, stock, rtol=0, atol=1e-5)
+        torch.testing.assert_close(stock + 2 * (stock - p), expected, rtol=0, atol=1e-4)
+        weak.active = False
+        assert torch.equal(model(**inputs)[0], stock)
+        model.set_attn_processor(before)
+        assert torch.equal(model(**inputs)[0], stock)
+
+
+def test_weakened_heads_on_wan_leave_cross_attention_alone():
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+    with torch.no_grad():
+        stock = model(**inputs)[0]
+        with guide(model, heads=[(0, 1), (1, 1)], guidance_scale=1.0):
+            expected = model(**inputs)[0]
+        model.set_attn_processor(HeadGuidanceAttnProcessor([1]))
+        torch.testing.assert_close(2 * stock - model(**inputs)[0], expected, rtol=0, atol=1e-4)
+
+
+def test_weakened_heads_under_another_attention_backend():
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs(batch=1)
+    weak = HeadGuidanceAttnProcessor([0, 1], (0.5, 1.0))
+    model.set_attn_processor(weak)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        weak._attention_backend = AttentionBackendName.FLEX
+        assert torch.equal(model(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(heads=[]), "empty"),
+        (dict(heads=[1, 1]), "twice"),
+        (dict(heads=[1], strength=-0.5), r"0\.\.1.*-0\.5"),
+        (dict(heads=[1], strength=[0.5, 0.5]), "2 strengths for 1 heads"),
+        (dict(heads=[1], rows="images"), "'image'"),
+        (dict(heads=[1], passes=0), "passes"),
+        (dict(heads=[2]), r"head 2 does not exist; heads are 0\.\.1"),
+        (dict(heads=[1], passes=2), r"batch of 1 .* passes=2"),
+    ],
+)
+def test_bad_weakened_heads(options, message):
+    model = tiny.flux_transformer()
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_processor(HeadGuidanceAttnProcessor(**options))
+        model(**tiny.flux_inputs(batch=1))
 
 
 @pytest.mark.parametrize("text", [0, 1, 7])

@@ -122,7 +122,9 @@ def soft_pag(
     heads: list[int] | None = None,
     rows: Layout | None = None,
 ) -> torch.Tensor:
-    """Lean attention outputs towards ``v``: what the map ``(1 - u) A + u I`` gives.
+    """SoftPAG (arXiv:2506.10978): attention outputs leant towards ``v``.
+
+    The map ``(1 - u) A + u I`` gives ``(1 - u) A v + u v``.
 
     Args:
         out: ``[B, H, N, D]``, an attention output ``A v``.
