@@ -24,6 +24,7 @@ _EXPORTS = {
     "unguide": "dittfast.pipelines.guidance",
     "HeadGuider": "dittfast.pipelines.guider",
     "hunt": "dittfast.pipelines.hunt",
+    "generate_high_resolution": "dittfast.pipelines.high_resolution",
     "RadialAttnProcessor": "dittfast.pipelines.processors",
     "LocalAttnProcessor": "dittfast.pipelines.processors",
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",

@@ -69,7 +69,7 @@ def local_attention(
     spatial_weight: torch.Tensor | None = None,
     tile: tuple[int, int, int] | None = None,
     frame_window: int | None = None,
-    proportional: bool = False,
+    proportional: bool | int = False,
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,

@@ -349,18 +349,10 @@ def quality(dense: Run, other: Run) -> dict:
     }
 
 
-def record(
-    pipe,
-    source: Source,
-    call: dict,
-    seed: int,
-    arms: list[Arm],
-    guidance: HeadGuidance | None = None,
-) -> dict:
-    """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
+def describe_run(pipe, source: Source, call: dict, seed: int, guidance=None) -> dict:
+    """What was asked for, of what and where, as plain data for JSON."""
     model = next(iter(transformers_of(pipe).values()))
-    last = arms[-1]
-    data = {
+    return {
         "prompt": call["prompt"],
         "model": source.name,
         "pipeline": type(pipe).__name__,
@@ -370,8 +362,21 @@ def record(
         "versions": versions(),
         "device": describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": None if last.description is None else last.description.to_dict(),
     }
+
+
+def record(
+    pipe,
+    source: Source,
+    call: dict,
+    seed: int,
+    arms: list[Arm],
+    guidance: HeadGuidance | None = None,
+) -> dict:
+    """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
+    last = arms[-1]
+    data = describe_run(pipe, source, call, seed, guidance)
+    data["attention"] = None if last.description is None else last.description.to_dict()
     if len(arms) == 1:
         data["measured"] = f"{len(last.timings)} run(s), the first not warmed up"
         return data | {"timing": last.to_dict()}

@@ -483,18 +483,25 @@ def hunt(
 def _round_sheet(studio: _Studio, samples, found: Round, unguided: Sequence[float], settings: dict):
     """The round's best candidates, below the unguided pictures and the set it ended with."""
     shown = samples[:SHEET_COLUMNS]
-    base = statistics.fmean(unguided)
     before = tuple(h for h in found.heads if h not in found.added)
-    line = lambda mean: f"{mean:.5g} ({mean - base:+.3g})"  # noqa: E731
-    rows = [SheetRow("unguided", f"{base:.5g}", studio.pictures((), shown))]
+
+    def line(mean: float, count: int) -> str:
+        gain = mean - statistics.fmean(unguided[:count])
+        note = "" if count == len(samples) else f", {count} pictures"
+        return f"{mean:.5g} ({gain:+.3g}{note})"
+
+    base = f"{statistics.fmean(unguided):.5g}"
+    rows = [SheetRow("unguided", base, studio.pictures((), shown))]
     if len(found.heads) > 1:
         title = f"all chosen: {name_of(found.heads)}"
-        rows.append(SheetRow(title, line(found.mean), studio.pictures(found.heads, shown)))
+        rows.append(
+            SheetRow(title, line(found.mean, len(samples)), studio.pictures(found.heads, shown))
+        )
     for candidate in found.candidates[:SHEET_ROWS]:
         title = f"{'+ ' if before else ''}{name_of([candidate.head])}"
         title += " (chosen)" if candidate.head in found.added else ""
         pictures = studio.pictures((*before, candidate.head), shown)
-        rows.append(SheetRow(title, line(candidate.mean), pictures))
+        rows.append(SheetRow(title, line(candidate.mean, candidate.samples), pictures))
     options = settings["guidance"]
     footer = (
         f"{settings['objective']}, mean of {len(samples)} pictures; guidance_scale "

@@ -29,6 +29,7 @@ EXAMPLE = """\
 examples:
   dittfast generate "a blue heart on a purple background" -o heart.png
   dittfast generate "a blue heart on a purple background" --method local --compare -o heart.png
+  dittfast generate "a fox, blue background" --stages 256,512 --method local -o fox.png
   dittfast generate --examples
 """
 
@@ -61,6 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparing.add_argument(
         "--save-all", action="store_true", help="write the compared pictures on their own too"
     )
+    stages = parser.add_argument_group("large pictures, drawn in stages (SDEdit)")
+    stages.add_argument(
+        "--stages",
+        metavar="N,...",
+        help="sizes to draw one after the other, such as 1024,2048: sides of a square, or "
+        "HEIGHTxWIDTH; --method works in those after the first",
+    )
+    stages.add_argument(
+        "--strength", type=float, metavar="X", help="noise before each further stage (0.7)"
+    )
+    stages.add_argument(
+        "--ntk-factor", type=float, metavar="X", help="of FLUX's rotary base there (10)"
+    )
     add_guidance_arguments(parser)
     call = add_call_arguments(parser)
     call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
@@ -90,6 +104,7 @@ def run(args) -> int:
         raise ValueError("--compare needs a method; add --method local, or --config FILE")
     method, schedule = method_and_schedule(args, source)
     guided = guidance(args)
+    stages = _stages(args)
     device = sources.choose_device(args.device)
     dtype = sources.choose_dtype(args.dtype, device)
     quiet_libraries()
@@ -107,6 +122,10 @@ def run(args) -> int:
         if not sys.stderr.isatty():  # no bar then
             say(name)
 
+    if stages:
+        attention = {"method": method, "schedule": schedule, "backend": args.backend}
+        done = _draw_stages(args, pipe, call, stages, guided, on_stage, attention)
+        return _write_stages(args, pipe, source, call, done, guided, output)
     arms = generate(
         pipe,
         call,
@@ -124,6 +143,72 @@ def run(args) -> int:
     for line in _summary(arms, data):
         print(line)
     print("wrote " + ", ".join(map(str, written)))
+    return 0
+
+
+def _stages(args) -> list[tuple[int, int]] | None:
+    """The sizes that ``--stages`` names.
+
+    Raises:
+        ValueError: no sizes, or options that do not go together.
+    """
+    if args.stages is None:
+        for name in ("strength", "ntk_factor"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for --stages; add --stages")
+        return None
+    for name in ("compare", "height", "width", "num_frames"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --stages")
+    sizes = []
+    for item in args.stages.split(","):
+        height, x, width = item.strip().partition("x")
+        if not height.isdigit() or (x and not width.isdigit()):
+            raise ValueError(f"--stages takes sizes such as 256,512 or 256x384; got {item!r}")
+        sizes.append((int(height), int(width if x else height)))
+    return sizes
+
+
+def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
+    from dittfast.pipelines.high_resolution import generate_high_resolution
+
+    given = {"strength": args.strength, "ntk_factor": args.ntk_factor}
+    return generate_high_resolution(
+        pipe,
+        args.prompt,
+        stages,
+        call={k: v for k, v in call.items() if k not in ("prompt", "height", "width")},
+        guidance=guided,
+        seed=args.seed,
+        on_stage=on_stage,
+        **attention,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _write_stages(args, pipe, source, call, done, guided, output: Path) -> int:
+    from dittfast.pipelines.generate import describe_run
+    from dittfast.pipelines.high_resolution import as_record
+
+    data = describe_run(pipe, source, call, args.seed, guided) | {"stages": as_record(done)}
+    parts = {output: done[-1]}
+    if args.save_all:
+        earlier = enumerate(done[:-1], 1)
+        parts |= {
+            output.with_name(f"{output.stem}.stage-{n}{output.suffix}"): s for n, s in earlier
+        }
+    beside = output.with_suffix(".json")
+    with ExitStack() as stack:
+        for path, stage in parts.items():
+            stage.image.save(stack.enter_context(atomic_path(path)))
+        write_json(beside, data | {"files": [path.name for path in parts]})
+    for stage in done:
+        width, height = stage.image.size
+        density = None if stage.description is None else stage.description.density
+        kept = "dense" if density is None else f"density {density:.3f}"
+        took = seconds(stage.run.timing.total)
+        print(f"{width} x {height}: {stage.num_tokens:,} tokens, {kept}, {took}")
+    print("wrote " + ", ".join(map(str, [*parts, beside])))
     return 0
 
 

@@ -45,7 +45,8 @@ class Local(Method):
         frame_window: frames nearer than this are visible; None for all.
         proportional: scale the logits by ``sqrt(log(n) / log(4608) / head_dim)`` for n tokens,
             text included (10 n with ``downsample``, as published), to keep attention as sharp on
-            images larger than the training size as on it.
+            images larger than the training size as on it. A number stands for 4608, the tokens
+            of FLUX at 1024 px, where a model was trained on sequences of another length.
 
     Raises:
         ValueError: an option out of range; a layout without a grid.
@@ -57,7 +58,7 @@ class Local(Method):
     downsample: int | None = None
     tile: tuple[int, int, int] | None = None
     frame_window: int | None = None
-    proportional: bool = False
+    proportional: bool | int = False
 
     def __post_init__(self):
         check_positive("window", self.window, "it is the radius in tokens; CLEAR uses 8, 16, 32")
@@ -65,6 +66,9 @@ class Local(Method):
             check_integer("downsample", self.downsample, 2, remedy="None for none; CLEAR uses 4")
         if self.frame_window is not None:
             check_integer("frame_window", self.frame_window, 1, remedy="None for all frames")
+        if not isinstance(self.proportional, bool):
+            remedy = "the tokens of the training size, or True for CLEAR's 4608"
+            check_integer("proportional", self.proportional, 2, remedy=remedy)
         if self.tile is not None:
             tile = tuple(self.tile)
             if len(tile) != 3:
@@ -136,7 +140,8 @@ class Local(Method):
         if not self.proportional:
             return None
         tokens = layout.num_tokens * (1 if self.downsample is None else 10)
-        return math.sqrt(math.log(tokens) / math.log(_TRAINED_TOKENS) / head_dim)
+        trained = _TRAINED_TOKENS if self.proportional is True else self.proportional
+        return math.sqrt(math.log(tokens) / math.log(trained) / head_dim)
 
     def _default_tile(self, grid: Grid) -> tuple[int, int, int]:
         # Small squares waste least of their neighbours on a circle; larger blocks compute faster.

@@ -1,0 +1,242 @@
+"""Pictures larger than a model was trained for: SDEdit in stages with local attention.
+
+CLEAR's recipe (Liu et al. 2024, arXiv:2412.16112) on SDEdit (Meng et al. 2021, arXiv:2108.01073).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from dittfast.config import resolve
+from dittfast.methods.base import Method
+from dittfast.methods.head_guidance import HeadGuidance
+from dittfast.methods.local import Local
+from dittfast.schedule import Schedule
+
+from .adapter import Description, describe, enable, transformers_of
+from .generate import Run, accepted, call_arguments, check_ranges, is_video, run
+from .guidance import guide
+from .seam import is_swapped
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its picture (``run.frames [1, H, W, 3]``), and what ran in it.
+
+    Attributes:
+        strength: how much noise was put on the picture before; None for the first stage.
+        num_tokens: of the transformer's sequence.
+        description: of the sparse method; None for the first stage and without a method.
+    """
+
+    run: Run
+    strength: float | None
+    num_tokens: int | None
+    description: Description | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.run.frames[0])
+
+
+@contextlib.contextmanager
+def rope_theta_scaled(pipe, factor: float):
+    """Inside, the base of FLUX's rotary embedding is ``factor`` times as large (NTK scaling).
+
+    Raises:
+        ValueError: a factor that is not positive, or a model whose embedding has no such base.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"ntk_factor must be a finite number above 0, got {factor!r}")
+    embeddings = [getattr(m, "pos_embed", None) for m in transformers_of(pipe).values()]
+    if factor != 1 and not all(hasattr(e, "theta") for e in embeddings):
+        names = ", ".join(type(m).__name__ for m in transformers_of(pipe).values())
+        raise ValueError(f"{names} has no pos_embed.theta to scale; use ntk_factor=1")
+    before = [getattr(e, "theta", None) for e in embeddings]
+    try:
+        if factor != 1:
+            for embedding, theta in zip(embeddings, before):
+                embedding.theta = theta * factor
+        yield
+    finally:
+        if factor != 1:
+            for embedding, theta in zip(embeddings, before):
+                embedding.theta = theta
+
+
+def image_to_image(pipe):
+    """The image-to-image pipeline of the same family, made of the same components.
+
+    Raises:
+        ValueError: diffusers has none for this pipeline.
+    """
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        made = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValueError(
+            f"diffusers has no image-to-image pipeline for {type(pipe).__name__}, which stages "
+            f"need: {error}"
+        ) from error
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made
+
+
+def _strengths(strength: float | Sequence[float], stages: int) -> list[float]:
+    given = [strength] * (stages - 1) if isinstance(strength, (int, float)) else list(strength)
+    if len(given) != stages - 1:
+        raise ValueError(
+            f"{len(given)} strengths for {stages} stages; give one for each stage after the first"
+        )
+    for value in given:
+        if not 0 < value <= 1:
+            raise ValueError(f"strength must lie in 0..1 and above 0, got {value!r}")
+    return given
+
+
+def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
+    if len(stages) < 2:
+        raise ValueError(f"stages needs at least two sizes (height, width), got {list(stages)}")
+    for (height, width), (taller, wider) in itertools.pairwise(stages):
+        if taller <= height or wider <= width:
+            raise ValueError(
+                f"each stage must be larger than the one before; {taller} x {wider} follows "
+                f"{height} x {width}"
+            )
+        if abs(taller / height - wider / width) > 0.05 * taller / height:
+            raise ValueError(
+                f"stages must keep the picture's shape; from {height} x {width} to {taller} x "
+                f"{wider} (height x width) it would be stretched"
+            )
+
+
+def generate_high_resolution(
+    pipe,
+    prompt: str,
+    stages: Sequence[tuple[int, int]],
+    *,
+    call: dict | None = None,
+    strength: float | Sequence[float] = 0.7,
+    method: Method | str | None = "local",
+    schedule: Schedule | None = None,
+    proportional: bool = True,
+    ntk_factor: float = 10.0,
+    guidance: HeadGuidance | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    **options,
+) -> list[Stage]:
+    """Draw small, then enlarge, put noise on and denoise again, stage after stage.
+
+    The first stage runs the pipeline as it is. Each later one enlarges the picture in pixels,
+    encodes it, adds noise up to ``strength`` and denoises it with the pipeline's image-to-image
+    variant, with the method in place.
+
+    Args:
+        pipe: a text-to-image pipeline. A method that is enabled on it runs in all stages; pass
+            ``method=None`` then.
+        stages: (height, width) in pixels, each larger than the one before; the first at the size
+            the model was trained for.
+        call: the other arguments of the pipeline's call, such as num_inference_steps.
+        strength: above 0, to 1, where nothing but the prompt is kept; one for all stages after
+            the first, or one for each.
+        method, schedule, options: as :func:`dittfast.enable`; of the stages after the first.
+        proportional: sharpen local attention for the longer sequence by CLEAR's proportional
+            scale, with the first stage's number of tokens as its reference length (CLEAR's is
+            4,608), unless the method has one of its own.
+        ntk_factor: the base of FLUX's rotary embedding times this in the stages after the first;
+            10 as in CLEAR, 1 to leave it.
+        guidance: weakened heads that guide every stage.
+        seed: stage n draws its noise from ``seed + n``.
+        on_stage: called with the name of what comes next.
+
+    Returns:
+        The stages; ``[-1].image`` is the result.
+
+    Raises:
+        ValueError: sizes, strengths or options out of range, a pipeline for video or without an
+            image-to-image variant, and as :func:`dittfast.enable`.
+        FloatingPointError: a picture with values that are not finite.
+    """
+    stages = [(int(height), int(width)) for height, width in stages]
+    _check_stages(stages)
+    strengths = _strengths(strength, len(stages))
+    check_ranges(prompt=prompt, seed=seed)
+    if is_video(pipe):
+        raise ValueError(f"{type(pipe).__name__} draws videos; stages are for pictures")
+    swapped = any(is_swapped(m) for m in transformers_of(pipe).values())
+    if swapped and method is not None:
+        raise ValueError(
+            "dittfast is enabled on this pipeline already; pass method=None to run the stages "
+            "with it, or call dittfast.disable(pipe) first"
+        )
+    chosen = None
+    if method is not None:
+        chosen, schedule = resolve(method, schedule, **options)
+    elif options or schedule:
+        raise ValueError(f"there is no method for the options {sorted(options)}")
+    larger = image_to_image(pipe)
+    call = call or {}
+    for name in {"prompt", "height", "width", "image", "strength"} & set(call):
+        raise ValueError(f"call holds {name}, which the stages set themselves; leave it out")
+    calls = [call_arguments(pipe, prompt, height=h, width=w, **call) for h, w in stages]
+    for arguments in calls[1:]:
+        for name in set(arguments) - set(accepted(larger)):
+            raise ValueError(f"{type(larger).__name__} takes no {name}; leave it out")
+    with rope_theta_scaled(pipe, ntk_factor):
+        pass  # checks it
+
+    on_stage(f"{stages[0][1]} x {stages[0][0]}")
+    with contextlib.ExitStack() as stack:
+        if not swapped:
+            stack.enter_context(enable(pipe, "dense"))
+        if guidance is not None:
+            stack.enter_context(guide(pipe, guidance))
+        first = run(pipe, calls[0], seed)
+        tokens = describe(pipe).num_tokens
+    done = [Stage(first, None, tokens)]
+    if proportional and isinstance(chosen, Local) and not chosen.proportional:
+        chosen = replace(chosen, proportional=tokens)
+    for number, (arguments, value) in enumerate(zip(calls[1:], strengths), 1):
+        height, width = stages[number]
+        on_stage(f"{width} x {height}")
+        picture = done[-1].image.resize((width, height), Image.Resampling.LANCZOS)
+        arguments |= {"image": picture, "strength": value}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(rope_theta_scaled(pipe, ntk_factor))
+            if chosen is not None:
+                stack.enter_context(enable(larger, chosen, schedule=schedule, backend=backend))
+            elif not swapped:
+                stack.enter_context(enable(larger, "dense"))
+            if guidance is not None:
+                stack.enter_context(guide(larger, guidance))
+            drawn = run(larger, arguments, seed + number)
+            description = describe(larger)
+        sparse = description if chosen is not None or swapped else None
+        done.append(Stage(drawn, value, description.num_tokens, sparse))
+    return done
+
+
+def as_record(stages: Sequence[Stage]) -> list[dict]:
+    """What ran in each stage, as plain data for JSON."""
+    return [
+        {
+            "height": int(np.shape(stage.run.frames)[1]),
+            "width": int(np.shape(stage.run.frames)[2]),
+            "strength": stage.strength,
+            "steps": len(stage.run.timing.steps),
+            "num_tokens": stage.num_tokens,
+            "seconds": stage.run.timing.total,
+            "attention": None if stage.description is None else stage.description.to_dict(),
+        }
+        for stage in stages
+    ]

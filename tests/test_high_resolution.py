@@ -1,0 +1,185 @@
+"""Stages of growing size against the same steps by hand with diffusers' own pipelines."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from dittfast.pipelines.guidance import guide
+from dittfast.pipelines.high_resolution import generate_high_resolution
+from PIL import Image
+
+import dittfast
+from dittfast.cli import main
+from dittfast.methods import Local
+
+STAGES = [(48, 64), (96, 128)]
+CALL = dict(num_inference_steps=3, max_sequence_length=12, guidance_scale=3.5)
+LOCAL = dict(window=3, tile=(1, 4, 4), min_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.flux_pipeline(double=1, single=1)
+
+
+def pixels(images):
+    return np.clip(np.rint(np.asarray(images[0]) * 255), 0, 255).astype(np.uint8)
+
+
+def draw(pipe, height, width, seed, **more):
+    generator = torch.Generator().manual_seed(seed)
+    return pixels(pipe("a red cat", height=height, width=width, generator=generator,
+                       output_type="np", **CALL, **more).images)  # fmt: skip
+
+
+def by_hand(pipe, strength, theta=1.0, **method):
+    """Both stages with stock pipelines."""
+    from diffusers import FluxImg2ImgPipeline
+
+    small = draw(pipe, *STAGES[0], seed=5)
+    image = Image.fromarray(small).resize((128, 96), Image.Resampling.LANCZOS)
+    larger = FluxImg2ImgPipeline(**pipe.components)
+    larger.set_progress_bar_config(disable=True)
+    pipe.transformer.pos_embed.theta *= theta
+    if method:
+        dittfast.enable(larger, "local", **method)
+    large = draw(larger, *STAGES[1], seed=6, image=image, strength=strength)
+    if method:
+        dittfast.disable(larger)
+    pipe.transformer.pos_embed.theta /= theta
+    return small, large
+
+
+def test_each_stage_is_img2img_with_the_method_in_place(pipe):
+    tokens = 6 * 8 + 12
+    expected = by_hand(pipe, 0.5, 10.0, **LOCAL, proportional=tokens)
+    seen = []
+    done = generate_high_resolution(pipe, "a red cat", STAGES, call=CALL, seed=5, strength=0.5,
+                                    on_stage=seen.append, **LOCAL)  # fmt: skip
+    assert [np.array_equal(s.run.frames[0], e) for s, e in zip(done, expected)] == [True] * 2
+    assert seen == ["64 x 48", "128 x 96"]
+    assert [s.num_tokens for s in done] == [tokens, 12 * 16 + 12]
+    assert [len(s.run.timing.steps) for s in done] == [3, 2]  # ceil(3 * 0.5)
+    method = done[1].description.method
+    assert done[0].description is None and method.proportional == tokens
+    scale = method.scale(dittfast.Layout.image(12, 16, text=12), 16)
+    assert scale == pytest.approx(math.sqrt(math.log(204) / math.log(tokens) / 16))
+    plain = by_hand(pipe, 0.5, 10.0, **LOCAL)
+    unscaled = generate_high_resolution(pipe, "a red cat", STAGES, call=CALL, seed=5,
+                                        method=Local(window=3, tile=(1, 4, 4)), min_tokens=0,
+                                        proportional=False, strength=0.5)  # fmt: skip
+    assert np.array_equal(unscaled[1].run.frames[0], plain[1])
+    assert not np.array_equal(plain[1], expected[1])
+
+
+def test_without_a_method_it_is_stock_img2img(pipe):
+    before = tiny.run(pipe)
+    done = generate_high_resolution(
+        pipe, "a red cat", STAGES, call=CALL, seed=5, method=None, strength=0.4, ntk_factor=1
+    )
+    expected = by_hand(pipe, 0.4)
+    assert [np.array_equal(s.run.frames[0], e) for s, e in zip(done, expected)] == [True] * 2
+    assert done[1].description is None and done[1].image.size == (128, 96)
+    assert torch.equal(tiny.run(pipe), before)
+
+
+def test_an_enabled_method_runs_in_every_stage(pipe):
+    def stages(**options):
+        return generate_high_resolution(pipe, "a red cat", STAGES, call=CALL, **options)
+
+    with dittfast.enable(pipe, "local", dense_first_steps=1, **LOCAL):
+        done = stages(method=None)
+        small = draw(pipe, *STAGES[0], seed=0)
+        with pytest.raises(ValueError, match="method=None"):
+            stages()
+    assert np.array_equal(done[0].run.frames[0], small)
+    assert done[1].description.method.window == 3
+
+
+def test_guidance_in_every_stage(pipe):
+    guidance = dittfast.HeadGuidance(heads=((0, 0),))
+    done = generate_high_resolution(
+        pipe, "a red cat", STAGES, call=CALL, seed=5, method=None, ntk_factor=1, guidance=guidance
+    )
+    with guide(pipe, guidance):
+        small = draw(pipe, *STAGES[0], seed=5)
+    assert np.array_equal(done[0].run.frames[0], small)
+    unguided = generate_high_resolution(
+        pipe, "a red cat", STAGES, call=CALL, seed=5, method=None, ntk_factor=1
+    )
+    assert not np.array_equal(done[1].run.frames, unguided[1].run.frames)
+
+
+def test_an_error_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
+    theta = pipe.transformer.pos_embed.theta
+    calls = []
+
+    def failing(*arguments, **options):
+        calls.append(pipe.transformer.pos_embed.theta)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusers.FluxImg2ImgPipeline.prepare_latents", failing)
+    with pytest.raises(KeyboardInterrupt):
+        generate_high_resolution(pipe, "a red cat", STAGES, call=CALL, **LOCAL)
+    assert calls == [10 * theta] and pipe.transformer.pos_embed.theta == theta
+    with pytest.raises(ValueError, match="not enabled"):
+        dittfast.disable(pipe)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(stages=[(48, 64)]), "at least two"),
+        (dict(stages=[(48, 64), (48, 64)]), "larger than the one before"),
+        (dict(stages=[(48, 64), (96, 96)]), "shape"),
+        (dict(stages=[(48, 64), (96, 130)]), "multiple of"),
+        (dict(strength=0.0), r"strength.*0\.0"),
+        (dict(strength=[0.5, 0.5]), "2 strengths for 2 stages"),
+        (dict(call=dict(height=48)), "call holds height"),
+        (dict(ntk_factor=0), "ntk_factor"),
+        (dict(method="locl"), "local"),
+        (dict(windw=3), "window"),
+        (dict(prompt=" "), "prompt is empty"),
+        (dict(call=dict(steps=3)), "steps"),
+        (dict(method=None, window=3), "no method"),
+    ],
+)
+def test_bad_input(pipe, options, message, monkeypatch):
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *a, **k: pytest.fail("it drew"))
+    arguments = dict(prompt="a red cat", stages=STAGES, call=CALL) | options
+    with pytest.raises(ValueError, match=message):
+        generate_high_resolution(pipe, **arguments)
+
+
+def test_videos_are_refused():
+    with pytest.raises(ValueError, match="videos"):
+        generate_high_resolution(tiny.wan_pipeline(), "a red cat", STAGES)
+
+
+def test_the_command_line(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = [
+        "generate", "a red cat", "--model", str(tmp_path / "model"), "-o", str(out / "a.png"),
+        "--stages", "48x64,96x128", "--steps", "3", "--max-sequence-length", "12", "--seed", "5",
+        "--guidance-scale", "3.5", "--device", "cpu", "--strength", "0.5",
+    ]  # fmt: skip
+    method = ["--method", "local", "--set", "window=3", "--set", "tile=[1,4,4]"]
+    assert main([*arguments, *method, "--set", "min_tokens=0", "--save-all"]) == 0
+    done = generate_high_resolution(
+        pipe, "a red cat", STAGES, call=CALL, seed=5, strength=0.5, **LOCAL
+    )
+    assert np.array_equal(np.asarray(Image.open(out / "a.png")), done[1].run.frames[0])
+    assert np.array_equal(np.asarray(Image.open(out / "a.stage-1.png")), done[0].run.frames[0])
+    data = json.loads((out / "a.json").read_text())
+    assert [s["steps"] for s in data["stages"]] == [3, 2]
+    density = data["stages"][1]["attention"]["density"]
+    assert f"density {density:.3f}" in capsys.readouterr().out
+    for extra in (["--compare", *method], ["--height", "64"], ["--stages", "a"]):
+        assert main([*arguments, *extra]) == 2
+    assert main([*arguments[:6], "--strength", "0.5"]) == 2
+    assert "--stages" in capsys.readouterr().err
