@@ -42,6 +42,11 @@ class GuidanceState:
         step, _ = state.session.step(state.family, arguments)
         if self.config.guidance_scale == 0 or not self.config.is_guided_step(step):
             return out
+        if not torch.is_tensor(arguments.get("hidden_states")):
+            raise ValueError(
+                f"{type(model).__name__} takes no hidden_states [B, ...], so guidance cannot tell "
+                "its batch; guidance does not support it"
+            )
         batch = arguments["hidden_states"].shape[0]
         batched = state.context is None and getattr(
             state.session.pipe, "do_classifier_free_guidance", False
@@ -51,6 +56,9 @@ class GuidanceState:
         if batched:
             arguments = _second_half(arguments, batch)
             conditional = prediction[batch // 2 :]
+            if any(len(rows) > 1 for rows in state.sequences.kinds):
+                # What was read describes the rows of the whole batch.
+                state.prepare(model, arguments)
         with perturbed(model, state, self):
             weakened = _tensor(torch.nn.Module.__call__(model, **arguments))
         delta = self.config.guidance_scale * (conditional - weakened)
@@ -77,7 +85,16 @@ class GuidanceState:
 
 @contextlib.contextmanager
 def perturbed(model: torch.nn.Module, state: ModelState, guidance: GuidanceState):
-    """Inside, the chosen heads of ``model`` are weakened."""
+    """Inside, the chosen heads of ``model`` are weakened.
+
+    Raises:
+        ValueError: prompts of different length in one batch, whose image tokens differ in place.
+    """
+    if state.sequences.rows_differ:
+        raise ValueError(
+            "guidance needs prompts of one length in a batch, and this model lays out each row by "
+            "its own; run the prompts one at a time"
+        )
     key = state.layout
     if key not in guidance._perturbations:
         guidance._perturbations[key] = Perturbation(guidance.config.rows, key)

@@ -20,7 +20,8 @@ from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.methods.local import Local
 from dittfast.schedule import Schedule
 
-from .adapter import Description, describe, enable, transformers_of
+from .adapter import enable, transformers_of
+from .description import Description, describe
 from .generate import Run, accepted, call_arguments, check_ranges, is_video, run
 from .guidance import guide
 from .seam import is_swapped

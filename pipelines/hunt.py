@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dittfast.charts import Curve, SheetRow, contact_sheet, line_chart
-from dittfast.environment import describe_device, versions
-from dittfast.files import write_image, write_json
+from dittfast.environment import describe_device
+from dittfast.files import write_image
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
@@ -24,133 +22,9 @@ from .adapter import transformers_of
 from .generate import call_arguments
 from .guidance import guide, head_counts
 from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
+from .hunt_report import SHEET_COLUMNS, Contender, HuntResult, curve, round_sheet
 from .objectives import Objective, describe_objective, evaluate
 from .seam import is_swapped
-
-SHEET_ROWS, SHEET_COLUMNS = 6, 4
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A set of heads that was judged next to others.
-
-    Attributes:
-        name: "unguided", "layer 3" or "round 2".
-        heads: its ``(layer, head)`` pairs; none for the unguided model.
-        search, holdout: its score of every picture, searched with and held out; empty where it
-            was not judged.
-    """
-
-    name: str
-    heads: Heads
-    search: tuple[float, ...]
-    holdout: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class HuntResult:
-    """What :func:`hunt` found.
-
-    Attributes:
-        objective: what was maximised.
-        settings: everything a score depends on: model, prompts, seeds, call, guidance.
-        rounds: of the search.
-        unguided: the pipeline without guidance.
-        layers: every whole layer, with the same guidance settings; empty unless asked for.
-        found: the set after every round.
-    """
-
-    objective: str
-    settings: dict
-    rounds: tuple[Round, ...]
-    unguided: Contender
-    layers: tuple[Contender, ...]
-    found: tuple[Contender, ...]
-
-    @property
-    def best(self) -> Contender:
-        """The set after the round that scored highest in the search; unguided if none is better."""
-        number = max((r.number for r in self.rounds if r.best_so_far), default=0)
-        return self.found[number - 1] if number else self.unguided
-
-    @property
-    def best_layer(self) -> Contender | None:
-        """The layer that scored highest in the search, so chosen as the heads were."""
-        return max(self.layers, key=lambda c: statistics.fmean(c.search), default=None)
-
-    @property
-    def guidance(self) -> HeadGuidance:
-        """What to hand to :func:`dittfast.guide`.
-
-        Raises:
-            ValueError: no set of heads was better than the unguided pipeline.
-        """
-        if not self.best.heads:
-            raise ValueError(
-                "no heads were found that raise the objective above the unguided pipeline's "
-                f"{statistics.fmean(self.unguided.search):.6g}; try another strength or "
-                "guidance_scale"
-            )
-        return HeadGuidance(self.best.heads, **self.settings["guidance"])
-
-    def to_dict(self) -> dict:
-        """Plain data, for JSON; :meth:`HeadGuidance.load` reads the file."""
-        groups = {"unguided": [self.unguided], "layers": self.layers, "rounds": self.found}
-        report = {
-            "objective": self.objective,
-            "settings": self.settings,
-            "best": self.best.name,
-            "best_layer": self.best_layer.name if self.layers else None,
-            **{name: [_summary(c) for c in group] for name, group in groups.items()},
-            "versions": versions(),
-        }
-        if self.best.holdout:
-            rivals = [self.unguided, *([self.best_layer] if self.layers else [])]
-            report["holdout"] = {
-                f"best_minus_{rival.name.replace(' ', '_')}": paired(self.best, rival)
-                for rival in rivals
-                if rival is not self.best
-            }
-        return {
-            "heads": [list(head) for head in self.best.heads],
-            **self.settings["guidance"],
-            "search": report,
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write :meth:`to_dict` as JSON, atomically."""
-        write_json(path, self.to_dict())
-
-
-def _summary(contender: Contender) -> dict:
-    means = {
-        split: statistics.fmean(scores)
-        for split in ("search", "holdout")
-        if (scores := getattr(contender, split))
-    }
-    return {
-        "name": contender.name,
-        "heads": [list(head) for head in contender.heads],
-        "mean": means,
-        "scores": {split: list(getattr(contender, split)) for split in means},
-    }
-
-
-def paired(a: Contender, b: Contender) -> dict:
-    """How much higher ``a`` scores than ``b`` on the same held-out pictures.
-
-    Returns:
-        ``mean`` difference, its ``standard_error`` over the pictures (None for fewer than two),
-        ``wins``, the share of pictures where a is higher, and the number of ``pictures``.
-    """
-    apart = [x - y for x, y in zip(a.holdout, b.holdout)]
-    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
-    return {
-        "mean": statistics.fmean(apart),
-        "standard_error": error,
-        "wins": sum(d > 0 for d in apart) / len(apart),
-        "pictures": len(apart),
-    }
 
 
 class _Studio:
@@ -444,7 +318,7 @@ def hunt(
 
     def finish(found: Round) -> None:
         if folder is not None:
-            sheet = _round_sheet(studio, splits["search"], found, judge(()), settings)
+            sheet = round_sheet(studio.pictures, splits["search"], found, judge(()), settings)
             write_image(folder / f"round-{found.number}.png", sheet)
         on_round(found)
 
@@ -478,59 +352,3 @@ def hunt(
         write_image(folder / "curve.png", curve(result))
         result.save(folder / "heads.json")
     return result
-
-
-def _round_sheet(studio: _Studio, samples, found: Round, unguided: Sequence[float], settings: dict):
-    """The round's best candidates, below the unguided pictures and the set it ended with."""
-    shown = samples[:SHEET_COLUMNS]
-    before = tuple(h for h in found.heads if h not in found.added)
-
-    def line(mean: float, count: int) -> str:
-        gain = mean - statistics.fmean(unguided[:count])
-        note = "" if count == len(samples) else f", {count} pictures"
-        return f"{mean:.5g} ({gain:+.3g}{note})"
-
-    base = f"{statistics.fmean(unguided):.5g}"
-    rows = [SheetRow("unguided", base, studio.pictures((), shown))]
-    if len(found.heads) > 1:
-        title = f"all chosen: {name_of(found.heads)}"
-        rows.append(
-            SheetRow(title, line(found.mean, len(samples)), studio.pictures(found.heads, shown))
-        )
-    for candidate in found.candidates[:SHEET_ROWS]:
-        title = f"{'+ ' if before else ''}{name_of([candidate.head])}"
-        title += " (chosen)" if candidate.head in found.added else ""
-        pictures = studio.pictures((*before, candidate.head), shown)
-        rows.append(SheetRow(title, line(candidate.mean, candidate.samples), pictures))
-    options = settings["guidance"]
-    footer = (
-        f"{settings['objective']}, mean of {len(samples)} pictures; guidance_scale "
-        f"{options['guidance_scale']:g}, strength {options['strength']:g}, rows {options['rows']}"
-    )
-    columns = [f"{prompt}, seed {seed}" for prompt, seed in shown]
-    return contact_sheet(rows, columns, f"HeadHunter, round {found.number}", footer)
-
-
-def curve(result: HuntResult):
-    """The score after each round, searched and held out, next to unguided and the best layer."""
-    splits = ["search", *(["holdout"] if result.unguided.holdout else [])]
-    names = {"search": "heads, prompts searched with", "holdout": "heads, held-out prompts"}
-    curves = []
-    for split in splits:
-        scores = [getattr(c, split) for c in (result.unguided, *result.found)]
-        curves.append(Curve(names[split], tuple(map(statistics.fmean, scores))))
-    if result.layers:
-        for split in splits:
-            mean = statistics.fmean(getattr(result.best_layer, split))
-            name = f"best whole layer ({result.best_layer.name.split()[-1]}), {split}"
-            curves.append(Curve(name, (mean,), flat=True))
-    added = [" ".join(name_of([h]) for h in r.added) for r in result.rounds]
-    ticks = ["unguided", *(f"{r.number}: + {a}" for r, a in zip(result.rounds, added))]
-    options = result.settings["guidance"]
-    footer = (
-        f"{result.objective}; guidance_scale {options['guidance_scale']:g}, strength "
-        f"{options['strength']:g}; means over {len(result.unguided.search)} pictures"
-    )
-    if result.unguided.holdout:
-        footer += f" searched with and {len(result.unguided.holdout)} held out"
-    return line_chart(curves, ticks, "HeadHunter: objective after each round", footer)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 from dittfast.pipelines.head_search import Policy, ScoreBook, calls, greedy, name_of
-from dittfast.pipelines.hunt import hunt, paired
+from dittfast.pipelines.hunt import hunt
+from dittfast.pipelines.hunt_report import paired
 from dittfast.pipelines.objectives import Colorfulness, Contrast
 from PIL import Image
 

@@ -294,3 +294,11 @@ def test_bad_layouts():
 def test_registered():
     assert METHODS["local"] is Local and Local.static and Local.needs_grid
     assert hash(Local(4, tile=[1, 4, 4])) == hash(Local(4, tile=(1, 4, 4)))
+
+
+def test_proportional_scale_of_another_training_size():
+    layout = Layout.image(64, 64, text=24)
+    factor = math.log(4120) / math.log(1048)
+    assert Local(8, proportional=1048).scale(layout, 64) == pytest.approx((factor / 64) ** 0.5)
+    with pytest.raises(ValueError, match=r"proportional.*4608"):
+        Local(8, proportional=1)

@@ -195,7 +195,7 @@ def _print_result(result) -> None:
     from statistics import fmean
 
     from dittfast.pipelines.head_search import name_of
-    from dittfast.pipelines.hunt import paired
+    from dittfast.pipelines.hunt_report import paired
 
     held = bool(result.unguided.holdout)
     print(f"\n{'':<14}{'searched':>12}" + (f"{'held out':>12}" if held else "") + "  heads")
