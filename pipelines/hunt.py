@@ -22,7 +22,14 @@ from .adapter import transformers_of
 from .generate import call_arguments
 from .guidance import guide, head_counts
 from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
-from .hunt_report import SHEET_COLUMNS, Contender, HuntResult, curve, round_sheet
+from .hunt_report import (
+    SHEET_COLUMNS,
+    Contender,
+    HuntResult,
+    curve,
+    holdout_sheet,
+    round_sheet,
+)
 from .objectives import Objective, describe_objective, evaluate
 from .seam import is_swapped
 
@@ -112,7 +119,7 @@ class _Judge:
     def __call__(self, heads: Heads, count: int | None = None, split: str = "search") -> list:
         samples = self.splits[split]
         count = len(samples) if count is None else min(count, len(samples))
-        show = samples[:SHEET_COLUMNS] if split == "search" else ()
+        show = samples[:SHEET_COLUMNS]
         known = self.book.get(split, heads)
         self._advance(heads, split, min(len(known), count))
         while len(known) < count:
@@ -257,8 +264,8 @@ def hunt(
         holdout_seeds: default ``seeds``.
         compare_layers: judge every whole layer, too.
         folder: made if it is missing. The search keeps its scores there in state.json and goes on
-            from them when it is called again; contact sheets of each round, the curve and
-            heads.json go there, too. None writes nothing.
+            from them when it is called again; heads.json, the curve, and contact sheets of each
+            round and of held-out pictures go there, too. None writes nothing.
         progress: show a bar, in pictures.
         on_round: called with each :class:`~dittfast.pipelines.head_search.Round`.
 
@@ -346,6 +353,9 @@ def hunt(
                 layers=tuple(map(held, result.layers)),
                 found=tuple(map(held, result.found)),
             )
+            if folder is not None:
+                sheet = holdout_sheet(studio.pictures, splits["holdout"], result)
+                write_image(folder / "holdout.png", sheet)
         bar.total = bar.n
         bar.refresh()
     if folder is not None:

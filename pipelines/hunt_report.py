@@ -184,6 +184,27 @@ def round_sheet(
     return contact_sheet(rows, columns, f"HeadHunter, round {found.number}", footer)
 
 
+def holdout_sheet(
+    pictures: Callable[[Heads, Sequence], Sequence[np.ndarray]],
+    samples: Sequence[tuple[str, int]],
+    result: HuntResult,
+):
+    """A contact sheet of held-out pictures: unguided, the best layer, the best set found."""
+    shown = samples[:SHEET_COLUMNS]
+    rows = []
+    for contender in (result.unguided, result.best_layer, result.best):
+        if contender is None or any(row.title.startswith(contender.name) for row in rows):
+            continue
+        title = contender.name if not contender.heads else (
+            f"{contender.name}: {name_of(contender.heads)}"
+        )  # fmt: skip
+        mean = f"{statistics.fmean(contender.holdout):.5g}"
+        rows.append(SheetRow(title, mean, pictures(contender.heads, shown)))
+    columns = [f"{prompt}, seed {seed}" for prompt, seed in shown]
+    footer = f"{result.objective}, mean of {len(samples)} held-out pictures"
+    return contact_sheet(rows, columns, "HeadHunter: prompts the search did not see", footer)
+
+
 def curve(result: HuntResult):
     """The score after each round, searched and held out, next to unguided and the best layer."""
     splits = ["search", *(["holdout"] if result.unguided.holdout else [])]

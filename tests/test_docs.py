@@ -130,7 +130,9 @@ def test_every_way_to_contribute_has_an_example():
     assert wanted <= set(sections("CONTRIBUTING.md"))
 
 
-@pytest.mark.parametrize("document", (*DOCUMENTS, "samples/README.md", "docs/sample-model.md"))
+@pytest.mark.parametrize(
+    "document", (*DOCUMENTS, "samples/README.md", "docs/sample-model.md", "docs/head-guidance.md")
+)
 def test_links_lead_somewhere(document):
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+)[^)]*\)", text_of(document))
     files = [link for link in links if not link.startswith(("https:", "mailto:"))]

@@ -236,7 +236,9 @@ def test_an_interrupted_search_goes_on_where_it_stopped(pipe, tmp_path):
         drawn += part.pictures
     # Pictures are judged once; a sheet may have to draw some of them again to show them.
     assert drawn == whole.pictures
-    names = ["curve.png", "heads.json", "round-1.png", "round-2.png", "state.json"]
+    names = [
+        "curve.png", "heads.json", "holdout.png", "round-1.png", "round-2.png", "state.json"
+    ]  # fmt: skip
     for name in names:
         a, b = ((tmp_path / folder / name).read_bytes() for folder in ("whole", "parts"))
         assert a == b, name

@@ -150,7 +150,7 @@ def run(args) -> int:
         pipe, objective, prompts, call=call, folder=folder, on_round=_print_round, **search
     )
     _print_result(result)
-    print(f"wrote {folder}/heads.json, curve.png and a sheet of each round")
+    print(f"wrote {folder}/heads.json, curve.png and sheets of pictures")
     return 0
 
 
