@@ -1,13 +1,15 @@
 """Triton kernels of block-sparse attention: forward, and backward without atomics.
 
 One program owns one tile of queries (forward, dq) or of keys (dkv) and walks that block's list.
-Full blocks stand first in a list, so a walk is one loop without and one with the token rule. A
-block longer than a tile is cut into ``PARTS`` tiles; of short blocks a tile packs ``PACK``. Tiles
-of ragged blocks repeat the block's last row, and a bias of -inf hides the repeats.
+Full blocks stand first in a list, so a walk is one loop without and one with the token rule, over
+smaller tiles because the rule takes registers. A block longer than a tile is cut into ``PARTS``
+tiles; of short blocks a tile packs ``PACK``. Tiles of ragged blocks repeat the block's last row,
+and a bias of -inf hides the repeats.
 
 Prefixes: ``i_`` program ids, ``o_`` offsets, ``b_`` tiles held on chip. Other names are those of
-:class:`dittfast.plan.PlanTensors`. Logits are in base 2 inside (``exp2`` is what the hardware
-has); ``lse`` leaves in nats. The online softmax is FlashAttention-2's (Dao, arXiv:2307.08691).
+:class:`dittfast.plan.PlanTensors`. The online softmax is FlashAttention-2's (Dao,
+arXiv:2307.08691), in base 2 because ``exp2`` is what the hardware has. The backward subtracts
+the natural lse from natural logits first: at large logits a change of base loses digits.
 """
 
 import triton
@@ -85,8 +87,8 @@ def _store_tile(
 
 @triton.jit
 def _bias(kv_log_weight, token, inside):
-    """What is added to base-2 logits: the log weight, and -inf on rows that are not inside."""
-    weight = 0.0 if kv_log_weight is None else tl.load(kv_log_weight + token) * LOG2E
+    """What is added to logits: the log weight, and -inf on rows that are not inside."""
+    weight = 0.0 if kv_log_weight is None else tl.load(kv_log_weight + token)
     return tl.where(inside, weight, float("-inf"))
 
 
@@ -154,7 +156,7 @@ def _forward_walk(
         else:
             b_s = b_s * scale
             if kv_log_weight is not None or not KV_EVEN:
-                b_s += _bias(kv_log_weight, token, inside)[None, :]
+                b_s += _bias(kv_log_weight, token, inside)[None, :] * LOG2E
             if RULE:
                 keep = _keep(
                     b_q_frame, b_q_place, tl.load(kv_frame + position)[None, :],
@@ -188,7 +190,8 @@ def forward_kernel(
     list_b, list_h, weight_b, weight_h, scale_b, scale_h, residual_b, residual_h,
     METRIC: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
-    KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr, RULE_BLOCK: tl.constexpr,
+    RULE_PARTS: tl.constexpr, RULE_PACK: tl.constexpr,
 ):  # fmt: skip
     """``out`` and ``lse`` of one tile of queries."""
     i_b, i_h, i_q, part = _program(heads, num_q_blocks, Q_PARTS)
@@ -223,8 +226,7 @@ def forward_kernel(
             acc, b_sum, b_max, b_q, q_position, num_full, num_blocks, k, v, scale * LOG2E,
             stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order, kv_log_weight,
             limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
-            METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N // SPLIT,
-            KV_PARTS * SPLIT if KV_PACK == 1 else 1, tl.cdiv(KV_PACK, SPLIT), KV_EVEN,
+            METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, KV_EVEN,
         )  # fmt: skip
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -242,7 +244,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def delta_kernel(
-    out, do, lse, dlse, delta, lse2, d_out_scale, d_out_residual,
+    out, do, lse, dlse, delta, row_lse, d_out_scale, d_out_residual,
     q_starts, q_lengths, q_order, out_scale, out_residual,
     heads, num_queries, num_q_blocks,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn,
@@ -251,8 +253,8 @@ def delta_kernel(
 ):  # fmt: skip
     """What the backward needs of each query, by *position*, and the epilogue's gradients.
 
-    ``delta = do . (out - out_residual) - dlse``. ``lse2`` is lse in base 2, +inf where a query
-    sees no key, so that ``exp2(logit - lse2)`` is 0 there.
+    ``delta = do . (out - out_residual) - dlse``. ``row_lse`` is lse, but +inf where a query sees no
+    key, so that ``exp(logit - row_lse)`` is 0 there.
     """
     i_b, i_h, i_q, _ = _program(heads, num_q_blocks, 1)
     out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
@@ -279,9 +281,9 @@ def delta_kernel(
         if dlse is not None:
             b_delta -= tl.load(dlse + row * num_queries + token)
         b_lse = tl.load(lse + row * num_queries + token)
-        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
         tl.store(delta + row * num_queries + position, b_delta, mask=inside)
-        tl.store(lse2 + row * num_queries + position, b_lse, mask=inside)
+        tl.store(row_lse + row * num_queries + position, b_lse, mask=inside)
     at = row * num_q_blocks + i_q
     if out_scale is not None:
         scale_at = (i_b * scale_b + i_h * scale_h).to(tl.int64) * num_q_blocks + i_q
@@ -292,7 +294,7 @@ def delta_kernel(
 
 @triton.jit
 def _dq_walk(
-    b_dq, b_q, b_do, b_delta, b_lse2, block_scale, q_position, first, last, k, v, scale,
+    b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, first, last, k, v, scale,
     stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order, kv_log_weight,
     limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
     RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -329,7 +331,7 @@ def _dq_walk(
                 RULE, NUM_LIMITS,
             )  # fmt: skip
             b_s = tl.where(keep, b_s, float("-inf"))
-        b_p = tl.exp2(b_s - b_lse2[:, None])
+        b_p = tl.exp2((b_s - b_row_lse[:, None]) * LOG2E)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp * block_scale - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
@@ -339,7 +341,7 @@ def _dq_walk(
 
 @triton.jit(do_not_specialize=_SIZES)
 def dq_kernel(
-    q, k, v, do, delta, lse2, dq,
+    q, k, v, do, delta, row_lse, dq,
     kv_indices, kv_num_blocks, kv_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
     q_order, kv_order, kv_log_weight, out_scale,
     limits, q_frame, q_place, kv_frame, kv_place,
@@ -349,7 +351,8 @@ def dq_kernel(
     list_b, list_h, weight_b, weight_h, scale_b, scale_h,
     METRIC: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
-    KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr, RULE_BLOCK: tl.constexpr,
+    RULE_PARTS: tl.constexpr, RULE_PACK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries; ``dq`` is contiguous."""
     i_b, i_h, i_q, part = _program(heads, num_q_blocks, Q_PARTS)
@@ -376,21 +379,20 @@ def dq_kernel(
     b_q = _tile(q, q_token, stride_qn, HEAD_DIM, BLOCK_D)
     b_do = _tile(do, q_token, stride_gn, HEAD_DIM, BLOCK_D)
     b_delta = tl.load(delta + first_row + q_position)
-    b_lse2 = tl.load(lse2 + first_row + q_position)
+    b_row_lse = tl.load(row_lse + first_row + q_position)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_dq = _dq_walk(
-        b_dq, b_q, b_do, b_delta, b_lse2, block_scale, q_position, 0, num_full, k, v,
-        scale * LOG2E, stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order,
+        b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, 0, num_full, k, v,
+        scale, stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order,
         kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
         0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
     )  # fmt: skip
     if METRIC:
         b_dq = _dq_walk(
-            b_dq, b_q, b_do, b_delta, b_lse2, block_scale, q_position, num_full, num_blocks, k, v,
-            scale * LOG2E, stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order,
+            b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, num_full, num_blocks,
+            k, v, scale, stride_kn, stride_vn, kv_indices, kv_starts, kv_lengths, kv_order,
             kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
-            METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N // SPLIT,
-            KV_PARTS * SPLIT if KV_PACK == 1 else 1, tl.cdiv(KV_PACK, SPLIT), KV_EVEN,
+            METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, KV_EVEN,
         )  # fmt: skip
     _store_tile(
         dq + first_row * HEAD_DIM, b_dq * scale, q_token, HEAD_DIM, q_inside, HEAD_DIM, BLOCK_D
@@ -399,7 +401,7 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_walk(
-    b_dk, b_dv, b_k, b_v, b_bias, kv_position, first, last, q, do, delta, lse2, out_scale, scale,
+    b_dk, b_dv, b_k, b_v, b_bias, kv_position, first, last, q, do, delta, row_lse, out_scale, scale,
     stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
     limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
     RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -431,9 +433,9 @@ def _dkv_walk(
         b_q = _tile(q, token, stride_qn, HEAD_DIM, BLOCK_D)
         b_do = _tile(do, token, stride_gn, HEAD_DIM, BLOCK_D)
         b_delta = tl.load(delta + position)
-        b_lse2 = tl.load(lse2 + position)
+        b_row_lse = tl.load(row_lse + position)
         if not Q_EVEN:
-            b_lse2 = tl.where(inside, b_lse2, float("inf"))
+            b_row_lse = tl.where(inside, b_row_lse, float("inf"))
         # [BLOCK_N, BLOCK_M]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
         if BIAS:
@@ -444,7 +446,7 @@ def _dkv_walk(
                 b_kv_frame, b_kv_place, limits, sink_frames, RULE, NUM_LIMITS,
             )  # fmt: skip
             b_s = tl.where(keep, b_s, float("-inf"))
-        b_p = tl.exp2(b_s - b_lse2[None, :])
+        b_p = tl.exp2((b_s - b_row_lse[None, :]) * LOG2E)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
         if out_scale is None:
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
@@ -461,7 +463,7 @@ def _dkv_walk(
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_kernel(
-    q, k, v, do, delta, lse2, dk, dv,
+    q, k, v, do, delta, row_lse, dk, dv,
     q_indices, q_num_blocks, q_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
     q_order, kv_order, kv_log_weight, out_scale,
     limits, q_frame, q_place, kv_frame, kv_place,
@@ -471,7 +473,8 @@ def dkv_kernel(
     list_b, list_h, weight_b, weight_h, scale_b, scale_h,
     METRIC: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr,
-    Q_PACK: tl.constexpr, Q_EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    Q_PACK: tl.constexpr, Q_EVEN: tl.constexpr, RULE_BLOCK: tl.constexpr,
+    RULE_PARTS: tl.constexpr, RULE_PACK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, over the transposed lists; contiguous outputs."""
     i_b, i_h, i_kv, part = _program(heads, num_kv_blocks, KV_PARTS)
@@ -480,7 +483,7 @@ def dkv_kernel(
     v += i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
     do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
     delta += (i_b * heads + i_h).to(tl.int64) * num_queries
-    lse2 += (i_b * heads + i_h).to(tl.int64) * num_queries
+    row_lse += (i_b * heads + i_h).to(tl.int64) * num_queries
     row = (i_b * list_b + i_h * list_h).to(tl.int64) * num_kv_blocks + i_kv
     q_indices += row * q_list_size
     num_blocks = tl.load(q_num_blocks + row)
@@ -503,18 +506,17 @@ def dkv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dk, b_dv = _dkv_walk(
-        b_dk, b_dv, b_k, b_v, b_bias, kv_position, 0, num_full, q, do, delta, lse2, out_scale,
-        scale * LOG2E, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
+        b_dk, b_dv, b_k, b_v, b_bias, kv_position, 0, num_full, q, do, delta, row_lse, out_scale,
+        scale, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
         limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
         0, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, Q_PARTS, Q_PACK, Q_EVEN,
     )  # fmt: skip
     if METRIC:
         b_dk, b_dv = _dkv_walk(
-            b_dk, b_dv, b_k, b_v, b_bias, kv_position, num_full, num_blocks, q, do, delta, lse2,
-            out_scale, scale * LOG2E, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
+            b_dk, b_dv, b_k, b_v, b_bias, kv_position, num_full, num_blocks, q, do, delta, row_lse,
+            out_scale, scale, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
             limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
-            METRIC, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, BLOCK_M // SPLIT,
-            Q_PARTS * SPLIT if Q_PACK == 1 else 1, tl.cdiv(Q_PACK, SPLIT), Q_EVEN,
+            METRIC, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, Q_EVEN,
         )  # fmt: skip
     first_row = (i_b * heads + i_h).to(tl.int64) * num_keys
     dk += first_row * HEAD_DIM

@@ -1,4 +1,4 @@
-"""Block-sparse attention on a GPU: launch sizes and launchers of the Triton kernels."""
+"""Block-sparse attention on a GPU: the launchers of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from dittfast.plan import PlanTensors, transpose_lists
 
+from .launch_sizes import KernelConfig, launch_config
 from .op import define_backend, empty_outputs
 
 try:
@@ -24,51 +25,17 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class KernelConfig(NamedTuple):
-    """Tile sizes and launch options of one kernel.
-
-    Attributes:
-        block_m, block_n: rows of a query tile and of a key tile.
-        num_warps, num_stages: threads per program, and loads in flight.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-class LaunchConfig(NamedTuple):
-    forward: KernelConfig
-    dq: KernelConfig
-    dkv: KernelConfig
-
-
-def launch_config(head_dim: int, dtype: torch.dtype, capability) -> LaunchConfig:
-    """Launch sizes of the kernels.
-
-    One choice for every head dim, dtype and device so far; not tuned, and not checked against
-    the shared memory of every device at head dim 256.
-
-    Args:
-        capability: (major, minor) on NVIDIA, the architecture's name on AMD.
-    """
-    any_kernel = KernelConfig(64, 64, 4, 2)
-    return LaunchConfig(any_kernel, any_kernel, any_kernel)
-
-
 class Call(NamedTuple):
     """One kernel launch: what runs, over how many programs, on what."""
 
     kernel: object
     grid: int
     arguments: dict
-    num_warps: int
-    num_stages: int
+    config: KernelConfig
 
     def launch(self) -> None:
         arguments = {name: self.arguments[name] for name in self.kernel.arg_names}
-        self.kernel[(self.grid,)](**arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[(self.grid,)](**arguments, **self.config.options())
 
 
 def capability_of(device: torch.device):
@@ -106,14 +73,17 @@ def _walked(block_size: int, tile: int) -> tuple[int, int]:
     return math.ceil(block_size / tile), max(1, tile // triton.next_power_of_2(block_size))
 
 
-def _split(t: PlanTensors) -> int:
-    """Pieces of a walked tile under the token rule; looking up limits takes registers."""
-    return 2 if t.metric and t.limits.numel() > 1 else 1
-
-
-def _even(block_size: int, count: int, total: int, tile: int) -> bool:
-    """Whether every tile of the walked side is full of tokens."""
-    return block_size % tile == 0 and count * block_size == total
+def _walk(side: str, block_size: int, count: int, total: int, tile: int, rule_tile: int) -> dict:
+    """How a kernel walks the blocks of ``side``; EVEN where every tile is full of tokens."""
+    parts, pack = _walked(block_size, tile)
+    rule_tile = min(tile, rule_tile)
+    rule_parts, rule_pack = _walked(block_size, rule_tile)
+    return {
+        f"{side}_PARTS": parts,
+        f"{side}_PACK": pack,
+        f"{side}_EVEN": block_size % tile == 0 and count * block_size == total,
+        **dict(RULE_BLOCK=rule_tile, RULE_PARTS=rule_parts, RULE_PACK=rule_pack),
+    }
 
 
 def _common(q, k, v, t: PlanTensors, scale: float) -> dict:
@@ -145,16 +115,15 @@ def _common(q, k, v, t: PlanTensors, scale: float) -> dict:
 def _by_query(kernel, values: dict, t: PlanTensors, config: KernelConfig) -> Call:
     """A launch of a kernel that owns queries and walks lists of keys."""
     block_m, q_parts = _owned(t.q_block_size, config.block_m)
-    kv_parts, kv_pack = _walked(t.kv_block_size, config.block_n)
     sizes = t.kv_block_size, values["num_kv_blocks"], values["num_keys"]
     values = {
         **values,
         **_broadcast("list", t.kv_indices),
-        **dict(BLOCK_M=block_m, BLOCK_N=config.block_n, Q_PARTS=q_parts, KV_PARTS=kv_parts),
-        **dict(KV_PACK=kv_pack, KV_EVEN=_even(*sizes, config.block_n), SPLIT=_split(t)),
+        **_walk("KV", *sizes, config.block_n, config.rule_tile),
+        **dict(BLOCK_M=block_m, BLOCK_N=config.block_n, Q_PARTS=q_parts),
     }
     programs = values["q"].shape[0] * values["heads"] * values["num_q_blocks"]
-    return Call(kernel, programs * q_parts, values, config.num_warps, config.num_stages)
+    return Call(kernel, programs * q_parts, values, config)
 
 
 def forward_call(q, k, v, out, lse, t: PlanTensors, scale: float, capability) -> Call:
@@ -179,27 +148,27 @@ def backward_calls(
         **_common(q, k, v, t, scale),
         **dict(out=out, lse=lse, do=grad_out, dlse=grad_lse, dq=dq, dk=dk, dv=dv),
         **dict(d_out_scale=d_out_scale, d_out_residual=d_out_residual),
-        **dict(delta=torch.empty(q.shape[:3], **rows), lse2=torch.empty(q.shape[:3], **rows)),
+        **dict(delta=torch.empty(q.shape[:3], **rows), row_lse=torch.empty(q.shape[:3], **rows)),
         **_strides("o", out),
         **_strides("g", grad_out),
     }
     batch_heads = q.shape[0] * q.shape[1]
-    block_m, q_parts = _owned(t.q_block_size, 64)
+    block_m, q_parts = _owned(t.q_block_size, config.delta.block_m)
     delta = {**values, **dict(BLOCK_M=block_m, Q_PARTS=q_parts)}
-    delta = Call(block_sparse.delta_kernel, batch_heads * values["num_q_blocks"], delta, 4, 2)
+    programs = batch_heads * values["num_q_blocks"]
+    delta = Call(block_sparse.delta_kernel, programs, delta, config.delta)
 
     block_n, kv_parts = _owned(t.kv_block_size, config.dkv.block_n)
-    q_parts, q_pack = _walked(t.q_block_size, config.dkv.block_m)
     sizes = t.q_block_size, values["num_q_blocks"], values["num_queries"]
     dkv = {
         **values,
         **_broadcast("list", t.q_indices),
-        **dict(BLOCK_M=config.dkv.block_m, BLOCK_N=block_n, Q_PARTS=q_parts, KV_PARTS=kv_parts),
-        **dict(Q_PACK=q_pack, Q_EVEN=_even(*sizes, config.dkv.block_m)),
-        **dict(q_list_size=t.q_indices.shape[3], SPLIT=_split(t)),
+        **_walk("Q", *sizes, config.dkv.block_m, config.dkv.rule_tile),
+        **dict(BLOCK_M=config.dkv.block_m, BLOCK_N=block_n, KV_PARTS=kv_parts),
+        **dict(q_list_size=t.q_indices.shape[3]),
     }
     programs = batch_heads * values["num_kv_blocks"] * kv_parts
-    dkv = Call(block_sparse.dkv_kernel, programs, dkv, config.dkv.num_warps, config.dkv.num_stages)
+    dkv = Call(block_sparse.dkv_kernel, programs, dkv, config.dkv)
     return [delta, _by_query(block_sparse.dq_kernel, values, t, config.dq), dkv]
 
 

@@ -1,0 +1,135 @@
+"""Launch sizes of the Triton kernels, by architecture, dtype and head dim.
+
+The table is made so that no kernel spills registers and none needs more shared memory than its
+architecture has, which ``dittfast.kernels.compile_report`` checks without a GPU. Sizes are the
+largest of those tried that fit; nobody has timed them on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class KernelConfig(NamedTuple):
+    """Tile sizes and launch options of one kernel.
+
+    Attributes:
+        block_m, block_n: rows of a query tile and of a key tile.
+        num_warps, num_stages: threads per program, and loads in flight.
+        rule_tile: rows of a walked tile in partial blocks, where the token rule takes registers
+            too; at most as many as in full blocks.
+        max_registers: registers per thread, on NVIDIA only. Left to itself (0) the assembler
+            sometimes spills a few bytes to fit one more program on a multiprocessor.
+        matrix_rows: rows of the matrix instruction, on AMD only; 0 leaves them to the compiler.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    rule_tile: int = 32
+    max_registers: int = 0
+    matrix_rows: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Compiler options, as a launch takes them."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers:
+            options["maxnreg"] = self.max_registers
+        if self.matrix_rows:
+            options["matrix_instr_nonkdim"] = self.matrix_rows
+        return options
+
+
+class LaunchConfig(NamedTuple):
+    """Sizes of all kernels for one device, dtype and head dim."""
+
+    forward: KernelConfig
+    delta: KernelConfig
+    dq: KernelConfig
+    dkv: KernelConfig
+
+
+# Bytes of shared memory that one program may use.
+SHARED_LIMITS = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+}
+
+# By head dim: forward, dq and dkv, each (block_m, block_n, num_warps, num_stages, rule_tile, ...).
+_AMPERE_HALF = {
+    64: ((128, 64, 8, 3, 32), (128, 32, 8, 3, 32), (32, 128, 8, 3, 16)),
+    128: ((128, 64, 8, 2, 16), (128, 32, 8, 3, 16), (64, 64, 8, 2, 32)),
+    256: ((64, 64, 8, 2, 32), (64, 32, 8, 2, 32), (32, 32, 8, 2, 16, 255)),
+}
+_NVIDIA_SINGLE = {
+    64: ((64, 32, 8, 2, 16), (64, 32, 8, 2, 16, 255), (32, 64, 8, 2, 16, 255)),
+    128: ((32, 32, 8, 2, 16), (32, 32, 8, 2, 16), (16, 64, 8, 2, 16)),
+    256: ((32, 16, 8, 2, 16, 255), (16, 16, 8, 1, 16), (16, 32, 8, 1, 16)),
+}
+# By architecture and bytes per value.
+_TABLE = {
+    ("sm_80", 2): _AMPERE_HALF,
+    ("sm_86", 2): {
+        64: _AMPERE_HALF[64],
+        128: ((128, 64, 8, 2, 16), (128, 32, 8, 2, 16), (64, 64, 8, 2, 32)),
+        256: ((64, 32, 8, 2, 16), (64, 32, 8, 1, 16), (32, 32, 8, 2, 16, 255)),
+    },
+    ("sm_90", 2): {
+        64: ((128, 128, 8, 2, 32), (128, 64, 8, 3, 32), (64, 128, 8, 2, 32)),
+        128: ((128, 64, 8, 3, 32), (128, 64, 8, 2, 32), (32, 64, 8, 2, 32)),
+        256: ((64, 32, 8, 3, 16), (64, 64, 8, 2, 16), (32, 32, 8, 2, 32)),
+    },
+    ("sm_100", 2): {
+        64: ((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 3, 32)),
+        128: ((128, 64, 8, 2, 32), (128, 64, 8, 2, 32), (64, 128, 8, 2, 32)),
+        256: ((64, 64, 8, 2, 32), (128, 32, 8, 2, 32), (32, 64, 8, 2, 32)),
+    },
+    ("gfx942", 2): {
+        64: ((128, 64, 4, 2, 32), (128, 64, 4, 2, 32), (64, 128, 4, 2, 32)),
+        128: ((128, 64, 4, 2, 32), (128, 32, 4, 2, 32), (32, 128, 4, 2, 16)),
+        256: ((128, 32, 4, 1, 32), (64, 32, 4, 2, 32), (32, 64, 4, 1, 16)),
+    },
+    **{(name, 4): _NVIDIA_SINGLE for name in ("sm_80", "sm_86", "sm_90", "sm_100")},
+    ("gfx942", 4): {
+        64: ((64, 32, 4, 1, 16), (64, 32, 4, 1, 16), (32, 64, 4, 1, 16)),
+        128: ((64, 32, 4, 1, 16), (64, 32, 4, 1, 16), (32, 64, 4, 1, 16)),
+        256: ((64, 16, 4, 1, 16), (64, 16, 4, 1, 16), (16, 32, 4, 1, 16)),
+    },
+}
+
+
+def architecture_class(capability: tuple[int, int] | str) -> str:
+    """The row of the table for a device; consumer GPUs share one, for their shared memory."""
+    if isinstance(capability, str):
+        return "gfx942"
+    if capability == (8, 0):
+        return "sm_80"
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_86")
+
+
+def launch_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | str
+) -> LaunchConfig:
+    """Launch sizes of the kernels; head dims between those of the table take the next larger.
+
+    Args:
+        head_dim: up to 256.
+        capability: (major, minor) on NVIDIA, the architecture's name on AMD.
+    """
+    name = architecture_class(capability)
+    rows = _TABLE[name, dtype.itemsize]
+    size = min(size for size in rows if size >= head_dim)
+    forward, dq, dkv = (KernelConfig(*numbers) for numbers in rows[size])
+    # Delta holds a tile of two tensors in registers and shares nothing between its threads.
+    delta = KernelConfig(block_m=min(64, 8192 // size), block_n=0, num_warps=4, num_stages=2)
+    config = LaunchConfig(forward, delta, dq, dkv)
+    if name == "gfx942":
+        # The compiler's choice, 32 rows, would have several warps compute the same ones.
+        config = LaunchConfig(*(kernel._replace(matrix_rows=16) for kernel in config))
+    return config

@@ -1,0 +1,195 @@
+"""Triton kernels compiled without a GPU: none spills registers or wants too much shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dittfast.kernels import compile_report, triton_backend
+from dittfast.kernels.launch_sizes import SHARED_LIMITS, launch_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), "gfx942", "gfx90a"]
+
+
+def python(*arguments):
+    """A process of its own: the tests' process interprets kernels and cannot compile them."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        capture_output=True, text=True, env=environment, timeout=3600, check=False,
+    )  # fmt: skip
+
+
+def assert_all_fit(count, *arguments):
+    done = python("-m", "dittfast.kernels.compile_report", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["kernels"]) == count
+    assert found["spilled"] == found["over_shared_limit"] == 0
+    return found["kernels"]
+
+
+def test_a_rule_fits_every_target():
+    rows = assert_all_fit(
+        4, "--kernels", "dkv", "--head-dims", "64", "--dtypes", "bf16", "--features", "video_rule"
+    )
+    assert [row["target"] for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"]
+    assert [row["matrix_unit"] for row in rows] == ["mma", "wgmma", "tcgen05", "mfma"]
+    assert all(row["async_loads"] for row in rows if row["target"] != "gfx942")
+    assert not any(row["serialized"] for row in rows)
+
+
+TOO_LARGE = """
+from dittfast.kernels import compile_report, triton_backend
+from dittfast.kernels.launch_sizes import KernelConfig, LaunchConfig
+
+arguments = "--targets sm_80 --kernels forward --head-dims 64 --dtypes fp16 --features plain"
+for sizes in (128, 128, 4, 2), (64, 64, 4, 16), (64, 64, 4, 2):
+    config = LaunchConfig(*[KernelConfig(*sizes)] * 4)
+    triton_backend.launch_config = lambda *_: config
+    print(compile_report.main(arguments.split()))
+"""
+
+
+def test_sizes_that_do_not_fit_are_found():
+    done = python("-c", TOO_LARGE)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [x["spilled"] for x in found] == [1, 0, 0]
+    assert [x["over_shared_limit"] for x in found] == [0, 1, 0]
+    assert [line for line in lines if len(line) == 1] == ["1", "1", "0"]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_fits(target, dtype):
+    count = len(compile_report.KERNELS) * len(compile_report.FEATURES) * 3
+    assert_all_fit(count, "--targets", target, "--dtypes", dtype)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["sm_86", "sm_120"])
+def test_every_kernel_fits_a_consumer_gpu(target):
+    count = len(compile_report.KERNELS) * len(compile_report.FEATURES) * 3
+    assert_all_fit(count, "--targets", target, "--dtypes", "bf16")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_head_dims_that_are_no_power_of_two_fit(target):
+    arguments = ["--head-dims", "48", "80", "192", "--features", "plain", "rule", "video_rule"]
+    assert_all_fit(36, "--targets", target, "--dtypes", "bf16", *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_launch_sizes_are_sizes_that_triton_takes(capability, dtype):
+    for head_dim in range(16, 257, 16):
+        config = launch_config(head_dim, dtype, capability)
+        for name, kernel in config._asdict().items():
+            tiles = [kernel.block_m] if name == "delta" else [kernel.block_m, kernel.block_n]
+            for tile in (*tiles, kernel.rule_tile, kernel.num_warps):
+                assert tile & (tile - 1) == 0
+            assert min(tiles) >= 16 and kernel.rule_tile >= 16 and kernel.num_stages >= 1
+            # Each compiler knows one of these options, and refuses the other.
+            is_amd = isinstance(capability, str)
+            assert ("matrix_instr_nonkdim" in kernel.options()) == is_amd
+            assert not (is_amd and kernel.max_registers)
+        rounded_up = next(size for size in (64, 128, 256) if size >= head_dim)
+        assert config == launch_config(rounded_up, dtype, capability)
+
+
+def test_launch_sizes_differ_by_architecture_and_dtype():
+    half = {launch_config(128, torch.float16, capability) for capability in CAPABILITIES}
+    assert len(half) == len(SHARED_LIMITS)
+    assert launch_config(64, torch.float16, (8, 9)) == launch_config(64, torch.bfloat16, (12, 0))
+    assert launch_config(64, torch.float32, (9, 0)) not in half
+
+
+PTXAS = """ptxas info    : Compiling entry function 'forward_kernel' for 'sm_90a'
+    {stack} bytes stack frame, {spill} bytes spill stores, {spill} bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+"""
+
+
+def fake_compiled(**assembly):
+    ttgir = "%1 = scf.for {\n ttg.warp_group_dot\n}"
+    return SimpleNamespace(metadata=SimpleNamespace(shared=4096), asm={"ttgir": ttgir} | assembly)
+
+
+@pytest.mark.parametrize("stack, spill, bytes_", [(0, 0, 0), (16, 12, 16), (8, 40, 40)])
+def test_spills_are_read_from_the_assembler(stack, spill, bytes_):
+    log = PTXAS.format(stack=stack, spill=spill)
+    found = compile_report.measure(fake_compiled(ptx="wgmma.mma_async.sync"), log)
+    assert (found["spilled_bytes"], found["registers"]) == (bytes_, 168)
+    assert (found["matrix_unit"], found["shared_bytes"]) == ("wgmma", 4096)
+
+
+@pytest.mark.parametrize("private, spilled, bytes_", [(0, 0, 0), (132, 20, 132), (0, 3, 12)])
+def test_spills_are_read_from_amd_assembly(private, spilled, bytes_):
+    amdgcn = (
+        f".private_segment_fixed_size: {private}\n.vgpr_count: 301\n"
+        f".vgpr_spill_count: {spilled}\nv_mfma_f32_16x16x16_f16"
+    )
+    found = compile_report.measure(fake_compiled(amdgcn=amdgcn), "")
+    assert (found["spilled_bytes"], found["registers"]) == (bytes_, 301)
+    assert found["matrix_unit"] == "mfma"
+
+
+LOAD = "%3 = tt.load %2 : tensor<64x128x!tt.ptr<f16>, #blocked>"
+COPY = "%3 = ttg.async_copy_global_to_local %2, %b : tensor<64x128x!tt.ptr<f16>, #blocked>"
+SMALL = "%4 = tt.load %5 : tensor<64x!tt.ptr<i32>, #slice>"
+
+
+@pytest.mark.parametrize(
+    "loops, expected",
+    [
+        ([["ttng.warp_group_dot", COPY, SMALL]], True),
+        ([["ttng.warp_group_dot", LOAD]], False),
+        ([["ttng.warp_group_dot", COPY, LOAD]], False),
+        ([["ttng.tc_gen5_mma", COPY], ["tt.dot", LOAD]], False),
+        ([["ttng.tc_gen5_mma", COPY], [LOAD]], True),
+        ([[LOAD]], False),
+    ],
+)
+def test_async_loads_are_told_from_loads_through_registers(loops, expected):
+    text = "".join(
+        f"  %{n} = scf.for %i = %a to %b {{\n" + "".join(f"    {x}\n" for x in body) + "  }\n"
+        for n, body in enumerate(loops)
+    )
+    assert compile_report.has_async_loads(text) == expected
+
+
+@pytest.mark.parametrize(
+    "values, code", [({}, 0), ({"spilled_bytes": 8}, 1), ({"shared_bytes": 232_449}, 1)]
+)
+def test_exit_code(values, code, monkeypatch, capsys):
+    row = dict.fromkeys(compile_report.Compiled.__dataclass_fields__, 0)
+    row |= {"target": "sm_90", "shared_limit": 232_448, "shared_bytes": 232_448} | values
+    row = compile_report.Compiled(**row)
+    monkeypatch.setattr(compile_report, "report", lambda *_: [row])
+    assert compile_report.main([]) == code
+    names, cells, summary = capsys.readouterr().out.splitlines()
+    assert names.split() == list(compile_report.Compiled.__dataclass_fields__)
+    assert cells.split()[0] == "sm_90"
+    assert json.loads(summary)["kernels"][0]["shared_limit"] == 232_448
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
+def test_interpreted_kernels_are_not_compiled():
+    feature = compile_report.FEATURES["plain"]
+    call = compile_report.calls_for(64, torch.float16, feature, (8, 0))["forward"]
+    assert isinstance(call, triton_backend.Call)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_report.compile_call(call, compile_report.TARGETS["sm_80"])
