@@ -63,3 +63,35 @@ def devices() -> list:
         kind = torch.accelerator.current_accelerator().type
         found += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
     return found
+
+
+def reset_peak_memory(device) -> None:
+    """Begin a new peak for :func:`peak_memory`, where the system can."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return
+
+
+def peak_memory(device) -> int | None:
+    """Most bytes in use since :func:`reset_peak_memory`: on a CUDA device those of tensors, on a
+    CPU all resident bytes of the process; None where nobody knows."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if kind != "cpu":
+        return None
+    try:
+        with open("/proc/self/status") as file:
+            found = [int(x.split()[1]) for x in file if x.startswith("VmHWM:")]
+    except OSError:
+        found = []
+    return found[0] * 1024 if found else None

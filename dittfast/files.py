@@ -82,7 +82,7 @@ def save_video(path: str | Path, frames, fps: int = 16) -> None:
     H.264 needs even sizes: an odd last row or column is repeated.
 
     Raises:
-        ValueError: another ending, or fewer than one frame a second.
+        ValueError: another ending, or fewer than one frame a second; for .mp4, no ffmpeg here.
     """
     import imageio.v3 as iio
     import numpy as np
@@ -93,8 +93,21 @@ def save_video(path: str | Path, frames, fps: int = 16) -> None:
     if path.suffix.lower() == ".gif":
         iio.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
     elif path.suffix.lower() == ".mp4":
+        _check_ffmpeg(path)
         odd = [(0, n % 2) for n in np.shape(frames)[1:3]]
         even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
         iio.imwrite(path, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1)
     else:
         raise ValueError(f"{path}: a video ends in .mp4 or .gif")
+
+
+def _check_ffmpeg(path: Path) -> None:
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} needs ffmpeg, and there is none ({' '.join(str(error).split())[:120]}); "
+            "pip install --force-reinstall imageio-ffmpeg brings one, or write a .gif"
+        ) from error

@@ -1,4 +1,4 @@
-"""How far two pictures are apart: PSNR and SSIM. Pure torch, computed in fp64."""
+"""How far two pictures, clips or tensors are apart. Pure torch, computed in fp64."""
 
 from __future__ import annotations
 
@@ -80,3 +80,42 @@ def ssim(a: torch.Tensor, b: torch.Tensor, data_range: float = 1.0) -> float:
     value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     value = value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return float(value.mean())
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of the angle between two tensors of one shape, each taken as one long vector.
+
+    Raises:
+        ValueError: shapes that differ, or a tensor of zeros, which has no direction.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the tensors differ in shape: {list(a.shape)} and {list(b.shape)}")
+    a, b = a.double().flatten(), b.double().flatten()
+    lengths = a.norm() * b.norm()
+    if not lengths > 0:
+        raise ValueError("the cosine of a tensor of zeros is not defined")
+    return float((a @ b / lengths).clamp(-1, 1))
+
+
+def temporal_consistency(reference: torch.Tensor, other: torch.Tensor) -> dict[str, float | None]:
+    """How the change from frame to frame differs between two clips ``[F, C, H, W]``.
+
+    Returns:
+        ``temporal_error``: ``|d' - d| / |d|`` in the 2-norm, where d holds the differences of
+        consecutive frames of ``reference`` and d' those of ``other``; 0 for equal motion.
+        ``motion_ratio``: mean ``|d'|`` over mean ``|d|``; above 1 the clip moves or flickers more.
+        Both are None where the reference does not move.
+
+    Raises:
+        ValueError: shapes that differ, or fewer than two frames.
+    """
+    a, b = _pair(reference, other, 1.0)
+    if a.ndim != 4 or len(a) < 2:
+        raise ValueError(f"expected clips [F, C, H, W] of 2 frames or more, got {list(a.shape)}")
+    a, b = a.diff(dim=0), b.diff(dim=0)
+    if not a.any():
+        return {"temporal_error": None, "motion_ratio": None}
+    return {
+        "temporal_error": float((b - a).norm() / a.norm()),
+        "motion_ratio": float(b.abs().mean() / a.abs().mean()),
+    }

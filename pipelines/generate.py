@@ -54,11 +54,19 @@ class Timing:
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of a pipeline drew: ``frames [F, H, W, 3]`` uint8 (F = 1 for an image)."""
+    """What one call of a pipeline drew.
+
+    Attributes:
+        frames: ``[F, H, W, 3]`` uint8 (F = 1 for an image).
+        peak_memory: bytes on a CUDA device; None elsewhere.
+        latents: after the last step, as the pipeline holds them, on the CPU in fp32; None where
+            the pipeline has no ``callback_on_step_end``.
+    """
 
     frames: np.ndarray
     timing: Timing
     peak_memory: int | None = None
+    latents: torch.Tensor | None = None
 
 
 def accepted(pipe) -> list[str]:
@@ -154,12 +162,13 @@ def _check_multiple(pipe, call: dict, name: str, multiple: int, remainder: int) 
 
 
 class _Clock:
-    """Notes when the transformer first runs and when each step ends."""
+    """Notes when the transformer first runs, when each step ends, and the last latents."""
 
     def __init__(self, pipe, device: torch.device):
         self.device = device
         self.first: float | None = None
         self.ends: list[float] = []
+        self.latents: torch.Tensor | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._begin) for model in transformers_of(pipe).values()
         ]
@@ -175,6 +184,7 @@ class _Clock:
 
     def step_end(self, pipe, step, timestep, values):
         self.ends.append(self.now())
+        self.latents = values.get("latents")
         return values
 
     def close(self):
@@ -223,7 +233,9 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
             "%s drew frames x height x width %s, not %s",
             type(pipe).__name__, frames.shape[:3], asked,
         )  # fmt: skip
-    return Run(frames, timing, torch.cuda.max_memory_allocated(device) if on_cuda else None)
+    memory = torch.cuda.max_memory_allocated(device) if on_cuda else None
+    latents = None if clock.latents is None else clock.latents.detach().to("cpu", torch.float32)
+    return Run(frames, timing, memory, latents)
 
 
 @dataclass(frozen=True)

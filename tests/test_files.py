@@ -117,3 +117,17 @@ def test_a_video_needs_a_known_ending_and_a_rate(tmp_path):
         files.save_video(tmp_path / "a.avi", frames)
     with pytest.raises(ValueError, match="fps must be at least 1, got 0"):
         files.save_video(tmp_path / "a.gif", frames, fps=0)
+
+
+def test_without_ffmpeg_the_remedy_is_named(tmp_path, monkeypatch):
+    import imageio_ffmpeg
+
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"a.mp4 needs ffmpeg.*write a .gif"):
+        files.save_video(tmp_path / "a.mp4", frames)
+    assert not list(tmp_path.iterdir())
+    files.save_video(tmp_path / "a.gif", frames)

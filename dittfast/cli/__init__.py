@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "draw a picture with a pipeline, dense and sparse",
     "hunt": "search the attention heads that guide a model best",
     "plan": "draw a method's block mask, with its density and FLOPs",
+    "evaluate": "compare a model's pictures and speed with dense attention's",
+    "report": "turn an evaluation into one HTML page",
     "bench": "measure speed, after checking that the results agree",
     "parity": "check every model family under every method, on tiny random models",
     "doctor": "show what runs on this machine, and why the rest does not",

@@ -1,0 +1,415 @@
+"""``dittfast evaluate``: a model's pictures and speed against dense attention's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dittfast.files import check_output, write_json, write_text
+
+from .options import (
+    CALL,
+    add_call_arguments,
+    add_model_argument,
+    add_place_arguments,
+    parse_options,
+    quiet_libraries,
+    say,
+)
+
+EXAMPLE = """\
+examples:
+  dittfast evaluate fidelity -m local8=local -m local16=local --set local16.window=16 -o work/eval
+  dittfast evaluate fidelity --config evaluations/sample-flux -o work/eval --save work/methods
+  dittfast evaluate latency -m local --pairs 5
+  accelerate launch -m dittfast evaluate draw -m local -n 256 -o work/many
+  dittfast evaluate fid work/many/local --against work/many/dense --features sample
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The tasks of ``dittfast evaluate`` and their options."""
+    parser.epilog = EXAMPLE
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    fidelity = tasks.add_parser(
+        "fidelity", help="PSNR, SSIM, LPIPS and latent cosine, paired by prompt and seed"
+    )
+    _add_methods(fidelity)
+    _add_prompts(fidelity, "16 for a sample model")
+    fidelity.add_argument(
+        "--pair",
+        action="append",
+        default=[],
+        metavar="A:B",
+        help="tabulate the difference of two labels, too; repeatable",
+    )
+    _add_folder(fidelity)
+    _add_kernel(fidelity)
+    add_call_arguments(fidelity)
+    add_place_arguments(fidelity)
+
+    latency = tasks.add_parser(
+        "latency", help="seconds end to end and per step, attention's share, Amdahl's ceiling"
+    )
+    _add_methods(latency)
+    latency.add_argument("--prompt", metavar="TEXT", help="(default: the first of the sample's)")
+    latency.add_argument("--pairs", type=int, default=5, metavar="N", help="timed (default: 5)")
+    latency.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    _add_folder(latency, required=False)
+    _add_kernel(latency)
+    add_call_arguments(latency)
+    add_place_arguments(latency)
+
+    draw = tasks.add_parser(
+        "draw", help="only draw, for FID: dense and every method; on several devices by accelerate"
+    )
+    _add_methods(draw)
+    _add_prompts(draw, "256")
+    _add_folder(draw)
+    _add_kernel(draw)
+    add_call_arguments(draw)
+    add_place_arguments(draw)
+
+    fid = tasks.add_parser("fid", help="FID of folders of pictures, through clean-fid")
+    fid.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures, or an arm of draw")
+    against = fid.add_mutually_exclusive_group(required=True)
+    against.add_argument("--against", metavar="FOLDER", help="pictures to compare with")
+    against.add_argument(
+        "--dataset",
+        metavar="NAME:SPLIT:RES",
+        help="statistics that clean-fid has here, such as coco2014:train:256",
+    )
+    fid.add_argument(
+        "--features",
+        default="inception",
+        metavar="NAME",
+        help="inception; sample, the feature network of the sample model; or the folder of one "
+        "that samples/train_features.py wrote. Only inception gives an FID (default: %(default)s)",
+    )
+    fid.add_argument(
+        "--allow-few", action="store_true", help="go on with no more pictures than features"
+    )
+    fid.add_argument(
+        "--mixed-sizes", action="store_true", help="allow pictures of several sizes in a folder"
+    )
+    fid.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
+    fid.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    _add_folder(fid, required=False)
+
+
+def _add_methods(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
+    group = parser.add_argument_group("methods")
+    group.add_argument(
+        "-m",
+        "--method",
+        action="append",
+        default=[],
+        metavar="[LABEL=]NAME",
+        help="local, radial, ..., or a preset; a label tells two of a kind apart; repeatable",
+    )
+    group.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a YAML file with several methods under labels, or with one; shipped: "
+        "evaluations/sample-flux; repeatable",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[LABEL.]KEY=VALUE",
+        dest="options",
+        help="an option of every method, or of one; repeatable",
+    )
+
+
+def _add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one per line, or JSON (strings, COCO captions, VBench); a sample model has its own",
+    )
+    group.add_argument(
+        "-n", "--num-prompts", type=int, metavar="N", help=f"how many pictures (default: {default})"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)"
+    )
+
+
+def _add_folder(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o",
+        "--output",
+        required=required,
+        metavar="FOLDER",
+        help="pictures and results; what it holds already is not drawn again",
+    )
+    group.add_argument(
+        "--save", metavar="PREFIX", help="write the results as PREFIX.json and PREFIX.md, too"
+    )
+
+
+def _add_kernel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dense-kernel",
+        default="auto",
+        metavar="NAME",
+        help="hold PyTorch's dense attention to math, flash, efficient or cudnn in every arm",
+    )
+
+
+def run(args) -> int:
+    """Run the task; 1 if a method's attention is wrong, and then its numbers are not printed."""
+    from dittfast.bench import ParityError
+
+    tasks = {"fidelity": _fidelity, "latency": _latency, "draw": _draw, "fid": _fid}
+    try:
+        return tasks[args.task](args)
+    except ParityError as error:
+        print(f"FAILED: {error}\nnothing is measured for a wrong result")
+        return 1
+
+
+def _results(args, name: str) -> list[Path]:
+    """Where the results go, checked: prefixes of .json and .md files."""
+    prefixes = [] if args.output is None else [Path(args.output) / name]
+    if args.output is not None:
+        folder = Path(args.output)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; name a folder for the results")
+        folder.mkdir(parents=True, exist_ok=True)
+    if args.save is not None:
+        prefixes.append(Path(args.save))
+    for prefix in prefixes:
+        check_output(f"{prefix}.json")
+    return prefixes
+
+
+def _finish(data: dict, title: str, tables, prefixes: list[Path]) -> None:
+    """Print the tables, write them with the data, and end with the data as one line of JSON."""
+    text = "\n".join(table.markdown() for table in tables)
+    print(text)
+    for prefix in prefixes:
+        write_json(f"{prefix}.json", data)
+        write_text(f"{prefix}.md", f"# {title}\n\n{text}")
+    written = [f"{p}{ending}" for p in prefixes for ending in (".json", ".md")]
+    if written:
+        print("wrote " + ", ".join(written))
+    print(json.dumps(data))
+
+
+def _variants(args, source):
+    """The labelled methods that were asked for, and the pairs of labels."""
+    from dittfast.attention import BACKENDS
+    from dittfast.config import presets, unknown
+    from dittfast.pipelines.variants import check_labels, make_variants, read_variants
+
+    if args.backend != "auto" and args.backend not in BACKENDS:
+        raise unknown("backend", args.backend, ["auto", *BACKENDS])
+    chosen: dict = {}
+    labels: list[str] = []
+    pairs = [tuple(p.split(":")) for p in getattr(args, "pair", [])]
+    if not all(len(p) == 2 for p in pairs):
+        raise ValueError(f"--pair takes two labels as A:B, got {', '.join(args.pair)}")
+    for file in args.config:
+        found, more = read_variants(_shipped(file))
+        labels += found
+        chosen |= found
+        pairs += more
+    for text in args.method:
+        label, equals, name = text.partition("=")
+        name = name if equals else text
+        label = label if equals else name.replace("/", "-")
+        if source.settings and f"{name}/{source.name}" in presets():
+            name = f"{name}/{source.name}"
+        labels.append(label)
+        chosen[label] = (name, {})
+    check_labels(labels, pairs)
+    options = parse_options(args.options)
+    if source.settings:
+        # A sample model is too small for sparse attention to pay; it is there to show that it
+        # works.
+        options.setdefault("min_tokens", 0)
+    return make_variants(chosen, options, args.backend), pairs
+
+
+def _shipped(file: str) -> str:
+    """The path of a config file; ``evaluations/NAME`` is one that comes with the package."""
+    from importlib import resources
+
+    folder, slash, name = file.partition("/")
+    if Path(file).suffix or folder != "evaluations" or not slash:
+        return file
+    return str(resources.files("dittfast.configs") / folder / f"{name}.yaml")
+
+
+def _items(args, source, every: bool = False):
+    """What to draw: the user's prompts, or those of the sample model; ``every``: all it knows."""
+    from dittfast.pipelines.prompts import make_items, read_prompts
+
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    elif every and {"labels", "backgrounds"} <= set(source.settings):
+        from dittfast.samples.captions import caption
+
+        # Backgrounds move on from label to label, so that any number of pictures has all.
+        labels, colours = source.settings["labels"], source.settings["backgrounds"]
+        prompts = [
+            caption(label, colours[(number + turn) % len(colours)])
+            for turn in range(len(colours))
+            for number, label in enumerate(labels)
+        ]
+    else:
+        path = Path(_shipped(f"evaluations/{source.name}")).with_suffix(".txt")
+        if source.kind != "sample" or not path.is_file():
+            raise ValueError(f"{source.name} has no prompts of its own; add --prompts FILE")
+        prompts = read_prompts(path)
+    return make_items(prompts, args.num_prompts, args.seed)
+
+
+def _load(args, source, device=None):
+    """The pipeline, and the arguments of its call."""
+    from dittfast.pipelines import sources
+    from dittfast.pipelines.generate import call_arguments
+
+    device = sources.choose_device(args.device) if device is None else device
+    dtype = sources.choose_dtype(args.dtype, device)
+    quiet_libraries()
+    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
+    pipe = sources.load(source, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    given = {name: getattr(args, name) for name in CALL}
+    return pipe, call_arguments(pipe, "any", source.settings, **given)
+
+
+def _fidelity(args) -> int:
+    from dittfast.pipelines import sources
+
+    prefixes = _results(args, "fidelity")
+    source = sources.find(args.model)
+    variants, pairs = _variants(args, source)
+    if not variants:
+        raise ValueError("there is no method to compare; add --method local, or --config FILE")
+    items = _items(args, source)
+
+    from dittfast.pipelines.fidelity import evaluate_fidelity
+    from dittfast.tables import fidelity_tables
+
+    pipe, call = _load(args, source)
+    data = evaluate_fidelity(
+        pipe,
+        source,
+        call,
+        items,
+        variants,
+        args.output,
+        kernel=args.dense_kernel,
+        pairs=pairs,
+        on_stage=say,
+    )
+    _finish(data, f"Fidelity of {source.name}", fidelity_tables(data), prefixes)
+    return 0
+
+
+def _latency(args) -> int:
+    from dittfast.pipelines import sources
+
+    prefixes = _results(args, "latency")
+    source = sources.find(args.model)
+    variants, _ = _variants(args, source)
+    if not variants:
+        raise ValueError("there is no method to time; add --method local, or --config FILE")
+    prompt = args.prompt or next(iter(source.settings.get("prompts", [])), None)
+    if prompt is None:
+        raise ValueError(f"{source.name} has no prompts of its own; add --prompt TEXT")
+
+    from dittfast.pipelines.latency import measure_latency
+    from dittfast.tables import latency_table
+
+    pipe, call = _load(args, source)
+    call |= {"prompt": prompt}
+    rows = [
+        measure_latency(
+            pipe,
+            source,
+            call,
+            variant,
+            pairs=args.pairs,
+            seed=args.seed,
+            kernel=args.dense_kernel,
+            on_stage=say,
+        )
+        for variant in variants
+    ]
+    data = {"task": "latency", "rows": rows}
+    _finish(data, f"Latency of {source.name}", [latency_table(data)], prefixes)
+    return 0
+
+
+def _draw(args) -> int:
+    from dittfast.pipelines import sources
+
+    _results(args, "draw")
+    source = sources.find(args.model)
+    variants, _ = _variants(args, source)
+    if args.num_prompts is None:
+        args.num_prompts = 256
+    items = _items(args, source, every=True)
+
+    from accelerate import PartialState
+
+    from dittfast.pipelines.fidelity import Arm, base_settings, dense_kernel, draw_missing
+
+    state = PartialState(cpu=args.device == "cpu")
+    device = state.device if args.device == "auto" or state.num_processes > 1 else None
+    pipe, call = _load(args, source, device)
+    base = base_settings(pipe, source, call, args.dense_kernel)
+    arms = [Arm(pipe, base, Path(args.output), variant) for variant in (None, *variants)]
+    with dense_kernel(args.dense_kernel), state.split_between_processes(items) as mine:
+        drawn = draw_missing(arms, call, mine, latents=False, on_stage=say)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folders = {arm.label: str(arm.drawings.folder) for arm in arms}
+        for label, folder in folders.items():
+            print(f"{label}: {len(items)} pictures in {folder}")
+        facts = {"processes": state.num_processes, "pictures": len(items), "drawn_here": drawn}
+        print(json.dumps(base | {"task": "draw", "folders": folders} | facts))
+    return 0
+
+
+def _fid(args) -> int:
+    prefixes = _results(args, "fid")
+
+    from dittfast.environment import versions
+    from dittfast.features import load_features
+    from dittfast.fid import Reference, frechet
+    from dittfast.pipelines.sources import choose_device
+    from dittfast.tables import fid_table
+
+    device = choose_device(args.device)
+    network = None
+    if args.features != "inception":
+        network = load_features(None if args.features == "sample" else args.features, device)
+    reference = args.against if args.dataset is None else Reference.parse(args.dataset)
+    rows = [
+        frechet(
+            folder,
+            reference,
+            network,
+            allow_few=args.allow_few,
+            mixed_sizes=args.mixed_sizes,
+            batch_size=args.batch_size,
+            device=device,
+        )
+        for folder in args.folders
+    ]
+    data = {"task": "fid", "rows": rows, "versions": versions()}
+    _finish(data, "Distances between folders", [fid_table(data)], prefixes)
+    return 0

@@ -1,0 +1,70 @@
+"""``dittfast report``: an evaluation as one HTML page, Markdown and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dittfast.files import check_output, write_json, write_text
+
+EXAMPLE = """\
+example:
+  dittfast evaluate fidelity -m local -m rectified -o work/eval
+  dittfast report work/eval
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dittfast report``."""
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="of dittfast evaluate fidelity; a latency.json and a fid.json in it are used, too",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the page, ending in .html; .md and .json go beside it (default: FOLDER/report.html)",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=4, metavar="N", help="prompts shown (default: 4)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="PX", help="width of a picture (default: 256)"
+    )
+    parser.add_argument(
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw plots, for which matplotlib is needed (default: yes)",
+    )
+
+
+def run(args) -> int:
+    """Read the results, and only when all is made write the three files."""
+    output = Path(args.output) if args.output else Path(args.folder) / "report.html"
+
+    from dittfast.report import (
+        html_report,
+        json_report,
+        markdown_report,
+        read_results,
+        report_paths,
+    )
+
+    results = read_results(args.folder)
+    check_output(output, (".html", ".htm"))
+    page = html_report(
+        args.folder, results, pictures=args.pictures, size=args.size, plots=args.plots
+    )
+    html, markdown, data = report_paths(output)
+    write_text(html, page)
+    write_text(markdown, markdown_report(results))
+    write_json(data, json_report(results))
+    written = [str(p) for p in (html, markdown, data)]
+    print("wrote " + ", ".join(written))
+    print(json.dumps({"task": "report", "files": written, "bytes": html.stat().st_size}))
+    return 0

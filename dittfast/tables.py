@@ -1,0 +1,191 @@
+"""The tables of an evaluation: from its plain data to headings and cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .summary import interval, markdown_table, number
+
+# What fidelity compares, in the order of its table: name -> (heading, decimals).
+MEASURES = {
+    "psnr_db": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "latent_cosine": ("latent cosine", 4),
+    "temporal_error": ("temporal error", 3),
+    "motion_ratio": ("motion ratio", 3),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, rows of cells, and sentences that belong below."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self, level: int = 2) -> str:
+        """With its title as a heading of ``level`` and its notes as a list."""
+        text = f"{'#' * level} {self.title}\n\n{markdown_table(self.head, self.rows)}"
+        return text + "".join(f"\n- {note}" for note in self.notes) + ("\n" if self.notes else "")
+
+
+def options(settings: dict) -> str:
+    """``method(option=value, ...); schedule`` in a line, with the schedule only where it is set."""
+    method = settings["method"]
+    chosen = ", ".join(f"{k}={v}" for k, v in method.items() if k != "name")
+    planned = {k: v for k, v in settings["schedule"].items() if v and k != "min_tokens"}
+    after = "; " + ", ".join(f"{k}={v}" for k, v in planned.items()) if planned else ""
+    return f"{method['name']}({chosen}){after}"
+
+
+def setting_of(data: dict) -> str:
+    """Model, size, steps, device and versions in a line."""
+    call = data["call"]
+    size = " x ".join(str(call[n]) for n in ("num_frames", "width", "height") if n in call)
+    steps = call.get("num_inference_steps")
+    device = ", ".join(
+        f"{v} {k}" if k == "threads" else str(v) for k, v in data["device"].items() if k != "type"
+    )
+    known = ", ".join(f"{k} {v}" for k, v in data["versions"].items() if v)
+    parts = [data["model"], f"weights {data['weights']}", size and f"{size} px"]
+    parts += [f"{steps} steps" if steps else "", data["dtype"], device, known]
+    return "; ".join(p for p in parts if p)
+
+
+def fidelity_tables(data: dict) -> list[Table]:
+    """Method by method, then the asked-for pairs of methods."""
+    rows = data["methods"]
+    shown = [n for n in MEASURES if any(r["pooled"][n]["n"] for r in rows)]
+    head = ("method", "density", "work", "sparse layers", "dense/method time")
+    head += tuple(MEASURES[n][0] for n in shown) + ("identical",)
+    cells = []
+    for row in rows:
+        ratio, pooled = row["dense_over_method_seconds"], row["pooled"]
+        cells.append(
+            (
+                row["label"],
+                "not recorded" if row["density"] is None else number(row["density"]),
+                number(row["checked"]["work"]),
+                row["sparse_layers"],
+                "-" if ratio is None else f"{ratio['median']:.2f}",
+                *(interval(pooled[n], MEASURES[n][1]) for n in shown),
+                f"{pooled['identical']} of {len(row['pictures'])}",
+            )
+        )
+    notes = (
+        f"{len(data['items'])} prompts, one seed each; dense and method share prompt and noise. "
+        f"Intervals: {data['interval']}.",
+        "density: kept fraction of token pairs in the sparse layers. work: FLOPs of their "
+        "attention, summary tokens included, as a fraction of dense (on q, k, v of one step).",
+        "time: median over prompts of one call each, a rough figure; "
+        "`dittfast evaluate latency` measures speed.",
+        f"dense: {data['dense']}.",
+        f"LPIPS: {data['lpips']}.",
+        setting_of(data) + ".",
+        *(f"{row['label']}: {options(row)}" for row in rows),
+    )
+    tables = [Table("Pictures against dense attention", head, tuple(cells), notes)]
+    if data["pairs"]:
+        head = ("pair", *(f"{MEASURES[n][0]}, difference" for n in shown))
+        pairs = tuple(
+            (
+                f"{pair['a']} - {pair['b']}",
+                *(interval(pair["a_minus_b"][n], MEASURES[n][1]) for n in shown),
+            )
+            for pair in data["pairs"]
+        )
+        note = "Mean over prompts of the difference; an interval without 0 tells the two apart."
+        tables.append(Table("Pairs of methods", head, pairs, (note,)))
+    return tables
+
+
+def fid_table(data: dict) -> Table:
+    """Each folder's distance; the heading says whose features they are."""
+    rows = data["rows"]
+    first = rows[0]
+    title = "FID (Inception, clean-fid)"
+    if not first["is_fid"]:
+        title = f"Fréchet distance of {first['features']} (not Inception, so not FID; clean-fid)"
+    cells = tuple(
+        (
+            row["folder"],
+            f"{row['value']:.4g}",
+            str(row["pictures"]),
+            f"{row['reference']}",
+            "-" if row["reference_pictures"] is None else str(row["reference_pictures"]),
+        )
+        for row in rows
+    )
+    notes = [f"{first['dims']} features; smaller is nearer."]
+    if any(row["too_few"] for row in rows):
+        notes.append(
+            "With no more pictures than features the covariance is singular: these numbers mean "
+            "nothing."
+        )
+    head = ("pictures of", "distance", "number", "against", "number")
+    return Table(title, head, cells, tuple(notes))
+
+
+def latency_table(data: dict) -> Table:
+    """One row per method: end to end first, and never a step without it."""
+    cells = []
+    for row in data["rows"]:
+        share = row["share"]
+        quality = row["against_dense"]["psnr_db"]
+        density = (row["attention"] or {}).get("density")
+        cells.append(
+            (
+                row["label"],
+                number(row["parity"]["density"] if density is None else density),
+                _spread(row["end_to_end"], "{:.2f}"),
+                "-" if row["per_step"] is None else _spread(row["per_step"], "{:.2f}"),
+                _both(row["seconds"], "whole"),
+                "-" if row["per_step"] is None else _both(row["seconds"], "step"),
+                f"{share['dense']['attention']:.0%}",
+                number(row["ceiling_at_density"], 2),
+                number(row["ceiling"], 2),
+                _memory(row["peak_memory_bytes"]),
+                "identical" if quality is None else f"{quality:.2f}",
+            )
+        )
+    first = data["rows"][0]
+    head = (
+        "method", "density", "end to end, times as fast", "per step, times as fast",
+        "call, s: dense / method", "step, s: dense / method", "attention's share of the dense call",
+        "ceiling at this density", "ceiling without attention", "peak memory: dense / method",
+        "PSNR to dense, dB",
+    )  # fmt: skip
+    checked = ", ".join(
+        f"{r['label']}: {r['parity']['layers']} layers on {r['parity']['backend']}"
+        for r in data["rows"]
+    )
+    notes = (
+        f"Medians over {first['pairs']} pairs of calls in turns, after a warm-up of each; in "
+        "brackets the 20th and 80th percentile of the pairs' ratios. Below 1.00 the method is "
+        "slower.",
+        f"Checked against dense fp64 attention before anything was timed ({checked}).",
+        "Ceilings are Amdahl's, 1 / (1 - share + share x density); the share comes from a run "
+        "of its own that waits for the device around each attention call.",
+        "Peak memory: on a CPU all of the process, weights included.",
+        setting_of(first) + ".",
+        *(f"{row['label']}: {options(row)}" for row in data["rows"]),
+    )
+    return Table("Speed against dense attention", head, tuple(cells), notes)
+
+
+def _spread(values: dict, form: str) -> str:
+    p20, p50, p80 = (form.format(values[p]) for p in ("p20", "p50", "p80"))
+    return f"{p50} [{p20}, {p80}]"
+
+
+def _both(seconds: dict, part: str) -> str:
+    return " / ".join(f"{seconds[arm][part]['p50']:.3g}" for arm in ("dense", "method"))
+
+
+def _memory(peaks: dict) -> str:
+    if None in peaks.values():
+        return "-"
+    return " / ".join(f"{peaks[arm] / 2**20:,.0f} MiB" for arm in ("dense", "method"))

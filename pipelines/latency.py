@@ -1,0 +1,236 @@
+"""How long a pipeline takes with a method and with dense attention, and what could be gained."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from dittfast.bench import percentiles, synchronize
+from dittfast.environment import describe_device, peak_memory, reset_peak_memory, versions
+
+from .adapter import attention_layers, enable, transformers_of
+from .drawings import fingerprint
+from .families import FAMILIES
+from .fidelity import dense_kernel
+from .generate import Run, quality, run
+from .method_check import check_method
+from .seam import stock_class
+from .sources import Source
+from .variants import Variant
+
+
+class _Timed(TorchFunctionMode):
+    """Adds up the seconds of scaled_dot_product_attention inside self-attention modules."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.inside = False
+        self.seconds = 0.0
+        self.calls = 0
+
+    def now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention or not self.inside:
+            return func(*args, **(kwargs or {}))
+        start = self.now()
+        out = func(*args, **(kwargs or {}))
+        self.seconds += self.now() - start
+        self.calls += 1
+        return out
+
+
+class AttentionSeconds:
+    """Seconds inside the self-attention modules of a run, and of dense attention in them.
+
+    Attributes:
+        modules: the modules' calls in all: projections, norms, attention.
+        attention: of a dense run, the calls of attention alone.
+        calls: how many of them.
+    """
+
+    def __init__(self):
+        self.modules = 0.0
+        self.attention = 0.0
+        self.calls = 0
+
+
+@contextlib.contextmanager
+def attention_seconds(pipe) -> Iterator[AttentionSeconds]:
+    """Time the self-attention of what runs inside. It waits for the device around every call.
+
+    Use it in a run of its own: waiting slows an accelerator down.
+    """
+    models = transformers_of(pipe)
+    device = next(iter(models.values())).device
+    found, mode, began = AttentionSeconds(), _Timed(device), [0.0]
+
+    def enter(module, args):
+        mode.inside = True
+        began[0] = mode.now()
+
+    def leave(module, args, out):
+        found.modules += mode.now() - began[0]
+        mode.inside = False
+
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            family = FAMILIES[stock_class(type(model)).__name__]
+            for module in attention_layers(model, family).values():
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        with mode:
+            yield found
+    found.attention, found.calls = mode.seconds, mode.calls
+
+
+def amdahl(share: float, density: float | None = None) -> float:
+    """How many times as fast a run can become whose attention is ``share`` of its time.
+
+    Args:
+        density: of the attention that remains; None for an attention that costs nothing.
+
+    Returns:
+        ``1 / (1 - share + share * density)``; infinite for a share of 1 that vanishes.
+
+    Raises:
+        ValueError: a share or density outside 0..1.
+    """
+    for name, value in (("share", share), ("density", density)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {value}")
+    rest = 1 - share + share * (density or 0.0)
+    return float("inf") if rest == 0 else 1 / rest
+
+
+def measure_latency(
+    pipe,
+    source: Source,
+    call: dict,
+    variant: Variant,
+    *,
+    pairs: int = 5,
+    seed: int = 0,
+    kernel: str = "auto",
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict:
+    """Check the method, then time whole calls, dense and sparse in turns, after a warm-up of each.
+
+    The share of attention comes from one further run of each arm that waits for the device
+    around every attention call.
+
+    Args:
+        call: see :func:`~dittfast.pipelines.generate.call_arguments`.
+        pairs: of timed calls.
+
+    Returns:
+        Plain data; ``end_to_end`` and ``per_step`` always stand together.
+
+    Raises:
+        dittfast.bench.ParityError: the method's attention is wrong; nothing is timed.
+        ValueError: fewer than one pair, or as :func:`~dittfast.pipelines.adapter.enable`.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}")
+    device = next(iter(transformers_of(pipe).values())).device
+    runs: dict[str, list[Run]] = {"dense": [], "method": []}
+    memory: dict[str, int | None] = {}
+    shares: dict[str, dict] = {}
+
+    def draw(arm: str) -> tuple[Run, dict | None]:
+        if arm == "dense":
+            return run(pipe, call, seed), None
+        v = variant
+        with enable(pipe, v.method, schedule=v.schedule, backend=v.backend) as enabled:
+            return run(pipe, call, seed), enabled.describe().to_dict()
+
+    with dense_kernel(kernel):
+        on_stage("checking the method's attention")
+        checked = check_method(pipe, call, variant.method, variant.schedule, variant.backend, seed)
+        for arm in runs:
+            on_stage(f"{arm}, warm-up")
+            draw(arm)
+        for turn in range(pairs):
+            for arm in list(runs)[:: 1 if turn % 2 == 0 else -1]:
+                on_stage(f"{arm}, pair {turn + 1} of {pairs}")
+                reset_peak_memory(device)
+                result, description = draw(arm)
+                found = peak_memory(device)
+                memory[arm] = None if found is None else max(found, memory.get(arm) or 0)
+                runs[arm].append(result)
+        for arm in runs:
+            on_stage(f"{arm}, share of attention")
+            with attention_seconds(pipe) as spent:
+                result, last = draw(arm)
+            description = last or description
+            total = result.timing.total
+            shares[arm] = {"modules": spent.modules / total}
+            if arm == "dense":
+                shares[arm]["attention"] = spent.attention / total
+                shares[arm]["calls"] = spent.calls
+    return _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, shares) | {
+        "attention": description
+    }
+
+
+def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, shares) -> dict:
+    model = next(iter(transformers_of(pipe).values()))
+    dense, sparse = runs["dense"], runs["method"]
+
+    def step(result: Run) -> float | None:
+        return statistics.median(result.timing.steps) if result.timing.steps else None
+
+    whole = [a.timing.total / b.timing.total for a, b in zip(dense, sparse)]
+    stepwise = None
+    if all(step(r) for r in (*dense, *sparse)):
+        stepwise = percentiles(step(a) / step(b) for a, b in zip(dense, sparse))
+    share = shares["dense"]["attention"]
+    ceiling = amdahl(min(share, 1.0))
+    return {
+        "task": "latency",
+        "label": variant.label,
+        **variant.settings(),
+        "model": source.name,
+        "weights": fingerprint(pipe),
+        "pipeline": type(pipe).__name__,
+        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "prompt": call["prompt"],
+        "seed": seed,
+        "device": describe_device(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "dense_kernel": kernel,
+        "versions": versions(),
+        "parity": checked.to_dict(),
+        "pairs": len(whole),
+        "seconds": {
+            name: {
+                "whole": percentiles(r.timing.total for r in results),
+                "step": percentiles(s for r in results for s in r.timing.steps)
+                if stepwise
+                else None,
+                "prompt": percentiles(r.timing.prompt for r in results),
+                "decode": percentiles(r.timing.decode for r in results),
+            }
+            for name, results in runs.items()
+        },
+        "end_to_end": percentiles(whole),
+        "per_step": stepwise,
+        "runs": {name: [asdict(r.timing) for r in results] for name, results in runs.items()},
+        "share": shares,
+        "ceiling": None if ceiling == float("inf") else ceiling,
+        "ceiling_at_density": None
+        if checked.density is None
+        else amdahl(min(share, 1.0), min(checked.density, 1.0)),
+        "peak_memory_bytes": memory,
+        "against_dense": quality(dense[0], sparse[0]),
+    }

@@ -1,0 +1,143 @@
+"""Ways of drawing that are compared with dense attention: from objects or a YAML file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dittfast.config import SCHEDULE_FIELDS, resolve, unknown
+from dittfast.methods.base import Method
+from dittfast.schedule import Schedule
+
+DENSE = "dense"
+_LABEL = re.compile(r"[\w+-][\w.+-]*")
+_ENTRY = ("method", "options", "schedule", "source", "models")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of drawing that is compared with dense attention.
+
+    Args:
+        label: its name in tables and folders: letters, digits and ``_.+-``.
+
+    Raises:
+        ValueError: another label, or "dense", which is the arm that all are compared with.
+    """
+
+    label: str
+    method: Method
+    schedule: Schedule = field(default_factory=Schedule)
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if not _LABEL.fullmatch(self.label):
+            raise ValueError(
+                f"the label {self.label!r} must consist of letters, digits and _ . + -, so that it "
+                "can name a folder"
+            )
+        if self.label == DENSE:
+            raise ValueError(f"the label {DENSE!r} belongs to the arm that all are compared with")
+
+    def settings(self) -> dict:
+        """Plain data, for manifests and tables."""
+        return {
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "schedule": asdict(self.schedule),
+            "backend": self.backend,
+        }
+
+
+def check_labels(labels: list[str], pairs=()) -> None:
+    """Raise ValueError where a label is used twice, or a pair names an unknown one."""
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(
+                f"the label {label!r} is used twice; give each method its own, as LABEL=NAME"
+            )
+    for label in {x for pair in pairs for x in pair} - set(labels):
+        raise ValueError(f"no method is labelled {label!r}; labels: {', '.join(labels)}")
+
+
+def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[tuple[str, str]]]:
+    """``({label: (method, options)}, pairs)`` of a YAML file.
+
+    The file holds ``methods``, a mapping from labels to ``method``, ``options`` and ``schedule``,
+    and perhaps ``pairs``, a list of two labels each. A preset's file, with one ``method`` of its
+    own, counts as one method under the file's name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML of such a form; the nearest known key is named.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path}: a config file ends in .yaml or .yml")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if isinstance(data, dict) and "method" in data:
+        return {path.stem: (str(path), {})}, []
+    if not isinstance(data, dict) or not isinstance(data.get("methods"), dict):
+        raise ValueError(f"{path} must hold 'methods', a mapping from labels to methods")
+    for key in data:
+        if key not in ("methods", "pairs"):
+            raise ValueError(f"{path}: {unknown('key', key, ('methods', 'pairs'))}")
+    pairs = data.get("pairs") or []
+    if not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+        raise ValueError(f"{path}: 'pairs' must be a list of two labels each, got {pairs!r}")
+    found = {str(label): _entry(path, label, e) for label, e in data["methods"].items()}
+    return found, [tuple(map(str, pair)) for pair in pairs]
+
+
+def _entry(path: Path, label, entry) -> tuple[str, dict]:
+    where = f"{path}: methods: {label}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
+        raise ValueError(f"{where} must be a mapping with the key 'method'")
+    for key in entry:
+        if key not in _ENTRY:
+            raise ValueError(f"{where}: {unknown('key', key, _ENTRY)}")
+    parts = [entry.get(key) or {} for key in ("options", "schedule")]
+    if not all(isinstance(p, dict) for p in parts):
+        raise ValueError(f"{where}: 'options' and 'schedule' must be mappings")
+    for key in parts[1]:
+        if key not in SCHEDULE_FIELDS:
+            raise ValueError(f"{where}: {unknown('schedule key', key, SCHEDULE_FIELDS)}")
+    return entry["method"], parts[0] | parts[1]
+
+
+def make_variants(
+    chosen: dict[str, tuple[str, dict]], options: dict | None = None, backend: str = "auto"
+) -> list[Variant]:
+    """The methods that labels stand for.
+
+    Args:
+        chosen: label -> (method name, preset or YAML file; its options).
+        options: further options by name, for all or for one label as ``LABEL.NAME``; they win.
+
+    Raises:
+        ValueError: an option for a label that is not there, and as
+            :func:`dittfast.config.resolve`.
+    """
+    options = options or {}
+    for key in options:
+        label = key.rpartition(".")[0]
+        if label and label not in chosen:
+            raise ValueError(
+                f"--set {key}: no method is labelled {label!r}; labels: {', '.join(chosen)}"
+            )
+    common = {k: v for k, v in options.items() if "." not in k}
+    found = []
+    for label, (name, own) in chosen.items():
+        mine = {
+            k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == label
+        }
+        method, schedule = resolve(name, **(own | common | mine))
+        found.append(Variant(label, method, schedule, backend))
+    return found

@@ -1,0 +1,139 @@
+"""``dittfast evaluate`` and ``dittfast report`` from the command line, on a tiny pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import flux_pipeline
+
+from dittfast.cli import main
+
+SMALL = [
+    *("--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "12"),
+    *("--device", "cpu"),
+]
+SPARSE = [
+    *("-m", "near=local", "-m", "far=local", "--set", "tile=[1,4,4]", "--set", "near.window=3"),
+    *("--set", "far.window=5", "--set", "min_tokens=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny-flux"
+    flux_pipeline().save_pretrained(path)
+    return ["--model", str(path)]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red cat\na blue dog\n")
+    return ["--prompts", str(path)]
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_fidelity_then_report(model, prompts, tmp_path, capsys):
+    folder = tmp_path / "eval"
+    command = ["evaluate", "fidelity", *model, *prompts, *SPARSE, *SMALL, "-o", str(folder)]
+    command += ["--pair", "near:far", "--save", str(tmp_path / "table")]
+    assert main(command) == 0
+    data = last_json(capsys)
+    assert [m["method"]["window"] for m in data["methods"]] == [3, 5]
+    assert data == json.loads((folder / "fidelity.json").read_text())
+    assert data == json.loads((tmp_path / "table.json").read_text())
+    assert "| near | " in (tmp_path / "table.md").read_text()
+    near, far = (m["density"] for m in data["methods"])
+    assert near < far and data["pairs"][0]["a"] == "near"
+    (layer, *_) = data["structure"]
+    assert sum(layer["space"][0]) == pytest.approx(1) == sum(layer["space_uniform"])
+    assert Image.open(folder / "near" / "mask.png").width > 300
+    assert main(command) == 0
+    assert last_json(capsys)["drawn_now"] == 0
+    assert main(["report", str(folder), "--no-plots"]) == 0
+    assert "near: block mask" in (folder / "report.html").read_text()
+
+
+def test_latency(model, tmp_path, capsys):
+    command = ["evaluate", "latency", *model, *SMALL, "-m", "local", "--set", "window=3"]
+    command += ["--set", "min_tokens=0", "--prompt", "a red cat", "--pairs", "1"]
+    assert main([*command, "-o", str(tmp_path)]) == 0
+    (row,) = last_json(capsys)["rows"]
+    assert row["end_to_end"]["p50"] > 0 and row["parity"]["layers"] == 4
+    assert "ceiling" in (tmp_path / "latency.md").read_text()
+
+
+def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):
+    from dittfast import bench
+
+    right = bench.attend
+    monkeypatch.setattr(bench, "attend", lambda *a, **k: right(*a, **k) + 1)
+    command = ["evaluate", "latency", *model, *SMALL, "-m", "local", "--set", "min_tokens=0"]
+    assert main([*command, "--prompt", "a red cat"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAILED: local, layer") and "end to end" not in out
+
+
+def test_draw_for_fid_goes_on(model, prompts, tmp_path, capsys):
+    command = ["evaluate", "draw", *model, *prompts, *SMALL, "-m", "local", "--set", "window=3"]
+    command += ["--set", "min_tokens=0", "-o", str(tmp_path / "many")]
+    assert main([*command, "-n", "1"]) == 0
+    assert last_json(capsys)["drawn_here"] == 2
+    assert main([*command, "-n", "3"]) == 0
+    data = last_json(capsys)
+    assert data["drawn_here"] == 4 and data["processes"] == 1
+    for label in ("dense", "local"):
+        pictures = sorted((tmp_path / "many" / label / "images").iterdir())
+        assert len(pictures) == 3
+        # Picture 2 has prompt 0 again with another seed.
+        first, _, third = (np.asarray(Image.open(p)) for p in pictures)
+        assert not np.array_equal(first, third)
+    assert not list((tmp_path / "many").glob("*/latents/*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["fidelity", "-o", "x", "--prompts", "p.txt"], "there is no method to compare"),
+        (
+            ["fidelity", "-m", "local", "-o", "x", "--prompts", "no.txt"],
+            "no prompts file at no.txt",
+        ),
+        (["fidelity", "-m", "local", "-m", "local", "-o", "x"], "'local' is used twice"),
+        (["fidelity", "-m", "local", "-o", "x", "--pair", "local"], "--pair takes two labels"),
+        (["fidelity", "-m", "local", "-o", "x", "--set", "b.window=3"], "labelled 'b'"),
+        (["fidelity", "-m", "locl", "-o", "x"], "Did you mean 'local'"),
+        (["fidelity", "--config", "no.yaml", "-o", "x"], "no config file at no.yaml"),
+        (["fidelity", "-m", "local", "-o", "file"], "file is a file"),
+        (["fid", "x", "--dataset", "coco"], "NAME:SPLIT:RESOLUTION"),
+        (["fid", "x", "--against", "y", "--features", "none"], "no feature network in none"),
+        (["fidelity", "-m", "local", "-o", "x", "--backend", "fast"], "unknown backend 'fast'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a cat")
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_shipped_evaluations_can_be_read():
+    from dittfast.pipelines.prompts import read_prompts
+    from dittfast.pipelines.variants import check_labels, make_variants, read_variants
+
+    from dittfast.cli.evaluate import _shipped
+    from dittfast.methods import METHODS
+
+    path = _shipped("evaluations/sample-flux")
+    chosen, pairs = read_variants(path)
+    check_labels(list(chosen), pairs)
+    variants = make_variants(chosen)
+    assert {v.method.name for v in variants} == set(METHODS) - {"radial", "dense"}
+    prompts = read_prompts(path.replace(".yaml", ".txt"))
+    assert len(set(prompts)) == 16

@@ -1,0 +1,185 @@
+"""The report page: escaped, self-contained, with every number; read back by a parser."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dittfast.cli import main
+from dittfast.plots import Point, distance_plot, pareto_front, pareto_plot
+from dittfast.report import html_report, markdown_report, read_results
+from dittfast.summary import bootstrap_mean
+
+EVIL = 'a <script>alert("x")</script> & "cat" | dog'
+
+
+def method(label, name, work, values):
+    pictures = [
+        {
+            "identical": False, "psnr_db": v, "ssim": 0.9, "lpips": None, "latent_cosine": 0.99,
+            "temporal_error": None, "motion_ratio": None,
+        }
+        for v in values
+    ]  # fmt: skip
+    pooled = {"identical": 0} | {
+        key: bootstrap_mean(p[key] for p in pictures if p[key] is not None) for key in pictures[0]
+        if key != "identical"
+    }  # fmt: skip
+    return {
+        "label": label,
+        "method": {"name": name, "window": 3},
+        "schedule": {"dense_first_steps": 1, "dense_last_steps": 0, "min_tokens": 0},
+        "backend": "cpu",
+        "density": work,
+        "checked": {"backend": "cpu", "layers": 2, "density": work, "work": work},
+        "sparse_layers": "2 of 2",
+        "dense_over_method_seconds": {"median": 0.8, "pairs": 2},
+        "pooled": pooled,
+        "pictures": pictures,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    methods = [method("wide", "local", 0.4, [30, 34]), method("near", "local", 0.1, [20, 22])]
+    methods.append(method("top", "rectified", 0.3, [19, 20]))
+    structure = [
+        {
+            "layer": f"layer {n}", "step": 1, "context": [0.1], "bins": ["0", "1", "2-3"],
+            "space": [[0.5, 0.3, 0.2]], "space_uniform": [0.1, 0.3, 0.6], "frame_bins": ["0"],
+            "frames": [[1.0]], "frames_uniform": [1.0],
+        }
+        for n in range(2)
+    ]  # fmt: skip
+    data = {
+        "task": "fidelity", "model": "tiny", "weights": "abc", "pipeline": "P",
+        "call": {"height": 40, "width": 60, "num_inference_steps": 2}, "dtype": "float32",
+        "device": {"type": "cpu", "name": "a CPU", "threads": 1}, "versions": {"torch": "2"},
+        "dense": "stock", "lpips": "not here", "interval": "bootstrap", "pairs": [],
+        "items": [{"index": i, "prompt": EVIL, "seed": i} for i in range(2)],
+        "methods": methods, "structure": structure,
+    }  # fmt: skip
+    (tmp_path / "fidelity.json").write_text(json.dumps(data))
+    draw = np.random.default_rng(0)
+    for label in ("dense", "wide", "near", "top"):
+        (tmp_path / label / "images").mkdir(parents=True)
+        for i in range(2):
+            pixels = draw.integers(0, 255, (40, 60, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / "images" / f"{i:05d}.png")
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "wide" / "mask.png")
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Tags that are open, all sources and links, and all text."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.ids, self.links, self.words = [], [], [], [], []
+        self.tags = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.add(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [v for k, v in attributes if k in ("href", "xlink:href", "src")]
+        if tag == "img":
+            self.images.append(given)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.words.append(text)
+
+
+def test_the_page_is_whole_escaped_and_self_contained(folder):
+    text = html_report(folder, read_results(folder), pictures=1)
+    page = Page(text)
+    assert not page.open and "script" not in page.tags
+    assert EVIL in " ".join(page.words)
+    assert all(x.startswith(("data:", "#")) for x in page.links)
+    assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r"<pre>.*?</pre>", "", text))
+    assert len(page.ids) == len(set(page.ids))
+    # One prompt: dense, and per method a picture and a difference; then one mask.
+    assert len(page.images) == 1 + 2 * 3 + 1 and all(i["alt"] for i in page.images)
+    first = base64.b64decode(page.images[0]["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(first)).size == (60, 40)
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    assert text.count("<svg") == 3 and "currentColor" in text and "#010203" not in text
+    for words in ("32.00 [30.00, 34.00]", "window=3", "weights abc"):
+        assert words in text
+
+
+def test_markdown_holds_the_tables_and_prompts(folder):
+    text = markdown_report(read_results(folder))
+    assert "| wide | 0.400 | 0.400 |" in text and "- a <script>" in text
+
+
+def test_the_command_writes_three_files(folder, capsys):
+    assert main(["report", str(folder), "--pictures", "1", "--no-plots"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = ("report.html", "report.md", "report.json")
+    assert last["files"] == [str(folder / n) for n in names]
+    assert (folder / "report.html").stat().st_size == last["bytes"]
+    assert "<svg" not in (folder / "report.html").read_text()
+    assert json.loads((folder / "report.json").read_text())["fidelity"]["model"] == "tiny"
+
+
+def test_a_video_becomes_a_moving_preview(folder):
+    for label in ("dense", "wide", "near", "top"):
+        images = folder / label / "images"
+        for number in range(3):
+            Image.new("RGB", (60, 40), (80 * number, 0, 0)).save(images / f"00000_{number:03d}.png")
+        (images / "00000.png").unlink()
+    text = html_report(folder, read_results(folder), pictures=1, plots=False)
+    moving = base64.b64decode(Page(text).images[0]["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(moving)).n_frames == 3
+
+
+def test_bad_folders(folder, tmp_path, capsys):
+    (folder / "near" / "images" / "00000.png").unlink()
+    with pytest.raises(FileNotFoundError, match="picture 0 of near is not in"):
+        html_report(folder, read_results(folder), plots=False)
+    with pytest.raises(ValueError, match="pictures must be at least 1, got 0"):
+        html_report(folder, read_results(folder), pictures=0)
+    (folder / "near" / "images" / "00000.png").write_text("text")
+    assert main(["report", str(folder), "--no-plots"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+    (folder / "latency.json").write_text('{"task": "fid"}')
+    with pytest.raises(ValueError, match=r"latency.json is a result of fid, not of latency"):
+        read_results(folder)
+    (folder / "latency.json").write_text("[")
+    with pytest.raises(ValueError, match="is no result of dittfast evaluate"):
+        read_results(folder)
+    with pytest.raises(FileNotFoundError, match=r"holds no fidelity.json"):
+        read_results(tmp_path / "near")
+
+
+def test_pareto_front():
+    points = [Point(n, "g", x, y) for n, x, y in (("a", 1, 1), ("b", 2, 3), ("c", 3, 2))]
+    assert [p.label for p in pareto_front(points, larger_x=False)] == ["a", "b"]
+    assert [p.label for p in pareto_front(points, larger_x=True)] == ["b", "c"]
+
+
+def test_plots_are_the_same_every_time():
+    points = [Point("a", "g", 1, 1, 0.5, 1.5), Point("b", "h", 2, 3)]
+    assert pareto_plot(points, "x", "y", "one") == pareto_plot(points, "x", "y", "one")
+    text = distance_plot({"layer": [0.7, 0.3]}, ["0", "1"], [0.5, 0.5], "d", "two")
+    assert text.startswith("<svg") and "uniform" in text and 'id="two-' in text
