@@ -115,6 +115,7 @@ class PlanTensors(NamedTuple):
     kv_frame: torch.Tensor | None
     kv_place: torch.Tensor | None
     q_indices: torch.Tensor | None
+    q_first: torch.Tensor | None
     q_num_blocks: torch.Tensor | None
     q_num_full_blocks: torch.Tensor | None
     worklist: torch.Tensor | None  # a backend's own; see Plan.worklist
@@ -125,11 +126,27 @@ class PlanTensors(NamedTuple):
 
 
 class Transpose(NamedTuple):
-    """For each key block the query blocks that see it: :class:`Plan` seen from the keys."""
+    """For each key block the query blocks that see it: :class:`Plan` seen from the keys.
+
+    One list lies behind the other: pooled keys are seen by all query blocks and others by few, so
+    a rectangle of lists would grow with the square of the sequence.
+
+    Attributes:
+        q_indices: ``[T]`` int32 query blocks, T the listed blocks of all batch rows and heads.
+        q_first: ``[B|1, H|1, nK]`` int64, where the list of each key block begins.
+        q_num_blocks, q_num_full_blocks: ``[B|1, H|1, nK]`` int32, its length and how many of the
+            blocks, which come first, are full.
+    """
 
     q_indices: torch.Tensor
+    q_first: torch.Tensor
     q_num_blocks: torch.Tensor
     q_num_full_blocks: torch.Tensor
+
+    def rows(self, batch: int, head: int, key_block: int) -> torch.Tensor:
+        """The query blocks that see one key block."""
+        first = int(self.q_first[batch, head, key_block])
+        return self.q_indices[first : first + int(self.q_num_blocks[batch, head, key_block])]
 
 
 def _range_error(name: str, x: torch.Tensor, low: int, high: int) -> str | None:
@@ -357,7 +374,7 @@ class Plan:
         weight = self.kv_log_weight
         if kv_log_weight is not None:
             weight = kv_log_weight if weight is None else weight + kv_log_weight
-        back = self._transpose or (None, None, None)
+        back = self._transpose or (None,) * len(Transpose._fields)
         rule = self.rule
         return PlanTensors(
             self.kv_indices,
@@ -566,13 +583,9 @@ def transpose_lists(kv_indices, kv_num_blocks, kv_num_full_blocks, num_kv_blocks
     cell, row, partial = cell[by], row[by], partial[by]
     count = torch.bincount(cell, minlength=lists * num_kv_blocks)
     full = torch.bincount(cell[~partial], minlength=lists * num_kv_blocks)
-    place = torch.arange(cell.numel(), device=device) - (count.cumsum(0) - count)[cell]
-    out = torch.zeros(
-        lists * num_kv_blocks, max(1, int(count.max())), dtype=torch.int32, device=device
-    )
-    out[cell, place] = row.int()
     shape = (batch, heads, num_kv_blocks)
-    return Transpose(out.view(*shape, -1), count.int().view(shape), full.int().view(shape))
+    first = (count.cumsum(0) - count).view(shape)
+    return Transpose(row.int(), first, count.int().view(shape), full.int().view(shape))
 
 
 def dense_mask(t: PlanTensors, num_queries: int, num_keys: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Sizes that differ from plan to plan without changing the code: not a reason to compile again.
 _SIZES = [
     *("heads", "num_queries", "num_keys", "num_q_blocks", "num_kv_blocks", "sink_frames"),
-    *("kv_list_size", "q_list_size", "list_b", "list_h", "weight_b", "weight_h"),
+    *("kv_list_size", "list_b", "list_h", "weight_b", "weight_h"),
     *("scale_b", "scale_h", "residual_b", "residual_h"),
 ]
 
@@ -464,10 +464,10 @@ def _dkv_walk(
 @triton.jit(do_not_specialize=_SIZES)
 def dkv_kernel(
     q, k, v, do, delta, row_lse, dk, dv,
-    q_indices, q_num_blocks, q_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
-    q_order, kv_order, kv_log_weight, out_scale,
+    q_indices, q_first, q_num_blocks, q_num_full_blocks, q_starts, q_lengths,
+    kv_starts, kv_lengths, q_order, kv_order, kv_log_weight, out_scale,
     limits, q_frame, q_place, kv_frame, kv_place,
-    scale, heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, q_list_size, sink_frames,
+    scale, heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, sink_frames,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
     list_b, list_h, weight_b, weight_h, scale_b, scale_h,
@@ -485,7 +485,7 @@ def dkv_kernel(
     delta += (i_b * heads + i_h).to(tl.int64) * num_queries
     row_lse += (i_b * heads + i_h).to(tl.int64) * num_queries
     row = (i_b * list_b + i_h * list_h).to(tl.int64) * num_kv_blocks + i_kv
-    q_indices += row * q_list_size
+    q_indices += tl.load(q_first + row)
     num_blocks = tl.load(q_num_blocks + row)
     num_full = tl.load(q_num_full_blocks + row)
     if out_scale is not None:

@@ -41,7 +41,11 @@ TARGETS = {
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("forward", "delta", "dq", "dkv")
-POINTERS = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int32: "i32"}
+POINTERS = {
+    **{dtype: name for name, dtype in DTYPES.items()},
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def calls_for(head_dim: int, dtype: torch.dtype, feature: Feature, capability) -
     given = dict(
         zip(("kv_indices", "kv_num_blocks", "kv_num_full_blocks"), lists),
         **dict(zip(("q_indices", "q_num_blocks", "q_num_full_blocks"), lists)),
+        **dict(q_first=torch.empty(1, 1, blocks, dtype=torch.int64, device="meta")),
         **dict.fromkeys(("q_starts", "q_lengths", "kv_starts", "kv_lengths"), ints(blocks)),
         **dict(q_block_size=feature.block_size, kv_block_size=feature.block_size),
         **dict(metric=feature.metric, sink_frames=0),

@@ -162,10 +162,9 @@ def backward_calls(
     sizes = t.q_block_size, values["num_q_blocks"], values["num_queries"]
     dkv = {
         **values,
-        **_broadcast("list", t.q_indices),
+        **_broadcast("list", t.q_first),
         **_walk("Q", *sizes, config.dkv.block_m, config.dkv.rule_tile),
         **dict(BLOCK_M=config.dkv.block_m, BLOCK_N=block_n, KV_PARTS=kv_parts),
-        **dict(q_list_size=t.q_indices.shape[3]),
     }
     programs = batch_heads * values["num_kv_blocks"] * kv_parts
     dkv = Call(block_sparse.dkv_kernel, programs, dkv, config.dkv)

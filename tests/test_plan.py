@@ -118,8 +118,7 @@ def test_transpose(plan):
                 if col in used:
                     is_full = used.index(col) < plan.kv_num_full_blocks[b, h, row]
                     (full if is_full else partial).append(row)
-            count = int(t.q_num_blocks[b, h, col])
-            assert t.q_indices[b, h, col, :count].tolist() == full + partial
+            assert t.rows(b, h, col).tolist() == full + partial
             assert int(t.q_num_full_blocks[b, h, col]) == len(full)
 
 
@@ -129,14 +128,30 @@ def test_transposing_twice_gives_the_lists_back(plan):
     once = transpose_lists(
         plan.kv_indices, plan.kv_num_blocks, plan.kv_num_full_blocks, plan.kv_blocks.count
     )
-    twice = transpose_lists(*once, count)
+    shape = once.q_num_blocks.shape
+    lists = torch.zeros(*shape, count, dtype=torch.int32)
+    for at in np.ndindex(*shape):
+        rows = once.rows(*at)
+        lists[at][: len(rows)] = rows
+    twice = transpose_lists(lists, once.q_num_blocks, once.q_num_full_blocks, count)
     assert torch.equal(twice.q_num_blocks, plan.kv_num_blocks)
     assert torch.equal(twice.q_num_full_blocks, plan.kv_num_full_blocks)
     for b, h, row in np.ndindex(*plan.kv_indices.shape[:3]):
         full, used = (int(x[b, h, row]) for x in (plan.kv_num_full_blocks, plan.kv_num_blocks))
+        found = twice.rows(b, h, row).tolist()
         for part in (slice(0, full), slice(full, used)):
-            given_ = sorted(plan.kv_indices[b, h, row, part].tolist())
-            assert twice.q_indices[b, h, row, part].tolist() == given_
+            assert found[part] == sorted(plan.kv_indices[b, h, row, part].tolist())
+
+
+def test_transpose_of_a_key_that_all_see_is_linear():
+    """Summaries that everybody sees, beside keys that few see: no rectangle of lists."""
+    n = 512
+    lists = torch.stack([torch.zeros(n), torch.arange(n)], 1).int()
+    lists = torch.where(lists[:, 1:] == 0, torch.tensor([[0, 1]]), lists).int()[None, None]
+    count = torch.full((1, 1, n), 2, dtype=torch.int32)
+    t = transpose_lists(lists, count, count, n)
+    assert sum(x.numel() for x in t) <= 6 * n
+    assert t.rows(0, 0, 0).tolist() == list(range(n)) and t.rows(0, 0, 7).tolist() == [7]
 
 
 @given(plans(with_weight=True))
