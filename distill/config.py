@@ -94,7 +94,8 @@ class DataConfig:
 
     Attributes:
         folder: where the shards lie.
-        prompts: a text file with a prompt on each line, for which the teacher draws.
+        prompts: for which the teacher draws; one that ends in .txt is a file with a prompt on
+            each line.
         pictures: a folder of pictures or videos with captions, instead of ``prompts``.
         count: how many samples; None for one of each prompt or picture. More than that repeats
             prompts with new seeds.
@@ -104,7 +105,7 @@ class DataConfig:
     """
 
     folder: str
-    prompts: str | None = None
+    prompts: tuple[str, ...] = ()
     pictures: str | None = None
     count: int | None = None
     call: dict = field(default_factory=dict)

@@ -26,7 +26,9 @@ def model_card(description: dict, method: str, schedule: str) -> str:
     if data["pictures"]:
         source += f" from pictures in {data['pictures']}"
     elif data["prompts"]:
-        source += f" drawn by the base model from the prompts in {data['prompts']}"
+        prompts = data["prompts"]
+        words = prompts[0] if len(prompts) == 1 else f"{len(prompts)} prompts"
+        source += f" drawn by the base model from {words}"
     lines = [
         "---",
         f"base_model: {base['model']}",

@@ -51,13 +51,7 @@ def plan_items(config: DataConfig) -> list[Item]:
     if config.pictures:
         sources = [(p.caption, p) for p in find_pictures(config.pictures)]
     elif config.prompts:
-        path = Path(config.prompts)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path} with prompts (data.prompts)")
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        sources = [(line, None) for line in lines if line]
-        if not sources:
-            raise ValueError(f"{path} holds no prompt; write one on each line")
+        sources = [(text, None) for text in _prompts(config.prompts)]
     else:
         raise ValueError("name data.prompts or data.pictures; there is nothing to prepare from")
     count = config.count or len(sources)
@@ -65,6 +59,19 @@ def plan_items(config: DataConfig) -> list[Item]:
         raise ValueError(f"data.count is {count}, but there are {len(sources)} pictures")
     chosen = (sources[i % len(sources)] for i in range(count))
     return [Item(text, config.seed + i, picture) for i, (text, picture) in enumerate(chosen)]
+
+
+def _prompts(given: tuple[str, ...]) -> list[str]:
+    if len(given) > 1 or not given[0].endswith(".txt"):
+        return list(given)
+    path = Path(given[0])
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with prompts (data.prompts)")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    found = [line for line in lines if line]
+    if not found:
+        raise ValueError(f"{path} holds no prompt; write one on each line")
+    return found
 
 
 def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item], call) -> dict:

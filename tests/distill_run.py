@@ -33,6 +33,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state in a process; each test may have its own precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @cache
 def _model(folder: Path, family: str) -> str:
     MAKE[family]().save_pretrained(folder / family)

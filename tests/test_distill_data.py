@@ -211,7 +211,7 @@ def test_prepare_from_pictures(folder, tmp_path):
     assert [p.caption for p in find_pictures(pictures)] == ["a red cat", "a blue dog"]
     data = {
         "pictures": str(pictures),
-        "prompts": None,
+        "prompts": [],
         "count": None,
         "folder": str(tmp_path / "d"),
     }
@@ -249,10 +249,12 @@ def test_items(tmp_path):
     assert [i.prompt for i in plan_items(config)][4:] == ["a red cat", "a blue dog"]
     assert [i.seed for i in plan_items(dataclasses.replace(config, seed=9))] == list(range(9, 15))
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        plan_items(dataclasses.replace(config, prompts="nowhere.txt"))
+        plan_items(dataclasses.replace(config, prompts=("nowhere.txt",)))
     with pytest.raises(ValueError, match="nothing to prepare"):
-        plan_items(dataclasses.replace(config, prompts=None))
-    Path(config.prompts).write_text("\n")
+        plan_items(dataclasses.replace(config, prompts=()))
+    listed = dataclasses.replace(config, prompts=("a", "b.txt"), count=None)
+    assert [i.prompt for i in plan_items(listed)] == ["a", "b.txt"]
+    Path(config.prompts[0]).write_text("\n")
     with pytest.raises(ValueError, match="no prompt"):
         plan_items(config)
 
