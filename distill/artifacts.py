@@ -21,7 +21,7 @@ from dittfast.methods.base import Method
 from .config import DistillConfig
 from .fingerprint import difference
 from .model_card import model_card
-from .student import ADAPTER, Student, add_lora, component_of
+from .student import ADAPTER, Student, add_lora, component_of, remove_lora
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
@@ -234,9 +234,7 @@ def load_adapter(
     try:
         _set_own(path, model, own)
         if adapters:
-            add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
-            _set(model, adapters)
-            model.requires_grad_(False)
+            _put_lora(model, adapters, lora)
     except BaseException:
         disable(pipe)
         raise
@@ -276,6 +274,18 @@ def _set(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, 
         before[name] = p.detach().cpu().clone()
         p.copy_(x)
     return before
+
+
+def _put_lora(model: torch.nn.Module, values: dict[str, torch.Tensor], lora: dict) -> None:
+    add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
+    try:
+        _check(Path(LORA), model, values)
+        _set(model, values)
+    except BaseException:
+        remove_lora(model)
+        raise
+    for name in values:
+        model.get_parameter(name).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -330,10 +340,7 @@ def unmerge(pipe) -> None:
     _set(model, loaded.merged)
     loaded.merged = None
     if loaded.lora is not None:
-        values, lora = loaded.lora
-        add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
-        _set(model, values)
-        model.requires_grad_(False)
+        _put_lora(model, *loaded.lora)
 
 
 def unload_adapter(pipe) -> None:
@@ -346,9 +353,7 @@ def unload_adapter(pipe) -> None:
     if loaded.merged is not None:
         _set(model, loaded.merged)
     elif loaded.lora is not None:
-        model.delete_adapters(ADAPTER)
-        if not getattr(model, "peft_config", None):
-            model.unload_lora()
+        remove_lora(model)
     _set(model, loaded.original)
     del model._dittfast_adapter
     if is_swapped(model):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+import torch
 
 _COMPLETE = re.compile(r"step-(\d{8})")
 
@@ -96,3 +100,27 @@ class Checkpoints:
         if self.folder.is_dir():
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left)
+
+
+def rng_state() -> dict:
+    """The state of every random generator of this process, as ``torch.save`` takes it."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": (version, internal, gauss),
+        "numpy": (kind, torch.from_numpy(keys.copy()), *rest),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Undo what happened to the generators since :func:`rng_state`."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -173,9 +173,9 @@ class TrainConfig:
         clip: largest norm of the gradient; None for no limit.
         ema: decay of averaged weights, warmed up; None for none.
         time_distribution: uniform or logit_normal (arXiv:2403.03206), then
-            ``t -> shift t / (1 + (shift - 1) t)`` and into ``time_range``; 1 is pure noise.
+            ``t -> shift t / (1 + (shift - 1) t)`` and into ``time_range``; 1 is pure noise. Noise
+            s times as strong has the ratio of data and noise that a shift of s has.
         time_range: Wan 2.2's experts each train on their own part.
-        noise_scale: factor of the noise (LLSA trains large pixel grids with 2).
         drop_prompt: fraction of samples with the negative prompt, for guidance without a prompt.
         checkpoint_every, keep: steps between checkpoints, and how many of them stay.
         trackers: tensorboard, wandb; metrics.jsonl is always written.
@@ -199,7 +199,6 @@ class TrainConfig:
     time_distribution: str = "uniform"
     time_shift: float = 1.0
     time_range: tuple[float, float] = (0.0, 1.0)
-    noise_scale: float = 1.0
     drop_prompt: float = 0.0
     checkpoint_every: int = 500
     keep: int = 2
@@ -210,7 +209,7 @@ class TrainConfig:
             check_integer(f"train.{name}", getattr(self, name), 1)
         for name in ("seed", "warmup_steps"):
             check_integer(f"train.{name}", getattr(self, name), 0)
-        for name in ("lr", "time_shift", "noise_scale"):
+        for name in ("lr", "time_shift"):
             check_positive(f"train.{name}", getattr(self, name))
         if self.clip is not None:
             check_positive("train.clip", self.clip, "null for no limit")

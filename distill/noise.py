@@ -121,10 +121,10 @@ def sample_times(
     return low + (high - low) * t
 
 
-def sample_noise(shape, seed: int, step: int, slot: int, scale: float = 1.0) -> torch.Tensor:
+def sample_noise(shape, seed: int, step: int, slot: int) -> torch.Tensor:
     """fp32 noise of one sample, from its place in the run: the slot in the global batch of a step.
 
     It does not depend on the number of processes or the size of their batches, and there is no
     state to save.
     """
-    return scale * torch.randn(shape, generator=generator("noise", seed, step, slot))
+    return torch.randn(shape, generator=generator("noise", seed, step, slot))

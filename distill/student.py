@@ -49,7 +49,7 @@ def attention_weights(model: torch.nn.Module, layers: list[str]) -> list[str]:
 
 
 def add_lora(model: torch.nn.Module, rank: int, alpha: float | None, targets, dropout=0.0) -> None:
-    """Put a trainable LoRA named "dittfast" into a transformer.
+    """Put a trainable LoRA named "dittfast" into a transformer, beside those that are active.
 
     Raises:
         ValueError: PEFT is not installed, or no module has such a name.
@@ -67,7 +67,17 @@ def add_lora(model: torch.nn.Module, rank: int, alpha: float | None, targets, dr
         lora_dropout=dropout,
         init_lora_weights=True,
     )
+    active = model.active_adapters() if getattr(model, "peft_config", None) else []
     model.add_adapter(config, adapter_name=ADAPTER)
+    if active:
+        model.set_adapter([*active, ADAPTER])
+
+
+def remove_lora(model: torch.nn.Module) -> None:
+    """Take the LoRA named "dittfast" out; without another one nothing of PEFT is left."""
+    model.delete_adapters(ADAPTER)
+    if not getattr(model, "peft_config", None):
+        model.unload_lora()
 
 
 @contextlib.contextmanager

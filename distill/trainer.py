@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import json
 import logging
-import random
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from dittfast.files import write_json, write_text
 
 from . import objectives
 from .artifacts import read_weights, save_adapter
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, rng_state, set_rng_state
 from .config import DistillConfig
 from .fingerprint import difference
 from .loader import Batch, Dataset, Prefetch, global_batches
@@ -176,7 +176,7 @@ class Trainer:
             slots = range(first, first + train.batch_size)
             batch = self.dataset.batch([indices[s] for s in slots], [dropped[s] for s in slots])
             shape = batch.latents.shape[1:]
-            noise = [sample_noise(shape, train.seed, step, s, train.noise_scale) for s in slots]
+            noise = [sample_noise(shape, train.seed, step, s) for s in slots]
             micros.append(Micro(batch, torch.stack(noise), t[first : first + train.batch_size]))
         return micros
 
@@ -293,11 +293,11 @@ class Trainer:
                     self._validate()
                 if not self.step % train.checkpoint_every or self.step == train.steps:
                     self.save()
+            self._export()
         finally:
             batches.close()
             bar.close()
             self.accelerator.end_training()
-        self._export()
         return self.last
 
     def _log(self, values: dict[str, float]) -> None:
@@ -367,7 +367,7 @@ class Trainer:
                 "data": self.dataset.manifest["seeds"][0],
             }
             write_json(folder / "progress.json", progress)
-        torch.save(_rng_state(), folder / f"rng-{self.accelerator.process_index:05d}.pt")
+        torch.save(rng_state(), folder / f"rng-{self.accelerator.process_index:05d}.pt")
 
     def _restore(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -397,7 +397,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rng = folder / f"rng-{self.accelerator.process_index:05d}.pt"
         if rng.is_file():
-            _set_rng_state(torch.load(rng, weights_only=True))
+            set_rng_state(torch.load(rng, weights_only=True))
         self.step, self.seconds = progress["step"], progress["seconds"]
 
     def _export(self) -> None:
@@ -435,7 +435,7 @@ def _to_float32(value):
 
 
 def _accelerator(config: DistillConfig):
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
 
     for tracker in config.train.trackers:
         package = _TRACKER_PACKAGES[tracker]
@@ -444,35 +444,27 @@ def _accelerator(config: DistillConfig):
                 f"train.trackers names {tracker}, which is not installed: pip install {package}; "
                 "or leave it out, metrics.jsonl is always written"
             )
-    return Accelerator(
+    accelerator = Accelerator(
+        # Without this accelerate leaves processes on a CPU alone with themselves.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.accumulation,
         log_with=list(config.train.trackers) or None,
         project_dir=config.train.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-
-
-def _rng_state() -> dict:
-    version, internal, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": (version, internal, gauss),
-        "numpy": (kind, torch.from_numpy(keys.copy()), *rest),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"training runs in one process or with DDP, accelerate is set up for {kind}; launch it "
+            "with configs/accelerate/ddp.yaml"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; "
+            "each would train on its own. Launch with accelerate launch, or torchrun"
+        )
+    return accelerator
 
 
 def train(config: DistillConfig, resume: str | None = None) -> dict[str, float]:

@@ -83,7 +83,7 @@ def test_losses_are_what_their_formulas_say(folder, tmp_path):
     config = run_config(
         folder, tmp_path / "run", objectives={"features": 0.25},
         student={"method": "dense", "options": {}},
-        train={"steps": 1, "drop_prompt": 0.5, "time_shift": 2.0, "noise_scale": 1.5},
+        train={"steps": 1, "drop_prompt": 0.5, "time_shift": 2.0},
     )  # fmt: skip
     trainer = Trainer(config)
     trainer._order = global_batches(trainer.dataset.shapes, 2, config.train.seed)
@@ -219,17 +219,17 @@ print("kills:", kill_at - 1)
 def test_runs_killed_at_every_point_resume_to_the_bit(folder, tmp_path):
     """SIGKILL before each step and at each file, fsync, rename and removal of the checkpoints."""
     path = write_config(
-        folder, train={"steps": 3, "checkpoint_every": 1, "keep": 1, "ema": 0.9, "batch_size": 1}
+        folder, train={"steps": 2, "checkpoint_every": 1, "keep": 1, "ema": 0.9, "batch_size": 1}
     )
     done = python("-c", KILLED, path, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     kills = int(done.stdout.split("kills:")[1])
-    assert kills > 30
+    assert kills > 20
     for run in sorted(tmp_path.glob("killed-*")):
         assert losses(run) == losses(tmp_path / "whole"), run.name
         assert_same(state(run), state(tmp_path / "whole"))
         left = sorted(p.name for p in (run / "checkpoints").iterdir())
-        assert left == ["step-00000003"], run.name
+        assert left == ["step-00000002"], run.name
 
 
 def python(*arguments, **variables):
@@ -280,7 +280,7 @@ def test_two_processes_give_the_curve_of_one(folder, tmp_path):
     train(run_config(folder, tmp_path / "one", train=one, student=student))
     two = {**one, "accumulation": 1, "output": str(tmp_path / "two")}
     path = write_config(folder, train=two, student=student)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = python(*launch, "-m", "dittfast.distill", path)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -419,3 +419,45 @@ def test_metrics_survive_a_half_written_line(folder, tmp_path):
     more = run_config(folder, tmp_path / "run", train={"steps": 3, "checkpoint_every": 1})
     train(more, "latest")
     assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_length_extension(folder, tmp_path):
+    """Radial LoRA on clips of more frames than before, the first layer dense; then used."""
+    from distill_run import CALLS
+    from dittfast.distill.artifacts import load_adapter
+    from dittfast.pipelines.sources import find, load
+
+    import dittfast
+    from dittfast.files import save_video
+
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for i in range(2):
+        noise = np.random.default_rng(i).integers(0, 255, (1, 48, 80, 3), dtype=np.uint8)
+        save_video(
+            clips / f"{i}.gif", np.repeat(noise, 18, 0) // (1 + np.arange(18)[:, None, None, None])
+        )
+        (clips / f"{i}.txt").write_text("a red car moves left")
+    long = CALLS["wan"] | {"num_frames": 17}
+    config = make_config(
+        folder, "wan",
+        data={"pictures": str(clips), "prompts": [], "count": 2, "folder": str(tmp_path / "long"),
+              "call": long},
+        student={
+            "method": "radial", "options": {"block_size": 16}, "trainable": "lora", "rank": 4,
+            "schedule": {"dense_layers": [0]},
+        },
+        objectives={"denoising": 1.0, "prediction": 0.0, "attention": 0.0},
+        train={"output": str(tmp_path / "run"), "steps": 30, "lr": 1e-2, "time_range": [0.5, 0.6]},
+    )  # fmt: skip
+    train(config)
+    found = [row["loss"] for row in losses(tmp_path / "run")]
+    assert np.mean(found[-5:]) < 0.97 * np.mean(found[:5])
+    pipe = load(find(config.model.path))
+    pipe.set_progress_bar_config(disable=True)
+    load_adapter(pipe, tmp_path / "run" / "adapter")
+    frames = pipe("a red car", **long, output_type="np").frames[0]
+    assert frames.shape[0] == 17 and np.isfinite(frames).all()
+    described = dittfast.describe(pipe)
+    assert described.num_tokens == 5 * 3 * 5 and described.density < 1
+    assert [layer.dense is None for layer in described.layers] == [False, True]

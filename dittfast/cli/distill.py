@@ -73,12 +73,13 @@ def _quiet_libraries() -> None:
 
 
 def _prepare(config) -> int:
+    import torch
     from accelerate import PartialState
 
     from dittfast.distill.prepare import prepare
     from dittfast.pipelines.sources import choose_dtype, find, load
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     source = find(config.model.path)
     pipe = load(source, state.device, choose_dtype(config.model.dtype, state.device))
     folder = prepare(
