@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.sequences import Sequences
 from dittfast.pipelines.sources import Source, choose_dtype, find
 
 from .config import DistillConfig
@@ -114,4 +115,4 @@ def _tokens(config: DistillConfig, model, family) -> int | None:
         return None
     batch = dataset.batch([0])
     arguments = dict(batch.arguments, hidden_states=batch.latents)
-    return family.read(model, arguments).num_tokens
+    return Sequences.of(family.read(model, arguments)).layout.num_tokens

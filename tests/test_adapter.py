@@ -487,7 +487,8 @@ def test_autocast_reaches_the_replaced_attention():
     """Norms give q and k in fp32 on some devices; autocast lets the stock call mix them with v."""
     layout = Layout.image(5, 7, text=3)
     state = seam.LayerState()
-    state.core = seam.Core(Full(), layout, Full().plan(layout), "reference")
+    part = seam.Part(layout, Full().plan(layout))
+    state.core = seam.Core(Full(), ((part,),), "reference")
     q, k, v = torch.randn(3, 1, 2, layout.num_tokens, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     with torch.autocast("cpu", torch.bfloat16):
