@@ -104,7 +104,9 @@ def estimate(config: DistillConfig) -> dict:
 
 
 def _width(model: torch.nn.Module, layers: list[str]) -> int:
-    return max(model.get_submodule(layers[0]).to_q.weight.shape)
+    """Channels of a token."""
+    weights = attention_weights(model, layers[:1])
+    return min(model.get_parameter(weights[0]).shape)
 
 
 def _tokens(config: DistillConfig, model, family) -> int | None:

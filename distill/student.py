@@ -25,8 +25,11 @@ from .capture import capture
 from .config import ObjectiveConfig, StudentConfig
 
 ADAPTER = "dittfast"
-# CLEAR trains these and leaves the text stream's own projections alone.
-_ATTENTION = re.compile(r"\.to_(q|k|v|out)(\.0)?\.(base_layer\.)?(weight|bias)$")
+# CLEAR trains these and leaves the text stream's own projections alone. FLUX.2's single blocks have
+# q, k, v and an MLP in one matrix; Kandinsky 5 writes the names out.
+_ATTENTION = re.compile(
+    r"\.(to_(q|k|v|out|query|key|value|qkv_mlp_proj)|out_layer)(\.0)?\.(base_layer\.)?(weight|bias)$"
+)
 
 
 def component_of(pipe, component: str) -> torch.nn.Module:

@@ -11,6 +11,8 @@ from distill_run import MAKE, one_thread  # noqa: F401
 from dittfast.distill.capture import capture
 from dittfast.distill.config import ObjectiveConfig, StudentConfig
 from dittfast.distill.student import Student
+from dittfast.pipelines.tiny_image import TINY_IMAGE
+from dittfast.pipelines.tiny_video import TINY_VIDEO
 
 INPUTS = {"flux": tiny.flux_inputs, "wan": tiny.wan_inputs}
 LOCAL = {"method": "local", "options": {"window": 2, "downsample": 2, "tile": (1, 4, 4)}}
@@ -227,3 +229,42 @@ def test_half_precision_models_train_in_fp32():
             assert torch.equal(student(inputs)[0], expected)
         student(inputs)[0].float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in student.trainable().values())
+
+
+class Components:
+    """As much of a pipeline as the student needs."""
+
+    def __init__(self, transformer):
+        self.transformer = transformer
+        self.components = {"transformer": transformer}
+
+
+TINY = {k: x for k, x in {**TINY_IMAGE, **TINY_VIDEO}.items() if not k.startswith("z-image")}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_has_a_teacher_and_something_to_train(name):
+    """All but Z-Image, whose transformer takes lists in the place of hidden_states."""
+    stock, inputs = TINY[name].build()
+    inputs.pop("return_dict")
+    with torch.no_grad():
+        expected = stock(**inputs, return_dict=False)[0]
+    model, _ = TINY[name].build()
+    config = StudentConfig("local", {"window": 1.5}, trainable="attention")
+    student = Student(Components(model), "transformer", config, ObjectiveConfig())
+    names = list(student.trainable())
+    for layer in student.layers:
+        assert any(name.startswith(f"{layer}.") for name in names), layer
+    with torch.no_grad():
+        for p in student.trainable().values():
+            p.mul_(1.1)
+    with student.as_teacher():
+        found, teacher, _ = student(inputs)
+    channels = found.shape[1]
+    assert torch.equal(found, expected[:, :channels])
+    prediction, attention, _ = student(inputs)
+    assert not torch.equal(prediction, found)
+    assert len(attention) == len(teacher) == len(student.layers)
+    loss = prediction.square().mean() + sum(x.square().mean() for x in attention)
+    gradients = torch.autograd.grad(loss, list(student.trainable().values()))
+    assert all(g.isfinite().all() for g in gradients)
