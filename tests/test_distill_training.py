@@ -273,6 +273,7 @@ def test_a_run_killed_while_it_writes_resumes_to_the_bit(folder, tmp_path):
     assert not list((output / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(folder, tmp_path):
     """Gloo, through the documented module; the same global batch of 4 each time."""
     one = {"steps": 4, "batch_size": 2, "accumulation": 2, "drop_prompt": 0.3, "ema": 0.9}
