@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
@@ -59,17 +60,33 @@ class Schedule:
         Raises:
             ValueError: an entry that matches no layer, with the range or names there are.
         """
-        dense: set[str] = set()
-        for entry in self.dense_layers:
-            found = _matching(entry, names)
-            if not found:
-                raise ValueError(
-                    f"dense_layers entry {entry!r} matches no layer; this model has "
-                    f"{len(names)} self-attention layers, 0..{len(names) - 1}, "
-                    f"named {names[0]} ... {names[-1]}"
-                )
-            dense.update(found)
-        return dense
+        return set(matching_layers(self.dense_layers, names))
+
+
+def matching_layers(
+    entries: Iterable[int | str], names: list[str], option: str = "dense_layers"
+) -> list[str]:
+    """The layers meant by indices, ranges and name patterns, in the order of the model.
+
+    Args:
+        entries: as :attr:`Schedule.dense_layers`.
+        names: the model's self-attention layers.
+        option: what errors call the entries.
+
+    Raises:
+        ValueError: an entry that matches no layer, with the range or names there are.
+    """
+    chosen: set[str] = set()
+    for entry in entries:
+        found = _matching(entry, names)
+        if not found:
+            raise ValueError(
+                f"{option} entry {entry!r} matches no layer; this model has "
+                f"{len(names)} self-attention layers, 0..{len(names) - 1}, "
+                f"named {names[0]} ... {names[-1]}"
+            )
+        chosen.update(found)
+    return [name for name in names if name in chosen]
 
 
 def _matching(entry: int | str, names: list[str]) -> list[str]:

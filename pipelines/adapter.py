@@ -267,6 +267,27 @@ def disable(pipe) -> Disabled:
     return Disabled(pipe, undone)
 
 
+@contextlib.contextmanager
+def force_dense(pipe, dense: bool = True):
+    """Inside, every pass of an enabled pipeline is dense (or none is), whatever its schedule says.
+
+    For training, where a pass belongs to no denoising step. Layers that the schedule keeps dense
+    stay dense.
+
+    Raises:
+        ValueError: dittfast is not enabled on this pipeline.
+    """
+    models = [m for m in transformers_of(pipe).values() if is_swapped(m)]
+    if not models:
+        raise ValueError("dittfast is not enabled on this pipeline; call dittfast.enable first")
+    session = models[0]._dittfast.session
+    before, session.forced = session.forced, dense
+    try:
+        yield
+    finally:
+        session.forced = before
+
+
 def method_parameters(pipe) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters the enabled method added, by component, layer and name."""
     return {

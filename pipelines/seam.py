@@ -219,6 +219,10 @@ def _attend(state: LayerState, call: dict) -> torch.Tensor:
             "set the model's attention dropout to 0"
         )
     q, k, v, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
+    if torch.is_autocast_enabled(q.device.type):
+        # As autocast does for the stock call.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     rows = core.at(q.shape[-2])
     token = rows[0].layout.grid_start if core.outer_mask else None
     weight = key_log_weight(mask, q, token)

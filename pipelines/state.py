@@ -32,6 +32,7 @@ class Session:
         self.schedule = schedule
         self.backend = backend
         self.counter = TimestepCounter()
+        self.forced: bool | None = None
         self._pipe = weakref.ref(pipe)
 
     def __deepcopy__(self, memo):
@@ -64,6 +65,8 @@ class Session:
 
     def is_dense_step(self, family: Family, arguments: dict) -> bool:
         """Whether the pass with these forward arguments belongs to a dense step."""
+        if self.forced is not None:
+            return self.forced
         if not (self.schedule.dense_first_steps or self.schedule.dense_last_steps):
             return False
         step, total = self.step(family, arguments)

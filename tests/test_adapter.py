@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from dittfast.pipelines import seam
-from dittfast.pipelines.adapter import method_parameters
+from dittfast.pipelines.adapter import force_dense, method_parameters
 from patterns import Band, FirstKeys, Full
 
 import dittfast
@@ -464,3 +464,36 @@ def test_method_parameters_are_reachable():
     inputs = tiny.flux_inputs(height=8, width=6)
     pipe.transformer(**inputs)[0].square().mean().backward()
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in named.values())
+
+
+def test_force_dense_overrides_the_steps_but_not_the_layers(model_and_inputs):
+    model, inputs = model_and_inputs
+    stock = forward(model, inputs)
+    with pytest.raises(ValueError, match="not enabled"), force_dense(model):
+        pass
+    with dittfast.enable(model, Band(), dense_first_steps=1, dense_layers=[0]):
+        assert torch.equal(forward(model, inputs), stock)
+        with force_dense(model, False):
+            sparse = forward(model, inputs)
+            with force_dense(model):
+                assert torch.equal(forward(model, inputs), stock)
+            assert torch.equal(forward(model, inputs), sparse)
+    with dittfast.enable(model, Band(), dense_layers=[0]):
+        assert torch.equal(forward(model, inputs), sparse)
+    assert not torch.equal(sparse, stock)
+
+
+def test_autocast_reaches_the_replaced_attention():
+    """Norms give q and k in fp32 on some devices; autocast lets the stock call mix them with v."""
+    layout = Layout.image(5, 7, text=3)
+    state = seam.LayerState()
+    part = seam.Part(layout, Full().plan(layout))
+    state.core = seam.Core(Full(), ((part,),), "reference")
+    q, k, v = torch.randn(3, 1, 2, layout.num_tokens, 16)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = sdpa(q, k, v.bfloat16())
+        with seam.intercept(state):
+            ours = sdpa(q, k, v.bfloat16())
+    assert state.reached and ours.dtype == stock.dtype == torch.bfloat16
+    assert float((ours - stock).abs().max()) < 0.05 * float(stock.abs().max())

@@ -131,7 +131,11 @@ def test_every_way_to_contribute_has_an_example():
 
 
 @pytest.mark.parametrize(
-    "document", (*DOCUMENTS, "samples/README.md", "docs/sample-model.md", "docs/head-guidance.md")
+    "document",
+    (
+        *DOCUMENTS,
+        *("samples/README.md", "docs/sample-model.md", "docs/head-guidance.md", "docs/distill.md"),
+    ),
 )
 def test_links_lead_somewhere(document):
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+)[^)]*\)", text_of(document))

@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "draw a method's block mask, with its density and FLOPs",
     "evaluate": "compare a model's pictures and speed with dense attention's",
     "report": "turn an evaluation into one HTML page",
+    "distill": "train a model to work with sparse attention",
     "bench": "measure speed, after checking that the results agree",
     "parity": "check every model family under every method, on tiny random models",
     "doctor": "show what runs on this machine, and why the rest does not",
@@ -73,7 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in argv if not a.startswith("-")), None)
-    args = _parser(command).parse_args(argv)
+    parser = _parser(command)
+    args, rest = parser.parse_known_args(argv)
+    # A command that takes a list of words takes them between its options, too.
+    if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        args.words.extend(rest)
     logger, handler = logging.getLogger("dittfast"), _OnStderr()
     logger.addHandler(handler)
     try:

@@ -1,0 +1,120 @@
+"""What a run would train, and how much memory it would take, without loading weights."""
+
+from __future__ import annotations
+
+import torch
+from dittfast.pipelines.adapter import attention_layers
+from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.sequences import Sequences
+from dittfast.pipelines.sources import Source, choose_dtype, find
+
+from .config import DistillConfig
+from .loader import Dataset
+from .student import ADAPTER, add_lora, attention_weights
+
+# Bytes that an optimiser keeps for each trained value; Prodigy has two more tensors than AdamW.
+_STATE_BYTES = {"adamw": 8, "prodigy": 16}
+# Saved values of one transformer layer for each token and channel, without the attention matrix,
+# in 16 bits: Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
+_SAVED_BYTES = 34
+
+
+def empty_model(source: Source, component: str) -> torch.nn.Module:
+    """The transformer of a source on the meta device: shapes without values.
+
+    Raises:
+        ValueError: the source has no such component, or no configuration of it.
+    """
+    import diffusers
+
+    local = source.kind != "hub"
+    try:
+        index = diffusers.DiffusionPipeline.load_config(source.location, local_files_only=local)
+    except OSError as error:
+        raise ValueError(f"could not read the configuration of {source.name}: {error}") from error
+    _, name = index.get(component) or (None, None)
+    if name is None:
+        raise ValueError(f"model.component: {source.name} has no {component!r}")
+    cls = getattr(diffusers, name)
+    config = cls.load_config(source.location, subfolder=component, local_files_only=local)
+    with torch.device("meta"):
+        return cls.from_config(config)
+
+
+def estimate(config: DistillConfig) -> dict:
+    """Parameter counts and bytes of one process, as plain data.
+
+    Returns:
+        ``parameters`` (total, trained), ``bytes`` by purpose with their ``total``, and ``notes``
+        on what is not in it.
+    """
+    source, student, train = find(config.model.path), config.student, config.train
+    model = empty_model(source, config.model.component)
+    total = sum(p.numel() for p in model.parameters())
+    family = FAMILIES.get(type(model).__name__)
+    if family is None:
+        raise ValueError(
+            f"no layout reader for {type(model).__name__}; known: {', '.join(sorted(FAMILIES))}"
+        )
+    layers = list(attention_layers(model, family))
+    method, schedule = student.resolved()
+    dense = schedule.dense_layer_names(layers)
+    own = sum(x.numel() for x in method.parameters().values()) * (len(layers) - len(dense))
+    shapes = {name: p.numel() for name, p in model.named_parameters()}
+    base = 0
+    if student.trainable == "attention":
+        base = sum(shapes[name] for name in attention_weights(model, layers))
+    elif student.trainable == "all":
+        base = total
+    lora = 0
+    if student.trainable == "lora":
+        with torch.device("meta"):
+            add_lora(model, student.rank, student.alpha, student.targets)
+        lora = sum(p.numel() for n, p in model.named_parameters() if f".{ADAPTER}." in n)
+    trained = base + lora + own
+    # The device of the run may be another; a name says what "auto" would mean here.
+    size = choose_dtype(config.model.dtype, torch.device("cpu")).itemsize
+    shared = config.objectives.needs_teacher and not config.model.separate_teacher
+    bytes_of = {
+        "frozen weights": (total - base) * size,
+        "trained weights": trained * 4,
+        "gradients": trained * 4,
+        f"{train.optimizer} states": trained * _STATE_BYTES[train.optimizer],
+        "averaged weights": trained * 4 if train.ema is not None else 0,
+        "teacher": base * 4 if shared else total * size * config.model.separate_teacher,
+    }
+    notes = ["VAE and text encoders are loaded too; on the device only where validation is on"]
+    tokens = _tokens(config, model, family)
+    if tokens is None:
+        notes.append("activations are not in it: the training set is not prepared yet")
+    else:
+        blocks = len(layers)
+        wide = _width(model, layers) * tokens * train.batch_size * (size if size > 2 else 2) / 2
+        if train.gradient_checkpointing:
+            bytes_of["activations, roughly"] = int(wide * (2 * blocks + _SAVED_BYTES))
+        else:
+            bytes_of["activations, roughly"] = int(wide * blocks * _SAVED_BYTES)
+    bytes_of["total"] = sum(bytes_of.values())
+    return {
+        "parameters": {"model": total, "trained": trained},
+        "bytes": bytes_of,
+        "notes": notes,
+        "tokens": tokens,
+    }
+
+
+def _width(model: torch.nn.Module, layers: list[str]) -> int:
+    """Channels of a token."""
+    weights = attention_weights(model, layers[:1])
+    return min(model.get_parameter(weights[0]).shape)
+
+
+def _tokens(config: DistillConfig, model, family) -> int | None:
+    """Tokens of the prepared set; None where there is none."""
+    try:
+        dataset = Dataset(config.data.folder)
+    except (FileNotFoundError, ValueError):
+        return None
+    batch = dataset.batch([0])
+    arguments = dict(batch.arguments, hidden_states=batch.latents)
+    return Sequences.of(family.read(model, arguments)).layout.num_tokens

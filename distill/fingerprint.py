@@ -1,0 +1,62 @@
+"""Whether two transformers are the same model, without comparing gigabytes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from dittfast.pipelines.seam import stock_class
+
+_PROBED = 24
+_VALUES = 8
+# bfloat16 keeps 8 bits; the same weights rounded twice differ by less.
+_TOLERANCE = 2.0**-6
+
+
+def base_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own parameters by their stock names, without those of adapters in it."""
+    return {
+        name.replace(".base_layer.", "."): p
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def fingerprint(model: torch.nn.Module) -> dict:
+    """Class, shapes, and a few values of a transformer's parameters; plain data."""
+    parameters = base_parameters(model)
+    shapes = "\n".join(f"{name} {list(p.shape)}" for name, p in sorted(parameters.items()))
+    large = sorted(name for name, p in parameters.items() if p.ndim == 2 and p.is_floating_point())
+    probed = [large[i * len(large) // _PROBED] for i in range(_PROBED)] if large else []
+    values = {}
+    for name in dict.fromkeys(probed):
+        flat = parameters[name].detach().reshape(-1)
+        places = torch.arange(_VALUES) * flat.numel() // _VALUES
+        values[name] = [round(x, 8) for x in flat[places.to(flat.device)].float().tolist()]
+    return {
+        "class": stock_class(type(model)).__name__,
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "values": values,
+    }
+
+
+def difference(expected: dict, model: torch.nn.Module, changed: set[str] = frozenset()) -> str:
+    """Why ``model`` is not the one that gave ``expected``; empty where it is.
+
+    Args:
+        changed: parameters that are known to have other values.
+    """
+    found = fingerprint(model)
+    if found["class"] != expected["class"]:
+        return f"it is a {found['class']}, not a {expected['class']}"
+    if found["shapes"] != expected["shapes"]:
+        return f"its {found['class']} has parameters of other shapes"
+    for name, values in expected["values"].items():
+        if name in changed or name not in found["values"]:
+            continue
+        size = max(abs(x) for x in values)
+        apart = max(abs(a - b) for a, b in zip(values, found["values"][name]))
+        if not math.isfinite(apart) or apart > _TOLERANCE * size:
+            return f"its {name} has other values"
+    return ""

@@ -1,0 +1,183 @@
+"""Reads a prepared set: a fixed order from the seed, batches ahead of time."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .conditioning import unflatten
+from .noise import NoiseProcess, generator
+from .prepare import FORMAT, MANIFEST, NEGATIVE, read_process, shard_name
+
+
+@dataclass
+class Batch:
+    """Samples of one shape.
+
+    Attributes:
+        latents: ``[B, ...]`` fp32, clean.
+        arguments: the transformer's other forward arguments.
+    """
+
+    latents: torch.Tensor
+    arguments: dict
+
+    def to(self, device) -> Batch:
+        return Batch(self.latents.to(device), _to(self.arguments, device))
+
+
+def _to(value, device):
+    if torch.is_tensor(value):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _to(x, device) for name, x in value.items()}
+    return tuple(_to(x, device) for x in value) if isinstance(value, tuple) else value
+
+
+class Dataset:
+    """A folder that ``dittfast distill prepare`` wrote.
+
+    Raises:
+        FileNotFoundError: no set there.
+        ValueError: shards are missing, or another version wrote them.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no training set in {self.folder}; make it first: "
+                "dittfast distill prepare CONFIG.yaml"
+            )
+        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        if self.manifest["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has format {self.manifest['format']}, this version reads {FORMAT}; "
+                "prepare the set again"
+            )
+        self.shard_size = self.manifest["shard_size"]
+        shards = -(-len(self) // self.shard_size)
+        names = [NEGATIVE, *(shard_name(i) for i in range(shards))]
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(names)} files of the set in {self.folder} are missing "
+                f"({missing[0]} is the first); run dittfast distill prepare again, it goes on "
+                "where it stopped"
+            )
+        self._shared: dict[str, torch.Tensor] | None = None
+        self.shapes = [shape for i in range(shards) for shape in self._shapes(i)]
+
+    def __len__(self) -> int:
+        return len(self.manifest["prompts"])
+
+    @property
+    def process(self) -> NoiseProcess:
+        return read_process(self.manifest)
+
+    def _open(self, name: str):
+        from safetensors import safe_open
+
+        return safe_open(self.folder / name, "pt")
+
+    def _shapes(self, shard: int) -> list[tuple]:
+        """What must agree in a batch, for each sample of a shard."""
+        samples: dict[int, list] = defaultdict(list)
+        with self._open(shard_name(shard)) as file:
+            for key in sorted(file.keys()):
+                index, _, name = key.partition("/")
+                if index != "shared":
+                    samples[int(index)].append((name, *file.get_slice(key).get_shape()))
+        return [tuple(samples[i]) for i in sorted(samples)]
+
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one sample; ``latents`` among them."""
+        shard, place = divmod(index, self.shard_size)
+        prefix = f"{place}/"
+        with self._open(shard_name(shard)) as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key[len(prefix) :]: file.get_tensor(key) for key in keys}
+
+    def negative(self) -> dict[str, torch.Tensor]:
+        """The tensors of the negative prompt."""
+        with self._open(NEGATIVE) as file:
+            keys = [key for key in file.keys() if key.startswith("0/")]  # noqa: SIM118
+            return {key[2:]: file.get_tensor(key) for key in keys}
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """Tensors that belong to every sample; the same objects at every call."""
+        if self._shared is None:
+            with self._open(shard_name(0)) as file:
+                keys = [key for key in file.keys() if key.startswith("shared/")]  # noqa: SIM118
+                self._shared = {key[len("shared/") :]: file.get_tensor(key) for key in keys}
+        return self._shared
+
+    def batch(self, indices: list[int], without_prompt: list[bool] | None = None) -> Batch:
+        """Samples of one shape, in this order; where asked, with the negative prompt for theirs.
+
+        Raises:
+            ValueError: the negative prompt's tensors have other shapes.
+        """
+        samples = [self.sample(i) for i in indices]
+        latents = torch.cat([s.pop("latents").float() for s in samples])
+        if without_prompt and any(without_prompt):
+            negative = self.negative()
+            for at, dropped in enumerate(without_prompt):
+                if not dropped:
+                    continue
+                for name, x in samples[at].items():
+                    if negative[name].shape != x.shape:
+                        raise ValueError(
+                            f"{name} of the negative prompt is {list(negative[name].shape)}, of a "
+                            f"sample {list(x.shape)}; train.drop_prompt must be 0 for this set"
+                        )
+                samples[at] = negative
+        own = {name: torch.cat([s[name] for s in samples]) for name in samples[0]}
+        constants = self.manifest["constants"]
+        return Batch(latents, unflatten({**constants, **self.shared(), **own}))
+
+
+def global_batches(shapes: list, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of ``size`` samples of one shape, the whole set in a new order each epoch.
+
+    What does not fill a batch at the end of an epoch opens the next one, so every sample is seen
+    equally often.
+    """
+    waiting: dict[object, list[int]] = defaultdict(list)
+    epoch = 0
+    while True:
+        order = torch.randperm(len(shapes), generator=generator("order", seed, epoch)).tolist()
+        for index in order:
+            bucket = waiting[shapes[index]]
+            bucket.append(index)
+            if len(bucket) == size:
+                yield list(bucket)
+                bucket.clear()
+        epoch += 1
+
+
+class Prefetch:
+    """Results of ``make(i)`` for i = first, first + 1, ...; the next one is made in a thread."""
+
+    def __init__(self, make, first: int):
+        self._make = make
+        self._next = first
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dittfast-data")
+        self._future = self._pool.submit(make, first)
+
+    def __next__(self):
+        result = self._future.result()
+        self._next += 1
+        self._future = self._pool.submit(self._make, self._next)
+        return result
+
+    def close(self) -> None:
+        self._future.cancel()
+        self._pool.shutdown()

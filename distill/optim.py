@@ -1,0 +1,71 @@
+"""Optimisers, learning rates and averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from .config import TrainConfig
+
+
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimiser of a run.
+
+    Raises:
+        ValueError: Prodigy is asked for and not installed.
+    """
+    parameters = list(parameters)
+    options = dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise ValueError(
+            "train.optimizer=prodigy needs its package: pip install prodigyopt; or use "
+            "train.optimizer=adamw train.lr=1e-4"
+        ) from error
+    return Prodigy(parameters, **options)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of 0-based optimiser step ``step``: warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    length = max(1, config.steps - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / length)
+    factors = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }
+    return config.lr * factors[config.lr_schedule]
+
+
+class Average:
+    """An exponential moving average of parameters: fp32, ``decay = min(d, (1 + n) / (10 + n))``.
+
+    Args:
+        parameters: by name; the averages start at their values.
+        decay: d.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Take the parameters' present values in."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(
+            list(self.values.values()),
+            [parameters[name].detach().float() for name in self.values],
+            1 - decay,
+        )

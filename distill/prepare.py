@@ -1,0 +1,195 @@
+"""Writes the training set: latents and prompt embeddings in safetensors shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from dittfast.pipelines.adapter import transformers_of
+from dittfast.pipelines.generate import call_arguments, is_video
+from dittfast.pipelines.sources import Source
+from tqdm import tqdm
+
+from dittfast.files import atomic_path, write_json
+
+from .conditioning import Conditioning, condition, draw, encode
+from .config import DataConfig
+from .fingerprint import fingerprint
+from .noise import NoiseProcess, process_of
+from .pictures import Picture, find_pictures, read_frames
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "data.json"
+NEGATIVE = "negative.safetensors"
+FORMAT = 1
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample to make."""
+
+    prompt: str
+    seed: int
+    picture: Picture | None = None
+
+
+def plan_items(config: DataConfig) -> list[Item]:
+    """The samples of a set, in order.
+
+    Raises:
+        ValueError: neither prompts nor pictures, or none in the file.
+        FileNotFoundError: no such file or folder.
+    """
+    if config.pictures:
+        sources = [(p.caption, p) for p in find_pictures(config.pictures)]
+    elif config.prompts:
+        sources = [(text, None) for text in _prompts(config.prompts)]
+    else:
+        raise ValueError("name data.prompts or data.pictures; there is nothing to prepare from")
+    count = config.count or len(sources)
+    if config.pictures and count > len(sources):
+        raise ValueError(f"data.count is {count}, but there are {len(sources)} pictures")
+    chosen = (sources[i % len(sources)] for i in range(count))
+    return [Item(text, config.seed + i, picture) for i, (text, picture) in enumerate(chosen)]
+
+
+def _prompts(given: tuple[str, ...]) -> list[str]:
+    if len(given) > 1 or not given[0].endswith(".txt"):
+        return list(given)
+    path = Path(given[0])
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with prompts (data.prompts)")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    found = [line for line in lines if line]
+    if not found:
+        raise ValueError(f"{path} holds no prompt; write one on each line")
+    return found
+
+
+def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item], call) -> dict:
+    first = condition(pipe, model, _call(call, items[0]))
+    train_steps = pipe.scheduler.config.get("num_train_timesteps", 1000)
+    process = process_of(pipe.scheduler, first.timestep, train_steps)
+    return {
+        "format": FORMAT,
+        "model": source.name,
+        "fingerprint": fingerprint(model),
+        "process": dataclasses.asdict(process),
+        "constants": first.constants,
+        "latent_shape": list(first.latent_shape),
+        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "from": "pictures" if config.pictures else "teacher",
+        "shard_size": config.shard_size,
+        "prompts": [item.prompt for item in items],
+        "seeds": [item.seed for item in items],
+    }
+
+
+def _call(call: dict, item: Item) -> dict:
+    return call | {"prompt": item.prompt, "generator": torch.Generator().manual_seed(item.seed)}
+
+
+def prepare(
+    pipe,
+    component: str,
+    source: Source,
+    config: DataConfig,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Path:
+    """Write the shards of a set that are not there yet; the folder.
+
+    A shard appears when it is complete, so an interrupted run goes on with the next one. Process
+    ``process_index`` writes every ``num_processes``-th shard and needs no word from the others.
+
+    Raises:
+        ValueError: the folder holds another set, or the pipeline cannot be cached.
+    """
+    model = transformers_of(pipe)[component]
+    folder = Path(config.folder)
+    items = plan_items(config)
+    call = call_arguments(pipe, items[0].prompt, source.settings, **config.call)
+    manifest = _manifest(pipe, model, source, config, items, call)
+    folder.mkdir(parents=True, exist_ok=True)
+    _agree(folder / MANIFEST, manifest)
+    pipe.set_progress_bar_config(disable=True)
+    if process_index == 0 and not (folder / NEGATIVE).exists():
+        negative = _call(call, Item(call.get("negative_prompt") or "", config.seed))
+        _save(folder / NEGATIVE, [(None, condition(pipe, model, negative))])
+    shards = -(-len(items) // config.shard_size)
+    mine = [i for i in range(process_index, shards, num_processes)]
+    missing = [i for i in mine if not (folder / shard_name(i)).exists()]
+    size = config.shard_size
+    total = sum(len(items[i * size : (i + 1) * size]) for i in missing)
+    with tqdm(total=total, desc="preparing", unit="sample", disable=process_index > 0) as bar:
+        for index in missing:
+            samples = []
+            for item in items[index * size : (index + 1) * size]:
+                samples.append(_sample(pipe, model, call, item))
+                bar.update()
+            _save(folder / shard_name(index), samples)
+    return folder
+
+
+def _agree(path: Path, manifest: dict) -> None:
+    """Write the manifest, or check that the one there describes the same set."""
+    import json
+
+    if not path.exists():
+        write_json(path, manifest)
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    ours = json.loads(json.dumps(manifest))
+    different = sorted(key for key in {*there, *ours} if there.get(key) != ours.get(key))
+    if different:
+        raise ValueError(
+            f"{path.parent} holds another training set (different: {', '.join(different)}); name "
+            "another data.folder, or delete that one"
+        )
+
+
+def _sample(pipe, model, call: dict, item: Item) -> tuple[torch.Tensor, Conditioning]:
+    wanted = _call(call, item)
+    if item.picture is None:
+        return draw(pipe, model, wanted)
+    found = condition(pipe, model, wanted)
+    frames = call.get("num_frames", 1) if is_video(pipe) else 1
+    pixels = read_frames(item.picture.path, call["height"], call["width"], frames)
+    return encode(pipe, torch.from_numpy(pixels), found.latent_shape), found
+
+
+def _save(path: Path, samples: list[tuple[torch.Tensor | None, Conditioning]]) -> None:
+    """``{i}/latents`` and ``{i}/{argument}`` of each sample, ``shared/{argument}`` once."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    shared = samples[0][1].shared
+    for index, (latents, found) in enumerate(samples):
+        same = found.shared.keys() == shared.keys()
+        if not same or not all(torch.equal(found.shared[k], shared[k]) for k in shared):
+            raise ValueError(
+                "position ids and other shared arguments differ between samples of one set; give "
+                "them one size (data.call)"
+            )
+        if latents is not None:
+            tensors[f"{index}/latents"] = latents
+        tensors |= {f"{index}/{name}": x for name, x in found.own.items()}
+    tensors |= {f"shared/{name}": x for name, x in shared.items()}
+    tensors = {name: x.to("cpu").contiguous() for name, x in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_process(manifest: dict) -> NoiseProcess:
+    """The noise process of a set."""
+    fields = dict(manifest["process"])
+    fields["alphas_cumprod"] = tuple(fields["alphas_cumprod"])
+    return NoiseProcess(**fields)

@@ -1,0 +1,262 @@
+"""The student: a pipeline's transformer with a method in it, and the teacher inside it.
+
+Teacher and student share every weight that is not trained. The teacher's pass is the student's
+with dense attention, adapters off, and the original values in the place of the trained ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+
+import torch
+from dittfast.pipelines.adapter import (
+    attention_layers,
+    enable,
+    force_dense,
+    method_parameters,
+    transformers_of,
+)
+
+from dittfast.schedule import matching_layers
+
+from .capture import capture
+from .config import ObjectiveConfig, StudentConfig
+
+ADAPTER = "dittfast"
+# CLEAR trains these and leaves the text stream's own projections alone. FLUX.2's single blocks have
+# q, k, v and an MLP in one matrix; Kandinsky 5 writes the names out.
+_ATTENTION = re.compile(
+    r"\.(to_(q|k|v|out|query|key|value|qkv_mlp_proj)|out_layer)(\.0)?\.(base_layer\.)?(weight|bias)$"
+)
+
+
+def component_of(pipe, component: str) -> torch.nn.Module:
+    """A transformer of the pipeline by its component name.
+
+    Raises:
+        ValueError: the pipeline has no such transformer.
+    """
+    models = transformers_of(pipe)
+    if component not in models:
+        raise ValueError(f"model.component must be one of {', '.join(models)}; got {component!r}")
+    return models[component]
+
+
+def attention_weights(model: torch.nn.Module, layers: list[str]) -> list[str]:
+    """Names of to_q, to_k, to_v and to_out parameters of the given attention modules."""
+    inside = tuple(f"{layer}." for layer in layers)
+    names = (name for name, _ in model.named_parameters())
+    return [n for n in names if n.startswith(inside) and _ATTENTION.search(n)]
+
+
+def add_lora(model: torch.nn.Module, rank: int, alpha: float | None, targets, dropout=0.0) -> None:
+    """Put a trainable LoRA named "dittfast" into a transformer, beside those that are active.
+
+    Raises:
+        ValueError: PEFT is not installed, or no module has such a name.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(
+            "student.trainable=lora needs PEFT: pip install 'dittfast[distill]'"
+        ) from error
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        init_lora_weights=True,
+    )
+    active = model.active_adapters() if getattr(model, "peft_config", None) else []
+    model.add_adapter(config, adapter_name=ADAPTER)
+    if active:
+        model.set_adapter([*active, ADAPTER])
+
+
+def remove_lora(model: torch.nn.Module) -> None:
+    """Take the LoRA named "dittfast" out; without another one nothing of PEFT is left."""
+    model.delete_adapters(ADAPTER)
+    if not getattr(model, "peft_config", None):
+        model.unload_lora()
+
+
+@contextlib.contextmanager
+def without_adapters(model: torch.nn.Module):
+    """Inside, PEFT layers run their base layer alone."""
+    # Not model.disable_adapters(): that changes requires_grad, which DDP looks at.
+    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before):
+            layer._disable_adapters = value
+
+
+class Student(torch.nn.Module):
+    """A transformer with the method enabled, its trainable parameters, and its teacher.
+
+    Args:
+        pipe: the pipeline; dittfast is enabled on it.
+        component: which of its transformers is trained.
+        config: the method and what is trainable.
+        objectives: which layers the losses look at.
+        separate_teacher: give the teacher a transformer of its own.
+
+    Attributes:
+        transformer: the model; frozen but for what is trainable.
+        layers: names of its self-attention modules.
+        own: names of the method's trainable parameters.
+        dtype: of the frozen weights.
+
+    Raises:
+        ValueError: nothing to train, or a layer that the model does not have.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        component: str,
+        config: StudentConfig,
+        objectives: ObjectiveConfig,
+        separate_teacher: bool = False,
+    ):
+        super().__init__()
+        method, schedule = config.resolved()
+        model = component_of(pipe, component)
+        self.dtype = model.dtype
+        self.pipe = pipe
+        self.component = component
+        self.kind = config.trainable
+        for m in pipe.components.values():
+            if isinstance(m, torch.nn.Module):
+                m.requires_grad_(False)
+        # Kept in a list: the teacher is no part of what is trained, saved or synchronised.
+        self._teacher = [copy.deepcopy(model).eval()] if separate_teacher else []
+        self._running = [model]
+        if config.trainable == "lora":
+            add_lora(model, config.rank, config.alpha, config.targets, config.dropout)
+        enable(pipe, method, schedule=schedule)
+        self.transformer = model
+        state = model._dittfast
+        self.layers = list(attention_layers(model, state.family))
+        chosen = objectives.attention_layers, objectives.feature_layers
+        options = "objectives.attention_layers", "objectives.feature_layers"
+        weights = objectives.attention, objectives.features
+        self.attention_taps, self.feature_taps = (
+            matching_layers(entries, self.layers, option) if weight else []
+            for entries, option, weight in zip(chosen, options, weights)
+        )
+        own = {
+            name.removeprefix(f"{component}."): p
+            for name, p in method_parameters(pipe).items()
+            if name.startswith(f"{component}.")
+        }
+        dense = tuple(f"{layer}." for layer in state.dense_layers)
+        for name, p in own.items():
+            p.requires_grad_(not name.startswith(dense))  # dense layers never use theirs
+        self.own = [name for name, p in own.items() if p.requires_grad]
+        self._own = torch.nn.ParameterList([own[name] for name in self.own])
+        for name in self._model_names():
+            p = model.get_parameter(name)
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        if not self.trainable():
+            raise ValueError(
+                f"student.trainable={config.trainable} leaves nothing to train: {method} has no "
+                "parameters of its own; use attention, lora or all"
+            )
+        self.eval()
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout.train()
+        # The teacher's values of what is trained; adapters and the method's own are off for it.
+        self._original = {}
+        if not separate_teacher and objectives.needs_teacher and config.trainable != "lora":
+            self._original = {
+                name: model.get_parameter(name).detach().clone() for name in self._model_names()
+            }
+
+    def _model_names(self) -> list[str]:
+        names = [name for name, _ in self.transformer.named_parameters()]
+        if self.kind == "attention":
+            return attention_weights(self.transformer, self.layers)
+        if self.kind == "lora":
+            return [name for name in names if f".{ADAPTER}." in name]
+        return names if self.kind == "all" else []
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name, in a fixed order; fp32."""
+        found = {name: self.transformer.get_parameter(name) for name in self._model_names()}
+        return found | dict(zip(self.own, self._own))
+
+    @contextlib.contextmanager
+    def as_teacher(self):
+        """Inside, a forward pass is the frozen, dense teacher's, without gradients."""
+        if self._teacher:
+            self._running, before = self._teacher, self._running
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                self._running = before
+            return
+        with (
+            torch.no_grad(),
+            force_dense(self.pipe),
+            without_adapters(self.transformer),
+            swapped(self.trainable(), self._original),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def teacher_pipeline(self):
+        """Inside, calls of the pipeline are the teacher's."""
+        if not self._teacher:
+            with self.as_teacher():
+                yield
+            return
+        setattr(self.pipe, self.component, self._teacher[0])
+        try:
+            yield
+        finally:
+            setattr(self.pipe, self.component, self.transformer)
+
+    def forward(self, arguments: dict):
+        """``(prediction, attention outputs, block outputs)`` of one pass.
+
+        Args:
+            arguments: the transformer's forward arguments.
+
+        Returns:
+            The prediction in the shape of ``hidden_states``, and two lists with the outputs of the
+            layers that the objectives look at.
+        """
+        model = self._running[0]
+        with capture(model, self.attention_taps, self.feature_taps) as captured:
+            out = model(**arguments, return_dict=False)[0]
+        latents = arguments["hidden_states"]
+        if out.shape[1] == 2 * latents.shape[1]:
+            out = out.chunk(2, 1)[0]  # the other half is a learned variance
+        return out, captured.attention_outputs(), captured.block_outputs()
+
+
+@contextlib.contextmanager
+def swapped(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]):
+    """Inside, parameters hold other values of the same dtype; ``values`` hold theirs."""
+
+    def swap():
+        for name, value in values.items():
+            p = parameters[name]
+            p.data, values[name] = value, p.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()

@@ -1,0 +1,472 @@
+"""The training loop: accelerate, losses, checkpoints, resume, validation."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from dittfast.pipelines.adapter import force_dense
+from dittfast.pipelines.sources import choose_dtype, find, load
+from tqdm import tqdm
+
+from dittfast.files import write_json, write_text
+
+from . import objectives
+from .artifacts import read_weights, save_adapter
+from .checkpoint import Checkpoints, rng_state, set_rng_state
+from .config import DistillConfig
+from .fingerprint import difference
+from .loader import Batch, Dataset, Prefetch, global_batches
+from .noise import generator, sample_noise, sample_times
+from .optim import Average, learning_rate, make_optimizer
+from .student import Student, component_of, swapped
+from .validation import Validation
+
+logger = logging.getLogger(__name__)
+
+_TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+@dataclass
+class Micro:
+    """What one process sees in one forward pass: a batch, its noise and its times."""
+
+    batch: Batch
+    noise: torch.Tensor
+    t: torch.Tensor
+
+
+class Trainer:
+    """One run of a configuration.
+
+    Args:
+        config: the run.
+        resume: "latest" or the folder of a checkpoint; None starts a new run.
+
+    Raises:
+        ValueError: the configuration does not fit the model, the data or this machine; or the
+            output folder holds a run and ``resume`` is None.
+        FileNotFoundError: no data, or nothing to resume from.
+    """
+
+    def __init__(self, config: DistillConfig, resume: str | None = None):
+        self.config = config
+        self.output = Path(config.train.output)
+        self.accelerator = _accelerator(config)
+        self.checkpoints = Checkpoints(
+            self.output / "checkpoints",
+            config.train.keep,
+            self.accelerator.is_main_process,
+            self.accelerator.wait_for_everyone,
+        )
+        start = self._start(resume)
+        self.dataset = Dataset(config.data.folder)
+        self.process = self.dataset.process
+        torch.manual_seed(config.train.seed + self.accelerator.process_index)
+        self._load_models()
+        self.parameters = self.student.trainable()
+        self.average = None
+        if config.train.ema is not None:
+            self.average = Average(self.parameters, config.train.ema)
+        optimizer = make_optimizer(config.train, self.parameters.values())
+        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        self.step = 0
+        self.seconds = 0.0
+        self.last: dict[str, float] = {}
+        if start is not None:
+            self._restore(start)
+
+    def _start(self, resume: str | None) -> Path | None:
+        """The checkpoint to start from; None for a new run."""
+        there = self.checkpoints.latest()
+        if resume is None:
+            if there is not None:
+                raise ValueError(
+                    f"{self.output} holds a run with {there.name}; go on with --resume latest, or "
+                    "name another train.output"
+                )
+            return None
+        path = there if resume == "latest" else Path(resume)
+        if path is None and not (self.output / "config.json").exists():
+            raise FileNotFoundError(f"there is no run in {self.output} to resume")
+        if path is not None and not (path / "progress.json").is_file():
+            raise FileNotFoundError(f"{path} is no checkpoint of a run")
+        return path  # None where the run was killed before its first checkpoint
+
+    def _load_models(self) -> None:
+        config, device = self.config, self.accelerator.device
+        self.source = find(config.model.path)
+        dtype = choose_dtype(config.model.dtype, device)
+        mixed = config.train.mixed_precision
+        if dtype != torch.float32 and mixed == "no":
+            raise ValueError(
+                f"model.dtype is {str(dtype).removeprefix('torch.')}, but what is trained is "
+                "float32; set train.mixed_precision=bf16, or model.dtype=float32"
+            )
+        # Text encoders and the VAE are needed for validation alone.
+        self.pipe = load(self.source, device if config.validation.every else "cpu", dtype)
+        component_of(self.pipe, config.model.component).to(device)
+        self.student = Student(
+            self.pipe,
+            config.model.component,
+            config.student,
+            config.objectives,
+            config.model.separate_teacher,
+        )
+        expected = self.dataset.manifest["fingerprint"]
+        wrong = difference(expected, self.student.transformer)
+        if wrong:
+            raise ValueError(
+                f"the set in {config.data.folder} was made with another model than "
+                f"{config.model.path}: {wrong}"
+            )
+        if config.student.start is not None:
+            self._start_weights(config.student.start)
+        if config.train.gradient_checkpointing:
+            self.student.transformer.enable_gradient_checkpointing()
+        self.validation = None
+        if config.validation.every:
+            self.validation = Validation(self.pipe, self.source, config)
+
+    def _start_weights(self, folder: str) -> None:
+        weights = read_weights(folder)
+        own = self.student.trainable()
+        found = {name: weights[name] for name in own if name in weights}
+        if not found:
+            raise ValueError(
+                f"student.start={folder} holds no parameter that student.trainable="
+                f"{self.config.student.trainable} trains"
+            )
+        with torch.no_grad():
+            for name, value in found.items():
+                own[name].copy_(value)
+        logger.info("%d of %d parameters start from %s", len(found), len(own), folder)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimiser step."""
+        train = self.config.train
+        return train.batch_size * train.accumulation * self.accelerator.num_processes
+
+    def _micros(self, step: int) -> list[Micro]:
+        """This process's part of a step. Everything random follows from the seed and the step."""
+        train, rank = self.config.train, self.accelerator.process_index
+        indices = next(self._order)
+        count = len(indices)
+        t = sample_times(
+            count,
+            generator("times", train.seed, step),
+            train.time_distribution,
+            train.time_shift,
+            train.time_range,
+        )
+        chance = torch.rand(count, generator=generator("drop", train.seed, step))
+        dropped = (chance < train.drop_prompt).tolist()
+        micros = []
+        for index in range(train.accumulation):
+            first = (index * self.accelerator.num_processes + rank) * train.batch_size
+            slots = range(first, first + train.batch_size)
+            batch = self.dataset.batch([indices[s] for s in slots], [dropped[s] for s in slots])
+            shape = batch.latents.shape[1:]
+            noise = [sample_noise(shape, train.seed, step, s) for s in slots]
+            micros.append(Micro(batch, torch.stack(noise), t[first : first + train.batch_size]))
+        return micros
+
+    def losses(self, micro: Micro) -> dict[str, torch.Tensor]:
+        """The losses that have a weight, by name."""
+        device, weights = self.accelerator.device, self.config.objectives
+        batch = micro.batch.to(device)
+        noise, t = micro.noise.to(device), micro.t.to(device)
+        arguments = dict(
+            batch.arguments,
+            hidden_states=self.process.noisy(batch.latents, noise, t),
+            timestep=self.process.timestep(t),
+        )
+        if self.config.train.mixed_precision == "no":
+            arguments = _to_float32(arguments)
+        else:
+            arguments["hidden_states"] = arguments["hidden_states"].to(self.student.dtype)
+        teacher = None
+        if weights.needs_teacher:
+            # First, because checkpointed blocks run again in the backward pass, as set up last.
+            with self.student.as_teacher():
+                teacher = self.model(arguments)
+        with force_dense(self.pipe, False):
+            prediction, attention, features = self.model(arguments)
+        found = {}
+        if weights.denoising:
+            target = self.process.target(batch.latents, noise, t)
+            found["denoising"] = objectives.denoising_loss(prediction, target)
+        if weights.prediction:
+            found["prediction"] = objectives.prediction_loss(prediction, teacher[0])
+        if weights.attention:
+            found["attention"] = objectives.attention_loss(attention, teacher[1])
+        if weights.features:
+            found["features"] = objectives.feature_loss(features, teacher[2])
+        return found
+
+    def _train_step(self, micros: list[Micro]) -> dict[str, float]:
+        train = self.config.train
+        weights = vars(self.config.objectives)
+        rate = learning_rate(self.step, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = None
+        for micro in micros:
+            with self.accelerator.accumulate(self.model):
+                losses = self.losses(micro)
+                total = objectives.weighted_sum(losses, weights)
+                self.accelerator.backward(total)
+                values = torch.stack([total, *losses.values()]).detach().double()
+                sums = values if sums is None else sums + values
+                if self.accelerator.sync_gradients:
+                    means = self.accelerator.reduce(sums / len(micros), "mean").tolist()
+                    found = dict(zip(["loss", *losses], means))
+                    self._guard(found)
+                    limit = float("inf") if train.clip is None else train.clip
+                    norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+                    if self.accelerator.scaler is None:
+                        self._guard({"gradient": norm})
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.parameters)
+        return found | {"lr": rate, "gradient_norm": norm}
+
+    def _guard(self, values: dict[str, float]) -> None:
+        """Stop before a step that would ruin the weights.
+
+        Raises:
+            FloatingPointError: a value that is not finite.
+        """
+        # The named losses before their sum.
+        wrong = [name for name in reversed(values) if not np.isfinite(values[name])]
+        if not wrong:
+            return
+        last = self.checkpoints.latest()
+        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"step {self.step}: {', '.join(x for x in wrong if x != 'loss')} is not finite, so the "
+            f"run stops before its weights change; {kept}. Try a lower train.lr, train.clip, or "
+            "bf16 in the place of fp16"
+        )
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step and write the adapter; the last step's values.
+
+        Raises:
+            FloatingPointError: a loss or the gradient is not finite.
+        """
+        train, main = self.config.train, self.accelerator.is_main_process
+        if main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_json(self.output / "config.json", self.config.to_dict())
+            self._rewind_metrics()
+        self.accelerator.init_trackers("dittfast")
+        order = global_batches(self.dataset.shapes, self.global_batch, train.seed)
+        self._order = itertools.islice(order, self.step, None)
+        batches = Prefetch(self._micros, self.step)
+        bar = tqdm(total=train.steps, initial=self.step, desc="distilling", disable=not main)
+        try:
+            if self.validation is not None and self.step == 0:
+                self._validate()
+            while self.step < train.steps:
+                began = time.perf_counter()
+                values = self._train_step(next(batches))
+                values["seconds"] = time.perf_counter() - began
+                self.seconds += values["seconds"]
+                self._log(values)
+                self.last = values
+                bar.update()
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                due = self.validation is not None and not self.step % self.config.validation.every
+                if due or (self.validation is not None and self.step == train.steps):
+                    self._validate()
+                if not self.step % train.checkpoint_every or self.step == train.steps:
+                    self.save()
+            self._export()
+        finally:
+            batches.close()
+            bar.close()
+            self.accelerator.end_training()
+        return self.last
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.accelerator.log(values, self.step)
+
+    def metrics(self) -> list[dict]:
+        """What was logged so far."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break  # the run was killed while it wrote this line
+        return rows
+
+    def _rewind_metrics(self) -> None:
+        """Drop what was logged after the checkpoint that this run starts from."""
+        path = self.output / "metrics.jsonl"
+        if path.is_file():
+            kept = [row for row in self.metrics() if self.step and row["step"] <= self.step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def _validate(self) -> None:
+        """Pictures by the main process; the others wait."""
+        values = {}
+        if self.accelerator.is_main_process:
+            averaged = dict(self.average.values) if self.average is not None else {}
+            with self.accelerator.autocast(), swapped(self.parameters, averaged):
+                values = self.validation.measure(self.step, self.student.teacher_pipeline)
+            self._log({f"validation/{name}": x for name, x in values.items()})
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return self.checkpoints.write(self.step, self._write)
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        if self.accelerator.is_main_process:
+            values = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+            broken = [name for name, p in values.items() if not torch.isfinite(p).all()]
+            if broken:
+                raise FloatingPointError(
+                    f"step {self.step}: {broken[0]} has values that are not finite; the last good "
+                    f"checkpoint is {self.checkpoints.latest()}"
+                )
+            save_file(values, folder / "trainable.safetensors")
+            if self.average is not None:
+                values = {name: x.cpu() for name, x in self.average.values.items()}
+                save_file(values, folder / "average.safetensors")
+            state = {"optimizer": self.optimizer.state_dict()}
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
+            torch.save(state, folder / "optimizer.pt")
+            progress = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "updates": self.average.updates if self.average else 0,
+                "global_batch": self.global_batch,
+                "seed": self.config.train.seed,
+                "data": self.dataset.manifest["seeds"][0],
+            }
+            write_json(folder / "progress.json", progress)
+        torch.save(rng_state(), folder / f"rng-{self.accelerator.process_index:05d}.pt")
+
+    def _restore(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        now = {"global_batch": self.global_batch, "seed": self.config.train.seed}
+        for name, value in now.items():
+            if progress[name] != value:
+                raise ValueError(
+                    f"{folder} was written with {name} {progress[name]}, this run has {value}; the "
+                    "order of its data would change"
+                )
+        saved = load_file(folder / "trainable.safetensors")
+        if saved.keys() != self.parameters.keys():
+            raise ValueError(f"{folder} holds other trainable parameters than this run has")
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(saved[name])
+        if self.average is not None:
+            averaged = load_file(folder / "average.safetensors")
+            for name, x in self.average.values.items():
+                x.copy_(averaged[name])
+            self.average.updates = progress["updates"]
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        rng = folder / f"rng-{self.accelerator.process_index:05d}.pt"
+        if rng.is_file():
+            set_rng_state(torch.load(rng, weights_only=True))
+        self.step, self.seconds = progress["step"], progress["seconds"]
+
+    def _export(self) -> None:
+        if self.accelerator.is_main_process:
+            averaged = dict(self.average.values) if self.average is not None else {}
+            rows = [row for row in self.metrics() if "validation/psnr_db" in row]
+            with swapped(self.parameters, averaged):
+                save_adapter(
+                    self.output / "adapter",
+                    self.student,
+                    self.config,
+                    base=self.source.name,
+                    fingerprint=self.dataset.manifest["fingerprint"],
+                    facts={
+                        "steps": self.step,
+                        "seconds": round(self.seconds, 1),
+                        "samples": len(self.dataset),
+                        "global_batch": self.global_batch,
+                        "seed": self.config.train.seed,
+                        "last_step": self.last,
+                        "validation": rows[-1] if rows else None,
+                        "validation_before": rows[0] if rows else None,
+                    },
+                )
+        self.accelerator.wait_for_everyone()
+
+
+def _to_float32(value):
+    """Floating tensors in fp32, also in tuples and mappings."""
+    if torch.is_tensor(value):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _to_float32(x) for name, x in value.items()}
+    return tuple(_to_float32(x) for x in value) if isinstance(value, tuple) else value
+
+
+def _accelerator(config: DistillConfig):
+    from accelerate import Accelerator
+
+    for tracker in config.train.trackers:
+        package = _TRACKER_PACKAGES[tracker]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"train.trackers names {tracker}, which is not installed: pip install {package}; "
+                "or leave it out, metrics.jsonl is always written"
+            )
+    accelerator = Accelerator(
+        # Without this accelerate leaves processes on a CPU alone with themselves.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.train.mixed_precision,
+        gradient_accumulation_steps=config.train.accumulation,
+        log_with=list(config.train.trackers) or None,
+        project_dir=config.train.output,
+    )
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"training runs in one process or with DDP, accelerate is set up for {kind}; launch it "
+            "with configs/accelerate/ddp.yaml"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; "
+            "each would train on its own. Launch with accelerate launch, or torchrun"
+        )
+    return accelerator
+
+
+def train(config: DistillConfig, resume: str | None = None) -> dict[str, float]:
+    """Run a configuration to its end; the last step's values. As :class:`Trainer`."""
+    return Trainer(config, resume).run()

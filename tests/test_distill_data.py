@@ -1,0 +1,293 @@
+"""The training set: what is recorded, how it is written, in which order it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distill_run import CALLS, MAKE, make_config, one_thread, write_config  # noqa: F401
+from dittfast.distill import prepare as preparing
+from dittfast.distill.conditioning import condition, draw, encode, unflatten
+from dittfast.distill.config import load_config
+from dittfast.distill.loader import Dataset, Prefetch, global_batches
+from dittfast.distill.pictures import find_pictures, read_frames
+from dittfast.distill.prepare import plan_items, prepare
+from dittfast.pipelines.sources import find, load
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distill-data")
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(family):
+    return MAKE[family]()
+
+
+def seen_by_transformer(pipe, call):
+    """Every forward call of the transformer, and the final latents, seen from outside."""
+    calls, forward = [], pipe.transformer.forward
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return forward(*args, **kwargs)
+
+    pipe.transformer.forward = spy
+    try:
+        out = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="latent")
+    finally:
+        del pipe.transformer.forward
+    return calls, out.images if hasattr(out, "images") else out.frames
+
+
+def test_records_what_the_pipeline_passes(pipe, family):
+    call = CALLS[family] | {"prompt": "a red cat"}
+    calls, latents = seen_by_transformer(pipe, call)
+    generator = torch.Generator().manual_seed(3)
+    drawn, found = draw(pipe, pipe.transformer, call | {"generator": generator})
+    assert torch.equal(drawn, latents)
+    expected = {k: v for k, v in calls[0].items() if torch.is_tensor(v)}
+    assert found.latent_shape == expected.pop("hidden_states").shape
+    assert found.timestep == float(expected.pop("timestep")[0])
+    assert {*found.own, *found.shared} == {*expected}
+    for name, x in {**found.own, **found.shared}.items():
+        assert torch.equal(x, expected[name]), name
+    assert set(found.shared) == ({"img_ids", "txt_ids"} if family == "flux" else set())
+    assert pipe.transformer._forward_pre_hooks == {}
+
+
+def test_conditioning_alone_denoises_nothing(pipe, family, monkeypatch):
+    call = CALLS[family] | {"prompt": "a blue dog"}
+    calls, _ = seen_by_transformer(pipe, call)
+    monkeypatch.setattr(pipe.transformer, "forward", None)
+    found = condition(pipe, pipe.transformer, call)
+    for name, x in found.own.items():
+        assert torch.equal(x, calls[0][name]), name
+    assert pipe.transformer._forward_pre_hooks == {}
+
+
+def test_batched_guidance_gives_the_prompts_half():
+    class Model(torch.nn.Module):
+        def forward(self, hidden_states, timestep, encoder_hidden_states, rotary, scale=None):
+            return hidden_states
+
+    model = Model()
+    text = torch.stack([torch.zeros(4, 3), torch.ones(4, 3)])
+    rotary = (torch.rand(5, 2), torch.rand(5, 2))
+
+    def pipe(**call):
+        model(torch.zeros(2, 5, 3), torch.tensor(999), text, rotary, scale={"a": [1, 2.0]})
+
+    found = condition(pipe, model, {})
+    assert torch.equal(found.own["encoder_hidden_states"], text[1:])
+    assert found.constants == {"scale": {"a": [1, 2.0]}} and found.latent_shape == (1, 5, 3)
+    again = unflatten({**found.constants, **found.shared, **found.own})
+    assert all(torch.equal(a, b) for a, b in zip(again["rotary"], rotary))
+
+
+def test_pipelines_that_cannot_be_cached_are_refused():
+    class Model(torch.nn.Module):
+        def forward(self, hidden_states, timestep, extra=None):
+            return hidden_states
+
+    model, x, t = Model(), torch.zeros(1, 5, 3), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="extra as function"):
+        condition(lambda **call: model(x, t, extra=lambda: 0), model, {})
+    with pytest.raises(ValueError, match="'timestep'"):
+        condition(lambda **call: model(x, 1.0), model, {})
+    with pytest.raises(ValueError, match="never called its Model"):
+        condition(lambda **call: None, model, {})
+
+
+def test_encode_is_what_the_pipeline_decodes(pipe, family):
+    """Oracle: the pipeline's own decoding, on latents that the encoder made."""
+    height, width = 64, 96
+    frames = 9 if family == "wan" else 1
+    y, x = np.mgrid[:height, :width]
+    picture = np.stack([x * 2, y * 3, x + y], -1).clip(0, 255).astype(np.uint8)
+    pixels = torch.from_numpy(picture)[None].repeat(frames, 1, 1, 1)
+    call = CALLS[family] | {"prompt": "a cat", "height": height, "width": width}
+    shape = condition(pipe, pipe.transformer, call).latent_shape
+    latents = encode(pipe, pixels, shape)
+    assert latents.shape == shape
+    signal = pixels.movedim(-1, 1).float() / 127.5 - 1
+    vae, config = pipe.vae, pipe.vae.config
+    if family == "wan":
+        raw = vae.encode(signal.movedim(0, 1)[None]).latent_dist.mode()
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in
+                     (config.latents_mean, config.latents_std))  # fmt: skip
+        torch.testing.assert_close(latents * std + mean, raw)
+    else:
+        raw = vae.encode(signal).latent_dist.mode()
+        back = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        torch.testing.assert_close(back / config.scaling_factor + config.shift_factor, raw)
+    with pytest.raises(ValueError, match=r"data\.call\.height"):
+        encode(pipe, pixels[:, :32], shape)
+
+
+def test_prepared_set_holds_the_teachers_latents(folder, family):
+    config = make_config(folder, family)
+    dataset = Dataset(config.data.folder)
+    assert len(dataset) == 6 and len(set(dataset.shapes)) == 1
+    assert dataset.process.kind == "flow"
+    assert dataset.process.time_scale == (1000.0 if family == "wan" else 1.0)
+    pipe = load(find(config.model.path))
+    call = CALLS[family] | {"prompt": dataset.manifest["prompts"][5]}
+    drawn, found = draw(
+        pipe, pipe.transformer, call | {"generator": torch.Generator().manual_seed(5)}
+    )
+    negative = condition(pipe, pipe.transformer, call | {"prompt": call.get("negative_prompt", "")})
+    batch = dataset.batch([5, 2], [False, True])
+    close = {"rtol": 1e-5, "atol": 1e-5}  # two copies of a model may lie differently in memory
+    torch.testing.assert_close(batch.latents[:1], drawn.float(), **close)
+    for name, x in found.own.items():
+        torch.testing.assert_close(batch.arguments[name][:1], x, **close)
+        torch.testing.assert_close(batch.arguments[name][1:], negative.own[name], **close)
+    for name, x in found.shared.items():
+        assert torch.equal(batch.arguments[name], x), name
+
+
+def test_prepare_goes_on_where_it_stopped_and_in_any_number_of_processes(folder, tmp_path):
+    config = make_config(folder)
+    source = find(config.model.path)
+    pipe = load(source)
+    whole = tmp_path / "whole"
+    prepare(pipe, "transformer", source, dataclasses.replace(config.data, folder=str(whole)))
+
+    class Stopped(BaseException):
+        pass
+
+    partly = dataclasses.replace(config.data, folder=str(tmp_path / "partly"))
+    sample, left = preparing._sample, [5]
+
+    def stop(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        return sample(*args)
+
+    preparing._sample = stop
+    try:
+        with pytest.raises(Stopped):
+            prepare(pipe, "transformer", source, partly)
+    finally:
+        preparing._sample = sample
+    names = sorted(p.name for p in Path(partly.folder).iterdir())
+    assert names == ["data.json", "negative.safetensors", "shard-00000.safetensors"]
+    with pytest.raises(ValueError, match=r"1 of 3 files.*shard-00001"):
+        Dataset(partly.folder)
+    prepare(pipe, "transformer", source, partly)
+    split = dataclasses.replace(config.data, folder=str(tmp_path / "split"))
+    for index in (1, 0):
+        prepare(pipe, "transformer", source, split, index, 2)
+    for other in (partly, split):
+        for file in whole.iterdir():
+            assert (Path(other.folder) / file.name).read_bytes() == file.read_bytes(), file.name
+    changed = dataclasses.replace(split, seed=7)
+    with pytest.raises(ValueError, match=r"another training set \(different: seeds\)"):
+        prepare(pipe, "transformer", source, changed)
+
+
+def test_prepare_from_pictures(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for name, colour, size in (("b.png", "red", (200, 100)), ("more/a.jpg", "blue", (96, 64))):
+        Image.new("RGB", size, colour).save(pictures / name)
+    (pictures / "b.txt").write_text("a red cat\n")
+    row = {"file_name": "more/a.jpg", "text": "a blue dog"}
+    (pictures / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    assert [p.caption for p in find_pictures(pictures)] == ["a red cat", "a blue dog"]
+    data = {
+        "pictures": str(pictures),
+        "prompts": [],
+        "count": None,
+        "folder": str(tmp_path / "d"),
+    }
+    config = load_config(write_config(folder, data=data))
+    pipe = MAKE["flux"]()
+    prepare(pipe, "transformer", find(config.model.path), config.data)
+    dataset = Dataset(config.data.folder)
+    frames = torch.from_numpy(read_frames(pictures / "more/a.jpg", 64, 96))
+    expected = encode(pipe, frames, (1, 96, 16))
+    assert dataset.manifest["from"] == "pictures"
+    assert torch.equal(dataset.batch([1]).latents, expected)
+    (pictures / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"b\.png has no caption.*b\.txt"):
+        find_pictures(pictures)
+
+
+def test_pictures_cover_the_size_and_are_cut_in_the_middle(tmp_path):
+    wide = np.zeros((50, 200, 3), np.uint8)
+    wide[:, 75:125] = 255
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    frames = read_frames(tmp_path / "a.png", 50, 50)
+    assert frames.shape == (1, 50, 50, 3) and (frames == 255).all()
+    assert read_frames(tmp_path / "a.png", 100, 30).shape == (1, 100, 30, 3)
+    with pytest.raises(ValueError, match=r"1 frames, .*num_frames is 5"):
+        read_frames(tmp_path / "a.png", 50, 50, 5)
+    from dittfast.files import save_video
+
+    clip = np.random.default_rng(0).integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
+    save_video(tmp_path / "a.mp4", clip)
+    assert read_frames(tmp_path / "a.mp4", 32, 32, 5).shape == (5, 32, 32, 3)
+
+
+def test_items(tmp_path):
+    config = load_config(write_config(tmp_path)).data
+    assert [i.prompt for i in plan_items(config)][4:] == ["a red cat", "a blue dog"]
+    assert [i.seed for i in plan_items(dataclasses.replace(config, seed=9))] == list(range(9, 15))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        plan_items(dataclasses.replace(config, prompts=("nowhere.txt",)))
+    with pytest.raises(ValueError, match="nothing to prepare"):
+        plan_items(dataclasses.replace(config, prompts=()))
+    listed = dataclasses.replace(config, prompts=("a", "b.txt"), count=None)
+    assert [i.prompt for i in plan_items(listed)] == ["a", "b.txt"]
+    Path(config.prompts[0]).write_text("\n")
+    with pytest.raises(ValueError, match="no prompt"):
+        plan_items(config)
+
+
+def test_no_set():
+    with pytest.raises(FileNotFoundError, match="dittfast distill prepare"):
+        Dataset("nowhere")
+
+
+def test_order():
+    shapes = ["wide"] * 7 + ["tall"] * 5
+    first = list(islice(global_batches(shapes, 2, seed=1), 60))
+    assert list(islice(global_batches(shapes, 2, seed=1), 60)) == first
+    assert list(islice(global_batches(shapes, 2, seed=2), 60)) != first
+    assert list(islice(global_batches(shapes, 2, seed=1), 40, 60)) == first[40:]
+    assert all(len({shapes[i] for i in batch}) == 1 for batch in first)
+    counts = np.bincount([i for batch in first for i in batch], minlength=12)
+    assert counts.min() >= 9 and counts.max() <= 11  # 10 epochs
+    epoch = [i for batch in islice(global_batches(["a"] * 12, 4, seed=0), 3) for i in batch]
+    assert sorted(epoch) == list(range(12)) and epoch != sorted(epoch)
+    small = list(islice(global_batches(["a"] * 3, 8, seed=0), 3))
+    assert all(len(batch) == 8 for batch in small)
+
+
+def test_prefetch_keeps_the_order():
+    batches = Prefetch(lambda i: i * i, first=3)
+    assert [next(batches) for _ in range(4)] == [9, 16, 25, 36]
+    batches.close()
+
+    def broken(i):
+        raise ValueError("no shard")
+
+    batches = Prefetch(broken, first=0)
+    with pytest.raises(ValueError, match="no shard"):
+        next(batches)
+    batches.close()

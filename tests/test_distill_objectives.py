@@ -1,0 +1,164 @@
+"""Losses, noise and times against their formulas in fp64 and against diffusers' schedulers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dittfast.distill import objectives
+from dittfast.distill.config import TrainConfig
+from dittfast.distill.noise import (
+    NoiseProcess,
+    generator,
+    process_of,
+    sample_noise,
+    sample_times,
+)
+from dittfast.distill.optim import Average, learning_rate, make_optimizer
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses(size, dtype):
+    a, b = (size * torch.randn(2, 63, 7)).to(dtype), (size * torch.randn(2, 63, 7)).to(dtype)
+    x, y = a.double().numpy(), b.double().numpy()
+    mse = ((x - y) ** 2).mean()
+    assert float(objectives.denoising_loss(a, b)) == pytest.approx(mse, rel=1e-5)
+    assert float(objectives.prediction_loss(a, b)) == pytest.approx(mse, rel=1e-5)
+    layers = float(objectives.attention_loss([a, 2 * a], [b, 2 * b]))
+    assert layers == pytest.approx(2.5 * mse, rel=1e-5)
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    cosine = ((x * y).sum(-1) / norms).mean()
+    assert float(objectives.feature_loss([a], [b])) == pytest.approx(1 - cosine, rel=1e-4, abs=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    a, b = torch.randn(2, 1, 5, 3).requires_grad_().unbind(0)
+    losses = [
+        objectives.prediction_loss(a, b),
+        objectives.attention_loss([a], [b]),
+        objectives.feature_loss([a], [b]),
+    ]
+    for loss in losses:
+        student, teacher = torch.autograd.grad(loss, (a, b), retain_graph=True, allow_unused=True)
+        assert student is not None and teacher is None
+
+
+def test_losses_refuse_what_does_not_fit():
+    a = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"\[1, 3\] and \[3, 1\]"):
+        objectives.denoising_loss(a, a.T)
+    for loss in (objectives.attention_loss, objectives.feature_loss):
+        with pytest.raises(ValueError, match="same layers"):
+            loss([a], [a, a])
+        with pytest.raises(ValueError, match="same layers"):
+            loss([], [])
+
+
+def test_weighted_sum():
+    losses = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
+    assert float(objectives.weighted_sum(losses, {"a": 0.5, "b": 2.0, "c": 9.0})) == 7.0
+
+
+def test_flow_agrees_with_diffusers():
+    """The scheduler's Euler step along the exact target leads from x(t) to the clean data."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(7)
+    clean, noise = torch.randn(2, 3, 4, 5)
+    sigma = scheduler.sigmas[0]
+    t = sigma.expand(3)
+    process = process_of(scheduler, float(scheduler.timesteps[0]), 1000)
+    assert process == NoiseProcess("flow", 1000.0)
+    torch.testing.assert_close(process.timestep(t), scheduler.timesteps[0].expand(3))
+    x = process.noisy(clean, noise, t)
+    for step in scheduler.timesteps:
+        x = scheduler.step(process.target(clean, noise, t), step, x, return_dict=False)[0]
+    torch.testing.assert_close(x, clean, atol=1e-5, rtol=0)
+    assert process_of(scheduler, 1.0, 1000) == NoiseProcess("flow", 1.0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_discrete_processes_agree_with_diffusers(kind):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(prediction_type=kind)
+    process = process_of(scheduler, 999.0, 1000)
+    clean, noise = torch.randn(2, 4, 3, 5)
+    t = torch.tensor([0.0, 0.2505, 0.5, 1.0])
+    index = torch.tensor([0, 250, 500, 999])
+    assert torch.equal(process.timestep(t), index)
+    expected = scheduler.add_noise(clean, noise, index)
+    torch.testing.assert_close(process.noisy(clean, noise, t), expected)
+    target = noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, index)
+    torch.testing.assert_close(process.target(clean, noise, t), target)
+
+
+def test_other_predictions_are_refused():
+    from diffusers import DDPMScheduler
+
+    with pytest.raises(ValueError, match="'sample'"):
+        process_of(DDPMScheduler(prediction_type="sample"), 999.0, 1000)
+    with pytest.raises(ValueError, match="kind"):
+        NoiseProcess("flows")
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        NoiseProcess("epsilon")
+
+
+def test_randomness_follows_from_its_key_alone():
+    first = sample_noise((3, 5), seed=1, step=2, slot=3)
+    torch.manual_seed(99)
+    assert torch.equal(sample_noise((3, 5), seed=1, step=2, slot=3), first)
+    keys = [(1, 2, 4), (1, 3, 3), (2, 2, 3)]
+    assert all(not torch.equal(sample_noise((3, 5), *key), first) for key in keys)
+    wide = sample_noise((100_000,), 0, 0, 0)
+    assert abs(float(wide.mean())) < 0.02 and abs(float(wide.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_times(distribution):
+    t = sample_times(20_000, generator("t"), distribution)
+    assert float(t.min()) >= 0 and float(t.max()) <= 1
+    assert float(t.median()) == pytest.approx(0.5, abs=0.02)
+    quarter = 0.25 if distribution == "uniform" else 1 / (1 + np.exp(0.6745))
+    assert float(t.quantile(0.25)) == pytest.approx(quarter, abs=0.02)
+    shifted = sample_times(20_000, generator("t"), distribution, shift=3.0)
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t))
+    part = sample_times(1000, generator("t"), distribution, time_range=(0.875, 1.0))
+    assert float(part.min()) >= 0.875 and float(part.max()) <= 1
+
+
+def test_learning_rates():
+    config = TrainConfig("x", steps=110, lr=2.0, warmup_steps=10)
+    assert [learning_rate(i, config) for i in (0, 4, 9, 10, 60, 109)] == [0.2, 1.0, 2, 2, 2, 2]
+    linear = TrainConfig("x", steps=110, lr=2.0, warmup_steps=10, lr_schedule="linear")
+    assert learning_rate(60, linear) == pytest.approx(1.0)
+    cosine = TrainConfig("x", steps=110, lr=2.0, warmup_steps=10, lr_schedule="cosine")
+    assert learning_rate(35, cosine) == pytest.approx(1 + np.cos(np.pi / 4))
+    assert learning_rate(500, cosine) == pytest.approx(0)
+
+
+def test_average():
+    p = torch.nn.Parameter(torch.ones(3))
+    average = Average({"p": p}, 0.5)
+    expected = 1.0
+    for n in range(1, 6):
+        with torch.no_grad():
+            p.add_(1)
+        average.update({"p": p})
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * (1 + n)
+    torch.testing.assert_close(average.values["p"], torch.full((3,), expected))
+
+
+def test_prodigy_needs_its_package():
+    try:
+        import prodigyopt  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install prodigyopt"):
+            make_optimizer(TrainConfig("x", steps=1, optimizer="prodigy"), [])
+    else:
+        p = torch.nn.Parameter(torch.zeros(3))
+        made = make_optimizer(TrainConfig("x", steps=1, optimizer="prodigy", lr=1.0), [p])
+        assert type(made).__name__ == "Prodigy"
