@@ -392,13 +392,17 @@ def _draw_axes(page: _Page, plan: Plan, axes: Sequence[_Axis], size, corner) -> 
                 ((left + at, top - 19), "la") if vertical else ((left - 6, top + at), "ra")
             )
             page.draw.text(place, name, fill=INK, font=_font(13), anchor=anchor)
+        free = 0  # where the name before ends: those of short segments would overlap
         for at, name in axis.segments:
             if vertical:
-                page.text(left + at, top - 40, [name], 14)
+                x = max(left + at, free)
+                page.text(x, top - 40, [name], 14)
+                free = x + round(_font(14).getlength(name)) + 6
             else:
                 label = _turned(name, 14, INK)
-                y = min(top + at, page.image.height - label.height - 4)
+                y = min(max(top + at, free), page.image.height - label.height - 4)
                 page.image.paste(label, (left - 50, y))
+                free = y + label.height + 6
     page.draw.rectangle((left - 1, top - 1, left + width, top + height), outline=FAINT, width=1)
     page.text(left, top - 62, [f"key blocks 0 to {plan.kv_blocks.count - 1}"], 14, FAINT)
     label = _turned(f"query blocks 0 to {plan.q_blocks.count - 1}", 14, FAINT)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 # Stands for the colour of text and axes, and becomes "currentColor" in the SVG.
 _INK = "#010203"
 # Okabe and Ito's colours, told apart by the colour-blind too; readable on white and on black.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLORS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#8f7ee0",
+)  # fmt: skip
 MARKERS = "osD^vPX*"
 
 
@@ -75,8 +77,10 @@ def _svg(figure, name: str) -> str:
     return text.replace(_INK, "currentColor")
 
 
-def _legend(axes) -> None:
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+def _legend(figure, columns: int) -> None:
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK, fontsize=8
+    )
 
 
 def pareto_plot(
@@ -88,7 +92,7 @@ def pareto_plot(
         name: of the plot, for the ids in it: letters and hyphens.
         larger_x: True where a larger x is better (speed), False for a cost.
     """
-    figure, axes = _figure(6.4, 4)
+    figure, axes = _figure(6.4, 4.4)
     front = pareto_front(points, larger_x)
     axes.plot([p.x for p in front], [p.y for p in front], color=_INK, lw=1, alpha=0.5, zorder=1)
     groups = list(dict.fromkeys(p.group for p in points))
@@ -105,7 +109,7 @@ def pareto_plot(
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
     axes.margins(x=0.15, y=0.1)
-    _legend(axes)
+    _legend(figure, min(4, len(groups)))
     return _svg(figure, name)
 
 
@@ -114,7 +118,7 @@ def distance_plot(
     x_label: str, name: str,
 ) -> str:  # fmt: skip
     """Shares of attention by distance, a line per layer, as SVG; dashed: no preference."""
-    figure, axes = _figure(6.4, 4)
+    figure, axes = _figure(6.4, 4.4)
     for number, (label, shares) in enumerate(curves.items()):
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(range(len(bins)), [100 * s for s in shares], label=label, ms=4, lw=1.4, **look)
@@ -123,5 +127,5 @@ def distance_plot(
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel("% of the attention on the grid", color=_INK)
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    _legend(figure, 2)
     return _svg(figure, name)

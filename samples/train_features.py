@@ -67,7 +67,7 @@ def main():
     )
     parser.add_argument("--data", type=Path, required=True, help="written by emoji_data.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

@@ -180,3 +180,16 @@ def test_the_command_names_the_features(network, tmp_path, capsys):
     assert [r["pictures"] for r in rows] == [12, 12] and rows[1]["value"] < rows[0]["value"]
     assert main(["evaluate", "fid", str(a), "--against", str(tmp_path / "c"), *features]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_shipped_network_knows_the_samples_art():
+    """Flat colours are all that is here of the art: the backgrounds at least must be right."""
+    network = load_features()
+    from dittfast.samples.captions import BACKGROUNDS, LABELS
+
+    assert network.labels == tuple(LABELS) and network.backgrounds == tuple(BACKGROUNDS)
+    colours = torch.tensor(list(BACKGROUNDS.values())).float() / 255
+    with torch.no_grad():
+        _, found = network(colours[:, :, None, None].expand(-1, -1, 64, 64))
+    assert (found.argmax(-1) == torch.arange(len(colours))).float().mean() >= 0.75
+    assert not network.training and network.dims == 64
