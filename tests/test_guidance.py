@@ -312,6 +312,30 @@ def test_batched_guidance_weakens_the_conditional_half_only():
     handle.remove()
 
 
+def test_rows_that_differ_in_layout():
+    """The weakened pass of a batch has the conditional rows' layout; mixed ones are refused."""
+    from dittfast.pipelines.sequences import Sequences
+
+    both = (Layout.image(9, 7, text=5), Layout.image(4, 17))  # uncond, cond: 68 tokens each
+    read = lambda model, call: Sequences((both[-call["hidden_states"].shape[0] :],))  # noqa: E731
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+    pipe = BatchedPipeline(model, steps=1)
+    start = torch.cat([inputs["hidden_states"][:1]] * 2)
+    first = inputs | {"hidden_states": start, "timestep": torch.full((2,), 1.0)}
+    u, c = plain(model, first).chunk(2)
+    with MapAttention({0: torch.tensor([1.0, 0.0])}, text=0, rows="image"):
+        _, weak = plain(model, first).chunk(2)
+    with dittfast.enable(pipe, "dense", layout=read), guide(pipe, heads=[(0, 0)]):
+        (seen,) = pipe(inputs)
+        torch.testing.assert_close(seen, u + 3 * (c - u) + 3 * (c - weak), rtol=0, atol=1e-4)
+    with (
+        dittfast.enable(model, "dense", layout=read),
+        guide(model, heads=[(0, 0)]),
+        pytest.raises(ValueError, match="prompts of one length"),
+    ):
+        model(**inputs)
+
+
 def test_two_calls_without_a_cache_context():
     """FLUX image-to-image names no call "uncond"; its second call gets the difference of the first.
 
