@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dittfast.files import check_output, write_image, write_json
 
-from . import probe
+from . import probe, published
 from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
 
 EXAMPLE = """\
@@ -15,6 +15,8 @@ examples:
   dittfast plan --method radial --frames 21 --height 45 --width 80 -o radial.png
   dittfast plan --method local --set window=8 --height 64 --width 64 --text 512 -o local.png
   dittfast plan --method rectified --set block_size=64 --probe --layers 0,3 -o rectified.png
+  dittfast plan --model wan2.1-14b --height 720 --width 1280 --num-frames 81
+  dittfast plan --model list
 """
 
 
@@ -22,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dittfast plan``."""
     parser.epilog = EXAMPLE
     grid = parser.add_argument_group("layout, in tokens (a FLUX token is 16 pixels wide)")
-    grid.add_argument("--frames", type=int, default=1, metavar="N", help="(default: 1, an image)")
+    grid.add_argument("--frames", type=int, metavar="N", help="(default: 1, an image)")
     grid.add_argument("--height", type=int, metavar="N")
     grid.add_argument("--width", type=int, metavar="N")
     grid.add_argument(
-        "--text", type=int, default=0, metavar="N", help="text tokens in the sequence (default: 0)"
+        "--text", type=int, metavar="N", help="text tokens (default: 0, or the model's)"
     )
     where = grid.add_mutually_exclusive_group()
     where.add_argument(
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_method_arguments(parser)
     probe.add_arguments(parser)
+    published.add_arguments(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--head-dim", type=int, default=128, metavar="N", help="(default: 128)")
     work.add_argument("--heads", type=int, default=24, metavar="N", help="(default: 24)")
@@ -56,6 +59,12 @@ def run(args) -> int:
     for path, endings in ((args.output, (".png",)), (args.json, None)):
         if path is not None:
             check_output(path, endings)
+    if args.model is not None:
+        return published.run(args)
+    if args.num_frames is not None:
+        raise ValueError("--num-frames is for --model; give --frames in tokens without it")
+    args.frames = 1 if args.frames is None else args.frames
+    args.text = args.text or 0
     for name in ("head_dim", "heads"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
@@ -67,7 +76,9 @@ def run(args) -> int:
         return probe.run(args, asked, options)
     for name in ("height", "width"):
         if getattr(args, name) is None:
-            raise ValueError(f"--{name} is missing; give the grid in tokens, or --probe for a run")
+            raise ValueError(
+                f"--{name} is missing; give the grid in tokens, --probe for a run, or --model NAME"
+            )
 
     from dittfast.config import SCHEDULE_FIELDS, resolve
     from dittfast.layout import Layout

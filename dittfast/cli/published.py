@@ -1,0 +1,107 @@
+"""``dittfast plan --model``: every method at a published model's real size, computed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dittfast.files import write_json
+
+from .options import chosen_method, compact, parse_options, seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that go with ``--model``."""
+    group = parser.add_argument_group("a published model at its real size, without weights")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help='such as wan2.1-14b, or "list": prints tokens, FLOPs and every method; height and '
+        "width are then in pixels, and sizes default to the model's usual ones",
+    )
+    group.add_argument("--num-frames", type=int, metavar="N", help="frames of the video")
+
+
+def run(args) -> int:
+    """Print the table of a published model."""
+    for name in ("frames", "output", "text_first", "probe"):
+        if getattr(args, name) is not None:
+            flag = "--text-first or --text-last" if name == "text_first" else f"--{name}"
+            raise ValueError(
+                f"{flag} does not go with --model, which knows the layout; frames are "
+                "--num-frames, and pictures and probes are made without --model"
+            )
+    from dittfast.pipelines.published import published_model, published_models
+
+    if args.model == "list":
+        for name in published_models():
+            print(f"{name.ljust(14)}  {published_model(name).source}")
+        return 0
+    asked, options = chosen_method(args), parse_options(args.options)
+    if options and asked is None:
+        raise ValueError("--set needs a method: add --method radial, or --config FILE")
+    card = published_model(args.model)
+
+    from dittfast.environment import versions
+    from dittfast.pipelines.estimate import estimate
+
+    found = estimate(
+        card,
+        args.num_frames,
+        args.height,
+        args.width,
+        args.text,
+        [] if asked is None else [asked],
+        **options,
+    )
+    print("\n".join(_lines(found)))
+    if args.json is not None:
+        write_json(args.json, found.to_dict() | {"versions": versions()})
+        print(f"wrote {Path(args.json)}")
+    return 0
+
+
+def _lines(found) -> list[str]:
+    layout, cost = found.layout, found.cost
+    frames, height, width = layout.grid.shape
+    video = f"{found.num_frames} frames, " if found.num_frames > 1 else ""
+    rows = [
+        ["method", "settings", "density", "attention", "FLOPs of a pass", "lists", "planned in"]
+    ]
+    dense = ["dense", "", "1", compact(cost.attention), compact(cost.total), "", ""]
+    rows.append(dense)
+    for x in found.methods:
+        if x.problem is not None:
+            rows.append([x.method, x.settings, f"cannot run: {x.problem}"])
+            continue
+        settings = x.settings
+        if x.dense_layers:
+            settings += f" ({x.dense_layers} layers dense)"
+        rows.append(
+            [
+                x.method,
+                settings,
+                f"{'at least ' if x.at_least else ''}{x.density:.3g}",
+                compact(x.attention),
+                f"{compact(cost.total / x.fewer_flops)}, {x.fewer_flops:.2f} x fewer",
+                compact(x.plan_bytes, "B"),
+                seconds(x.build_seconds),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows if len(row) > 3) for i in range(len(rows[0]))]
+    table = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows
+    ]
+    return [
+        "Computed, not measured: FLOPs are no seconds.",
+        f"model     {found.name} ({found.model}), {found.parameters / 1e9:.3g} billion parameters",
+        f"size      {video}{found.height} x {found.width} pixels",
+        f"tokens    {layout.num_tokens:,}: {frames} x {height} x {width}, "
+        f"{layout.num_context} text",
+        f"one pass  {compact(cost.total, 'FLOP')}: {cost.attention_share:.1%} in {cost.layers} "
+        f"self-attention layers ({cost.heads} heads of {cost.head_dim}), "
+        f"{cost.other_attention / cost.total:.1%} in other attention",
+        f"ceiling   {cost.speedup(0):.2f} x fewer FLOPs, if self-attention cost nothing (Amdahl)",
+        "",
+        *table,
+    ]
