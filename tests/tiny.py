@@ -34,15 +34,15 @@ def tokenizer(kind: str, max_length: int = 32):
     )
 
 
-def clip_text_encoder():
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip_text_encoder(projection: bool = False):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=37, num_hidden_layers=1,
         num_attention_heads=4, projection_dim=32, bos_token_id=0, eos_token_id=2, pad_token_id=1,
         max_position_embeddings=32,
     )  # fmt: skip
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def t5_encoder():
@@ -76,17 +76,51 @@ def wan_transformer(layers: int = 2):
     ).eval()  # fmt: skip
 
 
-def flux_pipeline(**options):
-    """A FluxPipeline: 8 px of image a token, so height=64, width=96 is 8 x 12 tokens."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+def image_vae():
+    from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=1,
         use_quant_conv=False, use_post_quant_conv=False, sample_size=32, shift_factor=0.06,
         scaling_factor=1.5, mid_block_add_attention=False,
     ).eval()  # fmt: skip
+
+
+def sd3_pipeline():
+    """A StableDiffusion3Pipeline, 8 px of image a token; guidance runs as a batch of two."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    torch.manual_seed(0)
+    pipe = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=clip_text_encoder(projection=True),
+        text_encoder_2=clip_text_encoder(projection=True),
+        text_encoder_3=t5_encoder(),
+        tokenizer=tokenizer("clip"),
+        tokenizer_2=tokenizer("clip"),
+        tokenizer_3=tokenizer("t5"),
+        transformer=SD3Transformer2DModel(
+            sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+            num_attention_heads=2, attention_head_dim=16, joint_attention_dim=32,
+            caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=32,
+        ).eval(),
+        vae=image_vae(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_pipeline(**options):
+    """A FluxPipeline: 8 px of image a token, so height=64, width=96 is 8 x 12 tokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    torch.manual_seed(0)
+    vae = image_vae()
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         text_encoder=clip_text_encoder(),
@@ -121,10 +155,12 @@ def wan_pipeline(two_experts: bool = False):
 
 
 def run(pipe, seed: int = 0, **changes) -> torch.Tensor:
-    """Final latents of a short run: ``[1, tokens, C]`` (FLUX) or ``[1, C, F, H, W]`` (Wan)."""
+    """Final latents of a short run: ``[1, tokens, C]`` (FLUX), ``[1, C, F, H, W]`` (Wan) ..."""
     call = dict(prompt="a red cat", num_inference_steps=3, max_sequence_length=12)
     if type(pipe).__name__ == "WanPipeline":
         call |= dict(negative_prompt="a dog", height=48, width=80, num_frames=9, guidance_scale=3.0)
+    elif type(pipe).__name__ == "StableDiffusion3Pipeline":
+        call |= dict(negative_prompt="a dog", height=64, width=96, guidance_scale=3.0)
     else:
         call |= dict(height=64, width=96, guidance_scale=3.5)
     call |= changes
