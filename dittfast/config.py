@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -38,7 +39,12 @@ def _preset_name(file_name: str) -> str:
     return stem
 
 
-def _read_yaml(text: str, where: str) -> dict:
+def read_mapping(text: str, where: str, known: Iterable[str]) -> dict:
+    """A YAML mapping with known keys only.
+
+    Raises:
+        ValueError: no YAML, no mapping, or an unknown key (the nearest known one is named).
+    """
     import yaml
 
     try:
@@ -46,10 +52,15 @@ def _read_yaml(text: str, where: str) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must hold a mapping with the key 'method'")
+        raise ValueError(f"{where} must hold a mapping with the keys {', '.join(known)}")
     for key in data:
-        if key not in _KEYS:
-            raise _in(where, unknown("key", key, _KEYS))
+        if key not in known:
+            raise _in(where, unknown("key", key, known))
+    return data
+
+
+def _read_yaml(text: str, where: str) -> dict:
+    data = read_mapping(text, where, _KEYS)
     if "method" not in data:
         raise ValueError(f"{where} has no 'method'; add one of {', '.join(METHODS)}")
     for key in ("options", "schedule"):

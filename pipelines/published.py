@@ -9,7 +9,7 @@ from importlib import resources
 
 import torch
 
-from dittfast.config import unknown
+from dittfast.config import read_mapping, unknown
 from dittfast.layout import Grid, Layout
 
 from .families import FAMILIES
@@ -159,16 +159,11 @@ def published_model(name: str) -> PublishedModel:
     Raises:
         ValueError: an unknown name, or a file with an unknown or missing key.
     """
-    import yaml
-
     if name not in published_models():
         raise unknown("model", name, published_models())
     file = resources.files("dittfast.configs") / "models" / f"{name}.yaml"
-    data = yaml.safe_load(file.read_text())
-    known = [f.name for f in dataclasses.fields(PublishedModel)]
-    for key in data:
-        if key not in known:
-            raise unknown(f"key in configs/models/{name}.yaml", key, known)
+    known = [f.name for f in dataclasses.fields(PublishedModel) if f.name != "name"]
+    data = read_mapping(file.read_text(), f"configs/models/{name}.yaml", known)
     for key in ("vae", "presets"):
         data[key] = tuple(data.get(key, ()))
     card = PublishedModel(name=name, **data)

@@ -53,6 +53,10 @@ class Part:
             return self.plan.density
         return float(self._density) / self.calls if self.calls else None
 
+    def of_heads(self, heads: slice) -> Part:
+        """The part with the plan of some heads."""
+        return self if self.plan is None else Part(self.layout, self.plan.select_heads(heads))
+
 
 class Core:
     """What replaces dense attention in one forward pass; shared by the layers that run it.
@@ -183,7 +187,7 @@ class intercept(TorchFunctionMode):
         state = self.state
         if not torch.compiler.is_compiling():
             state.reached = True
-        out = func(*args, **kwargs) if state.core is None else _attend(state, call)
+        out = func(*args, **kwargs) if state.core is None else attend_call(state, call)
         if state.perturbation is not None:
             out = state.perturbation(out, state.strength, call)
         return out
@@ -206,7 +210,13 @@ def _without_outer_product(func, args, kwargs):
     return func(*args, **kwargs)
 
 
-def _attend(state: LayerState, call: dict) -> torch.Tensor:
+def attend_call(state: LayerState, call: dict, heads: slice | None = None) -> torch.Tensor:
+    """Answer a call of scaled_dot_product_attention by ``state.core``.
+
+    Args:
+        call: its arguments by name.
+        heads: which of the layer's heads q, k and v hold, where ranks share them.
+    """
     core = state.core
     if call.get("is_causal"):
         raise ValueError(
@@ -224,6 +234,8 @@ def _attend(state: LayerState, call: dict) -> torch.Tensor:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) for x in (q, k, v))
     rows = core.at(q.shape[-2])
+    if heads is not None:
+        rows = tuple(part.of_heads(heads) for part in rows)
     token = rows[0].layout.grid_start if core.outer_mask else None
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
@@ -313,7 +325,7 @@ def _call(self, *args, **kwargs):
         return torch.nn.Module.__call__(self, *args, **kwargs)
     # Module.__call__ by name, not super(): Dynamo refuses the latter on classes that diffusers
     # allows in the graph.
-    with _native(self, state), intercept(state):
+    with _backend(self, state), intercept(state):
         out = torch.nn.Module.__call__(self, *args, **kwargs)
     check_reached(state, self)
     return out
@@ -336,11 +348,17 @@ def native_backend():
     return AttentionBackendName.NATIVE
 
 
-def _native(module: torch.nn.Module, state: LayerState):
-    """In a perturbed pass the layer runs diffusers' native backend, the one that can be watched."""
+def _backend(module: torch.nn.Module, state: LayerState):
+    """The attention backend of diffusers that the layer needs now."""
     processor = module.processor
+    if getattr(processor, "_parallel_config", None) is not None:
+        from . import parallel
+
+        if parallel.ulysses(module) is not None:
+            return parallel.running(module, state)
     if state.perturbation is None or not hasattr(processor, "_attention_backend"):
         return contextlib.nullcontext()
+    # In a perturbed pass the layer runs the native backend, the one that can be watched.
     return _set_backend(processor, native_backend())
 
 

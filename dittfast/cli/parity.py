@@ -53,7 +53,8 @@ def run(args) -> int:
     found = matrix(args.family, args.method)
     width = max(len(name) for name in TINY)
     cells, rows = [], []
-    print("  ".join(x.ljust(10) for x in ["model".ljust(width), *(args.method or METHODS)]))
+    head = ["model".ljust(width), *(args.method or METHODS)]
+    print("  ".join(x.ljust(10) for x in head).rstrip())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tiny models are allowed to be odd
         for name, group in groupby(found, lambda cell: cell.family):

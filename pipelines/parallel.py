@@ -1,0 +1,154 @@
+"""Context parallelism: a method inside diffusers' Ulysses attention, forward and backward.
+
+The interception alone would be wrong there. diffusers recomputes attention in the backward pass,
+outside of our layers, and a joint model's sequence arrives as [text, image] of rank 0, [text,
+image] of rank 1 and so on. So these layers run an attention backend of our own, which is one more
+entry in diffusers' registry and replaces none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextvars import ContextVar
+
+import torch
+
+from dittfast.layout import Context, Layout
+
+from .seam import LayerState, attend_call
+
+_RUNNING: ContextVar[LayerState] = ContextVar("dittfast_layer")
+
+
+def ulysses(module: torch.nn.Module):
+    """The context-parallel configuration of an attention module; None where there is none.
+
+    Raises:
+        ValueError: ring attention, whose ranks never hold all keys.
+    """
+    parallel = getattr(module.processor, "_parallel_config", None)
+    config = getattr(parallel, "context_parallel_config", None)
+    if config is None:
+        return None
+    if (config.ring_degree or 1) > 1:
+        raise ValueError(
+            f"ring attention (ring_degree={config.ring_degree}) passes the keys around in parts, "
+            "and a block plan needs all of them; use ContextParallelConfig(ulysses_degree=...)"
+        )
+    return config if (config.ulysses_degree or 1) > 1 else None
+
+
+def rank_order(layout: Layout, ranks: int, device=None) -> torch.Tensor:
+    """``[N]`` int64: where each token of ``layout`` stands after the all-to-all.
+
+    Text and image are split between the ranks one by one, and each rank joins its parts.
+    """
+    first = layout.segments[0]
+    text = first.length if isinstance(first, Context) else 0
+    streams = [n for n in (text, layout.num_tokens - text) if n]
+    if any(n % ranks for n in streams):
+        raise ValueError(
+            f"{' and '.join(str(n) for n in streams)} tokens do not divide between {ranks} ranks"
+        )
+    at = torch.arange(layout.num_tokens, device=device).view(ranks, -1)
+    sizes = [n // ranks for n in streams]
+    return torch.cat([part.reshape(-1) for part in at.split(sizes, dim=1)])
+
+
+def _local(state: LayerState, q, k, v, mask, scale, config):
+    """Attention over the whole sequence with this rank's heads; all ``[B, N, H, D]``."""
+    rows = state.core.at(q.shape[1])
+    if rows is None or q.shape[1] != k.shape[1]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return out.transpose(1, 2)
+    order = rank_order(rows[0].layout, config.ulysses_degree, q.device)
+    q, k, v = (x[:, order].transpose(1, 2) for x in (q, k, v))
+    if mask is not None:
+        mask = mask[..., order]
+    rank = config._ulysses_mesh.get_local_rank()
+    heads = slice(rank * q.shape[1], (rank + 1) * q.shape[1])
+    call = {"query": q, "key": k, "value": v, "attn_mask": mask, "scale": scale}
+    out = attend_call(state, call, heads).transpose(1, 2)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    state.reached = True
+    return out[:, back]
+
+
+def _forward_op(
+    ctx, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+    return_lse=False, _save_ctx=True, _parallel_config=None,
+):  # fmt: skip
+    state, config = _RUNNING.get(), _parallel_config.context_parallel_config
+    if _save_ctx:
+        ctx.save_for_backward(q, k, v)
+        # The layer's core changes with the next pass; the backward of this one needs this one.
+        frozen = LayerState(state.parameters)
+        frozen.core = state.core
+        ctx.attention = functools.partial(
+            _local, frozen, mask=attn_mask, scale=scale, config=config
+        )
+    return _local(state, q, k, v, attn_mask, scale, config)
+
+
+def _backward_op(ctx, grad_out, *args, **kwargs):
+    leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+    with torch.enable_grad():
+        out = ctx.attention(*leaves)
+    return torch.autograd.grad(out, leaves, grad_out)
+
+
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+    enable_gqa=False, return_lse=False, _parallel_config=None,
+):  # fmt: skip
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    if _parallel_config is None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out.transpose(1, 2)
+    return _templated_context_parallel_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
+        forward_op=_forward_op, backward_op=_backward_op, _parallel_config=_parallel_config,
+    )  # fmt: skip
+
+
+@functools.cache
+def _backend():
+    """Our entry in diffusers' registry, made when the first context-parallel layer runs."""
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+    )
+
+    name = str.__new__(AttentionBackendName, "dittfast")
+    name._name_, name._value_ = "DITTFAST", "dittfast"
+    _AttentionBackendRegistry.register(name, supports_context_parallel=True)(_attention)
+    return name
+
+
+@contextlib.contextmanager
+def running(module: torch.nn.Module, state: LayerState):
+    """Inside, ``module`` attends through our backend, which runs ``state``."""
+    if state.perturbation is not None:
+        raise ValueError(
+            "head guidance does not run under context parallelism; call dittfast.unguide(pipe)"
+        )
+    if state.parameters and torch.is_grad_enabled():
+        raise ValueError(
+            "trainable parameters of a method get no gradient under context parallelism; train "
+            "on one device, or without down-sampled keys"
+        )
+    processor = module.processor
+    before, processor._attention_backend = processor._attention_backend, _backend()
+    token = _RUNNING.set(state)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+        processor._attention_backend = before
