@@ -148,6 +148,7 @@ class LayerState:
         perturbation: what weakens heads in the extra pass of head guidance; None outside it.
         strength: ``[H]``, how far each head is weakened; None where no head is.
         parameters: the method's trainable parameters of this layer.
+        ran: whether the last call did its projections; caches skip them.
         reached: whether the last call met scaled_dot_product_attention on the whole sequence.
     """
 
@@ -156,6 +157,7 @@ class LayerState:
         self.perturbation: Perturbation | None = None
         self.strength: torch.Tensor | None = None
         self.parameters = parameters or {}
+        self.ran = False
         self.reached = False
 
     @property
@@ -170,7 +172,7 @@ class intercept(TorchFunctionMode):
     def __init__(self, state: LayerState):
         super().__init__()
         self.state = state
-        state.reached = False
+        state.ran = state.reached = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -179,6 +181,9 @@ class intercept(TorchFunctionMode):
             q, k = call["query"], call["key"]
             if q.shape[-2] == k.shape[-2] and self.state.running.at(q.shape[-2]):
                 return self._answer(func, args, kwargs, call)
+        elif func is F.linear:
+            if not torch.compiler.is_compiling():
+                self.state.ran = True
         elif func in _OUTER and self.state.running.outer_mask:
             return _without_outer_product(func, args, kwargs)
         return func(*args, **kwargs)
@@ -364,7 +369,9 @@ def _backend(module: torch.nn.Module, state: LayerState):
 
 def check_reached(state: LayerState, module: torch.nn.Module) -> None:
     """Raise if the call of ``module`` that just ended attended somewhere we did not see."""
-    if torch.compiler.is_compiling() or state.reached or not state.running.strict:
+    if torch.compiler.is_compiling() or state.reached or not state.ran:
+        return
+    if not state.running.strict:
         return
     raise RuntimeError(
         f"{type(module).__name__} computed attention without scaled_dot_product_attention over "

@@ -179,11 +179,12 @@ class ModelState:
             core = self.core(self.sequences, device_of(arguments))
         for name, state in self.layers.items():
             state.core = None if name in self.dense_layers else core
+            state.ran = state.reached = False
 
     def check_reached(self) -> None:
         """Raise if no layer of a model that is not strict met its sequence in this pass."""
-        running = [state for state in self.layers.values() if state.core is not None]
-        if running and not self.family.strict and not any(state.reached for state in running):
+        ran = [x for x in self.layers.values() if x.core is not None and x.ran]
+        if ran and not self.family.strict and not any(state.reached for state in ran):
             raise RuntimeError(
                 f"no attention layer saw a sequence of {self.layout.num_tokens} tokens, the length "
                 "of its layout, so dittfast had no effect. If the layout was passed to "

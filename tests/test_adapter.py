@@ -295,7 +295,7 @@ def test_bypassing_attention_backend_raises():
 
     class Bypass:
         def __call__(self, attn, hidden_states, *args, **kwargs):
-            return torch.zeros_like(hidden_states)
+            return torch.zeros_like(attn.to_q(hidden_states))
 
     model.single_transformer_blocks[0].attn.set_processor(Bypass())
     dittfast.enable(model, Band(), backend="reference")

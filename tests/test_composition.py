@@ -1,0 +1,222 @@
+"""What people combine with attention: every combination gives what it gives without dittfast.
+
+The full plan makes the comparison exact: stock model plus feature equals enabled model plus
+feature, whichever was switched on first.
+"""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from dittfast.pipelines import parity
+from dittfast.pipelines.parity import TINY, Full, distance
+from patterns import Band
+
+import dittfast
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+NEAR = 2e-5
+
+
+def built(name):
+    return TINY[name].build()
+
+
+def sparse(model, method=None):
+    return dittfast.enable(model, method or Band(), backend="cpu", min_tokens=0)
+
+
+def assert_composes(name, feature, undo=None, near=NEAR):
+    """``feature(model)`` before and after enable, against the stock model with it."""
+    model, inputs = built(name)
+    feature(model)
+    expected = parity.output(model, inputs)
+    with sparse(model, Full()):
+        assert distance(parity.output(model, inputs), expected) < near, "enabled after"
+    assert torch.equal(parity.output(model, inputs), expected)
+    model, inputs = built(name)
+    with sparse(model, Full()):
+        feature(model)
+        assert distance(parity.output(model, inputs), expected) < near, "enabled before"
+        changed = undo is not None and undo(model)
+        if changed:
+            plain = parity.output(*built(name))
+            assert distance(parity.output(model, inputs), plain) < near, "undone"
+    # The method itself does something beside the feature.
+    model, inputs = built(name)
+    with sparse(model):
+        feature(model)
+        assert distance(parity.output(model, inputs), expected) > 100 * near
+
+
+def add_lora(model):
+    from peft import LoraConfig
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights="gaussian")
+    model.add_adapter(config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_lora_before_after_and_fused(name):
+    def unfuse(model):
+        model.unfuse_lora()
+        model.disable_adapters()
+        return True
+
+    assert_composes(name, add_lora)
+    assert_composes(name, lambda model: (add_lora(model), model.fuse_lora()), unfuse)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "cogvideox"])
+def test_fused_projections(name):
+    assert_composes(name, lambda model: model.fuse_qkv_projections())
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "sd3"])
+def test_gradient_checkpointing(name):
+    model, inputs = built(name)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs)[0].square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with sparse(model):
+        plain = gradients()
+        model.enable_gradient_checkpointing()
+        model.train()
+        checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for key in plain:
+        torch.testing.assert_close(checkpointed[key], plain[key], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offloading(kind):
+    def offload(model):
+        cpu = torch.device("cpu")
+        model.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
+
+    assert_composes("wan", offload)
+
+
+def test_model_offloading():
+    from accelerate import cpu_offload
+
+    assert_composes("flux", lambda model: cpu_offload(model, execution_device="cpu"))
+
+
+def test_layerwise_casting():
+    cast = dict(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert_composes("flux", lambda model: model.enable_layerwise_casting(**cast))
+
+
+def cache_config(kind, pipe):
+    import diffusers
+
+    common = dict(current_timestep_callback=lambda: pipe._current_timestep)
+    if kind == "FirstBlockCache":
+        return diffusers.FirstBlockCacheConfig(threshold=10.0)
+    if kind == "PyramidAttentionBroadcast":
+        return diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(1, 999),
+            spatial_attention_block_identifiers=("transformer_blocks", "blocks"),
+            **common,
+        )
+    if kind == "FasterCache":
+        return diffusers.FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 901),
+            attention_weight_callback=lambda _: 0.5,
+            is_guidance_distilled=True,
+            **common,
+        )
+    if kind == "MagCache":
+        return diffusers.MagCacheConfig(
+            threshold=0.5, num_inference_steps=5, retention_ratio=0.2, mag_ratios=[1.0] * 5
+        )
+    return diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1)
+
+
+@pytest.mark.parametrize("first", ["dittfast", "cache"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "FirstBlockCache",
+        "PyramidAttentionBroadcast",
+        "FasterCache",
+        "MagCache",
+        "TaylorSeerCache",
+    ],
+)
+def test_caches(kind, first):
+    pipe = tiny.flux_pipeline()
+    run = dict(num_inference_steps=5)
+    plain = tiny.run(pipe, **run)
+    pipe.transformer.enable_cache(cache_config(kind, pipe))
+    expected = tiny.run(pipe, **run)
+    assert not torch.equal(expected, plain)
+    pipe.transformer.disable_cache()
+    if first == "dittfast":
+        sparse(pipe, Full())
+    pipe.transformer.enable_cache(cache_config(kind, pipe))
+    if first == "cache":
+        sparse(pipe, Full())
+    assert distance(tiny.run(pipe, **run), expected) < 1e-4
+    pipe.transformer.disable_cache()
+    assert distance(tiny.run(pipe, **run), plain) < 1e-4
+    dittfast.disable(pipe)
+    assert torch.equal(tiny.run(pipe, **run), plain)
+
+
+def test_ip_adapter():
+    """The image prompt's attention has other keys: it stays, beside the method's."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    model, inputs = built("flux")
+    torch.manual_seed(0)
+    processor = FluxIPAdapterAttnProcessor(32, 32, num_tokens=(4,), scale=[1.0])
+    model.transformer_blocks[0].attn.set_processor(processor)
+    tokens = torch.randn(2, 1, 4, 32)
+    inputs["joint_attention_kwargs"] = {"ip_hidden_states": [tokens]}
+    with_image = parity.output(model, copy.copy(inputs))
+    with sparse(model, Full()):
+        assert distance(parity.output(model, copy.copy(inputs)), with_image) < NEAR
+    without = {**inputs, "joint_attention_kwargs": {"ip_hidden_states": [0 * tokens]}}
+    assert distance(parity.output(model, without), with_image) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [("flux", "controlnet_block_samples"), ("sd3", "block_controlnet_hidden_states")],
+)
+def test_controlnet_residuals(name, argument):
+    model, inputs = built(name)
+    inputs[argument] = [torch.randn(2, 99, 32)]
+    expected = parity.output(model, inputs)
+    with sparse(model, Full()):
+        assert distance(parity.output(model, inputs), expected) < NEAR
+
+
+def test_no_recompile_between_steps():
+    """Repeated blocks of 12 layers, five steps of which two are dense: two graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = tiny.wan_transformer(12)
+    inputs = tiny.wan_inputs(frames=2, height=6, width=8, batch=1)
+    dittfast.enable(model, Band(), backend="cpu", min_tokens=0, dense_first_steps=2)
+    counter = CompileCounterWithBackend("eager")
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    for time in (900, 700, 500, 300, 100):
+        with torch.no_grad():
+            model(**{**inputs, "timestep": torch.tensor([time])})
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
