@@ -141,10 +141,13 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
     check_ranges(**call)
     for name, multiple in zip(("height", "width"), size_multiples(pipe)):
         _check_multiple(pipe, call, name, multiple, 0)
-    # A factor of 1 compresses nothing in time, so there every number of frames is right.
     temporal = getattr(pipe, "vae_scale_factor_temporal", None)
     if isinstance(temporal, int) and temporal > 1:
         _check_multiple(pipe, call, "num_frames", temporal, 1)
+    elif temporal == 1 and "image" in names:
+        # It will draw one frame more (see _frames_drawn), and AutoencoderKLWan encodes one frame
+        # and then four at a time. Without an image to encode every number is right.
+        _check_multiple(pipe, call, "num_frames", 4, 0)
     return call
 
 
@@ -228,6 +231,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
         )
     frames = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
     asked = tuple(call.get(name) or size for name, size in zip(_SIZES, frames.shape))
+    asked = (_frames_drawn(pipe, asked[0]), *asked[1:]) if "num_frames" in call else asked
     if frames.shape[:3] != asked:
         logger.warning(
             "%s drew frames x height x width %s, not %s",
@@ -236,6 +240,16 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
     memory = torch.cuda.max_memory_allocated(device) if on_cuda else None
     latents = None if clock.latents is None else clock.latents.detach().to("cpu", torch.float32)
     return Run(frames, timing, memory, latents)
+
+
+def _frames_drawn(pipe, asked: int) -> int:
+    """Frames that a call for ``asked`` draws.
+
+    diffusers' Wan pipelines round to one more than a multiple of the VAE's temporal factor. With a
+    factor of 1 that is one more than what was asked for.
+    """
+    rounds = type(pipe).__name__.startswith("Wan")
+    return asked + 1 if rounds and getattr(pipe, "vae_scale_factor_temporal", 0) == 1 else asked
 
 
 @dataclass(frozen=True)
@@ -368,7 +382,7 @@ def describe_run(pipe, source: Source, call: dict, seed: int, guidance=None) -> 
         "prompt": call["prompt"],
         "model": source.name,
         "pipeline": type(pipe).__name__,
-        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "call": {k: v for k, v in call.items() if k not in ("prompt", "image")},
         "seed": seed,
         "guidance": None if guidance is None else dataclasses.asdict(guidance),
         "versions": versions(),
