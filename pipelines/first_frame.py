@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from pathlib import Path
@@ -10,15 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from . import generate, sources
+from . import sources
 
 logger = logging.getLogger(__name__)
-
-
-def needs_image(pipe) -> bool:
-    """Whether the pipeline makes a video from an image that the caller has to give."""
-    image = inspect.signature(type(pipe).__call__).parameters.get("image")
-    return generate.is_video(pipe) and image is not None and image.default in (image.empty, None)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -65,62 +58,43 @@ def still_prompt(prompt: str, moving_words: list[str]) -> str:
     return still.strip(" ,") or prompt
 
 
-def _frame_size(pipe, call: dict) -> tuple[int, int]:
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    sizes = [call.get(name) or parameters[name].default for name in ("height", "width")]
-    return sizes[0], sizes[1]
+class FirstFrame:
+    """Draws the first frames of a sample video model with an image model, one per prompt and seed.
 
-
-def draw(settings: dict, prompt: str, seed: int, device, dtype) -> tuple[Image.Image, dict]:
-    """Draw a first frame with the image model that a sample video model names.
+    It stands in a call as its ``image``; :func:`~dittfast.pipelines.generate.run` asks it for the
+    picture of the prompt and seed at hand.
 
     Args:
         settings: the video model's ``first_frame``: the image ``model``, the ``part`` of the frame
             that its picture fills, and the ``moving_words`` that are not for it.
-
-    Returns:
-        The picture, and how it was made, as plain data for JSON.
-    """
-    source = sources.find(settings["model"])
-    still = still_prompt(prompt, settings.get("moving_words", []))
-    pipe = sources.load(source, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    call = generate.call_arguments(pipe, still, source.settings)
-    picture = Image.fromarray(generate.run(pipe, call, seed).frames[0])
-    part = settings.get("part", 1.0)
-    made = {"model": source.name, "prompt": still, "seed": seed, "part": part}
-    return with_margin(picture, part), made
-
-
-def add_first_frame(
-    pipe, call: dict, settings: dict, *, image=None, seed: int = 0, device="cpu", dtype=None
-) -> tuple[dict, dict | None]:
-    """The call with the image it needs, and where that came from.
-
-    Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`.
-        settings: the model's settings; a sample video model's have ``first_frame``.
-        image: a picture file of the user's, used instead of a drawn one.
-        seed: of a drawn one.
-
-    Returns:
-        ``(call, origin)``; the same call and None for a pipeline that takes no image.
+        height, width: of the frame, in pixels.
 
     Raises:
-        ValueError: an image for a pipeline that takes none, none for one that needs it, or a file
-            that is no picture.
-        FileNotFoundError: no such file, or the model that would draw the picture is not here.
+        FileNotFoundError, ValueError: the image model is not here, or could not be loaded.
     """
-    if not needs_image(pipe):
-        if image is not None:
-            raise ValueError(f"{type(pipe).__name__} starts from no image; leave out --image")
-        return call, None
-    if image is not None:
-        picture, origin = read_image(image), {"file": str(image)}
-    elif "first_frame" in settings:
-        picture, origin = draw(settings["first_frame"], call["prompt"], seed, device, dtype)
-    else:
-        raise ValueError(
-            f"{type(pipe).__name__} animates an image and got none; pass one with --image FILE"
-        )
-    return call | {"image": fit(picture, *_frame_size(pipe, call))}, origin
+
+    def __init__(self, settings: dict, height: int, width: int, device="cpu", dtype=None):
+        self.source = sources.find(settings["model"])
+        self.part = settings.get("part", 1.0)
+        self.moving_words = settings.get("moving_words", [])
+        self.size = height, width
+        self._pipe = sources.load(self.source, device, dtype)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._last: tuple | None = None
+
+    def __call__(self, prompt: str, seed: int) -> Image.Image:
+        """The first frame; the last one is kept, so that compared runs share it."""
+        from .generate import call_arguments, run
+
+        if self._last is None or self._last[0] != (prompt, seed):
+            logger.info("drawing the first frame with %s", self.source.name)
+            still = still_prompt(prompt, self.moving_words)
+            call = call_arguments(self._pipe, still, self.source.settings)
+            picture = Image.fromarray(run(self._pipe, call, seed).frames[0])
+            frame = fit(with_margin(picture, self.part), *self.size)
+            self._last = (prompt, seed), frame
+        return self._last[1]
+
+    def to_dict(self) -> dict:
+        """How the frames are made, as plain data for JSON."""
+        return {"model": self.source.name, "part": self.part, "moving_words": self.moving_words}

@@ -95,18 +95,16 @@ def save(args):
 def strips(args):
     """Animate prompts with the stock pipeline; one row of frames each in one PNG."""
     from dittfast.pipelines import sources
-    from dittfast.pipelines.first_frame import add_first_frame
+    from dittfast.pipelines.first_frame import read_image
     from dittfast.pipelines.generate import call_arguments, run
 
     source = sources.find(str(args.model))
     pipe = sources.load(source, "cpu", torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    image = None if args.image is None else read_image(args.image)
     start, rows = time.time(), []
     for prompt in args.prompts or source.settings["prompts"]:
-        call = call_arguments(pipe, prompt, source.settings)
-        call, _ = add_first_frame(
-            pipe, call, source.settings, seed=args.seed, dtype=torch.float32, image=args.image
-        )
+        call = call_arguments(pipe, prompt, source.settings, image=image)
         rows.append(np.concatenate(run(pipe, call, args.seed).frames, axis=1))
     Image.fromarray(np.concatenate(rows)).save(args.out, optimize=True)
     print(f"{args.out}: {len(rows)} clips, {time.time() - start:.0f} s")

@@ -5,15 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines.first_frame import (
-    add_first_frame,
-    draw,
-    fit,
-    needs_image,
-    read_image,
-    still_prompt,
-    with_margin,
-)
+from dittfast.pipelines.first_frame import FirstFrame, fit, read_image, still_prompt, with_margin
+from dittfast.pipelines.generate import call_arguments, call_record, needs_image, run
 from PIL import Image
 from tiny import flux_pipeline, wan_image_pipeline, wan_pipeline
 
@@ -59,7 +52,7 @@ def still(seed=0, prompt="a red cat"):
     rows, columns = np.arange(64).clip(16, 47) - 16, np.arange(96).clip(24, 71) - 24
     page = Image.fromarray(small[rows][:, columns])
     # 80 : 48 is 5 : 3, so of the 64 rows 57.6 are kept.
-    return page.resize((80, 48), Image.Resampling.LANCZOS, box=(0, 3.2, 96, 60.8))
+    return np.asarray(page.resize((80, 48), Image.Resampling.LANCZOS, box=(0, 3.2, 96, 60.8)))
 
 
 def clip(image, seed=0, **options):
@@ -68,8 +61,8 @@ def clip(image, seed=0, **options):
     if options:
         dittfast.enable(pipe, **options)
     out = pipe(
-        image, "a red cat moves right", generator=torch.Generator().manual_seed(seed),
-        output_type="np", **CALL,
+        Image.fromarray(np.asarray(image)), "a red cat moves right", output_type="np",
+        generator=torch.Generator().manual_seed(seed), **CALL,
     )  # fmt: skip
     return np.clip(np.rint(out.frames[0] * 255), 0, 255).astype(np.uint8)
 
@@ -127,20 +120,35 @@ def test_pictures_that_cannot_be_read(tmp_path, picture):
         read_image(tmp_path / "half.png")
 
 
-def test_a_first_frame_is_drawn_from_the_prompt(models):
-    settings = json.loads((models / "video" / "sample.json").read_text())["first_frame"]
-    found, made = draw(settings, "a red cat moves right", 3, "cpu", torch.float32)
-    assert made == {"model": "image", "prompt": "a red cat", "seed": 3, "part": 0.5}
-    assert np.array_equal(np.asarray(fit(found, 48, 80)), np.asarray(still(3)))
+def test_first_frames_are_drawn_from_the_prompt(models):
+    settings = json.loads((models / "video" / "sample.json").read_text())
+    painter = call_arguments(wan_image_pipeline(), "any", settings)["image"]
+    assert isinstance(painter, FirstFrame)
+    for seed in (3, 4):
+        assert np.array_equal(np.asarray(painter("a red cat moves right", seed)), still(seed))
+    assert painter("a red cat", 4) is painter("a red cat", 4)
+    recorded = call_record({"prompt": "a", "image": painter, "height": 48})
+    made = {"model": "image", "part": 0.5, "moving_words": WORDS}
+    assert recorded == {"height": 48, "first_frame": made}
+
+
+def test_a_run_asks_for_the_first_frame_of_its_prompt(models):
+    settings = json.loads((models / "video" / "sample.json").read_text())
+    pipe = wan_image_pipeline()
+    call = call_arguments(pipe, "any", settings) | {"prompt": "a red cat moves right"}
+    assert np.array_equal(run(pipe, call, 4).frames, clip(still(4), 4))
 
 
 def test_images_are_asked_for_and_refused(picture):
+    image = read_image(picture)
     with pytest.raises(ValueError, match="animates an image and got none; pass one with --image"):
-        add_first_frame(wan_image_pipeline(), dict(prompt="a"), {})
-    with pytest.raises(ValueError, match="WanPipeline starts from no image; leave out --image"):
-        add_first_frame(wan_pipeline(), dict(prompt="a"), {}, image=picture)
-    call, origin = add_first_frame(wan_pipeline(), dict(prompt="a"), {})
-    assert call == dict(prompt="a") and origin is None
+        call_arguments(wan_image_pipeline(), "a")
+    with pytest.raises(ValueError, match="WanPipeline takes no image; leave out --image"):
+        call_arguments(wan_pipeline(), "a", image=image)
+    call = call_arguments(wan_image_pipeline(), "a", height=64, width=32, image=image)
+    assert call["image"].size == (32, 64)
+    assert len(call_record(call)["first_frame"]["sha256"]) == 64
+    assert "image" not in call_arguments(wan_pipeline(), "a")
 
 
 def generate(models, out, *arguments):
@@ -148,7 +156,7 @@ def generate(models, out, *arguments):
     return main([*base, "--device", "cpu", "-o", str(out), *arguments])
 
 
-def test_one_prompt_gives_a_clip(models, tmp_path, capsys):
+def test_one_prompt_gives_a_clip(models, tmp_path):
     assert generate(models, tmp_path / "a.png") == 0
     names = [f"a.{n:03}.png" for n in range(5)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "a.json"]
@@ -156,8 +164,7 @@ def test_one_prompt_gives_a_clip(models, tmp_path, capsys):
     assert np.abs(frames.astype(int) - clip(still())).max() <= 1  # saved and loaded: last bits
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["files"] == names
-    assert data["first_frame"]["prompt"] == "a red cat" and "image" not in data["call"]
-    assert "drawing the first frame with" in capsys.readouterr().err
+    assert data["call"]["first_frame"]["model"] == "image" and "image" not in data["call"]
 
 
 def test_a_clip_of_a_given_picture_compared(models, picture, tmp_path, capsys):
@@ -167,7 +174,7 @@ def test_a_clip_of_a_given_picture_compared(models, picture, tmp_path, capsys):
     more = ["--image", str(picture), *method, "--compare", "--save-all", "--fps", "8"]
     assert generate(models, tmp_path / "a.mp4", *more) == 0
     data = json.loads((tmp_path / "a.json").read_text())
-    assert data["first_frame"] == {"file": str(picture)}
+    assert data["image"] == str(picture) and "sha256" in data["call"]["first_frame"]
     assert data["files"] == ["a.mp4", "a.dense.mp4", "a.local.mp4", "a.difference.mp4"]
     first = fit(read_image(picture), 48, 80)
     dense = clip(first).astype(float)

@@ -104,9 +104,12 @@ def run(args) -> int:
     check_output(output.with_suffix(".json"))
     given = {name: getattr(args, name) for name in CALL}
 
+    from dittfast.pipelines.first_frame import read_image
     from dittfast.pipelines.generate import check_ranges
 
     check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
+    if args.image is not None:
+        given["image"] = read_image(args.image)
     source = sources.find(args.model)
     if args.method is None and args.config is None and args.compare:
         raise ValueError("--compare needs a method; add --method local, or --config FILE")
@@ -125,7 +128,6 @@ def run(args) -> int:
     moving = is_video(pipe) and call.get("num_frames") != 1
     if not moving:
         check_output(output, IMAGES)
-    call, first_frame = _first_frame(args, pipe, call, source, device, dtype)
 
     def on_stage(name: str) -> None:
         pipe.set_progress_bar_config(desc=name, disable=None)
@@ -149,30 +151,13 @@ def run(args) -> int:
         on_stage=on_stage,
     )
     data = record(pipe, source, call, args.seed, arms, guided)
-    if first_frame is not None:
-        data["first_frame"] = first_frame
+    if args.image is not None:
+        data["image"] = args.image
     written = _write(output, arms, data, args)
     for line in _summary(arms, data):
         print(line)
     print("wrote " + ", ".join(map(str, written)))
     return 0
-
-
-def _first_frame(args, pipe, call: dict, source, device, dtype):
-    """The call with the image it needs, and how that was made; see ``add_first_frame``."""
-    from dittfast.pipelines.first_frame import add_first_frame, needs_image
-
-    if args.image is None and needs_image(pipe) and "first_frame" in source.settings:
-        say(f"drawing the first frame with {source.settings['first_frame']['model']}")
-    return add_first_frame(
-        pipe,
-        call,
-        source.settings,
-        image=args.image,
-        seed=args.seed,
-        device=device,
-        dtype=dtype,
-    )
 
 
 def _stages(args) -> list[tuple[int, int]] | None:
