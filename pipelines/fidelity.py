@@ -20,7 +20,7 @@ from dittfast.tables import MEASURES
 
 from .adapter import enable, transformers_of
 from .drawings import Drawings, Item, fingerprint
-from .generate import Run, run
+from .generate import Run, call_record, run
 from .method_check import Checked, capture_layers, check_captured, layer_names, sparse_layers
 from .sources import Source
 from .structure import mask_picture, mass_by_distance
@@ -62,7 +62,7 @@ def base_settings(pipe, source: Source, call: dict, kernel: str) -> dict:
         "model": source.name,
         "weights": fingerprint(pipe),
         "pipeline": type(pipe).__name__,
-        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "call": call_record(call),
         "device": {k: device[k] for k in ("type", "name")},
         "dtype": str(model.dtype).removeprefix("torch."),
         "dense_kernel": kernel,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import logging
@@ -24,6 +25,7 @@ from dittfast.schedule import Schedule
 
 from .adapter import enable, transformers_of
 from .description import Description, describe
+from .first_frame import FirstFrame, fit
 from .guidance import guide
 from .sources import Source
 
@@ -78,6 +80,14 @@ def is_video(pipe) -> bool:
     return "num_frames" in accepted(pipe)
 
 
+def needs_image(pipe) -> bool:
+    """Whether the pipeline makes a video from an image that the caller has to give."""
+    image = inspect.signature(type(pipe).__call__).parameters.get("image")
+    if image is None or not is_video(pipe):
+        return False
+    return image.default is image.empty or "ImageToVideo" in type(pipe).__name__
+
+
 def size_multiples(pipe) -> tuple[int, int]:
     """Height and width must be multiples of these, in pixels; (1, 1) where nothing is known.
 
@@ -125,9 +135,12 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
         settings: a sample model's settings; keys that are no arguments of the pipeline are left.
         given: arguments by name; None where the user gave none.
 
+        An ``image`` is cut to the size of a video. A sample video model without one gets a
+        :class:`~dittfast.pipelines.first_frame.FirstFrame`, which draws it for each prompt.
+
     Raises:
-        ValueError: as :func:`check_ranges`, an argument that the pipeline does not take, or a size
-            that the pipeline would silently round.
+        ValueError: as :func:`check_ranges`, an argument that the pipeline does not take, a size
+            that the pipeline would silently round, or no image where the pipeline needs one.
     """
     names = accepted(pipe)
     given = {k: v for k, v in given.items() if v is not None}
@@ -141,11 +154,40 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
     check_ranges(**call)
     for name, multiple in zip(("height", "width"), size_multiples(pipe)):
         _check_multiple(pipe, call, name, multiple, 0)
-    # A factor of 1 compresses nothing in time, so there every number of frames is right.
     temporal = getattr(pipe, "vae_scale_factor_temporal", None)
     if isinstance(temporal, int) and temporal > 1:
         _check_multiple(pipe, call, "num_frames", temporal, 1)
+    elif temporal == 1 and "image" in names:
+        # It will draw one frame more (see _frames_drawn), and AutoencoderKLWan encodes one frame
+        # and then four at a time. Without an image to encode every number is right.
+        _check_multiple(pipe, call, "num_frames", 4, 0)
+    if needs_image(pipe):
+        call["image"] = _first_frame(pipe, call, settings or {})
     return call
+
+
+def _first_frame(pipe, call: dict, settings: dict):
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    size = [call.get(name) or parameters[name].default for name in ("height", "width")]
+    if "image" in call:
+        return fit(call["image"], *size)
+    if "first_frame" in settings:
+        model = next(iter(transformers_of(pipe).values()))
+        return FirstFrame(settings["first_frame"], *size, model.device, model.dtype)
+    raise ValueError(
+        f"{type(pipe).__name__} animates an image and got none; pass one with --image FILE"
+    )
+
+
+def call_record(call: dict) -> dict:
+    """The arguments of a call without its prompt, as plain data for JSON."""
+    plain = {k: v for k, v in call.items() if k not in ("prompt", "image")}
+    image = call.get("image")
+    if isinstance(image, FirstFrame):
+        plain["first_frame"] = image.to_dict()
+    elif image is not None:
+        plain["first_frame"] = {"sha256": hashlib.sha256(image.tobytes()).hexdigest()}
+    return plain
 
 
 def _check_multiple(pipe, call: dict, name: str, multiple: int, remainder: int) -> None:
@@ -199,6 +241,8 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
         FloatingPointError: the picture has values that are not finite.
     """
     device = next(iter(transformers_of(pipe).values())).device
+    if isinstance(call.get("image"), FirstFrame):
+        call = call | {"image": call["image"](call["prompt"], seed)}
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -228,6 +272,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
         )
     frames = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
     asked = tuple(call.get(name) or size for name, size in zip(_SIZES, frames.shape))
+    asked = (_frames_drawn(pipe, asked[0]), *asked[1:]) if "num_frames" in call else asked
     if frames.shape[:3] != asked:
         logger.warning(
             "%s drew frames x height x width %s, not %s",
@@ -236,6 +281,16 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
     memory = torch.cuda.max_memory_allocated(device) if on_cuda else None
     latents = None if clock.latents is None else clock.latents.detach().to("cpu", torch.float32)
     return Run(frames, timing, memory, latents)
+
+
+def _frames_drawn(pipe, asked: int) -> int:
+    """Frames that a call for ``asked`` draws.
+
+    diffusers' Wan pipelines round to one more than a multiple of the VAE's temporal factor. With a
+    factor of 1 that is one more than what was asked for.
+    """
+    rounds = type(pipe).__name__.startswith("Wan")
+    return asked + 1 if rounds and getattr(pipe, "vae_scale_factor_temporal", 0) == 1 else asked
 
 
 @dataclass(frozen=True)
@@ -368,7 +423,7 @@ def describe_run(pipe, source: Source, call: dict, seed: int, guidance=None) -> 
         "prompt": call["prompt"],
         "model": source.name,
         "pipeline": type(pipe).__name__,
-        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "call": call_record(call),
         "seed": seed,
         "guidance": None if guidance is None else dataclasses.asdict(guidance),
         "versions": versions(),

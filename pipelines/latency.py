@@ -19,7 +19,7 @@ from .adapter import attention_layers, enable, transformers_of
 from .drawings import fingerprint
 from .families import FAMILIES
 from .fidelity import dense_kernel
-from .generate import Run, quality, run
+from .generate import Run, call_record, quality, run
 from .method_check import check_method
 from .seam import stock_class
 from .sources import Source
@@ -203,7 +203,7 @@ def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, s
         "model": source.name,
         "weights": fingerprint(pipe),
         "pipeline": type(pipe).__name__,
-        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "call": call_record(call),
         "prompt": call["prompt"],
         "seed": seed,
         "device": describe_device(model.device),

@@ -86,11 +86,8 @@ def one_per_label():
     return [caption(label, colours[(i + i // 8) % len(colours)]) for i, label in enumerate(LABELS)]
 
 
-def make_readable_for_both_versions(folder):
-    """Undo two renamings of transformers 5 that 4 does not know; 5 reads both forms.
-
-    These are the tokenizer's class name and the prefix of CLIP's weights.
-    """
+def rename_tokenizer_class(folder):
+    """Write the tokenizers' class as transformers 4 knows it; 5 has renamed it and reads both."""
     for file in [folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")]:
         config = json.loads(
             file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -98,6 +95,10 @@ def make_readable_for_both_versions(folder):
         for leftover in ("is_local", "local_files_only"):
             config.pop(leftover, None)
         file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def rename_clip_weights(folder):
+    """Give CLIP's weights the prefix of transformers 4; 5 has dropped it and reads both."""
     file = folder / "text_encoder" / "model.safetensors"
     weights = {
         f"text_model.{name.removeprefix('text_model.')}": tensor
@@ -123,7 +124,8 @@ def save(args):
         transformer=model.transformer,
     )
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
-    make_readable_for_both_versions(args.out)
+    rename_tokenizer_class(args.out)
+    rename_clip_weights(args.out)
     (args.out / "NOTICE").write_text(NOTICE.format(n=len(LABELS)))
 
     progress = state["progress"]

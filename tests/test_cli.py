@@ -212,7 +212,8 @@ def test_a_video_becomes_a_moving_picture(out, tmp_path):
     assert main([*arguments, *options, "-o", str(out / "a.gif")]) == 0
     frames = iio.imread(out / "a.gif")
     assert frames.shape[0] == 5 and frames.shape[2] > 3 * 80
-    assert main([*arguments, "--num-frames", "5", "-o", str(out / "b.png")]) == 2
+    assert main([*arguments, "--num-frames", "5", "-o", str(out / "c.png")]) == 0
+    assert sorted(p.name for p in out.glob("c.*png")) == [f"c.{n:03}.png" for n in range(5)]
     assert main([*arguments, "--num-frames", "1", "-o", str(out / "b.png")]) == 0
     assert pixels(out / "b.png").shape == (48, 80, 3)
 

@@ -66,13 +66,13 @@ def flux_transformer(double: int = 2, single: int = 2, heads: int = 2, head_dim:
     ).eval()  # fmt: skip
 
 
-def wan_transformer(layers: int = 2):
+def wan_transformer(layers: int = 2, in_channels: int = 16):
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16,
-        out_channels=16, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=layers,
-        rope_max_seq_len=64,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16,
+        in_channels=in_channels, out_channels=16, text_dim=32, freq_dim=32, ffn_dim=32,
+        num_layers=layers, rope_max_seq_len=64,
     ).eval()  # fmt: skip
 
 
@@ -150,6 +150,20 @@ def wan_pipeline(two_experts: bool = False):
         text_encoder=t5_encoder(),
         tokenizer=tokenizer("t5"),
     )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_image_pipeline():
+    """A WanImageToVideoPipeline without an image encoder; sizes are multiples of 16 px."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts = wan_pipeline().components
+    torch.manual_seed(1)
+    pipe = WanImageToVideoPipeline(
+        transformer=wan_transformer(in_channels=36),
+        **{name: parts[name] for name in ("vae", "scheduler", "text_encoder", "tokenizer")},
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

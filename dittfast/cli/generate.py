@@ -30,6 +30,7 @@ examples:
   dittfast generate "a blue heart on a purple background" -o heart.png
   dittfast generate "a blue heart on a purple background" --method local --compare -o heart.png
   dittfast generate "a fox, blue background" --stages 256,512 --method local -o fox.png
+  dittfast generate "a red apple moves right on a blue background" --model sample-video -o a.mp4
   dittfast generate --examples
 """
 
@@ -46,8 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="FILE",
-        help=f"what to write: {', '.join(IMAGES)}, for a video {' or '.join(VIDEOS)}; a record of "
-        "the run goes beside it as .json. Existing files are replaced",
+        help=f"what to write: {', '.join(IMAGES)}, for a video {' or '.join(VIDEOS)}, or an image "
+        "name for numbered frames; a record of the run goes beside it as .json. Existing files are "
+        "replaced",
+    )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="the picture that an image-to-video pipeline starts from; a sample video model draws "
+        "one from the prompt where none is given",
     )
     add_method_arguments(parser, "; dense attention without it")
     comparing = parser.add_argument_group("comparing")
@@ -96,9 +104,12 @@ def run(args) -> int:
     check_output(output.with_suffix(".json"))
     given = {name: getattr(args, name) for name in CALL}
 
+    from dittfast.pipelines.first_frame import read_image
     from dittfast.pipelines.generate import check_ranges
 
     check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
+    if args.image is not None:
+        given["image"] = read_image(args.image)
     source = sources.find(args.model)
     if args.method is None and args.config is None and args.compare:
         raise ValueError("--compare needs a method; add --method local, or --config FILE")
@@ -115,7 +126,8 @@ def run(args) -> int:
 
     call = call_arguments(pipe, args.prompt, source.settings, **given)
     moving = is_video(pipe) and call.get("num_frames") != 1
-    check_output(output, VIDEOS if moving else IMAGES)
+    if not moving:
+        check_output(output, IMAGES)
 
     def on_stage(name: str) -> None:
         pipe.set_progress_bar_config(desc=name, disable=None)
@@ -139,6 +151,8 @@ def run(args) -> int:
         on_stage=on_stage,
     )
     data = record(pipe, source, call, args.seed, arms, guided)
+    if args.image is not None:
+        data["image"] = args.image
     written = _write(output, arms, data, args)
     for line in _summary(arms, data):
         print(line)
@@ -303,12 +317,25 @@ def _write(output: Path, arms, data: dict, args) -> list[Path]:
         names = (arms[0].name, arms[1].name, "difference")
         for name, frames in zip(names, (dense, sparse, difference(dense, sparse)[0])):
             parts[output.with_name(f"{output.stem}.{name}{output.suffix}")] = frames
+    parts = {path: x for each in parts.items() for path, x in _numbered(*each)}
     beside = output.with_suffix(".json")
     with ExitStack() as stack:
         for path, frames in parts.items():
             _save(stack.enter_context(atomic_path(path)), frames, args.fps)
         write_json(beside, data | {"files": [path.name for path in parts]})
     return [*parts, beside]
+
+
+def _numbered(path: Path, frames):
+    """A video as frames, ``clip.000.png`` and so on, where the file name is that of an image."""
+    if len(frames) == 1 or path.suffix.lower() in VIDEOS:
+        return [(path, frames)]
+    digits = max(3, len(str(len(frames) - 1)))
+    numbers = range(len(frames))
+    return [
+        (path.with_name(f"{path.stem}.{n:0{digits}}{path.suffix}"), frames[n : n + 1])
+        for n in numbers
+    ]
 
 
 def _save(path: Path, frames, fps: int) -> None:

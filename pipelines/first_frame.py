@@ -1,0 +1,100 @@
+"""The picture that an image-to-video pipeline starts from: a file, or drawn from the prompt."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from . import sources
+
+logger = logging.getLogger(__name__)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A picture file as RGB, turned as its camera says; what is transparent becomes white.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture, or a damaged one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {path}")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """The picture at another size, its edges cut off where its shape differs."""
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def with_margin(picture: Image.Image, part: float) -> Image.Image:
+    """The picture shrunk to ``part`` of its size, with its edge pixels continued around it."""
+    size = [max(1, round(part * n)) for n in picture.size]
+    small = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+    missing = [(full - n) for full, n in zip(picture.size[::-1], size[::-1])]
+    margins = [(n // 2, n - n // 2) for n in missing]
+    return Image.fromarray(np.pad(small, [*margins, (0, 0)], mode="edge"))
+
+
+def still_prompt(prompt: str, moving_words: list[str]) -> str:
+    """The prompt without its words of motion: what the first frame shows.
+
+    ``"a red apple moves right on a blue background"`` -> ``"a red apple on a blue background"``.
+    """
+    longest_first = sorted(moving_words, key=len, reverse=True)
+    pattern = r",?\s*\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b"
+    still = re.sub(pattern, "", prompt, flags=re.IGNORECASE) if longest_first else prompt
+    return still.strip(" ,") or prompt
+
+
+class FirstFrame:
+    """Draws the first frames of a sample video model with an image model, one per prompt and seed.
+
+    It stands in a call as its ``image``; :func:`~dittfast.pipelines.generate.run` asks it for the
+    picture of the prompt and seed at hand.
+
+    Args:
+        settings: the video model's ``first_frame``: the image ``model``, the ``part`` of the frame
+            that its picture fills, and the ``moving_words`` that are not for it.
+        height, width: of the frame, in pixels.
+
+    Raises:
+        FileNotFoundError, ValueError: the image model is not here, or could not be loaded.
+    """
+
+    def __init__(self, settings: dict, height: int, width: int, device="cpu", dtype=None):
+        self.source = sources.find(settings["model"])
+        self.part = settings.get("part", 1.0)
+        self.moving_words = settings.get("moving_words", [])
+        self.size = height, width
+        self._pipe = sources.load(self.source, device, dtype)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._last: tuple | None = None
+
+    def __call__(self, prompt: str, seed: int) -> Image.Image:
+        """The first frame; the last one is kept, so that compared runs share it."""
+        from .generate import call_arguments, run
+
+        if self._last is None or self._last[0] != (prompt, seed):
+            logger.info("drawing the first frame with %s", self.source.name)
+            still = still_prompt(prompt, self.moving_words)
+            call = call_arguments(self._pipe, still, self.source.settings)
+            picture = Image.fromarray(run(self._pipe, call, seed).frames[0])
+            frame = fit(with_margin(picture, self.part), *self.size)
+            self._last = (prompt, seed), frame
+        return self._last[1]
+
+    def to_dict(self) -> dict:
+        """How the frames are made, as plain data for JSON."""
+        return {"model": self.source.name, "part": self.part, "moving_words": self.moving_words}
