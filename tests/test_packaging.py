@@ -30,6 +30,8 @@ def python(code: str, *flags: str, cwd: Path = ROOT, path: tuple[Path, ...] = (R
     return done.stdout.strip()
 
 
+# A subclass of a class of diffusers, and two that make pictures.
+NEED_MORE = {"HeadGuider", "hunt", "generate_high_resolution"}
 IMPORT = """
 import json, socket, sys, time, torch
 def refuse(*args, **kwargs):
@@ -38,12 +40,12 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse
 before, started = set(sys.modules), time.thread_time()
 import dittfast
-for name in dittfast.__all__:
+for name in set(dittfast.__all__) - {skipped}:
     getattr(dittfast, name)
 seconds = time.thread_time() - started
 loaded = sorted({module.split(".")[0] for module in set(sys.modules) - before})
 print(json.dumps([dittfast.__file__, torch.cuda.is_initialized(), loaded, seconds]))
-"""
+""".replace("{skipped}", repr(NEED_MORE))
 
 
 def test_importing_is_light_quick_and_quiet():
@@ -180,7 +182,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     wanted = {
         name if name.startswith("dittfast/") else f"dittfast/{name}"
         for name in tracked()
-        if name.endswith((".py", ".yaml", "py.typed")) or name.startswith("samples/models/")
+        if name.endswith((".py", ".yaml", "py.typed"))
+        or name.startswith(("samples/models/", "configs/evaluations/"))
     }
     assert "dittfast/py.typed" in wanted
     assert inside == wanted
