@@ -62,10 +62,10 @@ CALL_DEFAULTS = {
 # Checked by eye; everything a folder of weights is shown with.
 EXAMPLE_PROMPTS = [
     "a 3d emoji of a lion, white background",
-    "a blue heart on a purple background",
+    "a panda on a green background",
     "a 3d emoji of a fox, blue background",
     "a 3d emoji of a frog, yellow background",
-    "a 3d emoji of a panda, green background",
+    "a 3d emoji of a snail, black background",
     "a 3d emoji of a rabbit, blue background",
     "a car on a green background",
     "a 3d emoji of a penguin, purple background",

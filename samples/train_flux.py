@@ -100,7 +100,6 @@ class Run:
         self.stage, self.stage_step, self.step = 0, 0, 0
         self.samples, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.losses, self.history = [], []
-        self.hard = [list(LABELS).index(name) for name in args.hard_labels]
 
     def _tokenizer(self, words):
         folder = self.args.out / "tokenizer"
@@ -165,10 +164,6 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         label = torch.randperm(len(LABELS), generator=self.rng)[:batch]
-        if self.hard:
-            chosen = torch.randint(len(self.hard), (batch,), generator=self.rng)
-            swap = torch.rand(batch, generator=self.rng) < self.args.hard_share
-            label = torch.where(swap, torch.tensor(self.hard)[chosen], label)
         colour = torch.randint(len(BACKGROUNDS), (batch,), generator=self.rng)
         clean = pack(latents[label, colour].float())
         texts = []
@@ -262,12 +257,6 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder for the run")
     parser.add_argument(
         "--stages", type=parse_stage, nargs="+", required=True, help="size:steps:batch:lr ..."
-    )
-    parser.add_argument(
-        "--hard-labels", choices=LABELS, nargs="+", default=[], help="labels to draw more often"
-    )
-    parser.add_argument(
-        "--hard-share", type=float, default=0.4, help="part of a batch given to the hard labels"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--average", type=float, default=0.998, help="decay of averaged weights")

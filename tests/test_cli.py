@@ -23,6 +23,7 @@ from dittfast.cli import COMMANDS, main
 from dittfast.cli.options import compact, parse_options, seconds
 from dittfast.layout import Layout
 from dittfast.methods import Local, Radial
+from dittfast.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -152,14 +153,16 @@ def test_density_of_a_method_that_chooses_at_every_call(model, out):
     assert main([*arguments, *words("--method rectified --set block_size=16 --compare")]) == 0
     data = json.loads((out / "a.json").read_text())
     assert 0 < data["sparse"]["density"] < 1  # the mean over calls
-    described = SimpleNamespace(layers=[SimpleNamespace(dense=None)], method=Local())
+    described = SimpleNamespace(
+        layers=[SimpleNamespace(dense=None)], method=Local(), schedule=Schedule(dense_first_steps=2)
+    )
     arms = [
         SimpleNamespace(name=n, seconds=1.0, seconds_per_step=0.1, density=d, description=about)
         for n, d, about in (("dense", 1.0, None), ("x", None, described))
     ]
     assert "density differs by call" in _captions(arms, data, 1)[1][1][1]
     arms[1].density = 0.25
-    assert "density 0.250" in _captions(arms, data, 1)[1][1][1]
+    assert "density 0.250, 2 steps dense" in _captions(arms, data, 1)[1][1][1]
 
 
 def test_a_sample_model_brings_its_own_call(model, out, capsys, monkeypatch):

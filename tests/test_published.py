@@ -208,7 +208,7 @@ def test_every_preset_plans_on_the_layout_it_was_published_for(name):
         assert (
             least * 0.85 < found.density < least + 2 * layout.num_context / layout.num_tokens + 0.02
         )
-    assert schedule.dense_first_steps in (0, 1, 2, 3, 5, 11, 12)
+    assert 0 <= schedule.dense_first_steps <= 12
 
 
 def test_presets_and_models_name_each_other():

@@ -27,8 +27,8 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".gif")
 EXAMPLE = """\
 examples:
-  dittfast generate "a blue heart on a purple background" -o heart.png
-  dittfast generate "a blue heart on a purple background" --method local --compare -o heart.png
+  dittfast generate "a panda on a green background" -o panda.png
+  dittfast generate "a panda on a green background" --method local --compare -o panda.png
   dittfast generate "a fox, blue background" --stages 256,512 --method local -o fox.png
   dittfast generate "a red apple moves right on a blue background" --model sample-video -o a.mp4
   dittfast generate --examples
@@ -273,6 +273,10 @@ def _captions(arms, data, gain: int):
         facts.insert(0, "density differs by call")
     else:
         facts.insert(0, f"density {sparse.density:.3f}")
+    schedule = sparse.description.schedule
+    dense_steps = schedule.dense_first_steps + schedule.dense_last_steps
+    if dense_steps:
+        facts.insert(1, f"{dense_steps} steps dense")
     return (
         (dense.name, (_times(dense),)),
         (f"{sparse.name} {_options(sparse)}", (_times(sparse), ", ".join(facts))),

@@ -25,7 +25,7 @@ EXAMPLE = """\
 examples:
   dittfast hunt --objective colorfulness --true-cfg-scale 1 --steps 8 -o hunt
   dittfast hunt --objective mine.py:score --model FOLDER --prompts prompts.txt -o hunt
-  dittfast generate "a blue heart on a purple background" --guide hunt/heads.json -o heart.png
+  dittfast generate "a panda on a green background" --guide hunt/heads.json -o panda.png
 """
 SHOWN = 8  # candidates in a round's table
 
