@@ -287,7 +287,7 @@ def test_a_resumed_run_is_the_same_run(training):
         assert torch.equal(found, expected)
 
 
-def test_the_exported_folder_is_the_trained_model(scripts, training, tmp_path):
+def test_the_exported_folder_is_the_trained_model(scripts, training, tmp_path, caplog):
     trained = training("run")
     step(trained, 1)
     trained.save()
@@ -308,5 +308,6 @@ def test_the_exported_folder_is_the_trained_model(scripts, training, tmp_path):
     call = call_arguments(pipe, "a cat moves up", source.settings, **small)
     drawn = run(pipe, call | {"image": Image.new("RGB", (48, 32), "red")})
     assert drawn.frames.shape == (9, 32, 48, 3)
+    assert not any("frames" in message for message in caplog.messages)  # of rounding their number
     with pytest.raises(ValueError, match=r"multiple of 4 .* got 9; the nearest is 8"):
         call_arguments(pipe, "a cat", source.settings, num_frames=9)

@@ -30,7 +30,7 @@ examples:
   dittfast generate "a blue heart on a purple background" -o heart.png
   dittfast generate "a blue heart on a purple background" --method local --compare -o heart.png
   dittfast generate "a fox, blue background" --stages 256,512 --method local -o fox.png
-  dittfast generate "a red apple moves right on a blue background" --model sample-video -o a.mp4
+  dittfast generate "a car moves right on a green background" --model sample-video -o car.mp4
   dittfast generate --examples
 """
 
