@@ -231,7 +231,7 @@ def _list_examples(source) -> int:
     if not prompts:
         raise ValueError(f"{source.name} is no sample model, so it has no list of prompts")
     print("\n".join(prompts))
-    for name in ("labels", "backgrounds"):
+    for name in ("labels", "backgrounds", "motions"):
         if name in source.settings:
             print(f"\n{name} it was trained on: {', '.join(source.settings[name])}")
     return 0
