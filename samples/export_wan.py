@@ -38,8 +38,8 @@ CALL_DEFAULTS = {
 
 # One of each motion, with pictures that the image sample draws well.
 EXAMPLES = [
-    *(("red apple", "yellow"), ("lion", "white"), ("penguin", "purple"), ("hamburger", "black")),
-    *(("blue heart", "white"), ("mushroom", "black"), ("cactus", "white"), ("ghost", "pink")),
+    *(("car", "green"), ("fox", "blue"), ("lion", "white"), ("penguin", "purple")),
+    *(("mushroom", "black"), ("ghost", "pink"), ("soccer ball", "green"), ("frog", "yellow")),
 ]
 EXAMPLE_PROMPTS = [caption(*pair, motion) for pair, motion in zip(EXAMPLES, MOTIONS)]
 

@@ -1,7 +1,7 @@
 """Train the sample video model: from a first frame and a sentence to a clip.
 
     python samples/train_wan.py --data work/emoji.npz --vae work/wan-vae --out work/wan \\
-        --stages 64:3:3000:16:2e-3 128:3:600:8:1.5e-3 128:9:200:4:1e-3
+        --stages 64:3:2000:16:2e-3 128:3:600:8:1.5e-3 128:9:120:4:1e-3
 
 A stage is ``size:frames:steps:batch:learning rate``. With fewer than 9 frames a step sees the first
 frame and some of the others, drawn anew for each clip; frames, and the tokens of smaller ones, keep

@@ -30,7 +30,7 @@ examples:
   dittfast generate "a panda on a green background" -o panda.png
   dittfast generate "a panda on a green background" --method local --compare -o panda.png
   dittfast generate "a fox, blue background" --stages 256,512 --method local -o fox.png
-  dittfast generate "a red apple moves right on a blue background" --model sample-video -o a.mp4
+  dittfast generate "a car moves right on a green background" --model sample-video -o car.mp4
   dittfast generate --examples
 """
 
@@ -231,7 +231,7 @@ def _list_examples(source) -> int:
     if not prompts:
         raise ValueError(f"{source.name} is no sample model, so it has no list of prompts")
     print("\n".join(prompts))
-    for name in ("labels", "backgrounds"):
+    for name in ("labels", "backgrounds", "motions"):
         if name in source.settings:
             print(f"\n{name} it was trained on: {', '.join(source.settings[name])}")
     return 0
