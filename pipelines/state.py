@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dittfast.break_even import min_tokens as measured_break_even
+from dittfast import break_even
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
@@ -152,16 +152,18 @@ class ModelState:
         session, method = self.session, self.session.method
         if method.needs_grid:
             layout.grid  # noqa: B018 (raises on a text-only layout)
-        least = session.schedule.min_tokens
+        least, source = session.schedule.min_tokens, "as asked for"
         if least is None:
-            least = measured_break_even(method.name, device.type)
+            least = break_even.min_tokens(method.name, device.type)
+            measured = break_even.is_measured(method.name, device.type)
+            source = "measured" if measured else "an estimate"
         self.break_even = least
         part = None
         if layout.num_tokens < least:
             logger.warning(
-                "dense: %s tokens are fewer than the %s from which %s pays on %s "
+                "dense: %s tokens are fewer than the %s from which %s pays on %s, %s "
                 "(min_tokens=0 runs it anyway)",
-                f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type,
+                f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type, source,
             )  # fmt: skip
         else:
             plan = method.plan(layout).to(device) if method.static else None

@@ -55,3 +55,12 @@ def nan_empty(monkeypatch):
     """torch.empty and its kin return NaN, so that memory nobody wrote shows up."""
     for name, make in _EMPTY.items():
         monkeypatch.setattr(torch, name, _poisoned(make))
+
+
+@pytest.fixture(autouse=True)
+def tiny_models_run_sparse(monkeypatch):
+    """Test models are far below every break-even, where dense attention would run by default."""
+    from dittfast import break_even
+
+    monkeypatch.setattr(break_even, "MEASURED", {})
+    monkeypatch.setattr(break_even, "ESTIMATED", {})

@@ -1,10 +1,13 @@
 """enable and disable on real diffusers classes at tiny size."""
 
+import ast
 import copy
 import gc
 import io
 import logging
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -15,7 +18,7 @@ from dittfast.pipelines.adapter import force_dense, method_parameters
 from patterns import Band, FirstKeys, Full
 
 import dittfast
-from dittfast import Layout
+from dittfast import Layout, break_even
 
 MODELS = {
     "flux": (tiny.flux_transformer, tiny.flux_inputs),
@@ -169,6 +172,34 @@ def test_min_tokens_runs_dense_and_says_so(pipe, caplog):
     assert len([r for r in caplog.records if "dense:" in r.message and "1,000" in r.message]) == 1
     assert all("min_tokens 1,000" in x.dense for x in description.layers)
     assert "min_tokens 1,000" in str(description)
+
+
+@pytest.mark.parametrize("table", ["MEASURED", "ESTIMATED"])
+def test_the_break_even_is_the_default(pipe, caplog, monkeypatch, table):
+    device = "cpu" if table == "MEASURED" else "cuda"
+    monkeypatch.setattr(break_even, table, {("local", device): 1000})
+    caplog.set_level(logging.WARNING, logger="dittfast")
+    stock = tiny.run(pipe)
+    with dittfast.enable(pipe, "local", window=1) as enabled:
+        assert torch.equal(tiny.run(pipe), stock)
+        assert all("min_tokens 1,000" in x.dense for x in enabled.describe().layers)
+    said = "measured" if table == "MEASURED" else "an estimate"
+    assert len([r for r in caplog.records if f"pays on cpu, {said}" in r.message]) == 1
+    with dittfast.enable(pipe, "local", window=1, min_tokens=0):
+        assert not torch.equal(tiny.run(pipe), stock)
+
+
+def test_every_method_has_a_break_even():
+    """Read from a fresh interpreter: the fixture of these tests empties the tables."""
+    code = (
+        "from dittfast.break_even import min_tokens as least\n"
+        "methods = 'radial', 'local', 'log_linear', 'rectified', 'own'\n"
+        "print({m: [least(m, d) for d in ('cpu', 'cuda', 'xpu')] for m in methods})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = ast.literal_eval(done.stdout)
+    assert found.pop("own") == [0, 0, 0]
+    assert all(min(values) >= 1024 for values in found.values())
 
 
 def test_describe(pipe):

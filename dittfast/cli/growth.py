@@ -103,7 +103,10 @@ def _draw(path: str, found: list[dict]) -> None:
     if dense:
         at = sorted(dense)
         axes[0].loglog(at, [dense[n] for n in at], "k--", label="dense attention")
+    tokens = sorted({row["tokens"] for result in found for row in result["rows"]})
     for axis, what in zip(axes, ("seconds: planning and attention", "bytes of the plan")):
+        axis.set_xticks(tokens, [f"{n / 1024:g}k" for n in tokens])
+        axis.minorticks_off()
         axis.set_xlabel("tokens")
         axis.set_title(what, fontsize=11)
         axis.grid(True, which="both", alpha=0.25)
