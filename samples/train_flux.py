@@ -176,6 +176,10 @@ class Run:
         n = self.args.threads
         parts = zip(clean.chunk(n), noise.chunk(n), t.chunk(n), tokens.chunk(n))
         results = list(self.pool.map(lambda part: self.gradients(ids, *part), parts))
+        self.update(results, batch)
+
+    def update(self, results, batch):
+        """Step by the mean of the threads' (loss, gradients), and follow with the average."""
         parameters = list(self.model.parameters())
         loss = sum(part_loss for part_loss, _ in results) / len(results)
         for p, *parts in zip(parameters, *(gradients for _, gradients in results)):

@@ -11,7 +11,6 @@ exactly where it stopped when started again with ``--resume``; the stages may be
 """
 
 import argparse
-import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import train_flux
 from clips import FRAMES, MOTIONS, SIZE, Clips, caption, save_strips, tokenizer_corpus
 from diffusers import AutoencoderKLWan
 from muon import Muon
 from text_encoders import build_tokenizer
-from train_flux import AVERAGE_EVERY, CAPTION_DROP, PROGRESS, learning_rate, random_times
+from train_flux import CAPTION_DROP, learning_rate, random_times
 from transformers import PreTrainedTokenizerFast
 from wan_model import TIME_SHIFT, SampleWan, animate, condition_on, tokenize
 from wan_vae import Codec
@@ -58,8 +58,8 @@ def loss_weights(clean):
     return weights / weights.mean()
 
 
-class Run:
-    """Everything that a checkpoint must hold, and the training loop over it."""
+class Run(train_flux.Run):
+    """What differs from training on pictures: the data, the model and the loss."""
 
     def __init__(self, args):
         self.args = args
@@ -95,40 +95,6 @@ class Run:
         tokenizer.save_pretrained(folder)
         return tokenizer
 
-    @property
-    def checkpoint(self):
-        return self.args.out / "checkpoint.pt"
-
-    def save(self):
-        """Write the checkpoint beside the old one, then swap: a kill leaves one of the two."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": dict(zip((n for n, _ in self.model.named_parameters()), self.average)),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "rng": self.rng.get_state(),
-            "caption_rng": self.caption_rng.getstate(),
-            "progress": {name: getattr(self, name) for name in PROGRESS},
-        }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
-
-    def load(self):
-        """Continue exactly where :meth:`save` was called."""
-        state = torch.load(self.checkpoint, weights_only=False)
-        self.model.load_state_dict(state["model"])
-        self.average = list(state["average"].values())
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        self.rng.set_state(state["rng"])
-        self.caption_rng.setstate(state["caption_rng"])
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
-
-    def mean_loss(self):
-        recent = self.losses[-200:]
-        return sum(recent) / max(1, len(recent))
-
     def gradients(self, frames, clean, noise, t, ids, mask):
         """Loss and gradients of one thread's part of the batch."""
         noisy = torch.lerp(clean, noise, t.view(-1, 1, 1, 1, 1))
@@ -153,22 +119,7 @@ class Run:
         n = self.args.threads
         parts = zip(*(x.chunk(n) for x in (chosen, clean, noise, t, ids, mask)))
         results = list(self.pool.map(lambda part: self.gradients(*part), parts))
-        parameters = list(self.model.parameters())
-        loss = sum(part_loss for part_loss, _ in results) / len(results)
-        for p, *gradients in zip(parameters, *(part for _, part in results)):
-            p.grad = torch.stack(gradients).mean(0)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        self.step += 1
-        self.stage_step += 1
-        self.samples += batch
-        self.losses = [*self.losses[-199:], loss]
-        if self.step % AVERAGE_EVERY == 0:
-            decay = min(self.args.average**AVERAGE_EVERY, (1 + self.step) / (10 + self.step))
-            now = [p.detach() for p in parameters]
-            torch._foreach_lerp_(self.average, now, 1 - decay)
+        self.update(results, batch)
 
     @torch.no_grad()
     def preview(self, size):
