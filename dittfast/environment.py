@@ -65,18 +65,19 @@ def devices() -> list:
     return found
 
 
-def reset_peak_memory(device) -> None:
-    """Begin a new peak for :func:`peak_memory`, where the system can."""
+def reset_peak_memory(device) -> bool:
+    """Begin a new peak for :func:`peak_memory`; False where the system cannot."""
     import torch
 
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return True
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError:
-        return
+        return False
+    return True
 
 
 def peak_memory(device) -> int | None:

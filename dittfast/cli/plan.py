@@ -97,11 +97,13 @@ def run(args) -> int:
 
     from time import perf_counter
 
-    before = _reset_peak_memory()
+    from dittfast.environment import peak_memory, reset_peak_memory
+
+    before = peak_memory("cpu") if reset_peak_memory("cpu") else None
     start = perf_counter()
     plan = method.plan(layout)
     built = perf_counter() - start
-    peak = _peak_memory()
+    peak = peak_memory("cpu")
     data = _numbers(plan, method, layout, args)
     data["build_seconds"] = built
     data["build_peak_bytes"] = None if before is None else max(0, peak - before)
@@ -187,19 +189,3 @@ def _grid(layout) -> str:
     size = f"{height} x {width} image" if frames == 1 else f"{frames} x {height} x {width} video"
     text = f" and {layout.num_context} text" if layout.num_context else ""
     return f"{size}{text} tokens"
-
-
-def _reset_peak_memory() -> int | None:
-    """Resident bytes now, and the peak set back to them; None where the system cannot do it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _peak_memory()
-
-
-def _peak_memory() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
