@@ -140,7 +140,8 @@ class _Piece(NamedTuple):
     """Part of a call small enough for its bias: ``count`` problems of ``rows`` by ``K``.
 
     ``keys`` are token indices ``[count, K]``; ``run`` is the first of them where they are
-    consecutive. ``bias`` is ``[count, heads|1, rows|1, K]`` or None.
+    consecutive. ``bias`` is ``[count, heads|1, rows|1, K]`` or None. ``scattered`` are the rows
+    where they are not consecutive; then ``count`` is 1.
     """
 
     start: int
@@ -148,15 +149,24 @@ class _Piece(NamedTuple):
     keys: torch.Tensor
     run: int | None
     bias: torch.Tensor | None
+    scattered: torch.Tensor | None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """A view ``[count, heads, rows, ...]`` of per-row values ``x [heads, N, ...]``."""
+        """``[count, heads, rows, ...]`` of per-row values ``x [heads, N, ...]``.
+
+        A view, unless the rows are scattered.
+        """
+        if self.scattered is not None:
+            if x.stride(0) > x.stride(1):
+                return x.index_select(1, self.scattered)[None]
+            # Rows first in memory: whole rows are copied at once.
+            return x.transpose(0, 1).index_select(0, self.scattered).transpose(0, 1)[None]
         count = len(self.keys)
         x = x.narrow(1, self.start, count * self.rows)
         return x[None] if count == 1 else x.unflatten(1, (count, self.rows)).transpose(0, 1)
 
 
-def _scatter_add(x: torch.Tensor, piece: _Piece, values: torch.Tensor) -> None:
+def _add_keys(x: torch.Tensor, piece: _Piece, values: torch.Tensor) -> None:
     """Add ``values [count, heads, K, D]`` to ``x [heads, N, D]``, in place; one after the other."""
     if piece.run is not None:
         x.narrow(1, piece.run, piece.keys.shape[1]).add_(values[0])
@@ -171,7 +181,7 @@ class _Problem:
         self.t = t
         self.work = Worklist.unpack(make_worklist(t) if t.worklist is None else t.worklist)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        rows = self.work.rows.long()
+        rows, self.scattered = self.work.rows.long(), self.work.scattered.long()
         self.tokens = t.q_order.long() if t.q_order is not None else None
         if rows.numel():
             self.tokens = rows if self.tokens is None else self.tokens[rows]
@@ -240,7 +250,8 @@ class _Problem:
             part = weight.index_select(1, tokens.reshape(-1)).unflatten(1, tokens.shape)
             part = part.transpose(0, 1)[:, :, None]
             bias = part if bias is None else bias + part
-        return _Piece(call.start, call.rows, tokens, run, bias)
+        rows = self.scattered.narrow(0, call.start, call.rows) if call.scattered else None
+        return _Piece(call.start, call.rows, tokens, run, bias, rows)
 
     def gather(self, x: torch.Tensor, piece: _Piece, buffer: int) -> torch.Tensor:
         """``[count, heads, K, D]`` of ``x [heads, N, D]``."""
@@ -269,9 +280,13 @@ class _Problem:
                 part, part_lse = _flash(
                     piece.of(q), near_k, near_v, attn_mask=piece.bias, scale=scale
                 )
-                before = piece.of(lse_l)
-                piece.of(out_l).lerp_(part, torch.sigmoid(part_lse - before)[..., None])
+                before, share = piece.of(lse_l), piece.of(out_l)
+                share.lerp_(part, torch.sigmoid(part_lse - before)[..., None])
                 before.copy_(torch.logaddexp(before, part_lse))
+                if piece.scattered is not None:
+                    rows = piece.scattered
+                    lse_l.index_copy_(1, rows, before[0])
+                    out_l.transpose(0, 1).index_copy_(0, rows, share[0].transpose(0, 1))
         unseen = lse < _UNSEEN
         out.masked_fill_(unseen[..., None], 0)
         return out, lse.masked_fill_(unseen, -torch.inf)
@@ -288,9 +303,13 @@ class _Problem:
                     piece.of(grad_l), piece.of(q), near_k, near_v, piece.of(out_l),
                     piece.of(lse_l), 0.0, False, attn_mask=piece.bias, scale=scale,
                 )  # fmt: skip
-                piece.of(dq_l).add_(parts[0])
-                _scatter_add(dk_l, piece, parts[1])
-                _scatter_add(dv_l, piece, parts[2])
+                if piece.scattered is None:
+                    piece.of(dq_l).add_(parts[0])
+                else:
+                    add = parts[0][0].transpose(0, 1)
+                    dq_l.transpose(0, 1).index_add_(0, piece.scattered, add)
+                _add_keys(dk_l, piece, parts[1])
+                _add_keys(dv_l, piece, parts[2])
         return dq, dk, dv
 
     def block_rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@ PyTorch's fused CPU attention needs twice as long per pair with 16 query rows as
 neighbouring query blocks share a problem wherever they see the same keys: the keys that *all*
 blocks of a group of up to 1,024 rows see in full are attended by the whole group at once; what is
 left goes to the two halves of the group, and so on down to single blocks. Partial blocks follow.
+Blocks that see alike need not be neighbours: the same place in several frames of a video sees the
+same far frames. Where lists are long, groups of any blocks are therefore tried first, grown one
+block at a time around what they have in common.
 Before that, keys of a partial block that no query or every query of the block can see are told
 apart by the bounding box of the queries, so that the plan's key blocks may be coarse.
 """
@@ -21,6 +24,12 @@ from dittfast.plan import METRICS, PlanTensors
 _GROUP_ROWS = 1024
 # A group takes its common keys only if they are worth one more merge of its rows.
 _LEAST_SHARED_KEYS = 96
+# Share of all pairs below which lists have too little in common for groups of distant blocks.
+_LEAST_COMMON_SHARE = 0.25
+# How often such groups are looked for. The second time finds a tenth of what the first did.
+_SCATTERED_ROUNDS = 2
+# Multiplications a round may take: bounds its time.
+_MOST_COMPARED = 1 << 32
 # Problems of fewer pairs than this share a call.
 _PAIRS_WORTH_A_CALL = 1 << 17
 # Cells of a table of query blocks by keys: bounds memory.
@@ -34,11 +43,13 @@ class Call(NamedTuple):
 
     Attributes:
         batch, head: which list of the plan.
-        start: first row; problem ``i`` has the queries ``start + i * rows ...``.
+        start: first row; problem ``i`` has the queries ``start + i * rows ...``. If ``scattered``,
+            the rows are those at this place of :attr:`Worklist.scattered`.
         rows: queries of each problem.
         count: problems.
         keys: key positions of each problem, ``[count * keys]`` of :attr:`Worklist.positions`.
         partial: whether the token rule applies.
+        scattered: whether the rows are not neighbours; then ``count`` is 1.
     """
 
     batch: int
@@ -47,7 +58,8 @@ class Call(NamedTuple):
     rows: int
     count: int
     keys: int
-    partial: int
+    partial: int = 0
+    scattered: int = 0
 
 
 class Worklist(NamedTuple):
@@ -58,40 +70,48 @@ class Worklist(NamedTuple):
         rows: ``[num_queries]`` int32, the position that each row holds; empty if the same.
         calls: together they cover every visible token pair of every list exactly once.
         positions: int32 key positions, call after call.
+        scattered: int32 rows of the calls whose rows are not neighbours.
     """
 
     blocks: torch.Tensor
     rows: torch.Tensor
     calls: list[Call]
     positions: torch.Tensor
+    scattered: torch.Tensor
 
     def pack(self) -> torch.Tensor:
         """One int32 tensor, which can be an argument of an op."""
-        sizes = [self.blocks.numel(), self.rows.numel(), len(self.calls)]
+        parts = self.blocks, self.rows, self.scattered
+        sizes = [*(part.numel() for part in parts), len(self.calls)]
         calls = torch.tensor(self.calls, dtype=torch.int32).flatten()
         header = torch.tensor(sizes, dtype=torch.int32)
-        return torch.cat([header, self.blocks, self.rows, calls, self.positions])
+        return torch.cat([header, *parts, calls, self.positions])
 
     @classmethod
     def unpack(cls, x: torch.Tensor) -> Worklist:
-        blocks, rows, calls = x[:3].tolist()
-        sizes = [3, blocks, rows, calls * len(Call._fields)]
-        _, blocks, rows, table, positions = x.split([*sizes, x.numel() - sum(sizes)])
+        *sizes, calls = x[:4].tolist()
+        sizes = [4, *sizes, calls * len(Call._fields)]
+        _, blocks, rows, scattered, table, positions = x.split([*sizes, x.numel() - sum(sizes)])
         calls = [Call(*row) for row in table.view(-1, len(Call._fields)).tolist()]
-        return cls(blocks, rows, calls, positions)
+        return cls(blocks, rows, calls, positions, scattered)
 
 
 def make_worklist(t: PlanTensors) -> torch.Tensor:
     """The packed :class:`Worklist` of a plan."""
     rows = _arrange(t)
-    calls, positions = [], []
+    calls, positions, scattered, at = [], [], [torch.empty(0, dtype=torch.int64)], 0
     for batch in range(t.kv_indices.shape[0]):
         for head in range(t.kv_indices.shape[1]):
-            for call, keys in _list_calls(t, rows, batch, head):
+            for call, keys, own_rows in _list_calls(t, rows, batch, head):
+                if own_rows is not None:
+                    call = call._replace(start=at, scattered=1)
+                    at += own_rows.numel()
+                    scattered.append(own_rows)
                 calls.append(call)
                 positions.append(keys)
     held = torch.empty(0, dtype=torch.int32) if rows.positions is None else rows.positions.int()
-    return Worklist(rows.blocks.int(), held, calls, torch.cat(positions).int()).pack()
+    positions, scattered = torch.cat(positions).int(), torch.cat(scattered).int()
+    return Worklist(rows.blocks.int(), held, calls, positions, scattered).pack()
 
 
 class _Rows(NamedTuple):
@@ -129,8 +149,8 @@ def _arrange(t: PlanTensors) -> _Rows:
 
 def _list_calls(
     t: PlanTensors, rows: _Rows, batch: int, head: int
-) -> Iterator[tuple[Call, torch.Tensor]]:
-    """Calls of one list, each with its key positions."""
+) -> Iterator[tuple[Call, torch.Tensor, torch.Tensor | None]]:
+    """Calls of one list, each with its key positions and, if they are not neighbours, its rows."""
     lists = t.kv_indices[batch, head][rows.blocks].long()
     slot = torch.arange(lists.shape[1])
     is_full = slot < t.kv_num_full_blocks[batch, head][rows.blocks][:, None]
@@ -163,16 +183,55 @@ def _list_calls(
             seen[row[every], key[every]] = True
             some &= ~every
             partial = row[some], key[some]
-        for size, group, column in _shared(seen, span, None if by_key else kv_lengths):
+        weight = None if by_key else kv_lengths
+        if members == lists.shape[0]:
+            for group, column in _alike(seen, span, weight):
+                key = column if by_key else expand(kv_starts[column], kv_lengths[column])
+                own_rows = expand(starts[group], lengths[group])
+                call = Call(batch, head, 0, own_rows.numel(), 1, key.numel())
+                yield call, key, own_rows
+        for size, group, column in _shared(seen, span, weight):
             last = torch.arange(size, members + size, size).clamp_max_(members) - 1
             group_rows = (starts + lengths)[last] - starts[::size]
             key = column
             if not by_key:
                 key = expand(kv_starts[column], kv_lengths[column])
                 group = torch.repeat_interleave(group, kv_lengths[column])
-            yield from _calls(batch, head, starts[::size], group_rows, group, key, False)
+            yield from _calls(batch, head, starts[::size], group_rows, group, key, 0)
         if by_key:
-            yield from _calls(batch, head, starts, lengths, *partial, True)
+            yield from _calls(batch, head, starts, lengths, *partial, 1)
+
+
+def _alike(seen: torch.Tensor, span: int, weight: torch.Tensor | None):
+    """Take groups of ``span`` blocks, neighbours or not, with many columns in common.
+
+    A group grows from the block that has most left by the block that shares most of what its
+    members have in common. Yields ``(blocks, columns)`` and clears these cells of ``seen``.
+
+    Args:
+        seen, weight: as for :func:`_shared`.
+    """
+    members, columns = seen.shape
+    if span == 1 or members * seen.numel() > _MOST_COMPARED:
+        return
+    weight = torch.ones(columns) if weight is None else weight.float()
+    cells = seen.float()
+    if torch.mv(cells, weight).mean() < _LEAST_COMMON_SHARE * weight.sum():
+        return
+    for _ in range(_SCATTERED_ROUNDS):
+        taken = torch.zeros(members)
+        for _ in range(members // span):
+            blocks, common = [], weight
+            for _ in range(span):
+                best = int((torch.mv(cells, common) + taken).argmax())
+                blocks.append(best)
+                common = common * cells[best]
+                taken[best] = -torch.inf
+            if common.sum() >= _LEAST_SHARED_KEYS:
+                group, shared = torch.tensor(blocks).sort().values, common.nonzero()[:, 0]
+                cells[group[:, None], shared] = 0
+                seen[group[:, None], shared] = False
+                yield group, shared
 
 
 def _shared(seen: torch.Tensor, span: int, weight: torch.Tensor | None):
@@ -207,8 +266,8 @@ def _shared(seen: torch.Tensor, span: int, weight: torch.Tensor | None):
         yield sizes[level], *own.nonzero(as_tuple=True)
 
 
-def _calls(batch, head, starts, rows, group, key, partial: bool):
-    """Calls from (group, key position) pairs sorted by group."""
+def _calls(batch, head, starts, rows, group, key, partial: int):
+    """Calls on neighbouring rows from (group, key position) pairs sorted by group."""
     counts = torch.bincount(group, minlength=starts.numel())
     ends = torch.cumsum(counts, 0).tolist()
     counts, starts, rows = counts.tolist(), starts.tolist(), rows.tolist()
@@ -222,8 +281,8 @@ def _calls(batch, head, starts, rows, group, key, partial: bool):
         end = at + 1
         while end < min(together, len(counts)) and (counts[end], rows[end]) == (size, num_rows):
             end += 1
-        call = Call(batch, head, starts[at], num_rows, end - at, size, int(partial))
-        yield call, key[ends[at] - size : ends[end - 1]]
+        call = Call(batch, head, starts[at], num_rows, end - at, size, partial)
+        yield call, key[ends[at] - size : ends[end - 1]], None
         at = end
 
 

@@ -276,9 +276,11 @@ def test_compiles_in_one_graph(prepared):
 
 @pytest.mark.parametrize("lists", [(1, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("with_rule", [False, True], ids=["full", "partial"])
-def test_worklist_covers_every_pair_once(lists, with_rule, monkeypatch):
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_worklist_covers_every_pair_once(lists, with_rule, cut, monkeypatch):
     # Small bounds, so that tables are cut and groups are formed at this size.
-    monkeypatch.setattr(cpu_worklist, "_TABLE_CELLS", 4000)
+    if cut:
+        monkeypatch.setattr(cpu_worklist, "_TABLE_CELLS", 4000)
     monkeypatch.setattr(cpu_worklist, "_GROUP_ROWS", 128)
     monkeypatch.setattr(cpu_worklist, "_LEAST_SHARED_KEYS", 8)
     rule = random_rule(390, 300, frames=2) if with_rule else None
@@ -294,15 +296,41 @@ def test_worklist_covers_every_pair_once(lists, with_rule, monkeypatch):
         at += keys.numel()
         sizes.add(call.rows)
         for i, columns in enumerate(keys):
-            queries = rows[call.start + i * call.rows :][: call.rows]
+            if call.scattered:
+                queries = rows[work.scattered[call.start :][: call.rows].long()]
+            else:
+                queries = rows[call.start + i * call.rows :][: call.rows]
             kept = torch.ones(queries.numel(), columns.numel(), dtype=torch.int64)
             if call.partial:
                 kept = rule.keep(queries[:, None], columns[None]).long()
             times[call.batch, call.head, queries[:, None], columns] += kept
     assert at == work.positions.numel()
     assert max(sizes) > 32  # blocks were grouped
+    assert cut or with_rule or any(call.scattered for call in work.calls)
     mask = dense_mask(t._replace(q_order=None, kv_order=None), 390, 300)
     assert torch.equal(times, mask.long())
+
+
+def frames_plan(frames, places):
+    """Block ``(frame, place)`` sees the same place and its neighbours in every frame."""
+    place = torch.arange(frames * places) % places
+    apart = (place[:, None] - place).abs()
+    blocks = even_blocks(frames * places * 12, 12)
+    return Plan.from_block_mask(apart <= 1, blocks, blocks)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_blocks_far_apart_share_a_call(weighted, monkeypatch):
+    monkeypatch.setattr(cpu_worklist, "_GROUP_ROWS", 64)
+    monkeypatch.setattr(cpu_worklist, "_LEAST_SHARED_KEYS", 8)
+    plan = frames_plan(8, 6)
+    calls = Worklist.unpack(make_worklist(plan.tensors())).calls
+    scattered = sum(call.rows * call.count * call.keys for call in calls if call.scattered)
+    assert scattered > 0.9 * plan.density * plan.num_queries**2
+    weight = None
+    if weighted:
+        weight = torch.randn(2, 3, plan.num_keys, generator=torch.Generator().manual_seed(0))
+    assert_parity(plan, "cpu", batch=2, heads=3, kv_log_weight=weight)
 
 
 def test_bias_is_bounded(monkeypatch):
