@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dittfast.features import load_features, prompt_probability
+
 Objective = Callable[..., torch.Tensor]
 # sRGB of colour words, for prompts that ask for a background.
 COLORS = {
@@ -129,6 +131,9 @@ class Background:
 class ClassProbability:
     """The probability that a classifier gives to a class.
 
+    Without arguments the classifier is the feature network that comes with the package, which knows
+    the sample model's pictures, and the class what the prompt names: label times background.
+
     Args:
         model: a classifier ``[B, 3, size, size] -> logits [B, classes]``, as a TorchScript file
             (``torch.jit.save``) or an exported program (``torch.export.save``, .pt2); it must
@@ -138,17 +143,26 @@ class ClassProbability:
         mean, std: of its normalisation; the defaults are ImageNet's.
 
     Raises:
-        ValueError: no such file, or one that cannot be loaded; at the call, a class that the
-            classifier does not have, or a prompt without one.
+        ValueError: no such file, or one that cannot be loaded, or only one of ``model`` and
+            ``index``; at the call, a class that the classifier does not have, or a prompt without
+            one.
     """
 
-    model: str
-    index: int | Mapping[str, int]
+    model: str | None = None
+    index: int | Mapping[str, int] | None = None
     size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
+        if (self.model is None) != (self.index is None):
+            raise ValueError(
+                "class_probability needs both model and index, or neither for the sample model's "
+                f"own classifier; got model={self.model!r}, index={self.index!r}"
+            )
+        if self.model is None:
+            object.__setattr__(self, "_network", load_features())
+            return
         path = Path(self.model)
         if not path.is_file():
             raise ValueError(f"there is no classifier file at {path}")
@@ -173,6 +187,8 @@ class ClassProbability:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         network = self._network.to(images.device)
+        if self.model is None:
+            return prompt_probability(network, images.float(), prompts)
         x = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         probability = network((x - mean) / std).float().softmax(-1)
@@ -290,6 +306,8 @@ def _module(name: str):
 
 def describe_objective(objective: Objective) -> str:
     """A built-in objective with its options, or where another one was defined."""
+    if isinstance(objective, ClassProbability) and objective.model is None:
+        return f"ClassProbability({objective._network.name})"
     if type(objective) in OBJECTIVES.values():
         return repr(objective)
     named = objective if hasattr(objective, "__qualname__") else type(objective)

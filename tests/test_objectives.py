@@ -22,6 +22,8 @@ from dittfast.pipelines.objectives import (
     find_objective,
 )
 
+from dittfast.features import load_features
+
 
 @pytest.fixture
 def images():
@@ -105,6 +107,19 @@ def test_class_probability(images, tmp_path, kind):
         objective(images[:1], ["a bird"])
     with pytest.raises(ValueError, match=r"0\.\.1.*\[2, 2, 2\]"):
         ClassProbability(str(path), 2, size=8)(images, prompts)
+
+
+def test_class_probability_of_the_feature_network(images):
+    network = load_features()
+    label, colour = network.labels[3], network.backgrounds[2]
+    objective = find_objective("class_probability")
+    prompts = [f"a 3d emoji of a {label}, {colour} background"] * 2 + [f"a {label}"]
+    labels, colours = (x.softmax(-1) for x in network(images))
+    wanted = labels[:, 3] * torch.stack([colours[0, 2], colours[1, 2], torch.tensor(1.0)])
+    torch.testing.assert_close(objective(images, prompts), wanted)
+    assert network.name in describe_objective(objective)
+    with pytest.raises(ValueError, match="both model and index, or neither"):
+        find_objective("class_probability", index=3)
 
 
 def test_a_classifier_that_is_none(tmp_path):
