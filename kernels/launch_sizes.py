@@ -2,8 +2,7 @@
 
 The table is made so that kernels spill no registers and need no more shared memory than their
 architecture has, which ``dittfast.kernels.compile_report`` checks without a GPU. Sizes are the
-largest of those tried that fit; nobody has timed them on a GPU yet. One variant is known to spill
-16 bytes: fp32 dq on sm_90 at head dim 128, under a rule with a limit per frame distance.
+largest of those tried that fit; nobody has timed them on a GPU yet.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ _NVIDIA_SINGLE = {
 }
 _HOPPER_SINGLE = {
     **_NVIDIA_SINGLE,
-    128: ((32, 16, 8, 2, 16, 255), (32, 16, 8, 2, 16, 255), (16, 64, 8, 2, 16)),
+    128: ((32, 16, 8, 2, 16, 255), (32, 16, 4, 2, 16, 255), (16, 64, 8, 2, 16)),
 }
 # By architecture and bytes per value.
 _TABLE = {
