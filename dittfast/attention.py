@@ -111,7 +111,8 @@ def attend(
             hides a key. A query left without any key gets output 0 and lse -inf.
         scale: default ``1/sqrt(D)``.
         return_lse: also return the natural-log sum of exponentials of the logits.
-        backend: "auto" picks by device. A backend named here runs or raises; nothing falls back.
+        backend: "auto" picks by device, and PyTorch's own attention where the plan leaves nothing
+            out. A backend named here runs or raises; nothing falls back.
 
     Returns:
         ``out [B, H, Nq, D]`` in q's dtype, or ``(out, lse [B, H, Nq] fp32)``.
@@ -131,6 +132,9 @@ def attend(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if backend == "auto" and plan.is_dense and kv_log_weight is None and not return_lse:
+        # Not F.scaled_dot_product_attention, which the adapter watches and brings here.
+        return torch.ops.aten.scaled_dot_product_attention(q, k, v, scale=scale)
     plan = plan.to(q.device)
     if not torch.compiler.is_compiling():
         needs_grad = q.requires_grad or k.requires_grad or v.requires_grad

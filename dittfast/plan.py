@@ -176,6 +176,8 @@ class Plan:
         num_partial_pairs: token pairs ``rule`` keeps in all partial blocks together, for a
             planner that knows the number and hides no key of those blocks. None: counted, pair
             by pair, when ``density`` or ``flops`` is first asked for.
+        is_dense: whether every query sees every key and nothing is weighted, so that dense
+            attention gives the same; not a field, and False for plans made from q and k.
 
     Raises:
         ValueError: an index out of range or listed twice, a query block that sees nothing, a
@@ -207,6 +209,9 @@ class Plan:
         set_("_worklists", {})
         if validate:
             self._validate()
+        bare = self.kv_log_weight is None and self.out_scale is None and self.out_residual is None
+        least = int(self.kv_num_full_blocks.min()) if bare else 0
+        set_("is_dense", least == self.kv_blocks.count)
 
     @classmethod
     def from_lists(cls, rows, cols, full, q_blocks: Blocks, kv_blocks: Blocks, **fields) -> Plan:
@@ -352,6 +357,7 @@ class Plan:
         kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
         lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}
         none = {"rule": None, "num_partial_pairs": None, "_transpose": None, "_worklists": {}}
+        none["is_dense"] = False  # not looked at: that would wait for the device
         plan.__dict__.update(kept | lists | none | fields, kv_num_full_blocks=kv_num_blocks)
         return plan
 

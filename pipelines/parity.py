@@ -29,9 +29,11 @@ class Full(Method):
     name: ClassVar[str] = "full"
     needs_grid: ClassVar[bool] = False
 
+    block_size: int = 16
+
     def plan(self, layout, q=None, k=None):
         weight = layout.kv_log_weight()
-        return Plan.full(layout.num_tokens, block_size=16, kv_log_weight=weight)
+        return Plan.full(layout.num_tokens, block_size=self.block_size, kv_log_weight=weight)
 
 
 # Small blocks, so that even a hundred tokens have something to leave out.

@@ -7,7 +7,7 @@ import json
 
 from dittfast.files import check_output, write_json
 
-from . import growth
+from . import growth, overhead
 from .options import parse_options, seconds
 
 EXAMPLE = """\
@@ -16,6 +16,7 @@ examples:
   dittfast bench attention --method radial --method local --tokens 16384 --json attention.json
   dittfast bench break-even --method local
   dittfast bench growth --method log_linear --method radial --plot growth.png
+  dittfast bench overhead --model wan --heads 2
 """
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grows = tasks.add_parser("growth", help="time and plan memory over the number of tokens")
     _add_common(grows)
     growth.add_arguments(grows)
+    over = tasks.add_parser("overhead", help="what enabling costs a model that leaves nothing out")
+    _add_work(over)
+    overhead.add_arguments(over)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +80,22 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         dest="options",
         help="an option of the method, or of one of several as NAME.KEY=VALUE; repeatable",
     )
+    _add_work(parser).add_argument(
+        "--backward", action="store_true", help="time forward and backward together"
+    )
+
+
+def _add_work(parser: argparse.ArgumentParser):
     work = parser.add_argument_group("work")
     work.add_argument("--head-dim", type=int, default=64, metavar="N", help="(default: 64)")
     work.add_argument("--heads", type=int, default=4, metavar="N", help="(default: 4)")
     work.add_argument("--batch", type=int, default=1, metavar="N", help="(default: 1)")
     work.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    work.add_argument("--backward", action="store_true", help="time forward and backward together")
     work.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    return work
 
 
 def run(args) -> int:
@@ -96,7 +106,7 @@ def run(args) -> int:
     from dittfast.bench import ParityError
     from dittfast.environment import describe_device, versions
 
-    methods = _methods(args)
+    methods = _methods(args) if "method" in args else []
     work = _workload(args)
     data = {"task": args.task, "device": describe_device(work.device), "versions": versions()}
     print(f"{data['device']['name']}, {_details(data)}")
@@ -157,7 +167,7 @@ def _workload(args):
         args.head_dim,
         getattr(torch, dtype),
         device,
-        args.backward,
+        getattr(args, "backward", False),
         args.seed,
     )
 
@@ -259,4 +269,9 @@ def _break_even(args, methods, work) -> dict:
     return {"methods": found}
 
 
-TASKS = {"attention": _attention, "break-even": _break_even, "growth": growth.run}
+TASKS = {
+    "attention": _attention,
+    "break-even": _break_even,
+    "growth": growth.run,
+    "overhead": overhead.run,
+}
