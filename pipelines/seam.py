@@ -172,6 +172,7 @@ class intercept(TorchFunctionMode):
     def __init__(self, state: LayerState):
         super().__init__()
         self.state = state
+        self.outer_mask = state.running.outer_mask
         state.ran = state.reached = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -184,7 +185,7 @@ class intercept(TorchFunctionMode):
         elif func is F.linear:
             if not torch.compiler.is_compiling():
                 self.state.ran = True
-        elif func in _OUTER and self.state.running.outer_mask:
+        elif self.outer_mask and func in _OUTER:
             return _without_outer_product(func, args, kwargs)
         return func(*args, **kwargs)
 

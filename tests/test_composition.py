@@ -117,6 +117,57 @@ def test_layerwise_casting():
     assert_composes("flux", lambda model: model.enable_layerwise_casting(**cast))
 
 
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_quantised_linears(kind, name):
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def quantise(model):
+        quantization.quantize_(model, getattr(quantization, kind)())
+        kinds = {type(module.weight).__name__ for module in model.modules() if is_linear(module)}
+        assert "Int8Tensor" in kinds
+
+    assert_composes(name, quantise)
+    model, inputs = built(name)
+    plain = parity.output(model, inputs)
+    quantise(model)
+    stock = parity.output(model, inputs)
+    assert distance(stock, plain) > 1e-3
+    found = {}
+    for backend in ("cpu", "reference"):
+        with dittfast.enable(model, Band(), backend=backend, min_tokens=0):
+            found[backend] = parity.output(model, inputs)
+    # Rounding that tips an activation over to the next of 256 steps moves the output as
+    # quantising itself does.
+    near = NEAR if kind == "Int8WeightOnlyConfig" else distance(stock, plain)
+    assert distance(found["cpu"], found["reference"]) < near
+    assert torch.equal(parity.output(model, inputs), stock)
+
+
+def test_quantised_while_loading(tmp_path):
+    """diffusers' own way to torchao: from_pretrained with a quantization_config."""
+    quantization = pytest.importorskip("torchao.quantization")
+    import diffusers
+
+    model, inputs = built("flux")
+    model.save_pretrained(tmp_path)
+    config = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    loaded = type(model).from_pretrained(
+        tmp_path, quantization_config=config, torch_dtype=torch.float32
+    )
+    assert type(loaded.transformer_blocks[0].attn.to_q.weight).__name__ == "Int8Tensor"
+    expected = parity.output(loaded, inputs)
+    with sparse(loaded, Full()):
+        assert distance(parity.output(loaded, inputs), expected) < NEAR
+    with sparse(loaded):
+        assert distance(parity.output(loaded, inputs), expected) > 100 * NEAR
+    assert torch.equal(parity.output(loaded, inputs), expected)
+
+
+def is_linear(module):
+    return isinstance(module, torch.nn.Linear)
+
+
 def cache_config(kind, pipe):
     import diffusers
 
