@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import attend, choose_backend
+from .block_lists import block_states, run_lengths
 from .layout import Layout, inverse_permutation
 from .methods.base import Method
 from .plan import Plan
@@ -87,16 +88,8 @@ def mask_rows(plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
     if t.q_order is not None:
         at = inverse_permutation(t.q_order)[at].long()
     row = _block_of(t.q_starts, t.q_lengths)[at]
-    lists = t.kv_indices[:, :, row].long()
-    slot = torch.arange(lists.shape[-1])
-    partial = slot >= t.kv_num_full_blocks[:, :, row][..., None]
-    used = slot < t.kv_num_blocks[:, :, row][..., None]
-    columns = t.kv_starts.numel()
-    # 0: not listed, 1: partial, 2: full; unused slots fall into a column past the end.
-    state = torch.zeros(*lists.shape[:3], columns + 1, dtype=torch.int8)
-    index = torch.where(used, lists, columns)
-    state.scatter_(-1, index, torch.where(partial, 1, 2).to(torch.int8).expand(index.shape))
-    state = state[..., _block_of(t.kv_starts, t.kv_lengths)]
+    lists = (x[:, :, row] for x in (t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks))
+    state = block_states(*lists, t.kv_starts.numel())[..., _block_of(t.kv_starts, t.kv_lengths)]
     mask = state == 2
     if plan.rule is not None:
         rule = plan.to("cpu").rule
@@ -364,7 +357,9 @@ def flex_inputs(q, k, v, plan: Plan):
     # flex_attention wants lists as wide as there are key blocks, and indices even in unused slots.
     columns = t.kv_starts.numel()
     listed = F.pad(t.kv_indices, (0, columns - t.kv_indices.shape[-1]))
-    slot = torch.arange(columns, device=listed.device)
+    slot = torch.arange(columns, dtype=torch.int32, device=listed.device)
+    runs = run_lengths(t.kv_indices, t.kv_num_blocks)
+    listed = torch.where((runs > 0)[..., None], slot, listed)
     full = t.kv_num_full_blocks
     partial = t.kv_num_blocks - full
     shifted = listed.gather(-1, (slot + full[..., None]).clamp_max_(columns - 1))

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .block_lists import block_states
 from .layout import Blocks, Context, Layout
 from .plan import Plan
 
@@ -174,18 +175,17 @@ def _shares(plan: Plan, batch: int, head: int, cells: int) -> tuple[np.ndarray, 
     for name, index, size in (("batch", batch, lists[0]), ("head", head, lists[1])):
         if not 0 <= index < size:
             raise ValueError(f"{name} must lie in 0..{size - 1} for this plan, got {index}")
-    indices = plan.kv_indices[batch, head].cpu().numpy()
-    used = np.arange(lists[3]) < plan.kv_num_blocks[batch, head].cpu().numpy()[:, None]
-    full = np.arange(lists[3]) < plan.kv_num_full_blocks[batch, head].cpu().numpy()[:, None]
-    rows, slots = np.nonzero(used)
+    one = (plan.kv_indices, plan.kv_num_blocks, plan.kv_num_full_blocks)
+    state = block_states(*(x[batch, head] for x in one), plan.kv_blocks.count).cpu().numpy()
+    rows, columns = np.nonzero(state)
     # Row and column numbers in order of position, whatever order the plan lists its blocks in.
     place = [
         np.argsort(np.argsort(b.starts.cpu().numpy())) for b in (plan.q_blocks, plan.kv_blocks)
     ]
     step = max(1, -(-max(plan.q_blocks.count, plan.kv_blocks.count) // cells))
     shape = tuple(-(-b.count // step) for b in (plan.q_blocks, plan.kv_blocks))
-    at = place[0][rows] // step, place[1][indices[rows, slots]] // step
-    is_full = full[rows, slots]
+    at = place[0][rows] // step, place[1][columns] // step
+    is_full = state[rows, columns] == 2
     counts = np.zeros((2, *shape))
     np.add.at(counts[0], tuple(x[is_full] for x in at), 1)
     np.add.at(counts[1], tuple(x[~is_full] for x in at), 1)

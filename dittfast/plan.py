@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from .block_lists import Transpose, block_states, run_lengths, transpose_lists, used_entries
 from .layout import Blocks, Layout, make_blocks, split_evenly
 
 METRICS = ("disc", "raster")
@@ -125,30 +126,6 @@ class PlanTensors(NamedTuple):
     kv_block_size: int
 
 
-class Transpose(NamedTuple):
-    """For each key block the query blocks that see it: :class:`Plan` seen from the keys.
-
-    One list lies behind the other: pooled keys are seen by all query blocks and others by few, so
-    a rectangle of lists would grow with the square of the sequence.
-
-    Attributes:
-        q_indices: ``[T]`` int32 query blocks, T the listed blocks of all batch rows and heads.
-        q_first: ``[B|1, H|1, nK]`` int64, where the list of each key block begins.
-        q_num_blocks, q_num_full_blocks: ``[B|1, H|1, nK]`` int32, its length and how many of the
-            blocks, which come first, are full.
-    """
-
-    q_indices: torch.Tensor
-    q_first: torch.Tensor
-    q_num_blocks: torch.Tensor
-    q_num_full_blocks: torch.Tensor
-
-    def rows(self, batch: int, head: int, key_block: int) -> torch.Tensor:
-        """The query blocks that see one key block."""
-        first = int(self.q_first[batch, head, key_block])
-        return self.q_indices[first : first + int(self.q_num_blocks[batch, head, key_block])]
-
-
 def _range_error(name: str, x: torch.Tensor, low: int, high: int) -> str | None:
     if x.numel() and (int(x.min()) < low or int(x.max()) > high):
         return f"{name} must lie in {low}..{high}, found {int(x.min())}..{int(x.max())}"
@@ -162,7 +139,9 @@ class Plan:
     Attributes:
         kv_indices: ``[B|1, H|1, nQ, maxK]`` int32. Key blocks each query block sees, full blocks
             before partial ones; entries from ``kv_num_blocks`` on are ignored.
-        kv_num_blocks: ``[B|1, H|1, nQ]`` int32. How many entries of ``kv_indices`` count.
+        kv_num_blocks: ``[B|1, H|1, nQ]`` int32. How many entries of ``kv_indices`` count. More than
+            maxK stands for a *run*: key blocks ``0 ... kv_num_blocks - 1``, all full, with zeros in
+            ``kv_indices``. So a few rows that see everything do not make every list as wide.
         kv_num_full_blocks: same shape. How many of those are full; the rest apply ``rule``.
         q_blocks, kv_blocks: the partitions (:class:`~dittfast.layout.Blocks`). Every query stands
             in exactly one block; a key stands in at most one.
@@ -277,7 +256,13 @@ class Plan:
         for name in ("kv_indices", "kv_num_blocks", "kv_num_full_blocks"):
             if getattr(self, name).dtype != torch.int32:
                 raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
-        errors.append(_range_error("kv_num_blocks", self.kv_num_blocks, 0, shape[3]))
+        runs = run_lengths(self.kv_indices, self.kv_num_blocks)
+        # Only zeros mark a run: a count that is merely wrong does not pass for one.
+        runs = torch.where((self.kv_indices != 0).any(-1) | (runs > n_k), 0, runs)
+        listed = torch.where(runs > 0, 1, self.kv_num_blocks)
+        errors.append(_range_error("kv_num_blocks", listed, 0, shape[3]))
+        if bool(((runs > 0) & (self.kv_num_full_blocks < runs)).any()):
+            errors.append("all blocks of a run must be full")
         if bool((self.kv_num_blocks < 1).any()):
             b, h, row = (int(x) for x in (self.kv_num_blocks < 1).nonzero()[0])
             errors.append(
@@ -292,7 +277,7 @@ class Plan:
         if self.rule is None and bool((self.kv_num_full_blocks < self.kv_num_blocks).any()):
             errors.append("partial blocks need a rule; list them as full, or give rule=TokenRule")
         slot = torch.arange(shape[3], device=self.kv_indices.device)
-        used = slot < self.kv_num_blocks[..., None]
+        used = slot < listed[..., None]
         errors.append(_range_error("kv_indices", self.kv_indices[used], 0, n_k - 1))
         # Unused slots get distinct negative values, so that only real duplicates collide.
         ordered = torch.where(used, self.kv_indices, -1 - slot.int()).sort(-1).values
@@ -408,8 +393,7 @@ class Plan:
     def transpose(self) -> Transpose:
         """For each key block the query blocks that see it, full ones first; computed once."""
         if self._transpose is None:
-            lists = self.kv_indices, self.kv_num_blocks, self.kv_num_full_blocks
-            found = transpose_lists(*lists, self.kv_blocks.count)
+            found = transpose_lists(*self._lists, self.kv_blocks.count)
             object.__setattr__(self, "_transpose", found)
         return self._transpose
 
@@ -421,10 +405,7 @@ class Plan:
 
     def to_block_mask(self) -> torch.Tensor:
         """``[B|1, H|1, nQ, nK]`` bool: True where a block is visible, wholly or partly."""
-        used = self._used()
-        mask = torch.zeros(*self.kv_indices.shape[:3], self.kv_blocks.count + 1, dtype=torch.bool)
-        index = torch.where(used, self.kv_indices, self.kv_blocks.count).long().cpu()
-        return mask.scatter_(-1, index, True)[..., :-1].to(self.device)
+        return block_states(*self._lists, self.kv_blocks.count) > 0
 
     def to_dense_mask(self) -> torch.Tensor:
         """``[B|1, H|1, num_queries, num_keys]`` bool in *token* order; memory is quadratic.
@@ -434,9 +415,12 @@ class Plan:
         """
         return dense_mask(self.tensors(), self.num_queries, self.num_keys)
 
+    @property
+    def _lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.kv_indices, self.kv_num_blocks, self.kv_num_full_blocks
+
     def _used(self) -> torch.Tensor:
-        slot = torch.arange(self.kv_indices.shape[3], device=self.device)
-        return slot < self.kv_num_blocks[..., None]
+        return used_entries(self.kv_indices, self.kv_num_blocks)
 
     def _key_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """1 for every key position that is there: (of the real tokens, of all keys), fp64."""
@@ -463,7 +447,9 @@ class Plan:
         index = self.kv_indices.expand(*shape, -1, -1).long()
         seen = torch.where(used, index, 0)
         weights = torch.gather(per_block[:, :, None].expand(*shape, index.shape[2], -1), 3, seen)
-        rows = (weights * used).sum(-1) * self.q_blocks.lengths
+        runs = run_lengths(self.kv_indices, self.kv_num_blocks).expand(*shape, -1).long()
+        before = torch.nn.functional.pad(per_block.cumsum(-1), (1, 0))
+        rows = ((weights * used).sum(-1) + before.gather(-1, runs)) * self.q_blocks.lengths
         return rows.sum() / (shape[0] * shape[1])
 
     def listed_density(self) -> torch.Tensor:
@@ -570,46 +556,16 @@ def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):
     return starts[blocks].long()[:, None] + torch.where(inside, offset, 0), inside
 
 
-def transpose_lists(kv_indices, kv_num_blocks, kv_num_full_blocks, num_kv_blocks: int) -> Transpose:
-    """Invert block lists: which query blocks see each key block, full ones first.
-
-    Example: query block 0 sees [2], 1 sees [0, 2] -> key block 0 is seen by [1], 1 by [], 2 by
-    [0, 1]. Deterministic, O(n log n) in the number of listed blocks, and no atomics later.
-    """
-    batch, heads, n_q, width = kv_indices.shape
-    device = kv_indices.device
-    slot = torch.arange(width, device=device)
-    used = slot < kv_num_blocks[..., None]
-    partial = slot >= kv_num_full_blocks[..., None]
-    lists, rows = batch * heads, torch.arange(n_q, device=device)[:, None]
-    owner = torch.arange(lists, device=device).view(batch, heads, 1, 1)
-    cell = owner * num_kv_blocks + kv_indices
-    cell, row, partial = (x.expand(kv_indices.shape)[used] for x in (cell, rows, partial))
-    by = torch.argsort((cell * 2 + partial) * n_q + row)
-    cell, row, partial = cell[by], row[by], partial[by]
-    count = torch.bincount(cell, minlength=lists * num_kv_blocks)
-    full = torch.bincount(cell[~partial], minlength=lists * num_kv_blocks)
-    shape = (batch, heads, num_kv_blocks)
-    first = (count.cumsum(0) - count).view(shape)
-    return Transpose(row.int(), first, count.int().view(shape), full.int().view(shape))
-
-
 def dense_mask(t: PlanTensors, num_queries: int, num_keys: int) -> torch.Tensor:
     """:meth:`Plan.to_dense_mask` from the op's arguments."""
     device = t.kv_indices.device
-    b_n, h_n, n_q, width = t.kv_indices.shape
     q_start = torch.argsort(t.q_starts)
     # Positions are covered in order of block starts, whatever order the blocks are listed in.
     q_block = torch.repeat_interleave(q_start, t.q_lengths[q_start].long())
     kv_start = torch.argsort(t.kv_starts)
     kv_block = torch.repeat_interleave(kv_start, t.kv_lengths[kv_start].long())
-    slot = torch.arange(width, device=device)
-    state = torch.zeros(b_n, h_n, n_q, t.kv_starts.numel() + 1, dtype=torch.int8, device=device)
-    used = slot < t.kv_num_blocks[..., None]
-    kind = torch.where(slot < t.kv_num_full_blocks[..., None], 2, 1).to(torch.int8)
-    index = torch.where(used, t.kv_indices, t.kv_starts.numel()).long()
-    state.scatter_(-1, index, kind.expand(index.shape))
-    state = state[..., q_block, :][..., kv_block]
+    lists = t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks
+    state = block_states(*lists, t.kv_starts.numel())[..., q_block, :][..., kv_block]
     mask = state == 2
     if t.metric:
         rule = TokenRule(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from dittfast.plan import METRICS, PlanTensors
+from dittfast.plan import METRICS, PlanTensors, run_lengths
 
 # Rows that share a problem: more of them do not make it faster.
 _GROUP_ROWS = 1024
@@ -155,6 +155,7 @@ def _list_calls(
     slot = torch.arange(lists.shape[1])
     is_full = slot < t.kv_num_full_blocks[batch, head][rows.blocks][:, None]
     is_partial = (slot < t.kv_num_blocks[batch, head][rows.blocks][:, None]) & ~is_full
+    runs = run_lengths(t.kv_indices[batch, head], t.kv_num_blocks[batch, head])[rows.blocks]
     kv_starts, kv_lengths = t.kv_starts.long(), t.kv_lengths.long()
     num_blocks = kv_starts.numel()
     # With a rule the table tells single keys apart, without one it has a column per key block.
@@ -173,6 +174,8 @@ def _list_calls(
         # The last column collects unused slots.
         seen = torch.zeros(members, num_blocks + 1, dtype=torch.bool)
         seen.scatter_(1, torch.where(is_full[part], lists[part], num_blocks), True)
+        for row in runs[part].nonzero()[:, 0].tolist():
+            seen[row, : int(runs[first + row])] = True
         seen = seen.index_select(1, block_of) if by_key else seen[:, :num_blocks]
         if by_key:
             row, at = is_partial[part].nonzero(as_tuple=True)

@@ -11,7 +11,7 @@ import torch
 
 from dittfast.config import resolve
 from dittfast.layout import Layout
-from dittfast.methods import METHODS, LogLinear
+from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
@@ -19,9 +19,6 @@ from .adapter import attention_layers
 from .cost import Cost, forward_cost
 from .families import FAMILIES
 from .published import PublishedModel
-
-# Per head; beyond this log_linear's lists are refused here rather than built.
-_MOST_LIST_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -160,13 +157,6 @@ def _plan(method: Method, layout: Layout) -> Plan:
     """The plan; where it is chosen from q and k, that of random ones, which has as many blocks."""
     if method.static:
         return method.plan(layout)
-    if isinstance(method, LogLinear) and layout.num_context and method.text_queries == "dense":
-        size = 4 * (layout.num_tokens / method.block_size) ** 2
-        if size > _MOST_LIST_BYTES:
-            raise ValueError(
-                f"dense text queries make its lists {size / 1e9:.1f} GB for each head; set "
-                "text_queries=sparse"
-            )
     if method.name == "rectified":
         # Its least: the best blocks alone. Neighbours and probable blocks depend on q and k.
         method = dataclasses.replace(method, neighbors=False, top_p=0.0)

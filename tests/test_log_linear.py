@@ -428,14 +428,11 @@ def test_plan_memory_grows_like_n_log_n():
     assert math.log(entries[1] / entries[0]) / math.log(sizes[1] / sizes[0]) < 1.2
 
 
-def test_sparse_text_queries_keep_the_plan_small_with_text():
+def test_text_queries_do_not_widen_the_lists():
     layout = Layout.image(64, 64, text=32)
     q = torch.randn(1, 1, layout.num_tokens, 16)
-    widths = [
-        LogLinear(text_queries=rows).plan(layout, q, q).kv_indices.shape[-1]
-        for rows in ("dense", "sparse")
-    ]
-    assert widths[0] == 256 + 2 and widths[1] < 30
+    for rows in ("dense", "sparse"):
+        assert LogLinear(text_queries=rows).plan(layout, q, q).kv_indices.shape[-1] < 30
 
 
 def test_auto_levels_follow_the_paper():

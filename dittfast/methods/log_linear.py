@@ -51,9 +51,9 @@ class LogLinear(DynamicMethod):
             ``block_size ** (L + 1)`` at most the number of image tokens (the paper's rule).
         order: "morton" (the paper), "hilbert" or "raster".
         enrich: False leaves the pooled keys out (plain hierarchical top-k, for comparison).
-        text_queries: "dense": context queries see every token; their rows make the plan's block
-            lists quadratic, ``(N / block_size)²`` int32 per batch row and head. "sparse": they
-            choose blocks as image queries do, and the plan stays O(N log N).
+        text_queries: "dense": context queries see every token, in time and in the lists for the
+            backward linear in their number times N. "sparse": they choose blocks as image queries
+            do.
 
     Raises:
         ValueError: an option out of range; a layout without a grid, or too small for ``levels``.
@@ -166,20 +166,21 @@ class LogLinear(DynamicMethod):
         keys = [match_heads(x, q.shape[1]) for x in self._pyramid(k, geometry.pool, levels)]
         chosen = self._choose(self._pyramid(q, geometry.pool, levels), keys)
         lists, count = self._lists(chosen, geometry, padding)
+        batch, heads, _, width = lists.shape
+        n_q = geometry.partition.blocks.count
         if context.numel() == 0:
             return self._finish(geometry, padding, lists, count)
         if self.text_queries == "sparse":
             pool = self._context_pool(layout, geometry, q.device)
             chosen = self._choose(self._pyramid(q, pool, levels), keys)
             context_lists, context_count = self._lists(chosen, geometry, padding)
+            width = max(width, context_lists.shape[-1])
         else:
-            rows = len(padding.context)
-            context_lists = torch.cat([grid.expand(rows, -1), padding.context], -1)
-            context_count = grid.numel() + padding.count
-            context_lists = context_lists.int()[:, None, None]
-        batch, heads = lists.shape[:2]
-        width = max(lists.shape[-1], context_lists.shape[-1])
-        n_q = geometry.partition.blocks.count
+            # All blocks of the sequence, which come before those of the summaries: a list where
+            # there is room for one, else a run. Weights hide the padding.
+            context_count = count.new_full((1,), n_q)
+            listed = torch.arange(n_q if n_q <= width else 1, device=q.device)
+            context_lists = listed.int().expand(1, 1, 1, -1)
         merged = lists.new_zeros(batch, heads, n_q, width)
         merged[:, :, grid, : lists.shape[-1]] = lists
         merged[:, :, context, : context_lists.shape[-1]] = context_lists
