@@ -337,22 +337,29 @@ class Plan:
         device. ``fields`` may set ``kv_log_weight``, ``out_scale`` and ``out_residual``.
         :meth:`replace` validates the result.
         """
-        plan = object.__new__(Plan)
-        # Names with an underscore are caches of this plan's lists.
-        kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
         lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}
-        none = {"rule": None, "num_partial_pairs": None, "_transpose": None, "_worklists": {}}
-        none["is_dense"] = False  # not looked at: that would wait for the device
-        plan.__dict__.update(kept | lists | none | fields, kv_num_full_blocks=kv_num_blocks)
-        return plan
+        lists["kv_num_full_blocks"] = kv_num_blocks
+        # Whether it is dense is not looked at: that would wait for the device.
+        none = {"rule": None, "num_partial_pairs": None, "is_dense": False}
+        return self._copy(lists | none | fields)
 
     def select_heads(self, heads: slice) -> Plan:
-        """The plan of some heads, for context parallelism, where a rank holds a slice of them."""
-        pick = lambda x: x if x is None or x.shape[1] == 1 else x[:, heads]  # noqa: E731
+        """The plan of some heads, for context parallelism, where a rank holds a slice of them.
+
+        Itself where all heads are alike. Nothing is checked, so ``torch.compile`` can trace it.
+        """
         names = ("kv_indices", "kv_num_blocks", "kv_num_full_blocks")
         names += ("kv_log_weight", "out_scale", "out_residual")
-        changes = {name: pick(getattr(self, name)) for name in names}
-        return dataclasses.replace(self, validate=False, **changes)
+        given = {name: getattr(self, name) for name in names}
+        per_head = {n: x[:, heads] for n, x in given.items() if x is not None and x.shape[1] > 1}
+        return self._copy(per_head) if per_head else self
+
+    def _copy(self, changes: dict) -> Plan:
+        """Unchecked, and without what was computed from the lists: names with an underscore."""
+        plan = object.__new__(Plan)
+        kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
+        plan.__dict__.update(kept | {"_transpose": None, "_worklists": {}} | changes)
+        return plan
 
     def tensors(
         self, kv_log_weight: torch.Tensor | None = None, backend: str | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from contextvars import ContextVar
 
 import torch
 
@@ -18,7 +17,9 @@ from dittfast.layout import Context, Layout
 
 from .seam import LayerState, attend_call
 
-_RUNNING: ContextVar[LayerState] = ContextVar("dittfast_layer")
+# The layer that is running. A list and no ContextVar, which torch.compile cannot set: threads that
+# share a process group cannot run layers at once anyway.
+_RUNNING: list[LayerState] = []
 
 
 def ulysses(module: torch.nn.Module):
@@ -81,7 +82,7 @@ def _forward_op(
     ctx, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
     return_lse=False, _save_ctx=True, _parallel_config=None,
 ):  # fmt: skip
-    state, config = _RUNNING.get(), _parallel_config.context_parallel_config
+    state, config = _RUNNING[-1], _parallel_config.context_parallel_config
     if _save_ctx:
         ctx.save_for_backward(q, k, v)
         # The layer's core changes with the next pass; the backward of this one needs this one.
@@ -118,9 +119,29 @@ def _attention(
     )  # fmt: skip
 
 
-@functools.cache
-def _backend():
-    """Our entry in diffusers' registry, made when the first context-parallel layer runs."""
+# Our entry in diffusers' registry. A list and no cached function: torch.compile would trace that.
+_BACKENDS: list = []
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Before a context-parallel model runs sparse: what torch.compile cannot trace.
+
+    Raises:
+        ValueError: the model, or a part of it, is compiled and the pass is to have gradients.
+    """
+    if torch.is_grad_enabled() and any(m._compiled_call_impl for m in model.modules()):
+        raise ValueError(
+            "a compiled model under context parallelism has no gradients, because the attention "
+            "of diffusers does not compile with them; run it under torch.no_grad(), or train "
+            "without torch.compile"
+        )
+    _register()
+
+
+def _register() -> None:
+    """Enter our backend in diffusers' registry, once."""
+    if _BACKENDS:
+        return
     from diffusers.models.attention_dispatch import (
         AttentionBackendName,
         _AttentionBackendRegistry,
@@ -129,7 +150,7 @@ def _backend():
     name = str.__new__(AttentionBackendName, "dittfast")
     name._name_, name._value_ = "DITTFAST", "dittfast"
     _AttentionBackendRegistry.register(name, supports_context_parallel=True)(_attention)
-    return name
+    _BACKENDS.append(name)
 
 
 @contextlib.contextmanager
@@ -144,11 +165,12 @@ def running(module: torch.nn.Module, state: LayerState):
             "trainable parameters of a method get no gradient under context parallelism; train "
             "on one device, or without down-sampled keys"
         )
+    _register()
     processor = module.processor
-    before, processor._attention_backend = processor._attention_backend, _backend()
-    token = _RUNNING.set(state)
+    before, processor._attention_backend = processor._attention_backend, _BACKENDS[0]
+    _RUNNING.append(state)
     try:
         yield
     finally:
-        _RUNNING.reset(token)
+        _RUNNING.pop()
         processor._attention_backend = before

@@ -39,6 +39,7 @@ class Part:
         self.plan = plan
         self.num_tokens = layout.num_tokens
         self.calls = 0
+        self._heads: dict[tuple[int, int], Part] = {}
         self._density: torch.Tensor | float = 0.0
 
     def observe(self, plan: Plan) -> None:
@@ -54,8 +55,14 @@ class Part:
         return float(self._density) / self.calls if self.calls else None
 
     def of_heads(self, heads: slice) -> Part:
-        """The part with the plan of some heads."""
-        return self if self.plan is None else Part(self.layout, self.plan.select_heads(heads))
+        """The part with the plan of some heads; kept, as a plan keeps what backends prepare."""
+        plan = None if self.plan is None else self.plan.select_heads(heads)
+        if plan is self.plan:
+            return self
+        if torch.compiler.is_compiling():
+            return Part(self.layout, plan)
+        key = heads.start, heads.stop
+        return self._heads.setdefault(key, Part(self.layout, plan))
 
 
 class Core:

@@ -179,6 +179,10 @@ class ModelState:
         core = None
         if not self.session.is_dense_step(self.family, arguments):
             core = self.core(self.sequences, device_of(arguments))
+        if core is not None and getattr(model, "_parallel_config", None) is not None:
+            from . import parallel
+
+            parallel.prepare(model)
         for name, state in self.layers.items():
             state.core = None if name in self.dense_layers else core
             state.ran = state.reached = False

@@ -5,7 +5,9 @@ import os
 import sys
 import warnings
 
+import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from dittfast.pipelines.parity import TINY
 from patterns import Band
@@ -58,6 +60,23 @@ def gradients(model, inputs, shared=False):
     return out.detach(), found
 
 
+def compiled(name, model, inputs, expected, rank):
+    """Repeated blocks with fullgraph give the same; a pass with gradients is refused."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    outs, graphs = [], []
+    for _ in range(2):
+        with torch.no_grad():
+            outs.append(model(**inputs)[0])
+        graphs.append(counter.frame_count)
+    assert torch.equal(*outs) and graphs[0] == graphs[1] > 0
+    if rank == 0:
+        print(f"COMPILED {name} {error(outs[0], expected):.2e}", flush=True)
+    with pytest.raises(ValueError, match="under context parallelism has no gradients"):
+        model(**inputs)
+    torch._dynamo.reset()
+
+
 def error(a, b):
     return float((a - b).norm() / b.norm())
 
@@ -89,6 +108,7 @@ def main(rank: int, port: int) -> None:
         if rank == 0:
             print(f"RESULT {name} {error(out, expected):.2e} {wrong:.2e}", flush=True)
         assert error(dense, expected) < 1e-5
+        compiled(name, model, inputs, expected, rank)
         dittfast.disable(model)
         dist.barrier()
     dist.destroy_process_group()

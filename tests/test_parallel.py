@@ -32,7 +32,7 @@ def test_order_of_tokens_after_the_all_to_all():
 
 @pytest.mark.slow
 def test_two_processes_equal_one():
-    """Output and gradients, with another pattern in each head, on Wan, FLUX and Qwen-Image."""
+    """Another pattern in each head, on Wan, FLUX and Qwen-Image: output, gradients, compiled."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,3 +54,6 @@ def test_two_processes_equal_one():
     assert [name for name, _, _ in found] == ["wan", "flux", "qwen-image"]
     for _, out, grad in found:
         assert float(out) < 1e-5 and float(grad) < 1e-4
+    found = re.findall(r"^COMPILED (\S+) (\S+)$", shown[0], re.MULTILINE)
+    assert [name for name, _ in found] == ["wan", "flux", "qwen-image"]
+    assert all(float(out) < 1e-5 for _, out in found)
