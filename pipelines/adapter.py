@@ -193,6 +193,8 @@ def enable(
     method, schedule = resolve(method, schedule, **options)
     from dittfast.attention import BACKENDS
 
+    from .description import other_models
+
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("backend", backend, ["auto", *BACKENDS])
     models = transformers_of(pipe)
@@ -215,6 +217,8 @@ def enable(
     for name, model in models.items():
         _install(model, states[name])
         _log(name, model, states[name])
+    for sentence in other_models(pipe):
+        logger.info(sentence)
     return Enabled(pipe)
 
 

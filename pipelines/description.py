@@ -113,6 +113,7 @@ def describe(pipe) -> Description:
             notes.append(f"{prefix}guided by {heads} weakened heads: one more pass at guided steps")
     session = state.session
     notes.extend(dense_steps(session.schedule))
+    notes.extend(other_models(pipe))
     return Description(
         session.method,
         session.schedule,
@@ -147,6 +148,16 @@ def other_attention(model: torch.nn.Module, state: ModelState) -> list[str]:
         f"{len(names)} other attention modules are dense: {why} ({names[0]}"
         + (f" ... {names[-1]})" if len(names) > 1 else ")")
         for why, names in kinds.items()
+    ]
+
+
+def other_models(pipe) -> list[str]:
+    """One sentence for each model with attention over the image that is not a transformer."""
+    components = getattr(pipe, "components", None)
+    return [
+        f"{name} ({type(module).__name__}) is dense: only the transformers are changed"
+        for name, module in (components if isinstance(components, dict) else {}).items()
+        if name.startswith("controlnet") and isinstance(module, torch.nn.Module)
     ]
 
 

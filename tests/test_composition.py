@@ -227,6 +227,32 @@ def test_caches(kind, first):
     assert torch.equal(tiny.run(pipe, **run), plain)
 
 
+@pytest.mark.parametrize(
+    "kind", ["FirstBlockCache", "PyramidAttentionBroadcast", "MagCache", "TaylorSeerCache"]
+)
+def test_caches_with_two_calls_a_step_and_dense_steps(kind):
+    """What a cache skips is no step: both calls of Wan's guidance agree in every step."""
+    pipe = tiny.wan_pipeline()
+    run = dict(num_inference_steps=5)
+    pipe.transformer.enable_cache(cache_config(kind, pipe))
+    expected = tiny.run(pipe, **run)
+    steps = {}
+    with dittfast.enable(
+        pipe, Full(), backend="cpu", min_tokens=0, dense_first_steps=2, dense_last_steps=1
+    ):
+        layer = next(iter(pipe.transformer._dittfast.layers.values()))
+
+        def watch(model, args, kwargs):
+            flags = steps.setdefault(float(kwargs["timestep"].max()), [])
+            flags.append(layer.core is not None)
+
+        hook = pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+        assert distance(tiny.run(pipe, **run), expected) < 1e-4
+        hook.remove()
+    sparse_steps = [steps[time] for time in sorted(steps, reverse=True)]
+    assert sparse_steps == [[flag] * 2 for flag in (False, False, True, True, False)]
+
+
 def test_ip_adapter():
     """The image prompt's attention has other keys: it stays, beside the method's."""
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -244,9 +270,33 @@ def test_ip_adapter():
     assert distance(parity.output(model, without), with_image) > 1e-3
 
 
+def test_ip_adapter_of_sd3():
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+
+    model, inputs = built("sd3")
+    plain = parity.output(model, inputs)
+    torch.manual_seed(0)
+    processor = SD3IPAdapterJointAttnProcessor2_0(
+        hidden_size=32, ip_hidden_states_dim=24, head_dim=16, timesteps_emb_dim=20
+    )
+    model.transformer_blocks[0].attn.set_processor(processor)
+    image = {"ip_hidden_states": torch.randn(2, 4, 24), "temb": torch.randn(2, 20)}
+    inputs["joint_attention_kwargs"] = image
+    with_image = parity.output(model, copy.copy(inputs))
+    assert distance(with_image, plain) > 1e-3
+    with sparse(model, Full()):
+        assert distance(parity.output(model, copy.copy(inputs)), with_image) < NEAR
+    with sparse(model):
+        assert distance(parity.output(model, copy.copy(inputs)), with_image) > 100 * NEAR
+
+
 @pytest.mark.parametrize(
     "name, argument",
-    [("flux", "controlnet_block_samples"), ("sd3", "block_controlnet_hidden_states")],
+    [
+        ("flux", "controlnet_block_samples"),
+        ("sd3", "block_controlnet_hidden_states"),
+        ("qwen-image", "controlnet_block_samples"),
+    ],
 )
 def test_controlnet_residuals(name, argument):
     model, inputs = built(name)
@@ -254,6 +304,32 @@ def test_controlnet_residuals(name, argument):
     expected = parity.output(model, inputs)
     with sparse(model, Full()):
         assert distance(parity.output(model, inputs), expected) < NEAR
+
+
+def test_controlnet_pipeline(caplog):
+    """A real FluxControlNetPipeline; the ControlNet itself stays dense, and says so."""
+    from diffusers import FluxControlNetModel, FluxControlNetPipeline
+
+    base = tiny.flux_pipeline()
+    torch.manual_seed(1)
+    controlnet = FluxControlNetModel.from_transformer(
+        base.transformer, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        attention_head_dim=16, load_weights_from_transformer=False,
+    ).eval()  # fmt: skip
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.3)
+    pipe = FluxControlNetPipeline(**base.components, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    image = dict(control_image=torch.rand(1, 3, 64, 96), controlnet_conditioning_scale=1.0)
+    expected = tiny.run(pipe, **image)
+    assert distance(tiny.run(pipe, **{**image, "controlnet_conditioning_scale": 0.0}), expected) > 0
+    with caplog.at_level("INFO", "dittfast"), sparse(pipe, Full()) as enabled:
+        assert distance(tiny.run(pipe, **image), expected) < 1e-4
+        notes = enabled.describe().notes
+    said = "controlnet (FluxControlNetModel) is dense"
+    assert any(said in note for note in notes) and said in caplog.text
+    assert torch.equal(tiny.run(pipe, **image), expected)
 
 
 def test_no_recompile_between_steps():
