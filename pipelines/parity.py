@@ -51,7 +51,7 @@ class Cell:
     """One family under one method.
 
     Attributes:
-        density: kept fraction of the token pairs; None where it is chosen from q and k.
+        density: kept fraction of the token pairs; None where the model did not run.
         error: largest difference that should be none, relative to the largest output: of the full
             plan from the stock model, of a sparse one between the cpu and reference backends.
         noise: what eager attention loses by another order of its sums, in the same unit.
@@ -146,4 +146,4 @@ def text_of(cell: Cell) -> str:
     """What a table shows: the density where a cell is good."""
     if not cell.ok:
         return "FAILED"
-    return "chosen" if cell.density is None else f"{cell.density:.2f}"
+    return f"{cell.density:.2f}"

@@ -18,10 +18,11 @@ examples:
 
 LEGEND = """\
 A number is the density of a good cell: the kept fraction of the token pairs of a sequence of about
-100 tokens ("chosen": from q and k at every call). A good cell means: where the plan keeps
-everything (1.00) the output is the stock model's, and elsewhere the cpu backend gives what the
-reference backend gives, both within the noise of eager attention; a plan that leaves something out
-changes the output; and after dittfast.disable the output is bit for bit the stock model's."""
+100 tokens, a mean over layers where a method chooses from q and k. A good cell means: where the
+plan keeps everything (1.00) the output is the stock model's, and elsewhere the cpu backend gives
+what the reference backend gives, both within the noise of eager attention; a plan that leaves
+something out changes the output; and after dittfast.disable the output is bit for bit the stock
+model's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
