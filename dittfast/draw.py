@@ -241,6 +241,7 @@ def block_mask(
     batch: int = 0,
     head: int = 0,
     size: int = 720,
+    legend_below: bool = False,
 ) -> Image.Image:
     """The block mask of a plan, one cell a block: queries from top to bottom, keys to the right.
 
@@ -250,6 +251,7 @@ def block_mask(
         batch, head: which list of the plan to draw.
         size: about how many pixels the longer side of the mask gets. A plan with more blocks
             than that is drawn with several blocks to a pixel, shaded by their mean.
+        legend_below: legend and lines below the mask instead of beside it, for narrow pages.
 
     Raises:
         ValueError: a batch row or head that the plan does not have.
@@ -271,15 +273,17 @@ def block_mask(
     notes = [w for line in lines for w in _wrap(line, _font(text), side, 3)]
 
     left = 78
-    heading = _wrap(title, _font(19), left + mask.width + side, 2) if title else []
+    width = left + (max(mask.width, side) if legend_below else mask.width + 30 + side) + 20
+    heading = _wrap(title, _font(19), width - 40, 2) if title else []
     top = 16 + len(heading) * line_height(19) + 68
     words = (len(legend) + len(notes) + 2) * (line_height(text) + 4)
-    page = _Page(left + mask.width + 30 + side + 20, top + max(mask.height, words) + 20)
+    height = mask.height + 20 + words if legend_below else max(mask.height, words)
+    page = _Page(width, top + height + 20)
     page.text(20, 16, heading, 19)
     page.image.paste(mask, (left, top))
     _draw_axes(page, plan, axes, mask.size, (left, top))
 
-    x, y = left + mask.width + 30, top
+    x, y = (left, top + mask.height + 20) if legend_below else (left + mask.width + 30, top)
     for colour, meaning, is_line in legend:
         if is_line:
             page.draw.line((x, y + 9, x + 20, y + 9), fill=colour, width=2)

@@ -41,7 +41,7 @@ def pareto_front(points: Sequence[Point], larger_x: bool) -> list[Point]:
     return sorted(front, key=lambda p: p.x)
 
 
-def _figure(width: float, height: float):
+def _figure():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -49,15 +49,14 @@ def _figure(width: float, height: float):
             "plots need matplotlib; pip install 'dittfast[report]', or leave them out with "
             "--no-plots"
         ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    # As wide as a phone: there 9 pt stay 9 pt, and on a desktop they grow.
+    figure = Figure(figsize=(5.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.tick_params(colors=_INK)
+    axes.tick_params(colors=_INK, labelsize=9)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_INK)
     axes.grid(alpha=0.25)
-    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
-        label.set_color(_INK)
     return figure, axes
 
 
@@ -78,38 +77,80 @@ def _svg(figure, name: str) -> str:
 
 
 def _legend(figure, columns: int) -> None:
+    """Below the axes, in so many columns or as many as there is room for."""
+    names = [t for axes in figure.axes for t in axes.get_legend_handles_labels()[1]]
+    columns = max(1, min(columns, 64 // max(8 + len(name) for name in names)))
     figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK, fontsize=8
+        loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK, fontsize=9
     )
+
+
+def _name_points(figure, axes, points: Sequence[Point]) -> None:
+    """Each point's label beside it, where it hides no point and no other label if there is room."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent(renderer)
+    scale = figure.dpi / 72
+    at = [axes.transData.transform((p.x, p.y)) for p in points]
+    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in at]
+    # Right, left, and ever farther above and below.
+    places = [
+        (side * 6, up, "left" if side > 0 else "right")
+        for up in (0, 9, -9, 18, -18, 27, -27)
+        for side in (1, -1)
+    ]
+    for point in points:
+        best = None
+        for dx, dy, align in places:
+            text = axes.annotate(
+                point.label, (point.x, point.y), (dx, dy), textcoords="offset points",
+                fontsize=9, color=_INK, ha=align, va="center",
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            hidden = sum(
+                max(0, min(box.x1, c) - max(box.x0, a)) * max(0, min(box.y1, d) - max(box.y0, b))
+                for a, b, c, d in taken
+            )
+            hidden += (max(0, box.x1 - inside.x1) + max(0, inside.x0 - box.x0)) * box.height
+            hidden += (max(0, box.y1 - inside.y1) + max(0, inside.y0 - box.y0)) * box.width
+            if best is None or hidden < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = hidden, text, (box.x0, box.y0, box.x1, box.y1)
+            else:
+                text.remove()
+            if not best[0]:
+                break
+        taken.append(best[2])
 
 
 def pareto_plot(
     points: Sequence[Point], x_label: str, y_label: str, name: str, larger_x: bool = False
 ) -> str:
-    """Methods by cost and quality, the front of the unbeaten ones joined, as SVG.
+    """Methods by cost and quality, as SVG: one colour per method, the unbeaten ones underlaid.
 
     Args:
         name: of the plot, for the ids in it: letters and hyphens.
         larger_x: True where a larger x is better (speed), False for a cost.
     """
-    figure, axes = _figure(6.4, 4.4)
+    figure, axes = _figure()
     front = pareto_front(points, larger_x)
-    axes.plot([p.x for p in front], [p.y for p in front], color=_INK, lw=1, alpha=0.5, zorder=1)
+    axes.plot([p.x for p in front], [p.y for p in front], color=_INK, lw=5, alpha=0.15, zorder=1)
     groups = list(dict.fromkeys(p.group for p in points))
     for number, group in enumerate(groups):
-        own = [p for p in points if p.group == group]
+        own = sorted((p for p in points if p.group == group), key=lambda p: p.x)
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axes.plot([p.x for p in own], [p.y for p in own], ls="", label=group, **look)
+        axes.plot([p.x for p in own], [p.y for p in own], ls=":", lw=1, label=group, **look)
         for p in own:
             if p.low is not None:
                 axes.plot([p.x, p.x], [p.low, p.high], color=look["color"], lw=1, alpha=0.6)
-            axes.annotate(
-                p.label, (p.x, p.y), (5, 4), textcoords="offset points", fontsize=8, color=_INK
-            )
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
     axes.margins(x=0.15, y=0.1)
     _legend(figure, min(4, len(groups)))
+    _name_points(figure, axes, points)
     return _svg(figure, name)
 
 
@@ -117,13 +158,25 @@ def distance_plot(
     curves: dict[str, Sequence[float]], bins: Sequence[str], uniform: Sequence[float],
     x_label: str, name: str,
 ) -> str:  # fmt: skip
-    """Shares of attention by distance, a line per layer, as SVG; dashed: no preference."""
-    figure, axes = _figure(6.4, 4.4)
-    for number, (label, shares) in enumerate(curves.items()):
-        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axes.plot(range(len(bins)), [100 * s for s in shares], label=label, ms=4, lw=1.4, **look)
-    axes.plot(range(len(bins)), [100 * s for s in uniform], color=_INK, ls="--", label="uniform")
-    axes.set_xticks(range(len(bins)), list(bins))
+    """Shares of attention by distance, a line per layer, as SVG; dashed: no preference.
+
+    Of more layers than there are colours: their mean, and the range that they span.
+    """
+    figure, axes = _figure()
+    places = range(len(bins))
+    if len(curves) <= len(COLORS):
+        for number, (label, shares) in enumerate(curves.items()):
+            look = {"color": COLORS[number], "marker": MARKERS[number]}
+            axes.plot(places, [100 * s for s in shares], label=label, ms=4, lw=1.4, **look)
+    else:
+        columns = [[100 * s for s in column] for column in zip(*curves.values())]
+        low, high = ([f(column) for column in columns] for f in (min, max))
+        mean = [sum(column) / len(column) for column in columns]
+        axes.fill_between(places, low, high, color=COLORS[0], alpha=0.2, lw=0)
+        label = f"mean and range of {len(curves)} layers"
+        axes.plot(places, mean, label=label, color=COLORS[0], marker="o", ms=4, lw=1.4)
+    axes.plot(places, [100 * s for s in uniform], color=_INK, ls="--", label="uniform")
+    axes.set_xticks(places, list(bins))
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel("% of the attention on the grid", color=_INK)
     axes.set_ylim(bottom=0)

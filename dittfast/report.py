@@ -14,7 +14,14 @@ from PIL import Image
 
 from .draw import difference
 from .plots import Point, distance_plot, pareto_plot
-from .tables import Table, fid_table, fidelity_tables, latency_table, setting_of
+from .tables import (
+    Table,
+    fid_table,
+    fidelity_tables,
+    latency_table,
+    overview_table,
+    setting_of,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2026; --faint: #5c646e; --paper: #fff;
@@ -34,20 +41,29 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
   overflow-wrap: normal; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; background: var(--soft); }
+th { white-space: normal; vertical-align: bottom; background: var(--soft); font-weight: 600; }
+tbody th { white-space: nowrap; vertical-align: top; background: var(--paper);
+  font-weight: inherit; }
+/* The name of a row stays in sight while its numbers are scrolled through. */
+th:first-child { position: sticky; left: 0; }
 .plots { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit,
   minmax(min(100%, 24rem), 1fr)); }
-.plots svg, img { max-width: 100%; height: auto; display: block; }
-.pictures { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill,
-  minmax(8.5rem, 1fr)); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; grid-column: span 2; }
-.pair figcaption { grid-column: span 2; }
-.pictures img { width: 100%; background: var(--soft); }
+.plots figure { max-width: 40rem; }
+svg, img { max-width: 100%; height: auto; display: block; }
+.triples { display: grid; gap: .8rem 1.2rem; grid-template-columns: repeat(auto-fill,
+  minmax(min(100%, 22rem), 1fr)); }
+.triple { display: grid; gap: 2px; grid-template-columns: repeat(3, 1fr); }
+.triple figcaption { grid-column: span 3; }
+.triple img { width: 100%; background: var(--soft); }
 .masks { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill,
   minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; }
+summary { cursor: pointer; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8rem; }
 """
+
+# What a screen reader says of a plot.
+_SPOKEN = '<svg role="img" aria-label="{}"'
 
 
 def read_results(folder: str | Path) -> dict:
@@ -78,8 +94,11 @@ def read_results(folder: str | Path) -> dict:
 
 
 def tables_of(results: dict) -> list[Table]:
-    """Every table there is, fidelity first."""
+    """Every table there is: what is known of each method in one, then measure by measure."""
     tables = fidelity_tables(results["fidelity"])
+    if results["latency"] or results["fid"]:
+        three = (results[name] for name in ("fidelity", "latency", "fid"))
+        tables.insert(0, overview_table(*three))
     if results["latency"]:
         tables.append(latency_table(results["latency"]))
     if results["fid"]:
@@ -118,7 +137,13 @@ def _plots(results: dict) -> list[tuple[str, str]]:
     for points, x_label, name, larger in _points(results):
         svg = pareto_plot(points, x_label, "PSNR to dense, dB", f"pareto-{name}", larger)
         side = "right" if larger else "left"
-        found.append((svg, f"Better is up and to the {side}; the line joins what nothing beats."))
+        found.append(
+            (
+                svg,
+                f"Better is up and to the {side}; the broad grey line joins what nothing beats, "
+                "bars are 95 % intervals over prompts.",
+            )
+        )
     structure = results["fidelity"].get("structure") or []
     kinds = [("space", "bins", "distance in tokens"), ("frames", "frame_bins", "frames apart")]
     for kind, bins, x_label in kinds:
@@ -132,7 +157,11 @@ def _plots(results: dict) -> list[tuple[str, str]]:
         }  # fmt: skip
         svg = distance_plot(curves, first[bins], first[f"{kind}_uniform"], x_label, f"mass-{kind}")
         found.append(
-            (svg, "Dense attention by distance from the query, mean over heads and queries.")
+            (
+                svg,
+                "Where dense attention goes, by distance from the query: mean over heads and "
+                "queries, at the second step of a run of two of the first prompt.",
+            )
         )
     return found
 
@@ -173,23 +202,22 @@ def _pictures(folder: Path, data: dict, count: int, size: int) -> str:
     parts = []
     for position, item in enumerate(data["items"][:count]):
         dense = _frames(folder, "dense", item)
-        cells = [
-            f"<figure>{_image(_picture(dense, size), 'dense: ' + item['prompt'])}"
-            "<figcaption>dense</figcaption></figure>"
-        ]
+        before = _image(_picture(dense, size), f"dense: {item['prompt']}")
+        cells = []
         for row in data["methods"]:
             label, found = row["label"], row["pictures"][position]
             frames = _frames(folder, label, item)
             apart, gain = difference(dense, frames)
             psnr = "identical" if found["identical"] else f"{found['psnr_db']:.2f} dB"
-            words = f"{label}: {psnr}; difference x {gain}"
+            words = f"dense | {label}: {psnr} | difference x {gain}"
+            after = _image(_picture(frames, size), f"{label}: {item['prompt']}")
+            between = _image(_picture(apart, size), f"difference of {label} and dense, x {gain}")
             cells.append(
-                f'<figure class="pair">{_image(_picture(frames, size), label)}'
-                f"{_image(_picture(apart, size), label + ', difference')}"
+                f'<figure class="triple">{before}{after}{between}'
                 f"<figcaption>{escape(words)}</figcaption></figure>"
             )
         title = f"{item['prompt']} (seed {item['seed']})"
-        parts.append(f'<h3>{escape(title)}</h3><div class="pictures">{"".join(cells)}</div>')
+        parts.append(f'<h3>{escape(title)}</h3><div class="triples">{"".join(cells)}</div>')
     return "".join(parts)
 
 
@@ -207,16 +235,24 @@ def _masks(folder: Path, data: dict) -> str:
     return f'<h2>Masks</h2><div class="masks">{"".join(cells)}</div>' if cells else ""
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+def _table(table: Table, known: set[str]) -> str:
+    """The table with its notes but for those that the page has shown already."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in table.rows
     )
-    notes = "".join(f"<li>{escape(note.replace('`', ''))}</li>" for note in table.notes)
+    notes = "".join(
+        f"<li>{escape(note.replace('`', ''))}</li>" for note in table.notes if note not in known
+    )
+    known.update(table.notes)
     return (
         f"<h2>{escape(table.title)}</h2>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        f'</div><ul class="faint">{notes}</ul>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<ul class="faint">{notes}</ul>'
     )
 
 
@@ -243,38 +279,43 @@ def html_report(
     title = f"{data['model']}: sparse attention against dense"
     drawn = _plots(results) if plots else []
     figures = "".join(
-        f'<figure>{svg}<figcaption class="faint">{escape(caption)}</figcaption></figure>'
+        f"<figure>{svg.replace('<svg', _SPOKEN.format(escape(caption)), 1)}"
+        f'<figcaption class="faint">{escape(caption)}</figcaption></figure>'
         for svg, caption in drawn
     )
-    exact = {k: v for k, v in data.items() if k not in ("methods", "items", "structure")}
+    exact = {k: v for k, v in data.items() if k not in ("methods", "structure")}
     exact["methods"] = [
         {k: row[k] for k in ("label", "method", "schedule", "backend", "checked")}
         for row in data["methods"]
     ]
-    tables = tables_of(results)
+    setting = f"{setting_of(data)}."
+    known = {setting}
+    first, *more = [_table(table, known) for table in tables_of(results)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>{escape(title)}</h1><p class="faint">{escape(setting_of(data))}</p>'
-        f"{_table(tables[0])}"
+        f'<h1>{escape(title)}</h1><p class="faint">{escape(setting)}</p>'
+        f"{first}"
         + (f'<h2>Trade-offs and structure</h2><div class="plots">{figures}</div>' if drawn else "")
-        + "".join(map(_table, tables[1:]))
         + f'<h2>Pictures</h2><p class="faint">{min(pictures, len(data["items"]))} of '
-        f"{len(data['items'])} prompts; per method its picture and the brightened difference to "
-        f"dense.</p>{_pictures(folder, data, pictures, size)}"
+        f"{len(data['items'])} prompts, with the same noise in both: dense attention, the "
+        f"method, and their difference, brightened.</p>{_pictures(folder, data, pictures, size)}"
         + _masks(folder, data)
+        + "".join(more)
         + "<h2>Settings and versions</h2><details><summary>as JSON</summary>"
         f"<pre>{escape(json.dumps(exact, indent=2))}</pre></details></main></body></html>\n"
     )
 
 
 def markdown_report(results: dict) -> str:
-    """The tables with their notes."""
+    """The tables with their notes, and the prompts; HTML in a prompt stays text."""
     data = results["fidelity"]
     parts = [table.markdown() for table in tables_of(results)]
-    prompts = "\n".join(f"- {i['prompt']} (seed {i['seed']})" for i in data["items"])
-    head = f"# {data['model']}: sparse attention against dense\n\n{setting_of(data)}\n\n"
+    plain = lambda text: escape(" ".join(text.split()), quote=False)  # noqa: E731
+    prompts = "\n".join(f"- {plain(i['prompt'])} (seed {i['seed']})" for i in data["items"])
+    title = f"{plain(data['model'])}: sparse attention against dense"
+    head = f"# {title}\n\n{plain(setting_of(data))}.\n\n"
     return head + "\n".join(parts) + f"\n## Prompts\n\n{prompts}\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .summary import interval, markdown_table, number
 
@@ -100,6 +101,59 @@ def fidelity_tables(data: dict) -> list[Table]:
         note = "Mean over prompts of the difference; an interval without 0 tells the two apart."
         tables.append(Table("Pairs of methods", head, pairs, (note,)))
     return tables
+
+
+def overview_table(fidelity: dict, latency: dict | None, fid: dict | None) -> Table:
+    """Density, speed and quality of every method side by side, as far as they were measured.
+
+    Args:
+        fidelity, latency, fid: results of ``dittfast evaluate``; methods are told by their labels,
+            and folders of pictures by the label that they are named after.
+    """
+    timed = {row["label"]: row for row in (latency or {"rows": []})["rows"]}
+    apart = {_arm(row["folder"]): row for row in (fid or {"rows": []})["rows"]}
+    head = ["method", "density"]
+    notes = ["density: kept fraction of token pairs in the sparse layers."]
+    if timed:
+        head.append("dense seconds / method seconds, end to end")
+        pairs = ", ".join(str(n) for n in sorted({row["pairs"] for row in timed.values()}))
+        notes.append(
+            f"Seconds: median over {pairs} pairs of whole calls in turns [20th, 80th percentile]; "
+            "below 1.00 the method is slower."
+        )
+    head += ["PSNR to dense, dB", "SSIM to dense"]
+    notes.append(
+        f"PSNR and SSIM: mean over {len(fidelity['items'])} prompts and seeds, with the interval "
+        f"of a {fidelity['interval']}."
+    )
+    if apart:
+        row = next(iter(apart.values()))
+        features = row["features"]
+        head.append("FID" if row["is_fid"] else f"Fréchet distance, features of {features}")
+        kind = "FID (Inception)" if row["is_fid"] else f"Distance in features of {features}, no FID"
+        count = row["reference_pictures"]
+        against = _arm(row["reference"]) if count else row["reference"]
+        notes.append(
+            f"{kind}: {row['pictures']} pictures of each method against "
+            + (f"{count} of {against}." if count else f"{against}.")
+        )
+    cells = []
+    for row in fidelity["methods"]:
+        label, pooled = row["label"], row["pooled"]
+        line = [label, "not recorded" if row["density"] is None else number(row["density"])]
+        if timed:
+            line.append(_spread(timed[label]["end_to_end"], "{:.2f}") if label in timed else "-")
+        line += [interval(pooled["psnr_db"], 2), interval(pooled["ssim"], 4)]
+        if apart:
+            line.append(f"{apart[label]['value']:.4g}" if label in apart else "-")
+        cells.append(tuple(line))
+    return Table("Speed and quality by method and density", tuple(head), tuple(cells), tuple(notes))
+
+
+def _arm(folder: str) -> str:
+    """The label of the arm that a folder of pictures belongs to."""
+    path = Path(folder)
+    return path.parent.name if path.name == "images" else path.name
 
 
 def fid_table(data: dict) -> Table:

@@ -73,4 +73,4 @@ def mask_picture(plan: Plan, layout: Layout, title: str, layer: str):
     lines = [f"density {plan.density:.3f}, mean over heads"]
     if plan.kv_indices.shape[1] > 1:
         lines.append(f"head 0 of {layer}")
-    return block_mask(plan, layout, title=title, lines=lines, size=360)
+    return block_mask(plan, layout, title=title, lines=lines, size=360, legend_below=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dittfast.cli import main
 from dittfast.plots import Point, distance_plot, pareto_front, pareto_plot
-from dittfast.report import html_report, markdown_report, read_results
+from dittfast.report import html_report, markdown_report, read_results, tables_of
 from dittfast.summary import bootstrap_mean
 
 EVIL = 'a <script>alert("x")</script> & "cat" | dog'
@@ -116,8 +116,9 @@ def test_the_page_is_whole_escaped_and_self_contained(folder):
     assert all(x.startswith(("data:", "#")) for x in page.links)
     assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r"<pre>.*?</pre>", "", text))
     assert len(page.ids) == len(set(page.ids))
-    # One prompt: dense, and per method a picture and a difference; then one mask.
-    assert len(page.images) == 1 + 2 * 3 + 1 and all(i["alt"] for i in page.images)
+    # One prompt: dense, picture and difference of each method; then one mask.
+    assert len(page.images) == 3 * 3 + 1 and all(i["alt"] for i in page.images)
+    assert page.images[1]["alt"] == f"wide: {EVIL}"
     first = base64.b64decode(page.images[0]["src"].partition(",")[2])
     assert Image.open(io.BytesIO(first)).size == (60, 40)
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
@@ -128,7 +129,52 @@ def test_the_page_is_whole_escaped_and_self_contained(folder):
 
 def test_markdown_holds_the_tables_and_prompts(folder):
     text = markdown_report(read_results(folder))
-    assert "| wide | 0.400 | 0.400 |" in text and "- a <script>" in text
+    assert "| wide | 0.400 | 0.400 |" in text
+    assert "- a &lt;script&gt;" in text and "<script" not in text
+
+
+def latency_row(label, median):
+    """What the tables read of a row of latency.json."""
+    spread = {"p20": median - 0.1, "p50": median, "p80": median + 0.1}
+    seconds = {"whole": spread, "step": spread}
+    return {
+        "label": label, "pairs": 5, "end_to_end": spread, "per_step": spread,
+        "seconds": {"dense": seconds, "method": seconds}, "attention": {"density": 0.2},
+        "share": {"dense": {"attention": 0.3}}, "ceiling": 1.4, "ceiling_at_density": 1.3,
+        "parity": {"layers": 2, "backend": "cpu", "density": 0.2},
+        "peak_memory_bytes": {"dense": None, "method": None}, "against_dense": {"psnr_db": 20.0},
+        "model": "tiny", "weights": "abc", "call": {}, "dtype": "float32", "versions": {},
+        "device": {"name": "a CPU"}, "method": {"name": "local"}, "schedule": {},
+    }  # fmt: skip
+
+
+def test_one_table_has_density_speed_and_quality(folder):
+    rows = [latency_row("wide", 0.8), latency_row("top", 0.5)]
+    (folder / "latency.json").write_text(json.dumps({"task": "latency", "rows": rows}))
+    distances = [
+        {
+            "folder": f"many/{name}", "value": value, "is_fid": False, "features": "net",
+            "dims": 8, "pictures": 256, "reference": "many/dense/images",
+            "reference_pictures": 255, "too_few": False,
+        }
+        for name, value in (("near/images", 3.25), ("wide", 1.5))
+    ]  # fmt: skip
+    (folder / "fid.json").write_text(json.dumps({"task": "fid", "rows": distances}))
+    results = read_results(folder)
+    table, *others = tables_of(results)
+    assert len(others) == 3
+    assert [row[:3] for row in table.rows] == [
+        ("wide", "0.400", "0.80 [0.70, 0.90]"),
+        ("near", "0.100", "-"),
+        ("top", "0.300", "0.50 [0.40, 0.60]"),
+    ]
+    assert [row[-1] for row in table.rows] == ["1.5", "3.25", "-"]
+    assert table.head[-1] == "Fréchet distance, features of net"
+    assert table.notes[-1].endswith("no FID: 256 pictures of each method against 255 of dense.")
+    text = html_report(folder, results, pictures=1)
+    assert Page(text).words.count("Speed and quality by method and density") == 1
+    # Measured speed replaces the rough one of single calls.
+    assert "dense seconds / method seconds, whole call<" in text
 
 
 def test_the_command_writes_three_files(folder, capsys):
@@ -176,6 +222,26 @@ def test_pareto_front():
     points = [Point(n, "g", x, y) for n, x, y in (("a", 1, 1), ("b", 2, 3), ("c", 3, 2))]
     assert [p.label for p in pareto_front(points, larger_x=False)] == ["a", "b"]
     assert [p.label for p in pareto_front(points, larger_x=True)] == ["b", "c"]
+
+
+def test_many_layers_become_their_mean_and_range():
+    curves = {f"block {n}": [n / 10, 1 - n / 10] for n in range(11)}
+    text = distance_plot(curves, ["0", "1"], [0.5, 0.5], "d", "many")
+    assert "mean and range of 11 layers" in text and "block 3" not in text
+
+
+def test_labels_of_near_points_do_not_overlap():
+    points = [Point(f"a method {n}", "g", 1 + n * 1e-3, 1 + n * 1e-3) for n in range(4)]
+    text = pareto_plot([*points, Point("far", "h", 2, 2)], "x", "y", "one")
+    at = re.findall(r"translate\(([\d.]+) ([\d.]+)\)[^<>]*>a method", text)
+    if not at:  # matplotlib writes x and y where the text is not turned
+        at = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^<>]*>a method', text)
+    assert len(at) == 4
+    places = [(float(x), float(y)) for x, y in at]
+    for i, (x, y) in enumerate(places):
+        for u, v in places[:i]:
+            # 9 pt text: a line further, or on the other side of the points.
+            assert abs(y - v) >= 8 or abs(x - u) >= 12
 
 
 def test_plots_are_the_same_every_time():

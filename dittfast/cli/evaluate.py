@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fidelity", help="PSNR, SSIM, LPIPS and latent cosine, paired by prompt and seed"
     )
     _add_methods(fidelity)
-    _add_prompts(fidelity, "16 for a sample model")
+    _add_prompts(fidelity, "all of the file; 16 of sample-flux")
     fidelity.add_argument(
         "--pair",
         action="append",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "draw", help="only draw, for FID: dense and every method; on several devices by accelerate"
     )
     _add_methods(draw)
-    _add_prompts(draw, "256")
+    _add_prompts(draw, "256; 64 of a sample video model")
     _add_folder(draw)
     _add_kernel(draw)
     add_call_arguments(draw)
@@ -250,28 +250,40 @@ def _shipped(file: str) -> str:
     return str(resources.files("dittfast.configs") / folder / f"{name}.yaml")
 
 
-def _items(args, source, every: bool = False):
-    """What to draw: the user's prompts, or those of the sample model; ``every``: all it knows."""
+def _items(args, source):
+    """What to draw: the user's prompts, or those of the sample model."""
     from dittfast.pipelines.prompts import make_items, read_prompts
 
     if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
-    elif every and {"labels", "backgrounds"} <= set(source.settings):
-        from dittfast.samples.captions import caption
+        return make_items(read_prompts(args.prompts), args.num_prompts, args.seed)
+    if not source.settings.get("prompts"):
+        raise ValueError(f"{source.name} has no prompts of its own; add --prompts FILE")
+    path = Path(_shipped(f"evaluations/{source.name}")).with_suffix(".txt")
+    first = read_prompts(path) if path.is_file() else source.settings["prompts"]
+    count = len(first) if args.num_prompts is None else args.num_prompts
+    # The same picture has the same number whatever the count, so that folders can grow.
+    prompts = list(dict.fromkeys([*first, *_known_prompts(source.settings)]))
+    return make_items(prompts, count, args.seed)
 
-        # Backgrounds move on from label to label, so that any number of pictures has all.
-        labels, colours = source.settings["labels"], source.settings["backgrounds"]
-        prompts = [
-            caption(label, colours[(number + turn) % len(colours)])
-            for turn in range(len(colours))
-            for number, label in enumerate(labels)
-        ]
-    else:
-        path = Path(_shipped(f"evaluations/{source.name}")).with_suffix(".txt")
-        if source.kind != "sample" or not path.is_file():
-            raise ValueError(f"{source.name} has no prompts of its own; add --prompts FILE")
-        prompts = read_prompts(path)
-    return make_items(prompts, args.num_prompts, args.seed)
+
+def _known_prompts(settings: dict) -> list[str]:
+    """Every label of a sample model, with backgrounds and motions that move on from one to next."""
+    if not {"labels", "backgrounds"} <= set(settings):
+        return []
+    from dittfast.samples.captions import caption
+
+    labels, colours, motions = (settings.get(k, []) for k in ("labels", "backgrounds", "motions"))
+    found = []
+    for turn in range(len(colours) * max(1, len(motions))):
+        for number, label in enumerate(labels):
+            colour = colours[(number + turn) % len(colours)]
+            if not motions:
+                found.append(caption(label, colour))
+                continue
+            # Of 64 clips in a row no two share both background and motion.
+            motion = motions[(number + (number + turn) // len(colours)) % len(motions)]
+            found.append(caption(label, colour, f"{{a_label}} {motion} on {{a_colour}} background"))
+    return found
 
 
 def _load(args, source, device=None):
@@ -360,8 +372,8 @@ def _draw(args) -> int:
     source = sources.find(args.model)
     variants, _ = _variants(args, source)
     if args.num_prompts is None:
-        args.num_prompts = 256
-    items = _items(args, source, every=True)
+        args.num_prompts = 64 if "motions" in source.settings else 256
+    items = _items(args, source)
 
     from accelerate import PartialState
 
