@@ -67,7 +67,13 @@ def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> tuple[int, 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    files = sorted(p for p in folder.rglob("*.*") if p.name.rpartition(".")[2] in ENDINGS)
+    # clean-fid passes over hidden files, such as what a killed process did not finish.
+    files = sorted(
+        p
+        for p in folder.rglob("*.*")
+        if p.name.rpartition(".")[2] in ENDINGS
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
     if not files:
         raise ValueError(f"the folder {folder} holds no pictures ({', '.join(ENDINGS[:9])})")
     sizes: dict[tuple[int, int], Path] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk names no file by itself.
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,25 +89,50 @@ def save_video(path: str | Path, frames, fps: int = 16) -> None:
 
     Raises:
         ValueError: another ending, or fewer than one frame a second; for .mp4, no ffmpeg here.
+        OSError: the disk is full.
     """
     import imageio.v3 as iio
     import numpy as np
+    from PIL import Image
 
     path = Path(path)
     if fps < 1:
         raise ValueError(f"fps must be at least 1, got {fps}")
     if path.suffix.lower() == ".gif":
-        iio.imwrite(path, frames, plugin="pillow", duration=1000 / fps, loop=0)
+        first, *rest = map(Image.fromarray, frames)
+        first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
     elif path.suffix.lower() == ".mp4":
-        _check_ffmpeg(path)
+        check_ffmpeg(path)
         odd = [(0, n % 2) for n in np.shape(frames)[1:3]]
         even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
         iio.imwrite(path, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1)
+        _check_frames(path, len(frames))
     else:
         raise ValueError(f"{path}: a video ends in .mp4 or .gif")
 
 
-def _check_ffmpeg(path: Path) -> None:
+def _check_frames(path: Path, count: int) -> None:
+    """ffmpeg says that the disk is full, but its caller does not hear it."""
+    import imageio_ffmpeg
+
+    try:
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError:  # what there is of the file cannot be read
+        written = 0
+    if written != count:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"ffmpeg wrote {written} of {count} frames to {path.parent}, where {free:,} bytes are "
+            "free; make room, or write elsewhere"
+        )
+
+
+def check_ffmpeg(path: str | Path) -> None:
+    """Whether an .mp4 can be written; call it before work that would be lost.
+
+    Raises:
+        ValueError: there is no ffmpeg.
+    """
     try:
         import imageio_ffmpeg
 

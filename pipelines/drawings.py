@@ -124,6 +124,10 @@ class Drawings:
         Raises:
             OSError: the disk is full, or the folder went away; what was complete stays.
         """
+        for name in ("images", "latents", "records"):
+            # What a process left that was killed while it wrote this very picture.
+            for leftover in (self.folder / name).glob(f".{item.index:05d}*"):
+                leftover.unlink(missing_ok=True)
         frames = result.frames
         for number, frame in enumerate(frames):
             name = f"{item.index:05d}" + (f"_{number:03d}" if len(frames) > 1 else "")

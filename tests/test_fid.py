@@ -170,6 +170,8 @@ def test_prompt_probability_is_a_product(network):
 
 
 def test_the_command_names_the_features(network, tmp_path, capsys):
+    from cleanfid.fid import compute_fid
+
     save_features(network, tmp_path / "net", {})
     a, b = fill(tmp_path / "a", 12), fill(tmp_path / "b", 12, seed=4)
     features = ["--features", str(tmp_path / "net"), "--device", "cpu"]
@@ -178,6 +180,12 @@ def test_the_command_names_the_features(network, tmp_path, capsys):
     assert "Fréchet distance of tiny (not Inception, so not FID; clean-fid)" in out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [r["pictures"] for r in rows] == [12, 12] and rows[1]["value"] < rows[0]["value"]
+    extractor = CleanFidExtractor(load_features(tmp_path / "net"))
+    direct = compute_fid(
+        str(a), str(b), custom_feat_extractor=extractor, custom_fn_resize=extractor.resize,
+        num_workers=0, device=torch.device("cpu"), use_dataparallel=False, verbose=False,
+    )  # fmt: skip
+    assert rows[0]["value"] == pytest.approx(float(direct), rel=1e-6)
     assert main(["evaluate", "fid", str(a), "--against", str(tmp_path / "c"), *features]) == 2
     assert "there is no folder" in capsys.readouterr().err
 

@@ -52,6 +52,21 @@ def png(folder, label, index):
     return np.asarray(Image.open(folder / label / "images" / f"{index:05d}.png")).astype(float)
 
 
+def ssim_by_hand(a, b):
+    """Of two PNGs as floats ``[H, W, C]``, with SciPy's Gaussian of the same 11 x 11 window."""
+    from scipy.ndimage import gaussian_filter
+
+    def mean(x):
+        blurred = gaussian_filter(x, (1.5, 1.5, 0), truncate=3.5)
+        return blurred[5:-5, 5:-5]  # where the window fits
+
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    top = (2 * ma * mb + c1) * (2 * cov + c2)
+    return np.mean(top / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
+
+
 def test_numbers_by_hand_from_the_files(pipe, evaluated):
     folder, data = evaluated
     apart = []
@@ -61,6 +76,7 @@ def test_numbers_by_hand_from_the_files(pipe, evaluated):
             assert found["psnr_db"] == pytest.approx(
                 10 * math.log10(255**2 / np.mean((a - b) ** 2))
             )
+            assert found["ssim"] == pytest.approx(ssim_by_hand(a, b), abs=1e-9)
             x, y = (
                 np.load(folder / label / "latents" / f"{index:05d}.npy").astype(float).ravel()
                 for label in ("dense", row["label"])

@@ -131,3 +131,51 @@ def test_without_ffmpeg_the_remedy_is_named(tmp_path, monkeypatch):
         files.save_video(tmp_path / "a.mp4", frames)
     assert not list(tmp_path.iterdir())
     files.save_video(tmp_path / "a.gif", frames)
+
+
+def test_a_video_that_was_cut_short_is_no_video(tmp_path, monkeypatch):
+    import imageio.v3 as iio
+
+    frames = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3)).astype(np.uint8)
+    write = iio.imwrite
+
+    def full(path, *given, **options):
+        write(path, *given, **options)
+        os.truncate(path, os.path.getsize(path) // 2)
+
+    monkeypatch.setattr(iio, "imwrite", full)
+    with (
+        pytest.raises(OSError, match=r"wrote \d of 9 frames .* make room"),
+        files.atomic_path(tmp_path / "a.mp4") as temporary,
+    ):
+        files.save_video(temporary, frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ffmpeg_nothing_is_drawn(tmp_path, monkeypatch, capsys):
+    import imageio_ffmpeg
+    from dittfast.pipelines import sources
+
+    from dittfast.cli import main
+
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    monkeypatch.setattr(sources, "load", lambda *given: pytest.fail("loaded a model"))
+    assert main(["generate", "a cat", "-o", str(tmp_path / "a.mp4"), "--device", "cpu"]) == 2
+    assert "needs ffmpeg" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file_it_was_for(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("{}")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.json'") as found:
+        files.write_json(tmp_path / "a.json", [1])
+    assert found.value.errno == 28
+    assert (tmp_path / "a.json").read_text() == "{}"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

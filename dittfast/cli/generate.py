@@ -7,7 +7,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from dittfast.files import atomic_path, check_output, save_video, write_json
+from dittfast.files import atomic_path, check_ffmpeg, check_output, save_video, write_json
 
 from .options import (
     CALL,
@@ -102,6 +102,8 @@ def run(args) -> int:
         raise ValueError("-o FILE is missing; say where the picture should go")
     output = check_output(args.output, IMAGES + VIDEOS)
     check_output(output.with_suffix(".json"))
+    if output.suffix.lower() == ".mp4":
+        check_ffmpeg(output)
     given = {name: getattr(args, name) for name in CALL}
 
     from dittfast.pipelines.first_frame import read_image

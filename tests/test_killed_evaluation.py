@@ -1,0 +1,147 @@
+"""``dittfast evaluate`` killed by SIGKILL wherever it writes, and started again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dittfast.pipelines.drawings import Drawings, Item
+from dittfast.pipelines.generate import Run, Timing
+from tiny import flux_pipeline
+
+from dittfast.fid import check_pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Forks a child per run: the libraries are imported once, and one thread makes forking safe.
+CHILDREN = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+torch.set_num_interop_threads(1)
+import dittfast.pipelines.fidelity, dittfast.pipelines.variants, dittfast.tables, accelerate
+import diffusers.pipelines.flux.pipeline_flux
+from dittfast import break_even, files
+from dittfast.cli import main
+from dittfast.pipelines import sources
+break_even.MEASURED = break_even.ESTIMATED = {}
+
+arguments, output, every = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+pipe = sources.load(sources.find(arguments[arguments.index("--model") + 1]), torch.device("cpu"))
+sources.load = lambda source, device, dtype: pipe
+
+
+def run(task, name, kill_at=None):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    count = [0]
+
+    def watched(function, cut):
+        def call(*given):
+            count[0] += 1
+            if count[0] == kill_at:
+                if cut:  # half of the file is on the disk
+                    os.ftruncate(given[0], os.fstat(given[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given)
+        return call
+
+    if kill_at is not None:
+        files.os.fsync = watched(os.fsync, True)
+        files.os.replace = watched(os.replace, False)
+    os._exit(main(["evaluate", task, *arguments, "-o", f"{output}/{task}/{name}"]))
+
+
+for task in ("fidelity", "draw"):
+    os.mkdir(f"{output}/{task}")
+    assert run(task, "whole") == 0
+    kills = 0
+    # `every` writes are completed before the next kill, so that each run gets further.
+    while status := run(task, "killed", 2 * every + 1 + kills % 2):
+        assert status == signal.SIGKILL, status
+        kills += 1
+        assert kills < 200
+    print(task, kills)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny-flux"
+    flux_pipeline().save_pretrained(path)
+    return str(path)
+
+
+def kill(model, tmp_path, every) -> dict[str, int]:
+    """Run both tasks once whole and once in pieces; how often each was killed."""
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
+    arguments = [
+        *("--model", model, "--prompts", str(tmp_path / "prompts.txt"), "-n", "2"),
+        *("-m", "local", "--set", "window=3", "--set", "tile=[1,4,4]", "--set", "min_tokens=0"),
+        *("--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "12"),
+        *("--device", "cpu"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CHILDREN, json.dumps(arguments), str(tmp_path), str(every)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=3600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {x[0]: int(x[1]) for x in lines if len(x) == 2 and x[0] in ("fidelity", "draw")}
+
+
+def pictures(folder):
+    files = sorted(p for p in folder.glob("*/images/*") if not p.name.startswith("."))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def assert_same_pictures(tmp_path):
+    whole, killed = (pictures(tmp_path / name) for name in ("whole", "killed"))
+    assert len(whole) == 4 and killed == whole
+    for label in ("dense", "local"):
+        images = tmp_path / "killed" / label / "images"
+        assert check_pictures(images) == (2, {(96, 64)})
+        assert not list((tmp_path / "killed" / label).glob("*/.0*")), "leftovers of killed writes"
+
+
+def assert_same_numbers(tmp_path):
+    whole, killed = (
+        json.loads((tmp_path / name / "fidelity.json").read_text()) for name in ("whole", "killed")
+    )
+    for data in (whole, killed):
+        del data["drawn_now"]
+        for row in data["methods"]:
+            del row["dense_over_method_seconds"]
+    assert killed == whole
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_runs_go_on_to_the_same_pictures_and_numbers(model, tmp_path, every):
+    """Two prompts, two arms. ``every=1``: each file in turn is cut in half, or not put in place."""
+    kills = kill(model, tmp_path, every)
+    assert kills["fidelity"] >= 16 // every and kills["draw"] >= 8 // every
+    assert_same_pictures(tmp_path / "fidelity")
+    assert_same_pictures(tmp_path / "draw")
+    assert_same_numbers(tmp_path / "fidelity")
+
+
+def test_what_a_killed_write_left_goes_when_its_picture_is_drawn_again(tmp_path):
+    import numpy as np
+
+    drawings = Drawings(tmp_path, {})
+    leftovers = [drawings.images / ".00007.ab12.png", tmp_path / "records" / ".00007.cd.json"]
+    other = drawings.images / ".00008.ab12.png"
+    for path in (*leftovers, other):
+        path.write_bytes(b"half")
+    run = Run(np.zeros((1, 8, 8, 3), np.uint8), Timing(0, (), 0, 0))
+    drawings.save(Item(7, "a cat", 7), run, {})
+    assert not any(path.exists() for path in leftovers)
+    assert other.exists(), "another process may be writing it"
+    assert check_pictures(drawings.images) == (1, {(8, 8)})
