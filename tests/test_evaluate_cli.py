@@ -131,9 +131,56 @@ def test_shipped_evaluations_can_be_read():
     from dittfast.methods import METHODS
 
     path = _shipped("evaluations/sample-flux")
-    chosen, pairs = read_variants(path)
-    check_labels(list(chosen), pairs)
-    variants = make_variants(chosen)
-    assert {v.method.name for v in variants} == set(METHODS) - {"radial", "dense"}
+    for name, left_out in (
+        ("sample-flux", {"radial", "dense"}),
+        ("sample-flux-density", {"radial", "dense"}),
+        ("sample-video-density", {"dense"}),
+    ):
+        chosen, pairs = read_variants(_shipped(f"evaluations/{name}"))
+        check_labels(list(chosen), pairs)
+        assert {v.method.name for v in make_variants(chosen)} == set(METHODS) - left_out, name
     prompts = read_prompts(path.replace(".yaml", ".txt"))
     assert len(set(prompts)) == 16
+
+
+def items(settings, count=None):
+    import argparse
+
+    from dittfast.pipelines.sources import Source
+
+    from dittfast.cli.evaluate import _items
+
+    args = argparse.Namespace(prompts=None, num_prompts=count, seed=3)
+    return _items(args, Source("folder", "mine", "mine", settings))
+
+
+def test_a_samples_prompts_keep_their_numbers_whatever_the_count():
+    known = {
+        "prompts": ["a cat on white"],
+        "labels": ["cat", "owl"],
+        "backgrounds": ["red", "blue"],
+    }
+    assert [i.prompt for i in items(known)] == ["a cat on white"]
+    many = items(known, 7)
+    assert [i.prompt for i in many] == [
+        "a cat on white",
+        "a 3d emoji of a cat, red background",
+        "a 3d emoji of an owl, blue background",
+        "a 3d emoji of a cat, blue background",
+        "a 3d emoji of an owl, red background",
+        "a cat on white",
+        "a 3d emoji of a cat, red background",
+    ]
+    assert [i.seed for i in many] == list(range(3, 10))
+    assert items(known, 3) == many[:3]
+    with pytest.raises(ValueError, match=r"mine has no prompts of its own; add --prompts FILE"):
+        items({})
+
+
+def test_a_video_samples_prompts_move():
+    colours, motions = ["red", "blue", "pink"], ["grows", "spins"]
+    known = {"prompts": ["a cat grows on a red background"], "labels": ["cat", "owl"]}
+    known |= {"backgrounds": colours, "motions": motions}
+    prompts = [i.prompt for i in items(known, 12)]
+    assert len(set(prompts)) == 12 == 2 * len(colours) * len(motions)
+    assert prompts[1] == "an owl spins on a blue background"
