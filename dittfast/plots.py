@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,7 +147,7 @@ def pareto_plot(
         for p in own:
             if p.low is not None:
                 axes.plot([p.x, p.x], [p.low, p.high], color=look["color"], lw=1, alpha=0.6)
-    axes.set_xlabel(x_label, color=_INK)
+    axes.set_xlabel(textwrap.fill(x_label, 52), color=_INK)
     axes.set_ylabel(y_label, color=_INK)
     axes.margins(x=0.15, y=0.1)
     _legend(figure, min(4, len(groups)))

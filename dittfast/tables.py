@@ -17,6 +17,10 @@ MEASURES = {
     "motion_ratio": ("motion ratio", 3),
 }
 
+_TOO_FEW = (
+    "With no more pictures than features the covariance is singular: these distances mean nothing."
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -137,6 +141,8 @@ def overview_table(fidelity: dict, latency: dict | None, fid: dict | None) -> Ta
             f"{kind}: {row['pictures']} pictures of each method against "
             + (f"{count} of {against}." if count else f"{against}.")
         )
+        if any(found["too_few"] for found in apart.values()):
+            notes.append(_TOO_FEW)
     cells = []
     for row in fidelity["methods"]:
         label, pooled = row["label"], row["pooled"]
@@ -175,10 +181,7 @@ def fid_table(data: dict) -> Table:
     )
     notes = [f"{first['dims']} features; smaller is nearer."]
     if any(row["too_few"] for row in rows):
-        notes.append(
-            "With no more pictures than features the covariance is singular: these numbers mean "
-            "nothing."
-        )
+        notes.append(_TOO_FEW)
     head = ("pictures of", "distance", "number", "against", "number")
     return Table(title, head, cells, tuple(notes))
 

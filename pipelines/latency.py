@@ -113,6 +113,29 @@ def amdahl(share: float, density: float | None = None) -> float:
     return float("inf") if rest == 0 else 1 / rest
 
 
+def latency_settings(
+    pipe, source: Source, call: dict, variant: Variant, *, pairs: int, seed: int, kernel: str
+) -> dict:
+    """What a row of :func:`measure_latency` is of, as plain data; equal for a row to use again."""
+    model = next(iter(transformers_of(pipe).values()))
+    return {
+        "task": "latency",
+        "label": variant.label,
+        **variant.settings(),
+        "model": source.name,
+        "weights": fingerprint(pipe),
+        "pipeline": type(pipe).__name__,
+        "call": call_record(call),
+        "prompt": call["prompt"],
+        "seed": seed,
+        "device": describe_device(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "dense_kernel": kernel,
+        "versions": versions(),
+        "pairs": pairs,
+    }
+
+
 def measure_latency(
     pipe,
     source: Source,
@@ -184,7 +207,6 @@ def measure_latency(
 
 
 def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, shares) -> dict:
-    model = next(iter(transformers_of(pipe).values()))
     dense, sparse = runs["dense"], runs["method"]
 
     def step(result: Run) -> float | None:
@@ -196,22 +218,11 @@ def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, s
         stepwise = percentiles(step(a) / step(b) for a, b in zip(dense, sparse))
     share = shares["dense"]["attention"]
     ceiling = amdahl(min(share, 1.0))
-    return {
-        "task": "latency",
-        "label": variant.label,
-        **variant.settings(),
-        "model": source.name,
-        "weights": fingerprint(pipe),
-        "pipeline": type(pipe).__name__,
-        "call": call_record(call),
-        "prompt": call["prompt"],
-        "seed": seed,
-        "device": describe_device(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "dense_kernel": kernel,
-        "versions": versions(),
+    settings = latency_settings(
+        pipe, source, call, variant, pairs=len(whole), seed=seed, kernel=kernel
+    )
+    return settings | {
         "parity": checked.to_dict(),
-        "pairs": len(whole),
         "seconds": {
             name: {
                 "whole": percentiles(r.timing.total for r in results),

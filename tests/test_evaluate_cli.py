@@ -58,13 +58,24 @@ def test_fidelity_then_report(model, prompts, tmp_path, capsys):
     assert "near: block mask" in (folder / "report.html").read_text()
 
 
-def test_latency(model, tmp_path, capsys):
+def test_latency_is_kept(model, tmp_path, capsys):
     command = ["evaluate", "latency", *model, *SMALL, "-m", "local", "--set", "window=3"]
     command += ["--set", "min_tokens=0", "--prompt", "a red cat", "--pairs", "1"]
     assert main([*command, "-o", str(tmp_path)]) == 0
     (row,) = last_json(capsys)["rows"]
     assert row["end_to_end"]["p50"] > 0 and row["parity"]["layers"] == 4
     assert "ceiling" in (tmp_path / "latency.md").read_text()
+    # What was timed is not timed again; a second method is, and one with other options.
+    assert main([*command, "-m", "far=local", "--set", "far.window=5", "-o", str(tmp_path)]) == 0
+    first, second = last_json(capsys)["rows"]
+    assert first == row and second["method"]["window"] == 5
+    assert main([*command, "--set", "local.window=4", "-o", str(tmp_path)]) == 0
+    (other,) = last_json(capsys)["rows"]
+    assert other["method"]["window"] == 4 and other["runs"] != row["runs"]
+    assert json.loads((tmp_path / "latency.json").read_text())["rows"] == [other]
+    (tmp_path / "latency.json").write_text("[]")
+    assert main([*command, "-o", str(tmp_path)]) == 2
+    assert "is no result of evaluate latency" in capsys.readouterr().err
 
 
 def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):

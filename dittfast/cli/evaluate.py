@@ -342,27 +342,41 @@ def _latency(args) -> int:
     if prompt is None:
         raise ValueError(f"{source.name} has no prompts of its own; add --prompt TEXT")
 
-    from dittfast.pipelines.latency import measure_latency
+    from dittfast.pipelines.latency import latency_settings, measure_latency
     from dittfast.tables import latency_table
 
     pipe, call = _load(args, source)
     call |= {"prompt": prompt}
-    rows = [
-        measure_latency(
-            pipe,
-            source,
-            call,
-            variant,
-            pairs=args.pairs,
-            seed=args.seed,
-            kernel=args.dense_kernel,
-            on_stage=say,
-        )
-        for variant in variants
-    ]
+    timing = {"pairs": args.pairs, "seed": args.seed, "kernel": args.dense_kernel}
+    known = {} if args.output is None else _timed_before(prefixes[0])
+    rows = []
+    for variant in variants:
+        settings = json.loads(json.dumps(latency_settings(pipe, source, call, variant, **timing)))
+        row = known.get(variant.label, {})
+        if any(row.get(name) != value for name, value in settings.items()):
+            row = measure_latency(pipe, source, call, variant, on_stage=say, **timing)
+            known[variant.label] = row
+            if args.output is not None:  # what a kill would lose
+                write_json(f"{prefixes[0]}.json", {"task": "latency", "rows": [*known.values()]})
+        else:
+            say(f"{variant.label} was timed before")
+        rows.append(row)
     data = {"task": "latency", "rows": rows}
     _finish(data, f"Latency of {source.name}", [latency_table(data)], prefixes)
     return 0
+
+
+def _timed_before(prefix: Path) -> dict[str, dict]:
+    """Rows of an earlier latency.json, by label; none where there is no such file."""
+    path = Path(f"{prefix}.json")
+    if not path.exists():
+        return {}
+    try:
+        return {row["label"]: row for row in json.loads(path.read_text())["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no result of evaluate latency: {error!r}; remove it to time again"
+        ) from error
 
 
 def _draw(args) -> int:
