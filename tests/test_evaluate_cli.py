@@ -1,6 +1,10 @@
 """``dittfast evaluate`` and ``dittfast report`` from the command line, on a tiny pipeline."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +108,36 @@ def test_draw_for_fid_goes_on(model, prompts, tmp_path, capsys):
         first, _, third = (np.asarray(Image.open(p)) for p in pictures)
         assert not np.array_equal(first, third)
     assert not list((tmp_path / "many").glob("*/latents/*"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_drawing(model, prompts, tmp_path):
+    """Gloo, as ``accelerate launch`` starts them: each picture once, and the same pictures."""
+    root = str(Path(__file__).resolve().parents[1])
+    command = ["-m", "dittfast", "evaluate", "draw", *model, *prompts, *SMALL, "-m", "local"]
+    command += ["--set", "window=3", "--set", "min_tokens=0", "-n", "5"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", []), ("two", launch)):
+        done = subprocess.run(
+            [sys.executable, "-P", *start, *command, "-o", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": root, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+            timeout=1800,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        last = json.loads(done.stdout.splitlines()[-1])
+        assert last["processes"] == 1 + bool(start) and last["pictures"] == 5
+    assert done.stdout.count("5 pictures in") == 2, "only one process reports"
+    whole, shared = (
+        {
+            str(p.relative_to(tmp_path / n)): p.read_bytes()
+            for p in (tmp_path / n).glob("*/images/*")
+        }
+        for n in ("one", "two")
+    )
+    assert len(whole) == 10 and shared == whole
 
 
 @pytest.mark.parametrize(
