@@ -36,7 +36,7 @@ def _program(heads, num_blocks, PARTS: tl.constexpr):
 
 @triton.jit
 def _listed(
-    step, first, last, indices, run, starts, lengths,
+    step, first, last, indices, num_listed, starts, lengths,
     PARTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``(block, start, length)`` of tile ``step`` of a walk over list entries first..last-1.
@@ -48,12 +48,12 @@ def _listed(
     entry = first + step * PACK // PARTS
     if PACK > 1:
         entry += tl.arange(0, BLOCK) // (BLOCK // PACK)
-    if run is None:
+    if num_listed is None:
         block = tl.load(indices + entry, mask=entry < last, other=0)
     else:
         # A run has no list: entry n is block n.
-        block = tl.load(indices + entry, mask=(entry < last) & (run == 0), other=0)
-        block += tl.where((entry < last) & (run != 0), entry, 0)
+        block = tl.load(indices + entry, mask=entry < tl.minimum(last, num_listed), other=0)
+        block += tl.where(entry < last, tl.where(entry < num_listed, 0, entry), 0)
     length = tl.where(entry < last, tl.load(lengths + block), 0)
     return block, tl.load(starts + block), length
 
@@ -128,7 +128,7 @@ def _keep(
 @triton.jit
 def _forward_walk(
     acc, b_sum, b_max, b_q, q_position, first, last, k, v, scale, stride_kn, stride_vn,
-    kv_indices, run, kv_starts, kv_lengths, kv_order, kv_log_weight,
+    kv_indices, num_listed, kv_starts, kv_lengths, kv_order, kv_log_weight,
     limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
     RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr,
@@ -137,18 +137,18 @@ def _forward_walk(
         b_q_frame = tl.load(q_frame + q_position)[:, None]
         b_q_place = tl.load(q_place + q_position)[:, None]
     _, start, length = _listed(
-        0, first, last, kv_indices, run, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+        0, first, last, kv_indices, num_listed, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
     )
     position, token, inside = _rows(0, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN)
     _, start, length = _listed(
-        1, first, last, kv_indices, run, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+        1, first, last, kv_indices, num_listed, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
     )
     for step in range(0, tl.cdiv((last - first) * KV_PARTS, KV_PACK)):
         next_position, next_token, next_inside = _rows(
             step + 1, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN
         )
         _, start, length = _listed(
-            step + 2, first, last, kv_indices, run, kv_starts, kv_lengths,
+            step + 2, first, last, kv_indices, num_listed, kv_starts, kv_lengths,
             KV_PARTS, KV_PACK, BLOCK_N,
         )  # fmt: skip
         # [BLOCK_N, BLOCK_D]
@@ -212,7 +212,7 @@ def forward_kernel(
     kv_indices += row * kv_list_size
     num_blocks = tl.load(kv_num_blocks + row)
     num_full = tl.load(kv_num_full_blocks + row)
-    run = num_blocks > kv_list_size
+    num_listed = tl.where(num_blocks > kv_list_size, 0, num_blocks)
 
     start = tl.load(q_starts + i_q)
     q_position, q_token, q_inside = _rows(
@@ -224,15 +224,15 @@ def forward_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     acc, b_sum, b_max = _forward_walk(
         acc, b_sum, b_max, b_q, q_position, 0, num_full, k, v, scale * LOG2E, stride_kn, stride_vn,
-        kv_indices, run, kv_starts, kv_lengths, kv_order, kv_log_weight,
+        kv_indices, num_listed, kv_starts, kv_lengths, kv_order, kv_log_weight,
         limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
         0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
     )  # fmt: skip
     if METRIC:
         acc, b_sum, b_max = _forward_walk(
             acc, b_sum, b_max, b_q, q_position, num_full, num_blocks, k, v, scale * LOG2E,
-            stride_kn, stride_vn, kv_indices, run, kv_starts, kv_lengths, kv_order, kv_log_weight,
-            limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths, kv_order,
+            kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
             METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, KV_EVEN,
         )  # fmt: skip
 
@@ -302,7 +302,7 @@ def delta_kernel(
 @triton.jit
 def _dq_walk(
     b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, first, last, k, v, scale,
-    stride_kn, stride_vn, kv_indices, run, kv_starts, kv_lengths, kv_order, kv_log_weight,
+    stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths, kv_order, kv_log_weight,
     limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
     RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr,
@@ -311,18 +311,18 @@ def _dq_walk(
         b_q_frame = tl.load(q_frame + q_position)[:, None]
         b_q_place = tl.load(q_place + q_position)[:, None]
     _, start, length = _listed(
-        0, first, last, kv_indices, run, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+        0, first, last, kv_indices, num_listed, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
     )
     position, token, inside = _rows(0, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN)
     _, start, length = _listed(
-        1, first, last, kv_indices, run, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
+        1, first, last, kv_indices, num_listed, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
     )
     for step in range(0, tl.cdiv((last - first) * KV_PARTS, KV_PACK)):
         next_position, next_token, next_inside = _rows(
             step + 1, start, length, kv_order, KV_PARTS, KV_PACK, BLOCK_N, KV_EVEN
         )
         _, start, length = _listed(
-            step + 2, first, last, kv_indices, run, kv_starts, kv_lengths,
+            step + 2, first, last, kv_indices, num_listed, kv_starts, kv_lengths,
             KV_PARTS, KV_PACK, BLOCK_N,
         )  # fmt: skip
         # [BLOCK_N, BLOCK_D]
@@ -375,7 +375,7 @@ def dq_kernel(
     kv_indices += row * kv_list_size
     num_blocks = tl.load(kv_num_blocks + row)
     num_full = tl.load(kv_num_full_blocks + row)
-    run = num_blocks > kv_list_size
+    num_listed = tl.where(num_blocks > kv_list_size, 0, num_blocks)
     block_scale = 1.0
     if out_scale is not None:
         at = (i_b * scale_b + i_h * scale_h).to(tl.int64) * num_q_blocks + i_q
@@ -392,15 +392,15 @@ def dq_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_dq = _dq_walk(
         b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, 0, num_full, k, v,
-        scale, stride_kn, stride_vn, kv_indices, run, kv_starts, kv_lengths, kv_order,
+        scale, stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths, kv_order,
         kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
         0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
     )  # fmt: skip
     if METRIC:
         b_dq = _dq_walk(
             b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, num_full, num_blocks,
-            k, v, scale, stride_kn, stride_vn, kv_indices, run, kv_starts, kv_lengths, kv_order,
-            kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            k, v, scale, stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths,
+            kv_order, kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
             METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, KV_EVEN,
         )  # fmt: skip
     _store_tile(
