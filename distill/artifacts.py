@@ -32,11 +32,18 @@ _CLEAR_NAME = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?")
 
 
 def save_adapter(
-    folder: Path, student: Student, config: DistillConfig, base: str, fingerprint: dict, facts: dict
+    folder: Path,
+    student: Student,
+    values: dict[str, torch.Tensor],
+    config: DistillConfig,
+    base: str,
+    fingerprint: dict,
+    facts: dict,
 ) -> None:
     """Write the student's trained parameters as an adapter folder, atomically.
 
     Args:
+        values: of the trained parameters, on the CPU.
         base: name of the base model.
         fingerprint: of the base model, which :func:`load_adapter` checks.
         facts: what the run measured; plain data.
@@ -46,8 +53,7 @@ def save_adapter(
     part.mkdir(parents=True)
     weights, lora = {}, {}
     dtype = student.dtype
-    for name, p in student.trainable().items():
-        value = p.detach().cpu().contiguous()
+    for name, value in values.items():
         if f".{ADAPTER}." in name:
             lora[f"{student.component}.{name.replace(f'.{ADAPTER}.', '.')}"] = value.to(dtype)
         elif name in student.own:

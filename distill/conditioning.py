@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 from dittfast.pipelines.families import bind_arguments
+from dittfast.pipelines.seam import stock_class
 
 # Given by the training step, not by the recording.
 _INPUTS = ("hidden_states", "timestep")
+# Transformers whose pipelines append channels that stay the same to the noisy latents: a first
+# frame and a mask (WanImageToVideoPipeline).
+_APPENDED_CHANNELS = ("WanTransformer3DModel",)
 
 
 class _Enough(Exception):
@@ -27,10 +31,11 @@ class Conditioning:
 
     Attributes:
         own: tensors ``[1, ...]`` that belong to the sample, by argument name; entries of lists
-            and tuples as ``name.0``, ``name.1``.
+            and tuples as ``name.0``, ``name.1``. ``hidden_states`` is what a pipeline appends to
+            the noisy latents' channels, absent where it appends nothing.
         shared: tensors without a batch dimension, such as position ids.
         constants: other arguments, as JSON has them.
-        latent_shape: of ``hidden_states``, ``[1, ...]``.
+        latent_shape: of the noisy latents in ``hidden_states``, ``[1, ...]``.
         timestep: as the pipeline passed it in the recorded call.
     """
 
@@ -74,11 +79,15 @@ def _read(model: torch.nn.Module, args: tuple, kwargs: dict) -> Conditioning:
                 "transformers that take hidden_states and timestep"
             )
     latents = arguments["hidden_states"]
-    batch = latents.shape[0]
+    batch, channels = latents.shape[:2]
+    appended = stock_class(type(model)).__name__ in _APPENDED_CHANNELS
+    noisy = model.config.out_channels if appended else channels
     # Guidance in one batch puts the prompt's pass last.
     found = Conditioning(
-        latent_shape=(1, *latents.shape[1:]), timestep=float(arguments["timestep"].max())
+        latent_shape=(1, noisy, *latents.shape[2:]), timestep=float(arguments["timestep"].max())
     )
+    if noisy < channels:
+        found.own["hidden_states"] = latents[-1:, noisy:].detach().clone()
     for key, argument in arguments.items():
         if key in _INPUTS or key == "return_dict" or argument is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.published import published_model, published_models
 from dittfast.pipelines.sequences import Sequences
 from dittfast.pipelines.sources import Source, choose_dtype, find
 
@@ -22,6 +23,8 @@ _SAVED_BYTES = 34
 def empty_model(source: Source, component: str) -> torch.nn.Module:
     """The transformer of a source on the meta device: shapes without values.
 
+    Where the hub cannot be reached, some published models are known by the package itself.
+
     Raises:
         ValueError: the source has no such component, or no configuration of it.
     """
@@ -31,6 +34,9 @@ def empty_model(source: Source, component: str) -> torch.nn.Module:
     try:
         index = diffusers.DiffusionPipeline.load_config(source.location, local_files_only=local)
     except OSError as error:
+        known = _shipped_model(source.name) if component == "transformer" else None
+        if known is not None:
+            return known
         raise ValueError(f"could not read the configuration of {source.name}: {error}") from error
     _, name = index.get(component) or (None, None)
     if name is None:
@@ -39,6 +45,12 @@ def empty_model(source: Source, component: str) -> torch.nn.Module:
     config = cls.load_config(source.location, subfolder=component, local_files_only=local)
     with torch.device("meta"):
         return cls.from_config(config)
+
+
+def _shipped_model(hub_id: str) -> torch.nn.Module | None:
+    cards = (published_model(name) for name in published_models())
+    found = [card for card in cards if card.source.split(",")[0] == hub_id]
+    return found[0].build() if found else None
 
 
 def estimate(config: DistillConfig) -> dict:

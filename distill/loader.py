@@ -15,6 +15,9 @@ from .conditioning import unflatten
 from .noise import NoiseProcess, generator
 from .prepare import FORMAT, MANIFEST, NEGATIVE, read_process, shard_name
 
+# What a first frame gives; a sample keeps it when its prompt is dropped.
+_OF_THE_PICTURE = ("hidden_states", "encoder_hidden_states_image")
+
 
 @dataclass
 class Batch:
@@ -22,7 +25,8 @@ class Batch:
 
     Attributes:
         latents: ``[B, ...]`` fp32, clean.
-        arguments: the transformer's other forward arguments.
+        arguments: the transformer's other forward arguments; ``hidden_states`` among them is what
+            is appended to the noisy latents' channels.
     """
 
     latents: torch.Tensor
@@ -132,13 +136,14 @@ class Dataset:
             for at, dropped in enumerate(without_prompt):
                 if not dropped:
                     continue
+                kept = {name: x for name, x in samples[at].items() if name in _OF_THE_PICTURE}
                 for name, x in samples[at].items():
                     if negative[name].shape != x.shape:
                         raise ValueError(
                             f"{name} of the negative prompt is {list(negative[name].shape)}, of a "
                             f"sample {list(x.shape)}; train.drop_prompt must be 0 for this set"
                         )
-                samples[at] = negative
+                samples[at] = {**negative, **kept}
         own = {name: torch.cat([s[name] for s in samples]) for name in samples[0]}
         constants = self.manifest["constants"]
         return Batch(latents, unflatten({**constants, **self.shared(), **own}))

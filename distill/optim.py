@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .config import TrainConfig
+from .sharding import is_sharded, local
 
 
 def make_optimizer(
@@ -19,9 +20,11 @@ def make_optimizer(
         ValueError: Prodigy is asked for and not installed.
     """
     parameters = list(parameters)
+    # One fused call for all parameters would mix sharded ones with whole ones.
+    mixed = len({is_sharded(p) for p in parameters}) > 1
     options = dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, foreach=False if mixed else None, **options)
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
@@ -50,14 +53,15 @@ class Average:
     """An exponential moving average of parameters: fp32, ``decay = min(d, (1 + n) / (10 + n))``.
 
     Args:
-        parameters: by name; the averages start at their values.
+        parameters: by name; the averages start at their values. Of sharded ones this process
+            averages its part.
         decay: d.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float):
         self.decay = decay
         self.updates = 0
-        self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
+        self.values = {name: local(p).float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -66,6 +70,6 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(
             list(self.values.values()),
-            [parameters[name].detach().float() for name in self.values],
+            [local(parameters[name]).float() for name in self.values],
             1 - decay,
         )

@@ -7,12 +7,21 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from dittfast.pipelines.adapter import transformers_of
-from dittfast.pipelines.generate import call_arguments, is_video
+from dittfast.pipelines.first_frame import FirstFrame
+from dittfast.pipelines.generate import (
+    accepted,
+    call_arguments,
+    frames_drawn,
+    is_video,
+    needs_image,
+)
 from dittfast.pipelines.sources import Source
 from tqdm import tqdm
 
+from dittfast.config import unknown
 from dittfast.files import atomic_path, write_json
 
 from .conditioning import Conditioning, condition, draw, encode
@@ -75,7 +84,7 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
 
 
 def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item], call) -> dict:
-    first = condition(pipe, model, _call(call, items[0]))
+    first = condition(pipe, model, _call(pipe, call, items[0])[0])
     train_steps = pipe.scheduler.config.get("num_train_timesteps", 1000)
     process = process_of(pipe.scheduler, first.timestep, train_steps)
     return {
@@ -85,7 +94,7 @@ def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item]
         "process": dataclasses.asdict(process),
         "constants": first.constants,
         "latent_shape": list(first.latent_shape),
-        "call": {k: v for k, v in call.items() if k != "prompt"},
+        "call": {k: v for k, v in call.items() if k not in ("prompt", "image")},
         "from": "pictures" if config.pictures else "teacher",
         "shard_size": config.shard_size,
         "prompts": [item.prompt for item in items],
@@ -93,8 +102,35 @@ def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item]
     }
 
 
-def _call(call: dict, item: Item) -> dict:
-    return call | {"prompt": item.prompt, "generator": torch.Generator().manual_seed(item.seed)}
+def _call(pipe, call: dict, item: Item) -> tuple[dict, np.ndarray | None]:
+    """The arguments for a sample, and the frames ``[F, H, W, 3]`` of its picture or clip.
+
+    A clip is animated from its own first frame where the pipeline animates an image.
+    """
+    from PIL import Image
+
+    wanted = call | {"prompt": item.prompt, "generator": torch.Generator().manual_seed(item.seed)}
+    frames = None
+    if item.picture is not None:
+        count = frames_drawn(pipe, call.get("num_frames", 1)) if is_video(pipe) else 1
+        frames = read_frames(item.picture.path, call["height"], call["width"], count)
+    if frames is not None and needs_image(pipe):
+        wanted["image"] = Image.fromarray(frames[0])
+    elif isinstance(call.get("image"), FirstFrame):
+        wanted["image"] = call["image"](item.prompt, item.seed)
+    return wanted, frames
+
+
+def check_call(pipe, call: dict, where: str) -> None:
+    """Check the names of a configuration's call.
+
+    Raises:
+        ValueError: an argument that the pipeline does not take; the nearest one is named.
+    """
+    known = [f"{where}.{name}" for name in accepted(pipe)]
+    for name in call:
+        if f"{where}.{name}" not in known:
+            raise unknown(f"argument of {type(pipe).__name__}", f"{where}.{name}", known)
 
 
 def prepare(
@@ -113,16 +149,27 @@ def prepare(
     Raises:
         ValueError: the folder holds another set, or the pipeline cannot be cached.
     """
+    from PIL import Image
+
     model = transformers_of(pipe)[component]
     folder = Path(config.folder)
     items = plan_items(config)
-    call = call_arguments(pipe, items[0].prompt, source.settings, **config.call)
+    given = dict(config.call)
+    check_call(pipe, given, "data.call")
+    if config.pictures and needs_image(pipe):
+        size = given.get("height"), given.get("width")
+        if None in size:
+            raise ValueError("data.call needs height and width, the size of the clips")
+        # Each clip brings its own, but a call without one is refused.
+        given["image"] = Image.fromarray(read_frames(items[0].picture.path, *size)[0])
+    call = call_arguments(pipe, items[0].prompt, source.settings, **given)
     manifest = _manifest(pipe, model, source, config, items, call)
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder / MANIFEST, manifest)
     pipe.set_progress_bar_config(disable=True)
     if process_index == 0 and not (folder / NEGATIVE).exists():
-        negative = _call(call, Item(call.get("negative_prompt") or "", config.seed))
+        negative, _ = _call(pipe, call, items[0])
+        negative["prompt"] = call.get("negative_prompt") or ""
         _save(folder / NEGATIVE, [(None, condition(pipe, model, negative))])
     shards = -(-len(items) // config.shard_size)
     mine = [i for i in range(process_index, shards, num_processes)]
@@ -157,13 +204,11 @@ def _agree(path: Path, manifest: dict) -> None:
 
 
 def _sample(pipe, model, call: dict, item: Item) -> tuple[torch.Tensor, Conditioning]:
-    wanted = _call(call, item)
-    if item.picture is None:
+    wanted, frames = _call(pipe, call, item)
+    if frames is None:
         return draw(pipe, model, wanted)
     found = condition(pipe, model, wanted)
-    frames = call.get("num_frames", 1) if is_video(pipe) else 1
-    pixels = read_frames(item.picture.path, call["height"], call["width"], frames)
-    return encode(pipe, torch.from_numpy(pixels), found.latent_shape), found
+    return encode(pipe, torch.from_numpy(frames), found.latent_shape), found
 
 
 def _save(path: Path, samples: list[tuple[torch.Tensor | None, Conditioning]]) -> None:

@@ -23,6 +23,7 @@ from dittfast.schedule import matching_layers
 
 from .capture import capture
 from .config import ObjectiveConfig, StudentConfig
+from .sharding import is_sharded, local, part, shard
 
 ADAPTER = "dittfast"
 # CLEAR trains these and leaves the text stream's own projections alone. FLUX.2's single blocks have
@@ -195,6 +196,18 @@ class Student(torch.nn.Module):
         found = {name: self.transformer.get_parameter(name) for name in self._model_names()}
         return found | dict(zip(self.own, self._own))
 
+    def shard(self, device: torch.device) -> None:
+        """Spread the transformer over the processes (FSDP2), block by block.
+
+        :meth:`trainable` gives other objects afterwards. The method's own parameters stay whole.
+        """
+        for p in self.trainable().values():  # a LoRA starts from each process's own random numbers
+            torch.distributed.broadcast(p.detach(), 0)
+        blocks = {layer.rpartition(".")[0] for layer in self.layers} - {""}
+        shard(self.transformer, sorted(blocks, key=lambda name: (-name.count("."), name)), device)
+        sharded = self.trainable()
+        self._original = {n: part(x, sharded[n]).clone() for n, x in self._original.items()}
+
     @contextlib.contextmanager
     def as_teacher(self):
         """Inside, a forward pass is the frozen, dense teacher's, without gradients."""
@@ -248,12 +261,20 @@ class Student(torch.nn.Module):
 
 @contextlib.contextmanager
 def swapped(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]):
-    """Inside, parameters hold other values of the same dtype; ``values`` hold theirs."""
+    """Inside, parameters hold other values of the same dtype; ``values`` hold theirs.
+
+    Of sharded parameters the values are those of this process's part.
+    """
 
     def swap():
         for name, value in values.items():
             p = parameters[name]
-            p.data, values[name] = value, p.data
+            if is_sharded(p):  # in place: FSDP gathers from the storage it knows
+                mine = local(p)
+                values[name] = mine.clone()
+                mine.copy_(value)
+            else:
+                p.data, values[name] = value, p.data
 
     swap()
     try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +22,15 @@ from .artifacts import read_weights, save_adapter
 from .checkpoint import Checkpoints, rng_state, set_rng_state
 from .config import DistillConfig
 from .fingerprint import difference
+from .launch import make_accelerator, wants_shards
 from .loader import Batch, Dataset, Prefetch, global_batches
 from .noise import generator, sample_noise, sample_times
 from .optim import Average, learning_rate, make_optimizer
+from .sharding import local, part, sharded_state, whole, whole_state
 from .student import Student, component_of, swapped
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
-
-_TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 @dataclass
@@ -60,7 +58,8 @@ class Trainer:
     def __init__(self, config: DistillConfig, resume: str | None = None):
         self.config = config
         self.output = Path(config.train.output)
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
+        self.sharded = wants_shards(self.accelerator, config)
         self.checkpoints = Checkpoints(
             self.output / "checkpoints",
             config.train.keep,
@@ -72,12 +71,20 @@ class Trainer:
         self.process = self.dataset.process
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
         self._load_models()
+        if self.sharded:
+            self.student.shard(self.accelerator.device)
         self.parameters = self.student.trainable()
         self.average = None
         if config.train.ema is not None:
             self.average = Average(self.parameters, config.train.ema)
         optimizer = make_optimizer(config.train, self.parameters.values())
-        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        # The module that adds up the processes' gradients.
+        self._reducing = self.student.transformer
+        if self.sharded:
+            self.model, self.optimizer = self.student, self.accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+            self._reducing = self.model
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
@@ -185,10 +192,12 @@ class Trainer:
         device, weights = self.accelerator.device, self.config.objectives
         batch = micro.batch.to(device)
         noise, t = micro.noise.to(device), micro.t.to(device)
+        hidden_states = self.process.noisy(batch.latents, noise, t)
+        appended = batch.arguments.get("hidden_states")
+        if appended is not None:
+            hidden_states = torch.cat([hidden_states, appended.to(hidden_states)], 1)
         arguments = dict(
-            batch.arguments,
-            hidden_states=self.process.noisy(batch.latents, noise, t),
-            timestep=self.process.timestep(t),
+            batch.arguments, hidden_states=hidden_states, timestep=self.process.timestep(t)
         )
         if self.config.train.mixed_precision == "no":
             arguments = _to_float32(arguments)
@@ -198,9 +207,9 @@ class Trainer:
         if weights.needs_teacher:
             # First, because checkpointed blocks run again in the backward pass, as set up last.
             with self.student.as_teacher():
-                teacher = self.model(arguments)
+                teacher = self._pass(arguments)
         with force_dense(self.pipe, False):
-            prediction, attention, features = self.model(arguments)
+            prediction, attention, features = self._pass(arguments)
         found = {}
         if weights.denoising:
             target = self.process.target(batch.latents, noise, t)
@@ -213,6 +222,23 @@ class Trainer:
             found["features"] = objectives.feature_loss(features, teacher[2])
         return found
 
+    def _pass(self, arguments: dict):
+        if not self.sharded:
+            return self.model(arguments)
+        with self.accelerator.autocast():  # accelerate puts this into a model it prepared
+            return self.model(arguments)
+
+    def _sync_gradients(self, sync: bool) -> None:
+        """Before a backward pass of sharded weights: whether the processes add their gradients."""
+        if self.sharded:
+            self._reducing.set_requires_gradient_sync(sync)
+
+    def _average_gradients(self) -> None:
+        """Of parameters that belong to the method: those are in no shard."""
+        for name in self.student.own if self.sharded else ():
+            p = self.parameters[name]
+            p.grad = self.accelerator.reduce(p.grad, "mean")
+
     def _train_step(self, micros: list[Micro]) -> dict[str, float]:
         train = self.config.train
         weights = vars(self.config.objectives)
@@ -221,19 +247,24 @@ class Trainer:
             group["lr"] = rate
         sums = None
         for micro in micros:
-            with self.accelerator.accumulate(self.model):
+            with self.accelerator.accumulate(self._reducing):
                 losses = self.losses(micro)
                 total = objectives.weighted_sum(losses, weights)
+                self._sync_gradients(self.accelerator.sync_gradients)
                 self.accelerator.backward(total)
                 values = torch.stack([total, *losses.values()]).detach().double()
                 sums = values if sums is None else sums + values
                 if self.accelerator.sync_gradients:
+                    self._average_gradients()
                     means = self.accelerator.reduce(sums / len(micros), "mean").tolist()
                     found = dict(zip(["loss", *losses], means))
                     self._guard(found)
                     limit = float("inf") if train.clip is None else train.clip
-                    norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
-                    if self.accelerator.scaler is None:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+                    norm = float(whole(norm))
+                    scaler = self.accelerator.scaler
+                    # A gradient that overflows in fp16 is skipped and tried with a smaller scale.
+                    if scaler is None or scaler.get_scale() < 1:
                         self._guard({"gradient": norm})
                     self.optimizer.step()
                     self.optimizer.zero_grad()
@@ -326,24 +357,34 @@ class Trainer:
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _validate(self) -> None:
-        """Pictures by the main process; the others wait."""
-        values = {}
-        if self.accelerator.is_main_process:
+        """Pictures by the main process; the others wait, or draw too where they hold shards."""
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
             averaged = dict(self.average.values) if self.average is not None else {}
             with self.accelerator.autocast(), swapped(self.parameters, averaged):
-                values = self.validation.measure(self.step, self.student.teacher_pipeline)
-            self._log({f"validation/{name}": x for name, x in values.items()})
+                values = self.validation.measure(self.step, self.student.teacher_pipeline, main)
+            if main:
+                self._log({f"validation/{name}": x for name, x in values.items()})
         self.accelerator.wait_for_everyone()
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         return self.checkpoints.write(self.step, self._write)
 
+    def _whole(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values of the trained parameters on the CPU, in their whole shapes."""
+        return {n: whole(x, self.parameters[n]).contiguous() for n, x in values.items()}
+
     def _write(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        if self.accelerator.is_main_process:
-            values = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
+            values = self._whole(self.parameters)
+            optimizer = self.optimizer.state_dict()
+            optimizer = whole_state(optimizer) if self.sharded else optimizer
+            averages = {} if self.average is None else self._whole(self.average.values)
+        if main:
             broken = [name for name, p in values.items() if not torch.isfinite(p).all()]
             if broken:
                 raise FloatingPointError(
@@ -351,10 +392,9 @@ class Trainer:
                     f"checkpoint is {self.checkpoints.latest()}"
                 )
             save_file(values, folder / "trainable.safetensors")
-            if self.average is not None:
-                values = {name: x.cpu() for name, x in self.average.values.items()}
-                save_file(values, folder / "average.safetensors")
-            state = {"optimizer": self.optimizer.state_dict()}
+            if averages:
+                save_file(averages, folder / "average.safetensors")
+            state = {"optimizer": optimizer}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             torch.save(state, folder / "optimizer.pt")
@@ -385,14 +425,15 @@ class Trainer:
             raise ValueError(f"{folder} holds other trainable parameters than this run has")
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(saved[name])
+                local(p).copy_(part(saved[name], p))
         if self.average is not None:
             averaged = load_file(folder / "average.safetensors")
             for name, x in self.average.values.items():
-                x.copy_(averaged[name])
+                x.copy_(part(averaged[name], self.parameters[name]))
             self.average.updates = progress["updates"]
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = sharded_state(state["optimizer"], list(self.parameters.values()))
+        self.optimizer.load_state_dict(optimizer)
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rng = folder / f"rng-{self.accelerator.process_index:05d}.pt"
@@ -401,27 +442,30 @@ class Trainer:
         self.step, self.seconds = progress["step"], progress["seconds"]
 
     def _export(self) -> None:
-        if self.accelerator.is_main_process:
-            averaged = dict(self.average.values) if self.average is not None else {}
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
+            averaged = self.average.values if self.average is not None else {}
+            values = self._whole({**self.parameters, **averaged})
+        if main:
             rows = [row for row in self.metrics() if "validation/psnr_db" in row]
-            with swapped(self.parameters, averaged):
-                save_adapter(
-                    self.output / "adapter",
-                    self.student,
-                    self.config,
-                    base=self.source.name,
-                    fingerprint=self.dataset.manifest["fingerprint"],
-                    facts={
-                        "steps": self.step,
-                        "seconds": round(self.seconds, 1),
-                        "samples": len(self.dataset),
-                        "global_batch": self.global_batch,
-                        "seed": self.config.train.seed,
-                        "last_step": self.last,
-                        "validation": rows[-1] if rows else None,
-                        "validation_before": rows[0] if rows else None,
-                    },
-                )
+            save_adapter(
+                self.output / "adapter",
+                self.student,
+                values,
+                self.config,
+                base=self.source.name,
+                fingerprint=self.dataset.manifest["fingerprint"],
+                facts={
+                    "steps": self.step,
+                    "seconds": round(self.seconds, 1),
+                    "samples": len(self.dataset),
+                    "global_batch": self.global_batch,
+                    "seed": self.config.train.seed,
+                    "last_step": self.last,
+                    "validation": rows[-1] if rows else None,
+                    "validation_before": rows[0] if rows else None,
+                },
+            )
         self.accelerator.wait_for_everyone()
 
 
@@ -432,39 +476,6 @@ def _to_float32(value):
     if isinstance(value, dict):
         return {name: _to_float32(x) for name, x in value.items()}
     return tuple(_to_float32(x) for x in value) if isinstance(value, tuple) else value
-
-
-def _accelerator(config: DistillConfig):
-    from accelerate import Accelerator
-
-    for tracker in config.train.trackers:
-        package = _TRACKER_PACKAGES[tracker]
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"train.trackers names {tracker}, which is not installed: pip install {package}; "
-                "or leave it out, metrics.jsonl is always written"
-            )
-    accelerator = Accelerator(
-        # Without this accelerate leaves processes on a CPU alone with themselves.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.train.mixed_precision,
-        gradient_accumulation_steps=config.train.accumulation,
-        log_with=list(config.train.trackers) or None,
-        project_dir=config.train.output,
-    )
-    kind = accelerator.distributed_type.value
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise ValueError(
-            f"training runs in one process or with DDP, accelerate is set up for {kind}; launch it "
-            "with configs/accelerate/ddp.yaml"
-        )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; "
-            "each would train on its own. Launch with accelerate launch, or torchrun"
-        )
-    return accelerator
 
 
 def train(config: DistillConfig, resume: str | None = None) -> dict[str, float]:

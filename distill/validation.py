@@ -12,6 +12,7 @@ from dittfast.pipelines.sources import Source
 from dittfast.files import write_image
 
 from .config import DistillConfig
+from .prepare import check_call
 
 
 class Validation:
@@ -30,6 +31,7 @@ class Validation:
         self.pipe = pipe
         self.folder = Path(config.train.output) / "validation"
         self.seed = config.validation.seed
+        check_call(pipe, config.validation.call, "validation.call")
         given = config.data.call | config.validation.call
         prompts = config.validation.prompts
         self.calls = [call_arguments(pipe, p, source.settings, **given) for p in prompts]
@@ -40,19 +42,21 @@ class Validation:
         self.pipe.set_progress_bar_config(disable=True)
         return [run(self.pipe, call, self.seed + i) for i, call in enumerate(self.calls)]
 
-    def measure(self, step: int, as_teacher) -> dict[str, float]:
+    def measure(self, step: int, as_teacher, write: bool = True) -> dict[str, float]:
         """Mean PSNR (dB) and SSIM to the teacher's pictures; writes a sheet of both.
 
         Args:
             as_teacher: a context manager in which the pipeline is the teacher.
+            write: whether this process writes the sheet.
         """
         if self._teacher is None:
             with as_teacher():
                 self._teacher = self.draw()
         student = self.draw()
         found = [quality(a, b) for a, b in zip(self._teacher, student)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_image(self.folder / f"step-{step:08d}.png", _sheet(self._teacher, student))
+        if write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_image(self.folder / f"step-{step:08d}.png", _sheet(self._teacher, student))
         # Equal pictures have no finite PSNR; 8-bit values cannot be nearer than this otherwise.
         values = {"psnr_db": [100.0 if x["identical"] else x["psnr_db"] for x in found]}
         if all(x["ssim"] is not None for x in found):

@@ -46,7 +46,8 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         t = _plan_tensors(tensors, out_scale, out_residual, sizes)
-        out, lse = forward(q, k, v, t, scale)
+        with _own_precision(q):
+            out, lse = forward(q, k, v, t, scale)
         like, _ = empty_outputs(q)
         if out.stride() != like.stride():
             out = like.copy_(out)
@@ -72,7 +73,8 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
         scale: float,
     ) -> list[torch.Tensor]:
         t = _plan_tensors(tensors, out_scale, out_residual, sizes)
-        grads = backward(grad_out, grad_lse, q, k, v, out, lse, t, scale)
+        with _own_precision(q):
+            grads = backward(grad_out, grad_lse, q, k, v, out, lse, t, scale)
         inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
         return [
             _reduce(g, x).contiguous() for g, x in zip([g for g in grads if g is not None], inputs)
@@ -107,6 +109,11 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
         return op(q, k, v, tensors, t.out_scale, t.out_residual, list(t[_NUM_TENSORS:]), scale)
 
     return call
+
+
+def _own_precision(x: torch.Tensor) -> torch.autocast:
+    """Inside, autocast is off: it would round what a backend computes in fp32, masks included."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _plan_tensors(tensors, out_scale, out_residual, sizes) -> PlanTensors:

@@ -158,7 +158,7 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
     if isinstance(temporal, int) and temporal > 1:
         _check_multiple(pipe, call, "num_frames", temporal, 1)
     elif temporal == 1 and "image" in names:
-        # It will draw one frame more (see _frames_drawn), and AutoencoderKLWan encodes one frame
+        # It will draw one frame more (see frames_drawn), and AutoencoderKLWan encodes one frame
         # and then four at a time. Without an image to encode every number is right.
         _check_multiple(pipe, call, "num_frames", 4, 0)
     if needs_image(pipe):
@@ -273,7 +273,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
         )
     frames = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
     asked = tuple(call.get(name) or size for name, size in zip(_SIZES, frames.shape))
-    asked = (_frames_drawn(pipe, asked[0]), *asked[1:]) if "num_frames" in call else asked
+    asked = (frames_drawn(pipe, asked[0]), *asked[1:]) if "num_frames" in call else asked
     if frames.shape[:3] != asked:
         logger.warning(
             "%s drew frames x height x width %s, not %s",
@@ -284,7 +284,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
     return Run(frames, timing, memory, latents)
 
 
-def _frames_drawn(pipe, asked: int) -> int:
+def frames_drawn(pipe, asked: int) -> int:
     """Frames that a call for ``asked`` draws.
 
     diffusers' Wan pipelines round to one more than a multiple of the VAE's temporal factor. With a

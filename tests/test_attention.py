@@ -272,3 +272,25 @@ def test_forms_of_results_agree_with_each_other():
     out, lse = formula(*inputs[:3], plan, None, 0.5)
     torch.testing.assert_close(found["out"], out)
     torch.testing.assert_close(found["lse"], lse)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing_inside(backend, dtype):
+    """A caller's autocast must not round masks and sums that a backend computes in fp32."""
+    layout = Layout.image(45, 47, text=7)
+    plan = methods.Local(window=7).plan(layout)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, layout.num_tokens, 16)
+
+    def run(autocast: bool):
+        inputs = [
+            torch.randn(shape, generator=generator.manual_seed(i)).to(dtype).requires_grad_()
+            for i in range(3)
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attend(*inputs, plan, backend=backend)
+            return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    for a, b in zip(run(False), run(True)):
+        assert torch.equal(a, b)

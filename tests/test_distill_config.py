@@ -116,6 +116,22 @@ def test_shipped_recipes_are_valid(name):
     assert config.train.output == f"runs/{name}"
 
 
+def test_recipes_of_published_models_can_be_tried_without_the_hub(monkeypatch):
+    """Oracle: CLEAR trains q, k, v and out of 57 layers; the single blocks have no out."""
+    import diffusers
+    from dittfast.distill.estimate import estimate
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
+    found = estimate(load_config("clear_flux"))["parameters"]
+    assert found["trained"] == (57 * 3 + 19) * (3072 * 3072 + 3072)
+    assert 11.8e9 < found["model"] < 12e9
+    with pytest.raises(ValueError, match="no network"):
+        estimate(load_config("clear_flux", ["model.path=nobody/nothing"]))
+
+
 def test_dry_run_counts_what_training_would_train(tmp_path, capsys):
     path = write_config(tmp_path, student={"options": {"window": 2, "downsample": 2}})
 

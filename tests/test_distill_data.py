@@ -13,12 +13,14 @@ import torch
 from distill_run import CALLS, MAKE, make_config, one_thread, write_config  # noqa: F401
 from dittfast.distill import prepare as preparing
 from dittfast.distill.conditioning import condition, draw, encode, unflatten
-from dittfast.distill.config import load_config
+from dittfast.distill.config import DataConfig, load_config
 from dittfast.distill.loader import Dataset, Prefetch, global_batches
 from dittfast.distill.pictures import find_pictures, read_frames
 from dittfast.distill.prepare import plan_items, prepare
 from dittfast.pipelines.sources import find, load
 from PIL import Image
+
+from dittfast.files import save_video
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,48 @@ def test_prepare_from_pictures(folder, tmp_path):
     (pictures / "b.txt").unlink()
     with pytest.raises(ValueError, match=r"b\.png has no caption.*b\.txt"):
         find_pictures(pictures)
+
+
+def test_a_clip_is_animated_from_its_own_first_frame(tmp_path):
+    """Image to video: the condition behind the noisy channels is the sample's, prompt or not."""
+    import tiny
+
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        frames = np.repeat(rng.integers(0, 255, (1, 3, 5, 3), dtype=np.uint8), 12, 0)
+        frames = frames.repeat(16, 1).repeat(16, 2) // (1 + np.arange(12).reshape(-1, 1, 1, 1))
+        save_video(clips / f"{i}.gif", frames.astype(np.uint8))
+        (clips / f"{i}.txt").write_text("a red car moves left")
+    tiny.wan_image_pipeline().save_pretrained(tmp_path / "model")
+    source = find(str(tmp_path / "model"))
+    pipe = load(source)
+    call = dict(height=48, width=80, num_frames=9, max_sequence_length=12, guidance_scale=3.0)
+    config = DataConfig(str(tmp_path / "data"), pictures=str(clips), call=call)
+    prepare(pipe, "transformer", source, config)
+    batch = Dataset(config.folder).batch([0, 2], [False, True])
+    assert batch.latents.shape == (2, 16, 3, 6, 10)
+    for row, index in enumerate((0, 2)):
+        frames = read_frames(clips / f"{index}.gif", 48, 80, 9)
+        calls, _ = seen_by_transformer(
+            pipe, call | {"prompt": "a red car moves left", "image": Image.fromarray(frames[0]),
+                          "negative_prompt": "", "num_inference_steps": 1},
+        )  # fmt: skip
+        seen = calls[0]["hidden_states"]
+        assert seen.shape[1] == 36
+        torch.testing.assert_close(batch.arguments["hidden_states"][row : row + 1], seen[:, 16:])
+        text = calls[row]["encoder_hidden_states"]  # the prompt's pass comes first
+        torch.testing.assert_close(batch.arguments["encoder_hidden_states"][row : row + 1], text)
+        expected = encode(pipe, torch.from_numpy(frames), (1, 16, 3, 6, 10))
+        torch.testing.assert_close(batch.latents[row : row + 1], expected)
+    assert not torch.equal(*batch.arguments["hidden_states"].split(1))
+    wrong = DataConfig(str(tmp_path / "no"), pictures=str(clips), call={"hight": 48})
+    with pytest.raises(ValueError, match=r"data\.call\.hight.*'data\.call\.height'"):
+        prepare(pipe, "transformer", source, wrong)
+    no_size = DataConfig(str(tmp_path / "no"), pictures=str(clips), call={"height": 48})
+    with pytest.raises(ValueError, match=r"data\.call needs height and width"):
+        prepare(pipe, "transformer", source, no_size)
 
 
 def test_pictures_cover_the_size_and_are_cut_in_the_middle(tmp_path):

@@ -232,7 +232,7 @@ def test_runs_killed_at_every_point_resume_to_the_bit(folder, tmp_path):
         assert left == ["step-00000002"], run.name
 
 
-def python(*arguments, timeout=600):
+def python(*arguments, timeout=3600):
     return subprocess.run(
         [sys.executable, "-P", *arguments],
         capture_output=True,
@@ -273,28 +273,78 @@ def test_a_run_killed_while_it_writes_resumes_to_the_bit(folder, tmp_path):
     assert not list((output / "checkpoints").glob(".*"))
 
 
+def launch(config: str) -> list[str]:
+    """Two processes through a shipped file of accelerate; on CPUs they talk by gloo."""
+    command = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+    file = ROOT / "configs" / "accelerate" / config
+    return [*command, "--main_process_port", "0", "--config_file", str(file)]
+
+
+GLOBAL_BATCH = {"steps": 4, "batch_size": 2, "accumulation": 2, "drop_prompt": 0.3, "ema": 0.9}
+
+
+def assert_near(one, two) -> None:
+    """Loss curves and weights of two runs, within float noise."""
+    a, b = losses(one), losses(two)
+    assert len(a) == len(b) >= 4
+    for x, y in zip(a, b):
+        for name in x:  # pictures have 8 bits, and a value may be rounded the other way
+            tolerance = 1e-3 if name.startswith("validation") else 2e-5
+            assert y[name] == pytest.approx(x[name], rel=tolerance), name
+    one_state, two_state = state(one), state(two)
+    for name, x in one_state.items():
+        if name.startswith(("p/", "average/")):
+            assert float((two_state[name] - x).abs().max()) < 2e-4, name
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(folder, tmp_path):
-    """Gloo, through the documented module; the same global batch of 4 each time."""
-    one = {"steps": 4, "batch_size": 2, "accumulation": 2, "drop_prompt": 0.3, "ema": 0.9}
+    """DDP, through the documented command; the same global batch of 4 each time."""
     student = {"options": {"window": 2, "downsample": 2}}
-    train(run_config(folder, tmp_path / "one", train=one, student=student))
-    two = {**one, "accumulation": 1, "output": str(tmp_path / "two")}
+    train(run_config(folder, tmp_path / "one", train=GLOBAL_BATCH, student=student))
+    two = {**GLOBAL_BATCH, "accumulation": 1, "output": str(tmp_path / "two")}
     path = write_config(folder, train=two, student=student)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = python(*launch, "-m", "dittfast.distill", path)
+    done = python(*launch("ddp.yaml"), "-m", "dittfast.distill", path)
     assert done.returncode == 0, done.stderr[-3000:]
-    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(a) == len(b) == 4
-    for x, y in zip(a, b):
-        for name in x:
-            assert y[name] == pytest.approx(x[name], rel=2e-5), name
-    one_state, two_state = state(tmp_path / "one"), state(tmp_path / "two")
-    for name, x in one_state.items():
-        if name.startswith("p/"):
-            assert float((two_state[name] - x).abs().max()) < 2e-4, name
-    ranks = list((tmp_path / "two" / "checkpoints").glob("step-00000004/rng-*"))
-    assert len(ranks) == 2
+    assert_near(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "two" / "checkpoints").glob("step-00000004/rng-*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("student", "options"),
+    [
+        ({"options": {"window": 2, "downsample": 2}}, {"accumulation": 1}),
+        ({"trainable": "all"}, {"batch_size": 1, "gradient_checkpointing": True}),
+        ({"trainable": "lora", "rank": 4}, {"accumulation": 1}),
+    ],
+    ids=["attention", "all", "lora"],
+)
+def test_two_processes_with_fsdp_give_the_curve_of_one(folder, tmp_path, student, options):
+    """Sharded weights, averages and optimiser; stopped and resumed, the LoRA in one process."""
+    validation = {"every": 4, "prompts": ["a red cat"]}
+    one = {**GLOBAL_BATCH, "output": str(tmp_path / "one")}
+    train(make_config(folder, train=one, student=student, validation=validation))
+    two = {**GLOBAL_BATCH, **options, "output": str(tmp_path / "two"), "checkpoint_every": 2}
+    path = write_config(folder, train=two, student=student, validation=validation)
+    command = [*launch("fsdp.yaml"), "-m", "dittfast.distill", path]
+    done = python(*command, "train.steps=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    if student.get("trainable") == "lora":
+        again = {**GLOBAL_BATCH, "output": str(tmp_path / "two")}
+        train(make_config(folder, train=again, student=student, validation=validation), "latest")
+    else:
+        done = python(*command, "--resume", "latest")
+        assert done.returncode == 0, done.stderr[-3000:]
+    rows = losses(tmp_path / "two")
+    early = [row for row in rows if row["step"] == 2 and "validation/psnr_db" in row]
+    assert len(early) == 1  # the first run ended there
+    kept = "\n".join(json.dumps(row) for row in rows if row not in early)
+    (tmp_path / "two" / "metrics.jsonl").write_text(kept + "\n")
+    assert_near(tmp_path / "one", tmp_path / "two")
+    a, b = (read_weights(tmp_path / name / "adapter") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 2e-4
 
 
 def test_nan_stops_the_run_and_names_the_loss(folder, tmp_path, monkeypatch):
@@ -331,6 +381,77 @@ def test_an_infinite_gradient_stops_the_run(folder, tmp_path):
     assert all(p.isfinite().all() for p in trainer.parameters.values())
 
 
+def with_loss_scaling(monkeypatch, scale: float) -> None:
+    """fp16 as accelerate sets it up on a GPU; on a CPU it would train in fp32 instead."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from dittfast.distill import trainer
+
+    def make(config):
+        accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        return accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it holds the precision before
+    monkeypatch.setattr(trainer, "make_accelerator", make)
+
+
+def test_fp16_scales_the_loss_and_resumes_to_the_bit(folder, tmp_path, monkeypatch):
+    settings = {"steps": 4, "checkpoint_every": 3, "batch_size": 1}
+    plain = run_config(folder, tmp_path / "plain", train=settings)
+    train(plain)
+    with_loss_scaling(monkeypatch, 2.0**10)
+    half = {**settings, "mixed_precision": "fp16"}
+    train(run_config(folder, tmp_path / "whole", train=half))
+    for a, b in zip(losses(tmp_path / "plain"), losses(tmp_path / "whole")):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02) and b["loss"] != a["loss"]
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=0.05)  # unscaled
+    train(run_config(folder, tmp_path / "parts", train={**half, "steps": 3}))
+    checkpoint = Checkpoints(tmp_path / "parts" / "checkpoints", 2).latest()
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)["scaler"]
+    assert saved["scale"] == 2.0**11 and saved["_growth_tracker"] == 1
+    with_loss_scaling(monkeypatch, 2.0)
+    train(run_config(folder, tmp_path / "parts", train=half), "latest")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
+def test_fp16_skips_steps_that_overflow_and_stops_if_all_do(folder, tmp_path, monkeypatch):
+    with_loss_scaling(monkeypatch, 2.0**2)
+    settings = {"steps": 9, "batch_size": 1, "mixed_precision": "fp16"}
+    trainer = Trainer(run_config(folder, tmp_path / "run", train=settings))
+    before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    next(iter(trainer.parameters.values())).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(FloatingPointError, match="step 3: gradient is not finite"):
+        trainer.run()  # with scales of 4, 2 and 1 the steps are skipped
+    assert all(torch.equal(before[n], p) for n, p in trainer.parameters.items())
+    assert trainer.accelerator.scaler.get_scale() < 1
+
+
+def test_tensorboard_gets_the_numbers(folder, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(run_config(folder, tmp_path / "run", train={"steps": 2, "trackers": ["tensorboard"]}))
+    found = EventAccumulator(str(tmp_path / "run" / "dittfast")).Reload()
+    for name in ("loss", "attention", "gradient_norm"):
+        values = [(e.step, e.value) for e in found.Scalars(name)]
+        expected = [(row["step"], row[name]) for row in losses(tmp_path / "run")]
+        assert [step for step, _ in values] == [1, 2]
+        assert values == [(step, pytest.approx(x, rel=1e-6)) for step, x in expected]
+
+
+def test_prodigy_trains_and_resumes_to_the_bit(folder, tmp_path):
+    pytest.importorskip("prodigyopt")
+    settings = {"optimizer": "prodigy", "lr": 1.0, "batch_size": 1, "checkpoint_every": 2}
+    train(run_config(folder, tmp_path / "whole", train={**settings, "steps": 4}))
+    train(run_config(folder, tmp_path / "parts", train={**settings, "steps": 2}))
+    train(run_config(folder, tmp_path / "parts", train={**settings, "steps": 4}), "latest")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
 def test_checkpoints_rotate(tmp_path):
     made = Checkpoints(tmp_path / "c", keep=2)
     assert made.latest() is None and made.all() == []
@@ -356,6 +477,8 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     refuse(ValueError, "mixed_precision=bf16", model={"dtype": "bfloat16"})
     refuse(ValueError, "another model.*sample-flux", model={"path": "sample-flux"})
     refuse(ValueError, "train.trackers names wandb", train={"trackers": ["wandb"]})
+    if not torch.accelerator.is_available():
+        refuse(ValueError, "fp16 needs a GPU", train={"mixed_precision": "fp16"})
     done = run_config(folder, tmp_path / "run", train={"steps": 1})
     train(done)
     refuse(ValueError, "global_batch 2.*has 4", resume="latest", train={"accumulation": 2})

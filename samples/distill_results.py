@@ -1,0 +1,494 @@
+"""The training results in docs/distill.md: runs, pictures, distances and curves.
+
+    python samples/distill_results.py clear -o work/results --save docs/distill-clear
+    python samples/distill_results.py llsa -o work/results --save docs/distill-llsa
+    python samples/distill_results.py radial -o work/results --emoji work/emoji.npz \\
+        --save docs/distill-radial
+
+Everything lies below ``-o`` and nothing is made twice: a run that is killed goes on where it
+stopped. ``clear`` prepares the recipe's set, trains the recipe and its ablations, and draws the
+held-out captions with each; ``llsa`` uses the same set and the same reference. The distances are
+Fréchet distances in the features of the sample model's own network, no FID of Inception.
+``radial`` draws clips of 33 frames from the file of ``emoji_data.py``, a quarter of them held out,
+and measures the flow-matching loss on those.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from dittfast.distill.config import load_config
+from dittfast.distill.loader import Dataset
+from dittfast.distill.noise import sample_noise
+from dittfast.distill.prepare import prepare
+from dittfast.distill.trainer import train
+from dittfast.pipelines.generate import call_arguments, run
+from dittfast.pipelines.sources import find, load
+from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
+from PIL import Image
+
+import dittfast
+from dittfast.features import load_features
+from dittfast.fid import frechet
+from dittfast.files import atomic_path, save_video, write_json, write_text
+from dittfast.methods.log_linear import LogLinear
+from dittfast.metrics import image_tensor, psnr, ssim
+
+PICTURES = 80  # of each set; the network has 64 features
+FIRST_SEED = 10_000  # the training set was drawn with 0, 1, 2, ...
+CLEAR = "clear_sample"
+# Equal numbers of steps for the ablations; the whole recipe goes on to its own number.
+ABLATION_STEPS = 60
+ABLATIONS = {
+    "no attention loss": ["objectives.attention=0"],
+    "no prediction loss": ["objectives.prediction=0"],
+}
+
+
+class Results:
+    """Arms of one experiment: pictures of the same captions and seeds.
+
+    Args:
+        folder: of everything that is made.
+        recipe: whose model and call the pictures are drawn with.
+    """
+
+    def __init__(self, folder: Path, recipe: str = CLEAR):
+        self.folder = folder
+        config = load_config(recipe)
+        self.data = folder / "data" / recipe
+        self.source = find(config.model.path)
+        self.config = config
+        self.pipe = load(self.source, "cpu", torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.call = config.data.call
+
+    def prepare(self) -> None:
+        """The training set, and its own pictures as files with captions."""
+        config = load_config(CLEAR, [f"data.folder={self.data}"])
+        prepare(self.pipe, config.model.component, self.source, config.data)
+        folder = self.folder / "pictures" / "training set"
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset, pipe = Dataset(self.data), self.pipe
+        call = call_arguments(pipe, "any", self.source.settings, **self.call)
+        lines = []
+        for index, prompt in enumerate(dataset.manifest["prompts"]):
+            name = f"{index:05d}.png"
+            lines.append(json.dumps({"file_name": name, "text": prompt}))
+            if (folder / name).exists():
+                continue
+            latents = dataset.sample(index)["latents"]
+            size = call["height"], call["width"], pipe.vae_scale_factor
+            latents = pipe._unpack_latents(latents, *size)
+            latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+            with torch.no_grad():
+                pixels = pipe.vae.decode(latents, return_dict=False)[0]
+            _save(folder / name, pipe.image_processor.postprocess(pixels)[0])
+        write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+
+    def prompts(self) -> list[str]:
+        """One caption for each label in turn, none of them in the training set."""
+        known = set(self.config.data.prompts)
+        settings = self.source.settings
+        found = []
+        for index in range(PICTURES):
+            turn, number = divmod(index, len(settings["labels"]))
+            label, colours = settings["labels"][number], settings["backgrounds"]
+            options = [caption(label, colours[(number + i) % len(colours)]) for i in range(8)]
+            found.append([text for text in options if text not in known][turn])
+        return found
+
+    def draw(self, name: str, adapter: Path | None = None, **method) -> Path:
+        """Pictures of an arm: an adapter's, a method's without training, or the teacher's.
+
+        Args:
+            method: name and options, in the place of the adapter's own.
+        """
+        folder = self.folder / "pictures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i in range(PICTURES) if not (folder / f"{i:05d}.png").exists()]
+        if not missing:
+            return folder
+        prompts = self.prompts()
+        with contextlib.ExitStack() as stack:
+            if adapter is not None:
+                dittfast.load_adapter(self.pipe, adapter, **method)
+                stack.callback(dittfast.unload_adapter, self.pipe)
+            elif method:
+                stack.enter_context(dittfast.enable(self.pipe, **method, min_tokens=0))
+            for i in missing:
+                call = call_arguments(self.pipe, prompts[i], self.source.settings, **self.call)
+                frames = run(self.pipe, call, FIRST_SEED + i).frames
+                _save(folder / f"{i:05d}.png", Image.fromarray(frames[0]))
+        return folder
+
+    def measure(self, name: str, paired: bool = True) -> dict:
+        """Distance of an arm's first pictures to the teacher's; PSNR and SSIM, picture by picture.
+
+        Args:
+            paired: whether both drew the same captions with the same seeds.
+        """
+        here, reference = (self.folder / "pictures" / n for n in (name, "teacher"))
+        there = self.folder / "compared" / name  # the training set has more pictures
+        there.mkdir(parents=True, exist_ok=True)
+        for file in sorted(here.glob("*.png"))[:PICTURES]:
+            if not (there / file.name).exists():
+                (there / file.name).symlink_to(file.resolve())
+        found = frechet(there, reference, load_features())
+        values = {"distance": found["value"], "features": found["features"]}
+        if paired:
+            pairs = [
+                [image_tensor(Image.open(f / f"{i:05d}.png")) for f in (reference, here)]
+                for i in range(PICTURES)
+            ]
+            values["psnr_db"] = statistics.fmean(psnr(a, b) for a, b in pairs)
+            values["ssim"] = statistics.fmean(ssim(a, b) for a, b in pairs)
+        return values
+
+    def train(self, name: str, recipe: str, overrides: list[str]) -> Path:
+        """Run a recipe to its end, or go on with it; its folder."""
+        output = self.folder / "runs" / name
+        config = load_config(recipe, [f"train.output={output}", *overrides])
+        done = output / "adapter" / "adapter.json"
+        if done.exists():
+            facts = json.loads(done.read_text(encoding="utf-8"))["run"]
+            if facts["steps"] == config.train.steps:
+                return output
+        train(config, "latest" if (output / "config.json").exists() else None)
+        return output
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def history(run_folder: Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``."""
+    text = (run_folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def facts(run_folder: Path) -> dict:
+    """What an adapter's description says about its run."""
+    path = run_folder / "adapter" / "adapter.json"
+    return json.loads(path.read_text(encoding="utf-8"))["run"]
+
+
+def clear(results: Results, ablations: bool = True) -> dict:
+    """CLEAR's recipe in small; with ``ablations`` also without one of its losses."""
+    results.prepare()
+    data, steps = f"data.folder={results.data}", results.config.train.steps
+    short = f"train.steps={ABLATION_STEPS}"
+    halfway = results.folder / "runs" / "clear" / f"adapter-{ABLATION_STEPS}"
+    if not halfway.exists():  # the learning rate is constant, so this is where the whole run passes
+        whole = results.train("clear", CLEAR, [data, short])
+        shutil.copytree(whole / "adapter", halfway)
+    whole = results.train("clear", CLEAR, [data])
+    results.draw("teacher")
+    distilled = f"all losses, {steps} steps"
+    results.draw(distilled, whole / "adapter")
+    method = results.config.student
+    results.draw("untrained", method=method.method, **method.options)
+    at_equal = []
+    if ablations:
+        at_equal = [f"all losses, {ABLATION_STEPS} steps"]
+        results.draw(at_equal[0], halfway)
+    runs = {distilled: whole}
+    for name, overrides in ABLATIONS.items() if ablations else ():
+        label = f"{name}, {ABLATION_STEPS} steps"
+        runs[label] = results.train(name.replace(" ", "_"), CLEAR, [data, short, *overrides])
+        results.draw(label, runs[label] / "adapter")
+    arms = {name: results.measure(name) for name in ("untrained", *at_equal, *runs)}
+    lost = arms["untrained"]["distance"]
+    for values in arms.values():
+        # The same captions and seeds: the teacher itself is at 0, so this is the strict measure.
+        values["recovered"] = 1 - values["distance"] / lost
+    arms["teacher, other captions and seeds"] = results.measure("training set", paired=False)
+    return {"arms": arms} | describe_runs(runs)
+
+
+def describe_runs(runs: dict[str, Path]) -> dict:
+    """The curves and the configurations of runs, by arm."""
+    return {
+        "runs": {
+            name: {
+                "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
+                "facts": facts(folder),
+                "history": history(folder),
+            }
+            for name, folder in runs.items()
+        }
+    }
+
+
+@contextlib.contextmanager
+def published_gradients():
+    """Inside, gradients through pooled keys and values are too small by the block size.
+
+    That is what the published kernels do with one level (METHODS: the backward pass leaves out the
+    weight of a pooled token). The forward pass is untouched.
+    """
+    right = LogLinear.extend
+
+    def extend(self, layout, k, v, **parameters):
+        extended = right(self, layout, k, v, **parameters)
+        tokens, part = layout.num_tokens, 1 / self.block_size
+
+        def weaken(x):
+            pooled = x[:, :, tokens:]
+            pooled = part * pooled + (1 - part) * pooled.detach()
+            return torch.cat([x[:, :, :tokens], pooled], 2)
+
+        return tuple(weaken(x) for x in extended)
+
+    with patch.object(LogLinear, "extend", extend):
+        yield
+
+
+def llsa(results: Results) -> dict:
+    """LLSA's second stage at 4 times the tokens: dense, log-linear, published gradients."""
+    results.prepare()
+    results.draw("teacher")
+    pictures = results.folder / "pictures" / "training set"
+    config = load_config("llsa_sample_stage1", [f"data.folder={results.folder}/data/llsa_stage1"])
+    small = [f"data.folder={config.data.folder}", f"data.pictures={json.dumps(str(pictures))}"]
+    config = load_config("llsa_sample_stage1", small)
+    prepare(results.pipe, config.model.component, results.source, config.data)
+    stage1 = results.train("llsa_stage1", "llsa_sample_stage1", small) / "adapter"
+    both = [f"data.folder={results.data}", f"student.start={stage1}"]
+    dense = ["student.method=dense", "student.options={}"]
+    runs = {
+        "dense": results.train("llsa_dense", "llsa_sample_stage2", [*both, *dense]),
+        "log_linear": results.train("llsa_log_linear", "llsa_sample_stage2", both),
+    }
+    with published_gradients():
+        runs["log_linear, published gradients"] = results.train(
+            "llsa_published", "llsa_sample_stage2", both
+        )
+    options = load_config("llsa_sample_stage2").student
+    before = {"log_linear, stage 1 only": {"method": options.method, **options.options}}
+    for name, method in before.items():
+        results.draw(name, stage1, **method)
+    for name, folder in runs.items():
+        results.draw(name, folder / "adapter")
+    arms = {name: results.measure(name) for name in (*before, *runs)}
+    found = describe_runs({"stage 1": stage1.parent, **runs})
+    ratio = arms["log_linear"]["distance"] / arms["dense"]["distance"]
+    return {"arms": arms, "distance_ratio": ratio, "seconds_per_step": step_seconds(runs)} | found
+
+
+def write_table(data: dict, path: Path, title: str, picture: str) -> None:
+    """The arms and the runs as Markdown, with the pictures."""
+    columns = list(dict.fromkeys(name for values in data["arms"].values() for name in values))
+    columns.remove("features") if "features" in columns else None
+    lines = [f"# {title}", "", f"![Losses and PSNR by step]({picture}.png)", ""]
+    if "distance" in columns:
+        lines += [
+            f"Distances are Fréchet distances in the features of `sample-features`, not FID by "
+            f"Inception: {PICTURES} pictures to the teacher's {PICTURES} of the same captions and "
+            "seeds, where the teacher itself is at 0.",
+            "",
+            f"![The first pictures: {', '.join(shown(data))}]({picture}-pictures.png)",
+            "",
+        ]
+    lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in data["arms"].items():
+        cells = [f"{values[c]:.4g}" if c in values else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| run | steps | seed | minutes of steps, wall clock |", "|---|---|---|---|"]
+    for name, run_of in data["runs"].items():
+        found = run_of["facts"]
+        minutes = found["seconds"] / 60
+        lines.append(f"| {name} | {found['steps']} | {found['seed']} | {minutes:.0f} |")
+    text = "\n".join(lines)
+    write_text(
+        path,
+        f"{text}\n\nConfigurations, curves and all values: [{picture}.json]({picture}.json).\n",
+    )
+
+
+def shown(data: dict) -> list[str]:
+    """The rows of the sheet of pictures."""
+    return ["teacher", *(name for name in data["arms"] if not name.startswith("teacher"))]
+
+
+def plot(data: dict, path: Path) -> None:
+    """Losses of the runs, smoothed over ten steps, and PSNR to the teacher."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["denoising", "prediction", "attention", "validation/psnr_db"]
+    names = [
+        n for n in names if any(n in row for r in data["runs"].values() for row in r["history"])
+    ]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), layout="constrained")
+    for ax, name in zip([axes] if len(names) == 1 else axes, names):
+        for label, values in data["runs"].items():
+            points = [(row["step"], row[name]) for row in values["history"] if name in row]
+            if not points:
+                continue
+            steps, y = zip(*points)
+            if "/" not in name:
+                y = [statistics.fmean(y[max(0, i - 9) : i + 1]) for i in range(len(y))]
+            ax.plot(steps, y, marker="o" if "/" in name else None, markersize=3, label=label)
+        ax.set(xlabel="step", title="PSNR to the teacher, dB" if "/" in name else f"{name} loss")
+        if "/" not in name:
+            ax.set_yscale("log")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def sheet(results: Results, names: list[str], path: Path, count: int = 8) -> None:
+    """The first pictures of each arm, one row for each."""
+    files = [
+        [results.folder / "pictures" / n / f"{i:05d}.png" for i in range(count)] for n in names
+    ]
+    side = 128
+    page = Image.new("RGB", (side * count, side * len(names)))
+    for row, line in enumerate(files):
+        for column, file in enumerate(line):
+            page.paste(Image.open(file).resize((side, side)), (column * side, row * side))
+    page.save(path)
+
+
+HELD_OUT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+RADIAL = "radial_sample_4x"
+
+
+def write_clips(emoji: Path, folder: Path, frames: int) -> None:
+    """Clips of each motion at ``frames`` frames, the same way in smaller steps, with captions.
+
+    Every eighth label goes to ``held-out``, with two motions each; every other
+    label to ``train``, with one.
+    """
+    from clips import FRAMES, MOTIONS, PICTURE_PART, Clips, render
+    from clips import caption as moving
+
+    source = Clips(emoji, others=False)
+    at = torch.linspace(0, FRAMES - 1, frames)
+    before = at.floor().long().clamp_max(FRAMES - 2)
+    rest = (at - before)[None, :, None]
+    table = source.poses[:, before] * (1 - rest) + source.poses[:, before + 1] * rest
+    motions, colours = list(MOTIONS), list(BACKGROUNDS)
+    for number, label in enumerate(LABELS):
+        held_out = number % 8 == 1
+        for turn in range(2 if held_out else 1):
+            motion = (number // 8 + number + 3 * turn) % len(motions)
+            colour = (5 * number + turn) % len(colours)
+            pose = table[motion].clone()
+            pose[:, 2] *= PICTURE_PART
+            video = render(source.named[number][None], source.colours[colour][None], pose[None])
+            pixels = ((video[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
+            there = folder / ("held-out" if held_out else "train")
+            there.mkdir(parents=True, exist_ok=True)
+            file = there / f"{number:02d}-{turn}.gif"
+            if not file.exists():
+                save_video(file, pixels.numpy())
+                text = moving(label, colours[colour], motions[motion])
+                write_text(file.with_suffix(".txt"), text)
+
+
+@torch.no_grad()
+def held_out_loss(pipe, dataset: Dataset) -> float:
+    """Mean flow-matching loss of a transformer, each clip with the same noise and times."""
+    total = []
+    for index in range(len(dataset)):
+        batch = dataset.batch([index])
+        arguments = dict(batch.arguments)
+        for slot, time in enumerate(HELD_OUT_TIMES):
+            t = torch.tensor([time])
+            noise = sample_noise(batch.latents.shape, 1, index, slot)
+            noisy = dataset.process.noisy(batch.latents, noise, t)
+            arguments["hidden_states"] = torch.cat([noisy, batch.arguments["hidden_states"]], 1)
+            arguments["timestep"] = dataset.process.timestep(t)
+            found = pipe.transformer(**arguments, return_dict=False)[0]
+            total.append(
+                float((found - dataset.process.target(batch.latents, noise, t)).square().mean())
+            )
+    return statistics.fmean(total)
+
+
+def radial(folder: Path, emoji: Path) -> dict:
+    """Length extension: a LoRA at 4 times the frames, radial and dense, against no training."""
+    config = load_config(RADIAL)
+    frames = config.data.call["num_frames"] + 1
+    write_clips(emoji, folder / "clips", frames)
+    results = Results(folder, RADIAL)
+    sets = {}
+    for name in ("train", "held-out"):
+        overrides = [
+            f"data.folder={folder}/data/{RADIAL}-{name}",
+            f"data.pictures={folder}/clips/{name}",
+        ]
+        sets[name] = overrides
+        prepared = load_config(RADIAL, overrides).data
+        prepare(results.pipe, config.model.component, results.source, prepared)
+    dense = ["student.method=dense", "student.options={}", "student.schedule={}"]
+    runs = {
+        "radial LoRA": results.train("radial", RADIAL, sets["train"]),
+        "dense LoRA": results.train("radial_dense", RADIAL, [*sets["train"], *dense]),
+    }
+    held_out = Dataset(folder / "data" / f"{RADIAL}-held-out")
+    student = config.student
+    arms = {"dense, untrained": held_out_loss(results.pipe, held_out)}
+    method = {**student.options, **student.schedule, "min_tokens": 0}
+    with dittfast.enable(results.pipe, student.method, **method):
+        arms["radial, untrained"] = held_out_loss(results.pipe, held_out)
+    for name, run_folder in runs.items():
+        dittfast.load_adapter(results.pipe, run_folder / "adapter")
+        arms[name] = held_out_loss(results.pipe, held_out)
+        dittfast.unload_adapter(results.pipe)
+    arms = {name: {"held_out_loss": value} for name, value in arms.items()}
+    return {"arms": arms, "frames": frames, "seconds_per_step": step_seconds(runs)} | describe_runs(
+        runs
+    )
+
+
+def step_seconds(runs: dict[str, Path]) -> dict[str, float]:
+    """The median over each run's steps."""
+    return {
+        name: statistics.median(row["seconds"] for row in history(folder) if "seconds" in row)
+        for name, folder in runs.items()
+    }
+
+
+EXPERIMENTS = ("clear", "llsa", "radial")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--emoji", type=Path, help="for radial: the file of samples/emoji_data.py")
+    parser.add_argument("--save", type=Path, help="write PREFIX.json, .png and -pictures.png")
+    args = parser.parse_args()
+    results = None
+    if args.experiment == "radial":
+        if args.emoji is None:
+            parser.error("radial needs --emoji, the file that samples/emoji_data.py wrote")
+        data = radial(args.output, args.emoji)
+    else:
+        results = Results(args.output)
+        data = clear(results) if args.experiment == "clear" else llsa(results)
+    print(json.dumps({k: v for k, v in data.items() if k != "runs"}, indent=1))
+    if args.save:
+        write_json(f"{args.save}.json", data)
+        plot(data, Path(f"{args.save}.png"))
+        title = f"{args.experiment}: training on the sample model"
+        write_table(data, Path(f"{args.save}.md"), title, args.save.name)
+        if results is not None:
+            sheet(results, shown(data), Path(f"{args.save}-pictures.png"))
+
+
+if __name__ == "__main__":
+    main()
