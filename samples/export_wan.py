@@ -60,6 +60,10 @@ def save(args):
     )
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
     rename_tokenizer_class(args.out)
+    for path in args.out.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a folder of the machine that trained it
+        path.write_text(json.dumps(config, indent=2) + "\n")
     (args.out / "NOTICE").write_text(NOTICE.format(n=len(LABELS)))
 
     progress = state["progress"]
