@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: torch.nn.Module, blocks: list[str], device: torch.device) -> None:
@@ -28,13 +29,24 @@ def shard(model: torch.nn.Module, blocks: list[str], device: torch.device) -> No
 
 
 def is_sharded(x: torch.Tensor) -> bool:
-    return isinstance(x, DTensor)
+    """Whether x is a DTensor."""
+    # Where nobody has imported DTensor there is none; importing it here would take a second.
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def _cut(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x``, which every process has already, sharded as ``like`` is; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    x = x.to(like.device)
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that lies in this process, sharing its storage; all of a plain one."""
     x = x.detach()
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def whole(x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,12 +55,14 @@ def whole(x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     Args:
         like: the parameter whose local part ``x`` is; None where x itself may be sharded.
     """
-    if isinstance(like, DTensor) and not isinstance(x, DTensor):
+    if like is not None and is_sharded(like) and not is_sharded(x):
+        from torch.distributed.tensor import DTensor
+
         x = DTensor.from_local(
             x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
     x = x.detach()
-    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+    return (x.full_tensor() if is_sharded(x) else x).cpu()
 
 
 def part(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -57,11 +71,7 @@ def part(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     Args:
         x: the same values in every process, in the whole shape of ``like``.
     """
-    if not isinstance(like, DTensor):
-        return x
-    x = x.to(like.device)
-    # Every process has x already; nothing is sent.
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return _cut(x, like).to_local() if is_sharded(like) else x
 
 
 def whole_state(state: dict) -> dict:
@@ -69,7 +79,7 @@ def whole_state(state: dict) -> dict:
     return {
         "param_groups": state["param_groups"],
         "state": {
-            index: {k: whole(x) if isinstance(x, DTensor) else x for k, x in values.items()}
+            index: {k: whole(x) if is_sharded(x) else x for k, x in values.items()}
             for index, values in state["state"].items()
         },
     }
@@ -79,10 +89,9 @@ def sharded_state(state: dict, parameters: list[torch.Tensor]) -> dict:
     """The inverse of :func:`whole_state`, for the parameters as they are sharded now."""
 
     def cut(x, like):
-        if not isinstance(like, DTensor) or not torch.is_tensor(x) or x.shape != like.shape:
+        if not is_sharded(like) or not torch.is_tensor(x) or x.shape != like.shape:
             return x
-        x = x.to(like.device)
-        return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+        return _cut(x, like)
 
     return {
         "param_groups": state["param_groups"],
