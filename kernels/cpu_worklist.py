@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from dittfast.plan import METRICS, PlanTensors, run_lengths
+from dittfast.plan import METRICS, PlanTensors, block_states
 
 # Rows that share a problem: more of them do not make it faster.
 _GROUP_ROWS = 1024
@@ -151,11 +151,11 @@ def _list_calls(
     t: PlanTensors, rows: _Rows, batch: int, head: int
 ) -> Iterator[tuple[Call, torch.Tensor, torch.Tensor | None]]:
     """Calls of one list, each with its key positions and, if they are not neighbours, its rows."""
-    lists = t.kv_indices[batch, head][rows.blocks].long()
+    listed = t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks
+    listed = [x[batch, head][rows.blocks] for x in listed]
+    lists, num_listed, num_full = listed
     slot = torch.arange(lists.shape[1])
-    is_full = slot < t.kv_num_full_blocks[batch, head][rows.blocks][:, None]
-    is_partial = (slot < t.kv_num_blocks[batch, head][rows.blocks][:, None]) & ~is_full
-    runs = run_lengths(t.kv_indices[batch, head], t.kv_num_blocks[batch, head])[rows.blocks]
+    is_partial = (slot < num_listed[:, None]) & (slot >= num_full[:, None])
     kv_starts, kv_lengths = t.kv_starts.long(), t.kv_lengths.long()
     num_blocks = kv_starts.numel()
     # With a rule the table tells single keys apart, without one it has a column per key block.
@@ -171,15 +171,11 @@ def _list_calls(
         part = slice(first, first + step)
         starts, lengths = rows.starts[part], rows.lengths[part]
         members = starts.numel()
-        # The last column collects unused slots.
-        seen = torch.zeros(members, num_blocks + 1, dtype=torch.bool)
-        seen.scatter_(1, torch.where(is_full[part], lists[part], num_blocks), True)
-        for row in runs[part].nonzero()[:, 0].tolist():
-            seen[row, : int(runs[first + row])] = True
-        seen = seen.index_select(1, block_of) if by_key else seen[:, :num_blocks]
+        seen = block_states(*(x[part] for x in listed), num_blocks) == 2
         if by_key:
+            seen = seen.index_select(1, block_of)
             row, at = is_partial[part].nonzero(as_tuple=True)
-            block = lists[part][row, at]
+            block = lists[part][row, at].long()
             row = torch.repeat_interleave(row, kv_lengths[block])
             key = expand(kv_starts[block], kv_lengths[block])
             some, every = _classify(t, boxes, row + first, key)
