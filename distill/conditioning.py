@@ -182,16 +182,19 @@ def encode(pipe, frames: torch.Tensor, latent_shape: tuple[int, ...]) -> torch.T
     Raises:
         ValueError: no arrangement of the latents has that shape.
     """
-    vae = pipe.vae
-    pixels = frames.to(vae.device).movedim(-1, 1).to(vae.dtype) / 127.5 - 1  # [F, 3, H, W]
-    video = _encodes_video(vae)
-    pixels = pixels.movedim(0, 1)[None] if video else pixels
-    latents = _normalise(vae, vae.encode(pixels).latent_dist.mode())
+    vae = getattr(pipe, "vae", None)
+    pixels = frames.movedim(-1, 1) / 127.5 - 1  # [F, 3, H, W]
+    if vae is None:  # a pixel transformer
+        latents = pixels
+    else:
+        pixels = pixels.to(vae.device, vae.dtype)
+        pixels = pixels.movedim(0, 1)[None] if _encodes_video(vae) else pixels
+        latents = _normalise(vae, vae.encode(pixels).latent_dist.mode())
     for arranged in _arrangements(pipe, latents):
         if tuple(arranged.shape) == tuple(latent_shape):
             return arranged
     raise ValueError(
-        f"the VAE gives latents {list(latents.shape)} for {list(frames.shape)}, the transformer "
+        f"frames {list(frames.shape)} become latents {list(latents.shape)}, the transformer "
         f"takes {list(latent_shape)}; check data.call.height, width and num_frames"
     )
 

@@ -388,4 +388,7 @@ def _value(hint, value, where: str):
 def _wrong(where: str, hint, value) -> ValueError:
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     wanted = words.get(hint, "a mapping" if hint is dict else str(hint))
-    return ValueError(f"{where} must be {wanted}, got {value!r}")
+    hint = ""
+    if wanted == "text" and isinstance(value, bool):
+        hint = "; YAML reads a bare no, yes, on or off as true or false, so put it in quotes"
+    return ValueError(f"{where} must be {wanted}, got {value!r}{hint}")

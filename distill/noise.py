@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-KINDS = ("flow", "epsilon", "v_prediction")
+KINDS = ("flow", "epsilon", "v_prediction", "sample")
+# PRXPixelPipeline divides by no smaller time than this.
+SMALLEST_TIME = 0.05
 
 
 @dataclass(frozen=True)
@@ -18,23 +20,30 @@ class NoiseProcess:
         kind: "flow" (``x = (1 - t) clean + t noise``, target ``noise - clean``), "epsilon"
             (``x = sqrt(a) clean + sqrt(1 - a) noise``, target ``noise``) or "v_prediction"
             (the same x, target ``sqrt(a) noise - sqrt(1 - a) clean``; Salimans & Ho 2022,
-            arXiv:2202.00512).
+            arXiv:2202.00512), or "sample" (flow matching whose model predicts the clean picture:
+            :meth:`velocity` turns its answer into what is compared).
         time_scale: what the model is told at t: ``t * time_scale`` for flow, the index of the
             nearest training step below for the others.
-        alphas_cumprod: a of each training step; empty for flow.
+        alphas_cumprod: a of each training step; empty for flow and sample.
+        noise_scale: the noise's standard deviation (PRXPixelPipeline draws with 2).
     """
 
     kind: str
     time_scale: float = 1.0
     alphas_cumprod: tuple[float, ...] = ()
+    noise_scale: float = 1.0
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if (self.kind == "flow") == bool(self.alphas_cumprod):
+        if self._is_flow == bool(self.alphas_cumprod):
             raise ValueError(
                 "alphas_cumprod is needed for epsilon and v_prediction, and only there"
             )
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.kind in ("flow", "sample")
 
     def _index(self, t: torch.Tensor) -> torch.Tensor:
         steps = len(self.alphas_cumprod)
@@ -42,8 +51,8 @@ class NoiseProcess:
 
     def _factors(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of data and noise, shaped to multiply ``like``."""
-        if self.kind == "flow":
-            pair = 1 - t, t
+        if self._is_flow:
+            pair = 1 - t, self.noise_scale * t
         else:
             a = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
             a = a.to(t.device)[self._index(t)]
@@ -57,21 +66,32 @@ class NoiseProcess:
         return data * clean + rest * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the model should predict."""
+        """What the model should predict; for "sample" the velocity of that."""
         if self.kind == "flow":
-            return noise - clean
+            return self.noise_scale * noise - clean
+        if self.kind == "sample":
+            return self.velocity(clean, self.noisy(clean, noise, t), t)
         if self.kind == "epsilon":
             return noise
         data, rest = self._factors(t, clean)
         return data * noise - rest * clean
 
+    def velocity(
+        self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """A prediction as the scheduler takes it; all kinds but "sample" are that already."""
+        if self.kind != "sample":
+            return prediction
+        t = t.to(noisy.dtype).clamp_min(SMALLEST_TIME).view(-1, *[1] * (noisy.ndim - 1))
+        return (noisy - prediction) / t
+
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
         """``timestep [B]`` as the model's forward takes it."""
-        return t * self.time_scale if self.kind == "flow" else self._index(t)
+        return t * self.time_scale if self._is_flow else self._index(t)
 
 
-def process_of(scheduler, timestep: float, num_train_timesteps: int) -> NoiseProcess:
-    """The process that a scheduler was made for.
+def process_of(pipe, timestep: float, num_train_timesteps: int) -> NoiseProcess:
+    """The process that a pipeline and its scheduler were made for.
 
     Args:
         timestep: what the pipeline passed to its transformer in its first step.
@@ -79,13 +99,15 @@ def process_of(scheduler, timestep: float, num_train_timesteps: int) -> NoisePro
     Raises:
         ValueError: a prediction type that is not supported.
     """
-    config = scheduler.config
+    scheduler, config = pipe.scheduler, pipe.scheduler.config
+    if type(pipe).__name__ == "PRXPixelPipeline":
+        return NoiseProcess("sample", 1.0, noise_scale=float(pipe.config.noise_scale))
     prediction = config.get("prediction_type")
     flow = type(scheduler).__name__.startswith("FlowMatch") or prediction == "flow_prediction"
     if flow:
         # The first step is near t = 1, so the model takes either t itself or training steps.
         return NoiseProcess("flow", 1.0 if timestep <= 2 else float(num_train_timesteps))
-    if prediction not in KINDS:
+    if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"{type(scheduler).__name__} predicts {prediction!r}; training knows flow matching, "
             "epsilon and v_prediction"

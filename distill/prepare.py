@@ -86,7 +86,7 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
 def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item], call) -> dict:
     first = condition(pipe, model, _call(pipe, call, items[0])[0])
     train_steps = pipe.scheduler.config.get("num_train_timesteps", 1000)
-    process = process_of(pipe.scheduler, first.timestep, train_steps)
+    process = process_of(pipe, first.timestep, train_steps)
     return {
         "format": FORMAT,
         "model": source.name,

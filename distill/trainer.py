@@ -192,7 +192,7 @@ class Trainer:
         device, weights = self.accelerator.device, self.config.objectives
         batch = micro.batch.to(device)
         noise, t = micro.noise.to(device), micro.t.to(device)
-        hidden_states = self.process.noisy(batch.latents, noise, t)
+        hidden_states = noisy = self.process.noisy(batch.latents, noise, t)
         appended = batch.arguments.get("hidden_states")
         if appended is not None:
             hidden_states = torch.cat([hidden_states, appended.to(hidden_states)], 1)
@@ -210,12 +210,14 @@ class Trainer:
                 teacher = self._pass(arguments)
         with force_dense(self.pipe, False):
             prediction, attention, features = self._pass(arguments)
+        prediction = self.process.velocity(prediction, noisy, t)
         found = {}
         if weights.denoising:
             target = self.process.target(batch.latents, noise, t)
             found["denoising"] = objectives.denoising_loss(prediction, target)
         if weights.prediction:
-            found["prediction"] = objectives.prediction_loss(prediction, teacher[0])
+            wanted = self.process.velocity(teacher[0], noisy, t)
+            found["prediction"] = objectives.prediction_loss(prediction, wanted)
         if weights.attention:
             found["attention"] = objectives.attention_loss(attention, teacher[1])
         if weights.features:

@@ -99,6 +99,7 @@ FAMILIES: dict[str, Family] = {
         r"transformer_blocks\.\d+\.attn1", image.image, dense=_CROSS2
     ),
     "DiTTransformer2DModel": Family(r"transformer_blocks\.\d+\.attn1", image.image),
+    "PRXTransformer2DModel": Family(r"blocks\.\d+\.attention", image.text_then_image),
     # Videos.
     "WanTransformer3DModel": Family(r"blocks\.\d+\.attn1", video.video, dense=_CROSS2),
     "WanVACETransformer3DModel": Family(r"(vace_)?blocks\.\d+\.attn1", video.video, dense=_CROSS2),

@@ -55,6 +55,10 @@ class _Recorder:
     def num_tokens(self) -> int:
         return self.model._dittfast.layout.num_tokens
 
+    @property
+    def lead(self) -> int:
+        return self.model._dittfast.layout.grid_start
+
     def at(self, num_tokens) -> bool:
         return num_tokens == self.num_tokens
 

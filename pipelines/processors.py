@@ -192,6 +192,11 @@ class _LastPart:
         self.strict, self.num_tokens = inner.strict, inner.num_tokens
         self.outer_mask = inner.outer_mask
 
+    @property
+    def lead(self) -> int:
+        """Tokens before the grid."""
+        return self.inner.lead
+
     def at(self, num_tokens) -> bool:
         """Whether a sequence of this length is the weakened one."""
         return self.inner.at(num_tokens)

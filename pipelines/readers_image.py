@@ -37,7 +37,7 @@ def sd3(model, arguments: dict) -> Layout | Sequences:
 
 
 def text_then_image(model, arguments: dict) -> Layout:
-    # CogView4: text, image.
+    # CogView4: text, image. PRX: the same, and only the image asks.
     grid = patches(arguments["hidden_states"].shape[2:], model.config.patch_size)
     return joint(arguments["encoder_hidden_states"].shape[1], grid)
 

@@ -97,6 +97,11 @@ class Core:
     def num_tokens(self) -> int:
         return self.main.num_tokens
 
+    @property
+    def lead(self) -> int:
+        """Tokens before the grid."""
+        return self.main.layout.grid_start
+
     def at(self, num_tokens) -> tuple[Part, ...] | None:
         """The parts for a sequence of this length; None where no layout has it."""
         for rows in self.parts:
@@ -120,6 +125,11 @@ class Perturbation:
         self.num_tokens = layout.num_tokens
         self.weak = Local(window=1) if rows == "diagonal" else None
         self.plan = self.weak.plan(layout) if self.weak else None
+
+    @property
+    def lead(self) -> int:
+        """Tokens before the grid."""
+        return self.layout.grid_start
 
     def at(self, num_tokens) -> bool:
         """Whether a sequence of this length is the weakened one."""
@@ -186,9 +196,13 @@ class intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _SDPA:
             call = {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
-            q, k = call["query"], call["key"]
-            if q.shape[-2] == k.shape[-2] and self.state.running.at(q.shape[-2]):
-                return self._answer(func, args, kwargs, call)
+            running, missing = self.state.running, call["key"].shape[-2] - call["query"].shape[-2]
+            if (missing == 0 or missing == running.lead) and running.at(call["key"].shape[-2]):
+                if missing == 0:
+                    return self._answer(func, args, kwargs, call)
+                # Text that is seen and does not look (PRX): rows of zeros ask for it, in vain.
+                call["query"] = F.pad(call["query"], (0, 0, missing, 0))
+                return self._answer(func, (), call, call)[..., missing:, :]
         elif func is F.linear:
             if not torch.compiler.is_compiling():
                 self.state.ran = True

@@ -153,6 +153,15 @@ def _dit(draw, model) -> dict:
     )
 
 
+def _prx(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        timestep=time(0.5),
+        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        attention_mask=text_mask().bool(),
+    )
+
+
 _FLUX = dict(**HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32)
 _FLUX1 = dict(**_FLUX, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
 _CHROMA = dict(
@@ -204,6 +213,10 @@ _PIXART = dict(
     caption_channels=32,
 )  # fmt: skip
 _DIT = dict(**HEADS, in_channels=4, num_layers=2, sample_size=20, num_embeds_ada_norm=8)
+_PRX = dict(
+    in_channels=4, context_in_dim=32, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
+    axes_dim=[8, 8],
+)  # fmt: skip
 
 _SQUARE = ("hidden_states", (None, 2, 3))
 _IMAGE = (1, *IMAGE)
@@ -253,4 +266,5 @@ TINY_IMAGE: dict[str, Tiny] = {
     "hidream": Tiny("HiDreamImageTransformer2DModel", _HIDREAM, _hidream, _IMAGE, _SQUARE),
     "pixart": Tiny("PixArtTransformer2DModel", _PIXART, _pixart, _IMAGE, _SQUARE),
     "dit": Tiny("DiTTransformer2DModel", _DIT, _dit, (1, 10, 10), _SQUARE),
+    "prx": Tiny("PRXTransformer2DModel", _PRX, _prx, _IMAGE, _SQUARE),
 }

@@ -65,6 +65,7 @@ def test_overrides_and_types(tmp_path):
         ({}, ["train.lr=fast"], "train.lr must be a number, got 'fast'"),
         ({}, ["train.steps=1.5"], "train.steps must be an integer, got 1.5"),
         ({}, ["train.steps=true"], "train.steps must be an integer, got True"),
+        ({}, ["train.mixed_precision=no"], "mixed_precision must be text, got False; YAML reads"),
         ({}, ["train.steps=0"], "train.steps must be an integer, at least 1; got 0"),
         ({}, ["train.gradient_checkpointing=1"], "true or false, got 1"),
         ({}, ["train.lr=0"], "train.lr must be a finite number above 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -69,14 +71,56 @@ def test_flow_agrees_with_diffusers():
     clean, noise = torch.randn(2, 3, 4, 5)
     sigma = scheduler.sigmas[0]
     t = sigma.expand(3)
-    process = process_of(scheduler, float(scheduler.timesteps[0]), 1000)
+    process = process_of(SimpleNamespace(scheduler=scheduler), float(scheduler.timesteps[0]), 1000)
     assert process == NoiseProcess("flow", 1000.0)
     torch.testing.assert_close(process.timestep(t), scheduler.timesteps[0].expand(3))
     x = process.noisy(clean, noise, t)
     for step in scheduler.timesteps:
         x = scheduler.step(process.target(clean, noise, t), step, x, return_dict=False)[0]
     torch.testing.assert_close(x, clean, atol=1e-5, rtol=0)
-    assert process_of(scheduler, 1.0, 1000) == NoiseProcess("flow", 1.0)
+    assert process_of(SimpleNamespace(scheduler=scheduler), 1.0, 1000) == NoiseProcess("flow", 1.0)
+
+
+def pixel_pipeline(noise_scale):
+    from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
+
+    model = PRXTransformer2DModel(
+        in_channels=3, patch_size=1, context_in_dim=8, hidden_size=16, num_heads=1, depth=1,
+        axes_dim=[8, 8],
+    )  # fmt: skip
+    return PRXPixelPipeline(
+        model, FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, 8, 4, noise_scale
+    )
+
+
+def test_pixel_transformers_agree_with_their_pipeline():
+    """The pipeline's own loop, with a model that always says the clean picture."""
+    pipe = pixel_pipeline(noise_scale=2.0)
+    process = process_of(pipe, 1.0, 1000)
+    clean, noise = torch.randn(2, 1, 3, 8, 8)
+    said, seen = [], []
+
+    def answer(hidden_states, timestep, **_):
+        seen.append((hidden_states.clone(), timestep.clone()))
+        said.append(process.velocity(clean, hidden_states, timestep))
+        return (clean,)
+
+    pipe.transformer.forward = answer
+    steps = []
+    stock = pipe.scheduler.step
+    pipe.scheduler.step = lambda v, *args, **kw: steps.append(v) or stock(v, *args, **kw)
+    pipe(
+        prompt_embeds=torch.zeros(1, 4, 8), prompt_attention_mask=torch.ones(1, 4).bool(),
+        latents=2.0 * noise, num_inference_steps=40, guidance_scale=1.0, output_type="latent",
+        use_resolution_binning=False, height=8, width=8,
+    )  # fmt: skip
+    assert len(seen) == 40 and float(seen[-1][1]) < 0.1
+    for (_, t), mine, theirs in zip(seen, said, steps):
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(process.timestep(t), t)
+    x, t = seen[0]
+    torch.testing.assert_close(process.noisy(clean, noise, t), x)
+    torch.testing.assert_close(process.target(clean, noise, t), steps[0])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -84,7 +128,7 @@ def test_discrete_processes_agree_with_diffusers(kind):
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(prediction_type=kind)
-    process = process_of(scheduler, 999.0, 1000)
+    process = process_of(SimpleNamespace(scheduler=scheduler), 999.0, 1000)
     clean, noise = torch.randn(2, 4, 3, 5)
     t = torch.tensor([0.0, 0.2505, 0.5, 1.0])
     index = torch.tensor([0, 250, 500, 999])
@@ -99,7 +143,7 @@ def test_other_predictions_are_refused():
     from diffusers import DDPMScheduler
 
     with pytest.raises(ValueError, match="'sample'"):
-        process_of(DDPMScheduler(prediction_type="sample"), 999.0, 1000)
+        process_of(SimpleNamespace(scheduler=DDPMScheduler(prediction_type="sample")), 999.0, 1000)
     with pytest.raises(ValueError, match="kind"):
         NoiseProcess("flows")
     with pytest.raises(ValueError, match="alphas_cumprod"):

@@ -91,14 +91,14 @@ def changed_cell(tiny, inputs, place):
 
 
 def moved(before, after) -> list[int]:
-    """Tokens of the first batch row whose query changed."""
+    """Tokens of the first batch row whose key changed (text of PRX has no queries)."""
     change = (before - after).abs().amax((1, 3))
     return (change[change.amax(1).argmax()] > 1e-5).nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.latents])
 def test_a_changed_latent_moves_the_token_that_the_layout_names(name):
-    """The oracle is the model: which query of its first attention moves with a latent cell."""
+    """The oracle is the model: which key of its first attention moves with a latent cell."""
     tiny = TINY[name]
     model, inputs = tiny.build()
     sequences = read(model, inputs)
@@ -108,15 +108,15 @@ def test_a_changed_latent_moves_the_token_that_the_layout_names(name):
     places = [(0, 0, 0), (0, 0, width - 1), (frames - 1, height - 2, 1), (frames // 2, 2, 5)]
     for place in places:
         calls = attention_calls(model, changed_cell(tiny, inputs, place))
-        at = torch.from_numpy(by_length[stock[0][1].shape[2]].coordinates())
+        at = torch.from_numpy(by_length[stock[0][2].shape[2]].coordinates())
         expected = (at == torch.tensor([0, *place])).all(1).nonzero()[:, 0].tolist()
         assert len(expected) == 1
-        assert moved(stock[0][1], calls[0][1]) == expected
+        assert moved(stock[0][2], calls[0][2]) == expected
         # Where refiners mixed the image before the main layers, all of the image has moved.
-        main = next(i for i, c in enumerate(stock) if c[1].shape[2] == sequences.layout.num_tokens)
-        if stock[main][1].shape[2] != stock[0][1].shape[2]:
+        main = next(i for i, c in enumerate(stock) if c[2].shape[2] == sequences.layout.num_tokens)
+        if stock[main][2].shape[2] != stock[0][2].shape[2]:
             image = torch.from_numpy(sequences.layout.coordinates())[:, 0] == 0
-            inside = moved(stock[main][1], calls[main][1])
+            inside = moved(stock[main][2], calls[main][2])
             assert set(image.nonzero()[:, 0].tolist()) <= set(inside)
             text = torch.from_numpy(sequences.layout.coordinates())[: sequences.layout.grid_start]
             assert not set(range(len(text))) & set(inside)
