@@ -90,6 +90,8 @@ def matching_layers(
 
 
 def _matching(entry: int | str, names: list[str]) -> list[str]:
+    if isinstance(entry, str) and entry.strip().lstrip("-").isdigit():
+        entry = int(entry)
     if isinstance(entry, int):
         return [names[entry]] if -len(names) <= entry < len(names) else []
     span = _RANGE.fullmatch(entry)

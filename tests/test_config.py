@@ -73,6 +73,7 @@ NAMES = [f"blocks.{i}.attn1" for i in range(6)]
     "layers, expected",
     [
         ((0, -1), {0, 5}),
+        (("3", "-1"), {3, 5}),
         (("1-3",), {1, 2, 3}),
         (("blocks.4.*", 2), {2, 4}),
         (("*",), set(range(6))),
@@ -84,7 +85,7 @@ def test_dense_layers(layers, expected):
     assert found == {NAMES[i] for i in expected}
 
 
-@pytest.mark.parametrize("entry", [6, -7, "3-9", "4-2", "transformer_blocks.*"])
+@pytest.mark.parametrize("entry", [6, -7, "6", "3-9", "4-2", "transformer_blocks.*"])
 def test_dense_layers_that_do_not_exist(entry):
     with pytest.raises(ValueError, match=r"6 self-attention layers, 0\.\.5"):
         Schedule(dense_layers=(entry,)).dense_layer_names(NAMES)
