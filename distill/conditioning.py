@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from dittfast.pipelines.families import bind_arguments
+from dittfast.pipelines.generate import without_rounding_by_one
 from dittfast.pipelines.seam import stock_class
 
 # Given by the training step, not by the recording.
@@ -142,7 +143,7 @@ def recording(model: torch.nn.Module, stop: bool = False):
 @torch.no_grad()
 def condition(pipe, model: torch.nn.Module, call: dict) -> Conditioning:
     """What ``pipe(**call)`` would pass to ``model``; nothing is denoised."""
-    with recording(model, stop=True) as calls:
+    with recording(model, stop=True) as calls, without_rounding_by_one(pipe):
         pipe(**call, output_type="latent")
     return _only(calls, model)
 
@@ -150,7 +151,7 @@ def condition(pipe, model: torch.nn.Module, call: dict) -> Conditioning:
 @torch.no_grad()
 def draw(pipe, model: torch.nn.Module, call: dict) -> tuple[torch.Tensor, Conditioning]:
     """Final latents ``[1, ...]`` of ``pipe(**call)``, and what it passed to ``model``."""
-    with recording(model) as calls:
+    with recording(model) as calls, without_rounding_by_one(pipe):
         out = pipe(**call, output_type="latent")
     conditioning = _only(calls, model)
     latents = out.images if hasattr(out, "images") else out.frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -147,6 +148,13 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+def _own_precision(x: torch.Tensor):
+    """Inside, autocast is off: it would round the fp32 scores that a method chooses blocks by."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def method_attention(
     method: Method,
     layout: Layout,
@@ -184,12 +192,13 @@ def method_attention(
     if own is not None:
         # What a model asks for stays, times the factor by which the method departs from 1/sqrt(D).
         scale = own if scale is None else scale * own * q.shape[-1] ** 0.5
-    if plan is None:
-        given = {"scale": scale, "kv_log_weight": kv_log_weight}
-        plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)
-        if on_plan is not None and not method.static and not torch.compiler.is_compiling():
-            on_plan(plan)
-    k, v = method.extend(layout, k, v, **parameters)
+    with _own_precision(q):
+        if plan is None:
+            given = {"scale": scale, "kv_log_weight": kv_log_weight}
+            plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)
+            if on_plan is not None and not method.static and not torch.compiler.is_compiling():
+                on_plan(plan)
+        k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
     if kv_log_weight is not None and extra:
         kv_log_weight = torch.nn.functional.pad(kv_log_weight, (0, extra))

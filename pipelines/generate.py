@@ -252,7 +252,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
         arguments["callback_on_step_end"] = clock.step_end
     start = clock.now()
     try:
-        with _without_rounding_by_one(pipe):
+        with without_rounding_by_one(pipe):
             out = pipe(**arguments)
         end = clock.now()
     finally:
@@ -295,7 +295,7 @@ def frames_drawn(pipe, asked: int) -> int:
 
 
 @contextlib.contextmanager
-def _without_rounding_by_one(pipe):
+def without_rounding_by_one(pipe):
     """Hold back what such a pipeline says at every call: that it rounds to a multiple of 1."""
 
     def wanted(message: logging.LogRecord) -> bool:

@@ -7,7 +7,7 @@ import torch
 from parity import even_blocks, ragged_blocks, random_plan, random_rule, results
 
 from dittfast import Layout, attend, methods
-from dittfast.attention import BACKENDS, choose_backend
+from dittfast.attention import BACKENDS, choose_backend, method_attention
 from dittfast.plan import Plan
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
@@ -272,6 +272,25 @@ def test_forms_of_results_agree_with_each_other():
     out, lse = formula(*inputs[:3], plan, None, 0.5)
     torch.testing.assert_close(found["out"], out)
     torch.testing.assert_close(found["lse"], lse)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.LogLinear(block_size=16, topk=4, levels=2),
+        methods.Rectified(block_size=16, topk=4, top_p=0.3),
+    ],
+    ids=lambda method: method.name,
+)
+def test_autocast_does_not_round_the_scores_that_choose_blocks(method):
+    """Blocks whose scores are bf16 neighbours: rounded, others would be chosen."""
+    layout = Layout.image(40, 40, text=5)
+    shape = (1, 2, layout.num_tokens, 32)
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = method_attention(method, layout, q, k, v, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method_attention(method, layout, q, k, v, backend="cpu")
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
