@@ -194,6 +194,8 @@ def _agree(path: Path, manifest: dict) -> None:
         write_json(path, manifest)
         return
     there = json.loads(path.read_text(encoding="utf-8"))
+    if "process" in there:  # sets of earlier versions know fewer fields
+        there["process"] = json.loads(json.dumps(dataclasses.asdict(read_process(there))))
     ours = json.loads(json.dumps(manifest))
     different = sorted(key for key in {*there, *ours} if there.get(key) != ours.get(key))
     if different:

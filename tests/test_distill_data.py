@@ -200,6 +200,12 @@ def test_prepare_goes_on_where_it_stopped_and_in_any_number_of_processes(folder,
     changed = dataclasses.replace(split, seed=7)
     with pytest.raises(ValueError, match=r"another training set \(different: seeds\)"):
         prepare(pipe, "transformer", source, changed)
+    # A set of an earlier version, whose manifest lacks a field of the noise process.
+    manifest = json.loads((whole / "data.json").read_text())
+    del manifest["process"]["noise_scale"]
+    (whole / "data.json").write_text(json.dumps(manifest))
+    prepare(pipe, "transformer", source, dataclasses.replace(config.data, folder=str(whole)))
+    assert Dataset(whole).process.noise_scale == 1.0
 
 
 def test_prepare_from_pictures(folder, tmp_path):
