@@ -1,27 +1,28 @@
 """The training results in docs/distill.md: runs, pictures, distances and curves.
 
-    python samples/distill_results.py clear -o work/results --save docs/distill-clear
-    python samples/distill_results.py llsa -o work/results --save docs/distill-llsa
-    python samples/distill_results.py radial -o work/results --emoji work/emoji.npz \\
-        --save docs/distill-radial
+    python samples/distill_results.py clear --emoji work/emoji.npz -o work/results \\
+        --save docs/distill-clear
+    python samples/distill_results.py llsa ...
+    python samples/distill_results.py radial ...
 
 Everything lies below ``-o`` and nothing is made twice: a run that is killed goes on where it
 stopped. ``clear`` prepares the recipe's set, trains the recipe and its ablations, and draws the
-held-out captions with each; ``llsa`` uses the same set and the same reference. The distances are
-Fréchet distances in the features of the sample model's own network, no FID of Inception.
-``radial`` draws clips of 33 frames from the file of ``emoji_data.py``, a quarter of them held out,
-and measures the flow-matching loss on those.
+held-out captions with each; ``llsa`` trains on the art of ``emoji_data.py``, and draws the same
+captions. Both measure Fréchet distances, to the teacher's pictures and to the art, in the features
+of the sample model's own network: no FID of Inception. ``radial`` draws clips of 33 frames from the
+art, a quarter of them held out, and measures the flow-matching loss on those.
 """
 
 import argparse
 import contextlib
 import json
-import shutil
 import statistics
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from dittfast.distill.config import load_config
 from dittfast.distill.loader import Dataset
 from dittfast.distill.noise import sample_noise
@@ -39,12 +40,18 @@ from dittfast.files import atomic_path, save_video, write_json, write_text
 from dittfast.methods.log_linear import LogLinear
 from dittfast.metrics import image_tensor, psnr, ssim
 
-PICTURES = 80  # of each set; the network has 64 features
+PICTURES = 240  # of the main arms: of few pictures, those in which another object is drawn decide
+FEWER = 80  # of the others; the network has 64 features
+SIDE = 256  # px
 FIRST_SEED = 10_000  # the training set was drawn with 0, 1, 2, ...
 CLEAR = "clear_sample"
-# Equal numbers of steps for the ablations; the whole recipe goes on to its own number.
-ABLATION_STEPS = 60
+# A second round of the recipe, from where the first ended, on more of the teacher's pictures.
+SECOND_STEPS = 400
+SECOND = ["data.count=192", f"train.steps={SECOND_STEPS}", "train.seed=1", "validation.every=200"]
+# Each with its own whole schedule of this many steps, shorter than the recipe's.
+ABLATION_STEPS = 120
 ABLATIONS = {
+    "all losses": [],
     "no attention loss": ["objectives.attention=0"],
     "no prediction loss": ["objectives.prediction=0"],
 }
@@ -62,37 +69,41 @@ class Results:
         self.folder = folder
         config = load_config(recipe)
         self.data = folder / "data" / recipe
+        self.art = folder / "pictures" / "art"
         self.source = find(config.model.path)
         self.config = config
         self.pipe = load(self.source, "cpu", torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
         self.call = config.data.call
 
-    def prepare(self) -> None:
-        """The training set, and its own pictures as files with captions."""
-        config = load_config(CLEAR, [f"data.folder={self.data}"])
+    def prepare(self, overrides: list[str]) -> None:
+        """The recipe's training set."""
+        config = load_config(CLEAR, overrides)
         prepare(self.pipe, config.model.component, self.source, config.data)
-        folder = self.folder / "pictures" / "training set"
-        folder.mkdir(parents=True, exist_ok=True)
-        dataset, pipe = Dataset(self.data), self.pipe
-        call = call_arguments(pipe, "any", self.source.settings, **self.call)
+
+    def write_art(self, emoji: Path) -> None:
+        """The pictures that the sample model was trained on, as files with captions."""
+        from emoji_data import compose
+
+        self.art.mkdir(parents=True, exist_ok=True)
+        rgba = torch.from_numpy(np.load(emoji)["labelled"])
         lines = []
-        for index, prompt in enumerate(dataset.manifest["prompts"]):
-            name = f"{index:05d}.png"
-            lines.append(json.dumps({"file_name": name, "text": prompt}))
-            if (folder / name).exists():
+        for number, label in enumerate(LABELS):
+            names = [f"{number:02d}-{i}.png" for i in range(len(BACKGROUNDS))]
+            for name, colour in zip(names, BACKGROUNDS):
+                lines.append(json.dumps({"file_name": name, "text": caption(label, colour)}))
+            if (self.art / names[-1]).exists():
                 continue
-            latents = dataset.sample(index)["latents"]
-            size = call["height"], call["width"], pipe.vae_scale_factor
-            latents = pipe._unpack_latents(latents, *size)
-            latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-            with torch.no_grad():
-                pixels = pipe.vae.decode(latents, return_dict=False)[0]
-            _save(folder / name, pipe.image_processor.postprocess(pixels)[0])
-        write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+            pictures = rgba[number : number + 1].expand(len(names), -1, -1, -1)
+            pictures = compose(pictures, torch.arange(len(names)))
+            pictures = F.interpolate(pictures, (SIDE, SIDE), mode="area")
+            pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+            for name, picture in zip(names, pixels.numpy()):
+                _save(self.art / name, Image.fromarray(picture))
+        write_text(self.art / "metadata.jsonl", "\n".join(lines) + "\n")
 
     def prompts(self) -> list[str]:
-        """One caption for each label in turn, none of them in the training set."""
+        """``PICTURES`` captions, each label in turn, none of them in the training set."""
         known = set(self.config.data.prompts)
         settings = self.source.settings
         found = []
@@ -103,7 +114,7 @@ class Results:
             found.append([text for text in options if text not in known][turn])
         return found
 
-    def draw(self, name: str, adapter: Path | None = None, **method) -> Path:
+    def draw(self, name: str, adapter: Path | None = None, count: int = PICTURES, **method):
         """Pictures of an arm: an adapter's, a method's without training, or the teacher's.
 
         Args:
@@ -111,9 +122,9 @@ class Results:
         """
         folder = self.folder / "pictures" / name
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [i for i in range(PICTURES) if not (folder / f"{i:05d}.png").exists()]
+        missing = [i for i in range(count) if not (folder / f"{i:05d}.png").exists()]
         if not missing:
-            return folder
+            return
         prompts = self.prompts()
         with contextlib.ExitStack() as stack:
             if adapter is not None:
@@ -125,29 +136,32 @@ class Results:
                 call = call_arguments(self.pipe, prompts[i], self.source.settings, **self.call)
                 frames = run(self.pipe, call, FIRST_SEED + i).frames
                 _save(folder / f"{i:05d}.png", Image.fromarray(frames[0]))
+
+    def first(self, name: str, count: int) -> Path:
+        """A folder with the first pictures of an arm."""
+        folder = self.folder / "first" / str(count) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            link = folder / f"{i:05d}.png"
+            if not link.exists():
+                link.symlink_to((self.folder / "pictures" / name / link.name).resolve())
         return folder
 
-    def measure(self, name: str, paired: bool = True) -> dict:
-        """Distance of an arm's first pictures to the teacher's; PSNR and SSIM, picture by picture.
-
-        Args:
-            paired: whether both drew the same captions with the same seeds.
-        """
-        here, reference = (self.folder / "pictures" / n for n in (name, "teacher"))
-        there = self.folder / "compared" / name  # the training set has more pictures
-        there.mkdir(parents=True, exist_ok=True)
-        for file in sorted(here.glob("*.png"))[:PICTURES]:
-            if not (there / file.name).exists():
-                (there / file.name).symlink_to(file.resolve())
-        found = frechet(there, reference, load_features())
-        values = {"distance": found["value"], "features": found["features"]}
-        if paired:
+    def measure(self, name: str, count: int = PICTURES) -> dict:
+        """Distances of an arm's pictures to the teacher's and to the art; PSNR, SSIM in pairs."""
+        here, teacher = self.first(name, count), self.first("teacher", count)
+        network = load_features()
+        values = {"distance_to_art": frechet(here, self.art, network)["value"]}
+        if name != "teacher":
             pairs = [
-                [image_tensor(Image.open(f / f"{i:05d}.png")) for f in (reference, here)]
-                for i in range(PICTURES)
+                [image_tensor(Image.open(f / f"{i:05d}.png")) for f in (teacher, here)]
+                for i in range(count)
             ]
-            values["psnr_db"] = statistics.fmean(psnr(a, b) for a, b in pairs)
-            values["ssim"] = statistics.fmean(ssim(a, b) for a, b in pairs)
+            values |= {
+                "distance": frechet(here, teacher, network)["value"],
+                "psnr_db": statistics.fmean(psnr(a, b) for a, b in pairs),
+                "ssim": statistics.fmean(ssim(a, b) for a, b in pairs),
+            }
         return values
 
     def train(self, name: str, recipe: str, overrides: list[str]) -> Path:
@@ -180,37 +194,44 @@ def facts(run_folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["run"]
 
 
-def clear(results: Results, ablations: bool = True) -> dict:
-    """CLEAR's recipe in small; with ``ablations`` also without one of its losses."""
-    results.prepare()
+def clear(results: Results) -> dict:
+    """CLEAR's recipe in small, and shorter runs with and without one of its losses."""
     data, steps = f"data.folder={results.data}", results.config.train.steps
-    short = f"train.steps={ABLATION_STEPS}"
-    halfway = results.folder / "runs" / "clear" / f"adapter-{ABLATION_STEPS}"
-    if not halfway.exists():  # the learning rate is constant, so this is where the whole run passes
-        whole = results.train("clear", CLEAR, [data, short])
-        shutil.copytree(whole / "adapter", halfway)
-    whole = results.train("clear", CLEAR, [data])
+    results.prepare([data])
+    second = [f"data.folder={results.data}_second", *SECOND]
+    results.prepare(second)
     results.draw("teacher")
-    distilled = f"all losses, {steps} steps"
-    results.draw(distilled, whole / "adapter")
     method = results.config.student
     results.draw("untrained", method=method.method, **method.options)
-    at_equal = []
-    if ablations:
-        at_equal = [f"all losses, {ABLATION_STEPS} steps"]
-        results.draw(at_equal[0], halfway)
-    runs = {distilled: whole}
-    for name, overrides in ABLATIONS.items() if ablations else ():
+    distilled = f"all losses, {steps} steps"
+    runs = {distilled: results.train("clear", CLEAR, [data])}
+    results.draw(distilled, runs[distilled] / "adapter")
+    further = f"all losses, {steps} + {SECOND_STEPS} steps"
+    start = f"student.start={runs[distilled] / 'adapter'}"
+    runs[further] = results.train("clear_second", CLEAR, [*second, start])
+    results.draw(further, runs[further] / "adapter")
+    for name, overrides in ABLATIONS.items():
+        short = [data, f"train.steps={ABLATION_STEPS}", f"validation.every={ABLATION_STEPS}"]
+        folder = f"clear_{name.replace(' ', '_')}"
         label = f"{name}, {ABLATION_STEPS} steps"
-        runs[label] = results.train(name.replace(" ", "_"), CLEAR, [data, short, *overrides])
-        results.draw(label, runs[label] / "adapter")
-    arms = {name: results.measure(name) for name in ("untrained", *at_equal, *runs)}
-    lost = arms["untrained"]["distance"]
+        runs[label] = results.train(folder, CLEAR, [*short, *overrides])
+        results.draw(label, runs[label] / "adapter", FEWER)
+    arms = {name: results.measure(name) for name in ("teacher", "untrained", distilled, further)}
+    fewer = {name: results.measure(name, FEWER) for name in ("teacher", "untrained", *runs)}
+    return {"arms": recovered(arms), "ablations": recovered(fewer)} | describe_runs(runs)
+
+
+def recovered(arms: dict[str, dict]) -> dict[str, dict]:
+    """The arms, with the share of what "untrained" lost that each has back."""
+    teacher, lost = arms["teacher"], arms["untrained"]
     for values in arms.values():
+        if values is teacher:
+            continue
         # The same captions and seeds: the teacher itself is at 0, so this is the strict measure.
-        values["recovered"] = 1 - values["distance"] / lost
-    arms["teacher, other captions and seeds"] = results.measure("training set", paired=False)
-    return {"arms": arms} | describe_runs(runs)
+        values["recovered"] = 1 - values["distance"] / lost["distance"]
+        gap = lost["distance_to_art"] - teacher["distance_to_art"]
+        values["recovered_to_art"] = (lost["distance_to_art"] - values["distance_to_art"]) / gap
+    return arms
 
 
 def describe_runs(runs: dict[str, Path]) -> dict:
@@ -253,55 +274,50 @@ def published_gradients():
 
 def llsa(results: Results) -> dict:
     """LLSA's second stage at 4 times the tokens: dense, log-linear, published gradients."""
-    results.prepare()
-    results.draw("teacher")
-    pictures = results.folder / "pictures" / "training set"
-    config = load_config("llsa_sample_stage1", [f"data.folder={results.folder}/data/llsa_stage1"])
-    small = [f"data.folder={config.data.folder}", f"data.pictures={json.dumps(str(pictures))}"]
-    config = load_config("llsa_sample_stage1", small)
-    prepare(results.pipe, config.model.component, results.source, config.data)
-    stage1 = results.train("llsa_stage1", "llsa_sample_stage1", small) / "adapter"
-    both = [f"data.folder={results.data}", f"student.start={stage1}"]
+    results.draw("teacher", count=FEWER)
+    data = {}
+    for stage in ("llsa_sample_stage1", "llsa_sample_stage2"):
+        data[stage] = [
+            f"data.folder={results.folder / 'data' / stage}",
+            f"data.pictures={json.dumps(str(results.art))}",
+        ]
+        config = load_config(stage, data[stage])
+        prepare(results.pipe, config.model.component, results.source, config.data)
+    first, second = data
+    stage1 = results.train("llsa_stage1", first, data[first]) / "adapter"
+    both = [*data[second], f"student.start={stage1}"]
     dense = ["student.method=dense", "student.options={}"]
     runs = {
-        "dense": results.train("llsa_dense", "llsa_sample_stage2", [*both, *dense]),
-        "log_linear": results.train("llsa_log_linear", "llsa_sample_stage2", both),
+        "dense": results.train("llsa_dense", second, [*both, *dense]),
+        "log_linear": results.train("llsa_log_linear", second, both),
     }
     with published_gradients():
-        runs["log_linear, published gradients"] = results.train(
-            "llsa_published", "llsa_sample_stage2", both
-        )
-    options = load_config("llsa_sample_stage2").student
-    before = {"log_linear, stage 1 only": {"method": options.method, **options.options}}
-    for name, method in before.items():
-        results.draw(name, stage1, **method)
+        runs["log_linear, published gradients"] = results.train("llsa_published", second, both)
     for name, folder in runs.items():
-        results.draw(name, folder / "adapter")
-    arms = {name: results.measure(name) for name in (*before, *runs)}
+        results.draw(name, folder / "adapter", FEWER)
+    arms = {name: results.measure(name, FEWER) for name in ("teacher", *runs)}
     found = describe_runs({"stage 1": stage1.parent, **runs})
-    ratio = arms["log_linear"]["distance"] / arms["dense"]["distance"]
+    ratio = arms["log_linear"]["distance_to_art"] / arms["dense"]["distance_to_art"]
     return {"arms": arms, "distance_ratio": ratio, "seconds_per_step": step_seconds(runs)} | found
 
 
 def write_table(data: dict, path: Path, title: str, picture: str) -> None:
     """The arms and the runs as Markdown, with the pictures."""
-    columns = list(dict.fromkeys(name for values in data["arms"].values() for name in values))
-    columns.remove("features") if "features" in columns else None
     lines = [f"# {title}", "", f"![Losses and PSNR by step]({picture}.png)", ""]
-    if "distance" in columns:
+    if "teacher" in data["arms"]:
         lines += [
-            f"Distances are Fréchet distances in the features of `sample-features`, not FID by "
-            f"Inception: {PICTURES} pictures to the teacher's {PICTURES} of the same captions and "
-            "seeds, where the teacher itself is at 0.",
+            "Distances are Fréchet distances in the features of `sample-features`, not FID by "
+            "Inception. `distance`: to the teacher's pictures of the same captions and seeds, "
+            "where the teacher itself is at 0. `distance_to_art`: to the "
+            f"{len(LABELS) * len(BACKGROUNDS)} pictures that the teacher was trained on.",
             "",
             f"![The first pictures: {', '.join(shown(data))}]({picture}-pictures.png)",
             "",
         ]
-    lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, values in data["arms"].items():
-        cells = [f"{values[c]:.4g}" if c in values else "" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| run | steps | seed | minutes of steps, wall clock |", "|---|---|---|---|"]
+    for part in ("arms", "ablations"):
+        if part in data:
+            lines += [*_rows(data[part]), ""]
+    lines += ["| run | steps | seed | minutes of steps, wall clock |", "|---|---|---|---|"]
     for name, run_of in data["runs"].items():
         found = run_of["facts"]
         minutes = found["seconds"] / 60
@@ -313,9 +329,18 @@ def write_table(data: dict, path: Path, title: str, picture: str) -> None:
     )
 
 
+def _rows(arms: dict[str, dict]) -> list[str]:
+    columns = list(dict.fromkeys(name for values in arms.values() for name in values))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in arms.items():
+        cells = [f"{values[c]:.4g}" if c in values else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def shown(data: dict) -> list[str]:
     """The rows of the sheet of pictures."""
-    return ["teacher", *(name for name in data["arms"] if not name.startswith("teacher"))]
+    return list(data["arms"] | data.get("ablations", {}))
 
 
 def plot(data: dict, path: Path) -> None:
@@ -361,7 +386,7 @@ def sheet(results: Results, names: list[str], path: Path, count: int = 8) -> Non
     page.save(path)
 
 
-HELD_OUT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+HELD_OUT_TIMES = (0.3, 0.6, 0.9)
 RADIAL = "radial_sample_4x"
 
 
@@ -469,25 +494,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--emoji", type=Path, help="for radial: the file of samples/emoji_data.py")
+    parser.add_argument("--emoji", type=Path, required=True, help="written by emoji_data.py")
     parser.add_argument("--save", type=Path, help="write PREFIX.json, .png and -pictures.png")
     args = parser.parse_args()
     results = None
     if args.experiment == "radial":
-        if args.emoji is None:
-            parser.error("radial needs --emoji, the file that samples/emoji_data.py wrote")
         data = radial(args.output, args.emoji)
     else:
         results = Results(args.output)
+        results.write_art(args.emoji)
         data = clear(results) if args.experiment == "clear" else llsa(results)
     print(json.dumps({k: v for k, v in data.items() if k != "runs"}, indent=1))
     if args.save:
+        for run_of in data["runs"].values():
+            _relative(run_of["config"], args.output)
         write_json(f"{args.save}.json", data)
         plot(data, Path(f"{args.save}.png"))
         title = f"{args.experiment}: training on the sample model"
         write_table(data, Path(f"{args.save}.md"), title, args.save.name)
         if results is not None:
             sheet(results, shown(data), Path(f"{args.save}-pictures.png"))
+
+
+def _relative(config: dict, folder: Path) -> None:
+    """Paths below ``folder`` as if it were ``work/results``."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _relative(value, folder)
+        elif isinstance(value, str):
+            config[key] = value.replace(str(folder), "work/results")
 
 
 if __name__ == "__main__":
