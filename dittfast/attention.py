@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 
@@ -148,13 +147,6 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def _own_precision(x: torch.Tensor):
-    """Inside, autocast is off: it would round the fp32 scores that a method chooses blocks by."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def method_attention(
     method: Method,
     layout: Layout,
@@ -192,7 +184,9 @@ def method_attention(
     if own is not None:
         # What a model asks for stays, times the factor by which the method departs from 1/sqrt(D).
         scale = own if scale is None else scale * own * q.shape[-1] ** 0.5
-    with _own_precision(q):
+    from .kernels.op import own_precision
+
+    with own_precision(q):  # the scores that choose blocks are fp32
         if plan is None:
             given = {"scale": scale, "kv_log_weight": kv_log_weight}
             plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)

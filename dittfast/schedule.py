@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
+_NUMBER = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,8 @@ def matching_layers(
 
 
 def _matching(entry: int | str, names: list[str]) -> list[str]:
-    if isinstance(entry, str) and entry.strip().lstrip("-").isdigit():
+    if isinstance(entry, int) or _NUMBER.fullmatch(entry):
         entry = int(entry)
-    if isinstance(entry, int):
         return [names[entry]] if -len(names) <= entry < len(names) else []
     span = _RANGE.fullmatch(entry)
     if span:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Optional
 
@@ -46,7 +47,7 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         t = _plan_tensors(tensors, out_scale, out_residual, sizes)
-        with _own_precision(q):
+        with own_precision(q):
             out, lse = forward(q, k, v, t, scale)
         like, _ = empty_outputs(q)
         if out.stride() != like.stride():
@@ -73,7 +74,7 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
         scale: float,
     ) -> list[torch.Tensor]:
         t = _plan_tensors(tensors, out_scale, out_residual, sizes)
-        with _own_precision(q):
+        with own_precision(q):
             grads = backward(grad_out, grad_lse, q, k, v, out, lse, t, scale)
         inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
         return [
@@ -111,9 +112,12 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
     return call
 
 
-def _own_precision(x: torch.Tensor) -> torch.autocast:
-    """Inside, autocast is off: it would round what a backend computes in fp32, masks included."""
-    return torch.autocast(x.device.type, enabled=False)
+def own_precision(x: torch.Tensor):
+    """Inside, autocast is off: it would round what is computed in fp32, masks and scores too."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _plan_tensors(tensors, out_scale, out_residual, sizes) -> PlanTensors:

@@ -76,9 +76,9 @@ class Results:
         self.pipe.set_progress_bar_config(disable=True)
         self.call = config.data.call
 
-    def prepare(self, overrides: list[str]) -> None:
-        """The recipe's training set."""
-        config = load_config(CLEAR, overrides)
+    def prepare(self, recipe: str, overrides: list[str]) -> None:
+        """A recipe's training set."""
+        config = load_config(recipe, overrides)
         prepare(self.pipe, config.model.component, self.source, config.data)
 
     def write_art(self, emoji: Path) -> None:
@@ -197,9 +197,9 @@ def facts(run_folder: Path) -> dict:
 def clear(results: Results) -> dict:
     """CLEAR's recipe in small, and shorter runs with and without one of its losses."""
     data, steps = f"data.folder={results.data}", results.config.train.steps
-    results.prepare([data])
+    results.prepare(CLEAR, [data])
     second = [f"data.folder={results.data}_second", *SECOND]
-    results.prepare(second)
+    results.prepare(CLEAR, second)
     results.draw("teacher")
     method = results.config.student
     results.draw("untrained", method=method.method, **method.options)
@@ -281,8 +281,7 @@ def llsa(results: Results) -> dict:
             f"data.folder={results.folder / 'data' / stage}",
             f"data.pictures={json.dumps(str(results.art))}",
         ]
-        config = load_config(stage, data[stage])
-        prepare(results.pipe, config.model.component, results.source, config.data)
+        results.prepare(stage, data[stage])
     first, second = data
     stage1 = results.train("llsa_stage1", first, data[first]) / "adapter"
     both = [*data[second], f"student.start={stage1}"]
@@ -445,10 +444,9 @@ def held_out_loss(pipe, dataset: Dataset) -> float:
 
 def radial(folder: Path, emoji: Path) -> dict:
     """Length extension: a LoRA at 4 times the frames, radial and dense, against no training."""
-    config = load_config(RADIAL)
-    frames = config.data.call["num_frames"] + 1
-    write_clips(emoji, folder / "clips", frames)
     results = Results(folder, RADIAL)
+    frames = results.call["num_frames"] + 1
+    write_clips(emoji, folder / "clips", frames)
     sets = {}
     for name in ("train", "held-out"):
         overrides = [
@@ -456,15 +454,14 @@ def radial(folder: Path, emoji: Path) -> dict:
             f"data.pictures={folder}/clips/{name}",
         ]
         sets[name] = overrides
-        prepared = load_config(RADIAL, overrides).data
-        prepare(results.pipe, config.model.component, results.source, prepared)
+        results.prepare(RADIAL, overrides)
     dense = ["student.method=dense", "student.options={}", "student.schedule={}"]
     runs = {
         "radial LoRA": results.train("radial", RADIAL, sets["train"]),
         "dense LoRA": results.train("radial_dense", RADIAL, [*sets["train"], *dense]),
     }
     held_out = Dataset(folder / "data" / f"{RADIAL}-held-out")
-    student = config.student
+    student = results.config.student
     arms = {"dense, untrained": held_out_loss(results.pipe, held_out)}
     method = {**student.options, **student.schedule, "min_tokens": 0}
     with dittfast.enable(results.pipe, student.method, **method):

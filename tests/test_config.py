@@ -85,7 +85,7 @@ def test_dense_layers(layers, expected):
     assert found == {NAMES[i] for i in expected}
 
 
-@pytest.mark.parametrize("entry", [6, -7, "6", "3-9", "4-2", "transformer_blocks.*"])
+@pytest.mark.parametrize("entry", [6, -7, "6", "--5", "3-9", "4-2", "transformer_blocks.*"])
 def test_dense_layers_that_do_not_exist(entry):
     with pytest.raises(ValueError, match=r"6 self-attention layers, 0\.\.5"):
         Schedule(dense_layers=(entry,)).dense_layer_names(NAMES)

@@ -8,7 +8,7 @@ import json
 from dittfast.files import check_output, write_json
 
 from . import growth, overhead
-from .options import parse_options, seconds
+from .options import attention_words, parse_options, seconds
 
 EXAMPLE = """\
 examples:
@@ -205,12 +205,8 @@ def _attention(args, methods, work) -> dict:
 def _print_attention(row: dict) -> None:
     options = ", ".join(f"{k}={v}" for k, v in row["method"].items() if k != "name")
     what = "forward and backward" if row["backward"] else "forward"
-    grid = " x ".join(map(str, row["grid"]))
     print(f"\n{row['method']['name']} ({options})")
-    print(
-        f"{row['tokens']:,} tokens ({grid}, {row['context']} text), batch {row['batch']}, "
-        f"{row['heads']} heads of {row['head_dim']}, {row['dtype']}, {what}"
-    )
+    print(f"{attention_words(row)}, {what}")
     planned = "kept" if row["static"] else "in every call"
     print(
         f"density {row['density']:.4f}, plan {seconds(row['plan_seconds'])} ({planned}); "

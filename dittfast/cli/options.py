@@ -261,6 +261,15 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"
 
 
+def attention_words(row: dict) -> str:
+    """What a row of a benchmark ran: tokens, grid, batch, heads and dtype."""
+    grid = " x ".join(map(str, row["grid"]))
+    return (
+        f"{row['tokens']:,} tokens ({grid}, {row['context']} text), batch {row['batch']}, "
+        f"{row['heads']} heads of {row['head_dim']}, {row['dtype']}"
+    )
+
+
 def quiet_libraries() -> None:
     """One bar, ours: no bars for reading files of which most take no time."""
     import diffusers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import seconds
+from .options import attention_words, seconds
 
 ARM_NAMES = {
     "enabled": "enabled, dense",
@@ -39,12 +39,7 @@ def run(args, methods, work) -> dict:
 
 
 def _print(row: dict) -> None:
-    grid = " x ".join(map(str, row["grid"]))
-    print(
-        f"\n{row['model']}, {row['layers']} layers, {row['tokens']:,} tokens ({grid}, "
-        f"{row['context']} text), batch {row['batch']}, {row['heads']} heads of "
-        f"{row['head_dim']}, {row['dtype']}"
-    )
+    print(f"\n{row['model']}, {row['layers']} layers, {attention_words(row)}")
     worst = max(row["error"].values())
     print(f"outputs agree: {worst:.1e} of the largest, eager noise {row['noise']:.1e}")
     print(f"{'':<20}{'p50':>10}{'overhead':>10}{'p20':>8}{'p80':>8}")
