@@ -459,12 +459,18 @@ def test_usage_errors_and_help(capsys):
     assert capsys.readouterr().out == f"dittfast {dittfast.__version__}\n"
 
 
+def _children_seconds():
+    """CPU time of processes that have ended: waiting for a shared machine is no part of it."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_help_is_quick_and_loads_no_torch():
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = _children_seconds()
         result = python("-m", "dittfast", "--help")
-        times.append(time.perf_counter() - start)
+        times.append(_children_seconds() - start)
         assert result.returncode == 0 and "generate" in result.stdout
     assert min(times) < 1
     modules = {p.stem for p in (ROOT / "dittfast" / "cli").glob("*.py")}
