@@ -3,20 +3,21 @@
     python samples/distill_results.py clear --emoji work/emoji.npz -o work/results \\
         --save docs/distill-clear
     python samples/distill_results.py llsa ...
-    python samples/distill_results.py radial ...
+    python samples/distill_results.py radial --frames 17 ...
 
 Everything lies below ``-o`` and nothing is made twice: a run that is killed goes on where it
 stopped. ``clear`` prepares the recipe's set, trains the recipe and its ablations, and draws the
 held-out captions with each; ``llsa`` trains on the art of ``emoji_data.py``, and draws the same
 captions. Both measure Fréchet distances, to the teacher's pictures and to the art, in the features
-of the sample model's own network: no FID of Inception. ``radial`` draws clips of 33 frames from the
-art, a quarter of them held out, and measures the flow-matching loss on those.
+of the sample model's own network: no FID of Inception. ``radial`` draws clips of ``--frames``
+frames from the art, a quarter of them held out, and measures the flow-matching loss on those.
 """
 
 import argparse
 import contextlib
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -63,11 +64,12 @@ class Results:
     Args:
         folder: of everything that is made.
         recipe: whose model and call the pictures are drawn with.
+        overrides: of the recipe.
     """
 
-    def __init__(self, folder: Path, recipe: str = CLEAR):
+    def __init__(self, folder: Path, recipe: str = CLEAR, overrides: Sequence[str] = ()):
         self.folder = folder
-        config = load_config(recipe)
+        config = load_config(recipe, overrides)
         self.data = folder / "data" / recipe
         self.art = folder / "pictures" / "art"
         self.source = find(config.model.path)
@@ -442,25 +444,23 @@ def held_out_loss(pipe, dataset: Dataset) -> float:
     return statistics.fmean(total)
 
 
-def radial(folder: Path, emoji: Path) -> dict:
-    """Length extension: a LoRA at 4 times the frames, radial and dense, against no training."""
-    results = Results(folder, RADIAL)
-    frames = results.call["num_frames"] + 1
-    write_clips(emoji, folder / "clips", frames)
+def radial(folder: Path, emoji: Path, frames: int) -> dict:
+    """Length extension: a LoRA at more frames, radial and dense, against no training."""
+    length = [f"data.call.num_frames={frames - 1}"]  # the pipeline draws one more
+    results = Results(folder, RADIAL, length)
+    clips = folder / f"clips-{frames}"
+    write_clips(emoji, clips, frames)
     sets = {}
     for name in ("train", "held-out"):
-        overrides = [
-            f"data.folder={folder}/data/{RADIAL}-{name}",
-            f"data.pictures={folder}/clips/{name}",
-        ]
-        sets[name] = overrides
-        results.prepare(RADIAL, overrides)
+        data = folder / "data" / f"{RADIAL}-{frames}-{name}"
+        sets[name] = [*length, f"data.folder={data}", f"data.pictures={clips / name}"]
+        results.prepare(RADIAL, sets[name])
     dense = ["student.method=dense", "student.options={}", "student.schedule={}"]
     runs = {
-        "radial LoRA": results.train("radial", RADIAL, sets["train"]),
-        "dense LoRA": results.train("radial_dense", RADIAL, [*sets["train"], *dense]),
+        "radial LoRA": results.train(f"radial-{frames}", RADIAL, sets["train"]),
+        "dense LoRA": results.train(f"dense-{frames}", RADIAL, [*sets["train"], *dense]),
     }
-    held_out = Dataset(folder / "data" / f"{RADIAL}-held-out")
+    held_out = Dataset(folder / "data" / f"{RADIAL}-{frames}-held-out")
     student = results.config.student
     arms = {"dense, untrained": held_out_loss(results.pipe, held_out)}
     method = {**student.options, **student.schedule, "min_tokens": 0}
@@ -493,10 +493,11 @@ def main():
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--emoji", type=Path, required=True, help="written by emoji_data.py")
     parser.add_argument("--save", type=Path, help="write PREFIX.json, .png and -pictures.png")
+    parser.add_argument("--frames", type=int, default=33, help="of radial's clips")
     args = parser.parse_args()
     results = None
     if args.experiment == "radial":
-        data = radial(args.output, args.emoji)
+        data = radial(args.output, args.emoji, args.frames)
     else:
         results = Results(args.output)
         results.write_art(args.emoji)
