@@ -46,9 +46,6 @@ FEWER = 80  # of the others; the network has 64 features
 SIDE = 256  # px
 FIRST_SEED = 10_000  # the training set was drawn with 0, 1, 2, ...
 CLEAR = "clear_sample"
-# A second round of the recipe, from where the first ended, on more of the teacher's pictures.
-SECOND_STEPS = 400
-SECOND = ["data.count=192", f"train.steps={SECOND_STEPS}", "train.seed=1", "validation.every=200"]
 # Each with its own whole schedule of this many steps, shorter than the recipe's.
 ABLATION_STEPS = 120
 ABLATIONS = {
@@ -200,25 +197,19 @@ def clear(results: Results) -> dict:
     """CLEAR's recipe in small, and shorter runs with and without one of its losses."""
     data, steps = f"data.folder={results.data}", results.config.train.steps
     results.prepare(CLEAR, [data])
-    second = [f"data.folder={results.data}_second", *SECOND]
-    results.prepare(CLEAR, second)
     results.draw("teacher")
     method = results.config.student
     results.draw("untrained", method=method.method, **method.options)
     distilled = f"all losses, {steps} steps"
     runs = {distilled: results.train("clear", CLEAR, [data])}
     results.draw(distilled, runs[distilled] / "adapter")
-    further = f"all losses, {steps} + {SECOND_STEPS} steps"
-    start = f"student.start={runs[distilled] / 'adapter'}"
-    runs[further] = results.train("clear_second", CLEAR, [*second, start])
-    results.draw(further, runs[further] / "adapter")
     for name, overrides in ABLATIONS.items():
         short = [data, f"train.steps={ABLATION_STEPS}", f"validation.every={ABLATION_STEPS}"]
         folder = f"clear_{name.replace(' ', '_')}"
         label = f"{name}, {ABLATION_STEPS} steps"
         runs[label] = results.train(folder, CLEAR, [*short, *overrides])
         results.draw(label, runs[label] / "adapter", FEWER)
-    arms = {name: results.measure(name) for name in ("teacher", "untrained", distilled, further)}
+    arms = {name: results.measure(name) for name in ("teacher", "untrained", distilled)}
     fewer = {name: results.measure(name, FEWER) for name in ("teacher", "untrained", *runs)}
     return {"arms": recovered(arms), "ablations": recovered(fewer)} | describe_runs(runs)
 
@@ -357,14 +348,15 @@ def plot(data: dict, path: Path) -> None:
     ]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), layout="constrained")
     for ax, name in zip([axes] if len(names) == 1 else axes, names):
-        for label, values in data["runs"].items():
+        for number, (label, values) in enumerate(data["runs"].items()):
             points = [(row["step"], row[name]) for row in values["history"] if name in row]
             if not points:
                 continue
             steps, y = zip(*points)
             if "/" not in name:
                 y = [statistics.fmean(y[max(0, i - 9) : i + 1]) for i in range(len(y))]
-            ax.plot(steps, y, marker="o" if "/" in name else None, markersize=3, label=label)
+            marker = "o" if "/" in name else None
+            ax.plot(steps, y, f"C{number}", marker=marker, markersize=3, label=label)
         ax.set(xlabel="step", title="PSNR to the teacher, dB" if "/" in name else f"{name} loss")
         if "/" not in name:
             ax.set_yscale("log")
