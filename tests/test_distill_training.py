@@ -442,6 +442,21 @@ def test_tensorboard_gets_the_numbers(folder, tmp_path):
         assert values == [(step, pytest.approx(x, rel=1e-6)) for step, x in expected]
 
 
+def test_wandb_gets_the_numbers(folder, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    sent = []
+    log = wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda run, data, **rest: (sent.append(data), log(run, data, **rest))
+    )
+    train(run_config(folder, tmp_path / "run", train={"steps": 2, "trackers": ["wandb"]}))
+    rows = losses(tmp_path / "run")
+    assert [row["loss"] for row in sent if "loss" in row] == [row["loss"] for row in rows]
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_prodigy_trains_and_resumes_to_the_bit(folder, tmp_path):
     pytest.importorskip("prodigyopt")
     settings = {"optimizer": "prodigy", "lr": 1.0, "batch_size": 1, "checkpoint_every": 2}
