@@ -66,6 +66,8 @@ class Description:
         else:
             lines.append(f"tokens    {self.num_tokens:,}")
             density = "chosen from q and k at every call"
+            if self.method.static:
+                density = "known after the first sparse pass"
             if self.density is not None:
                 density = f"{self.density:.1%} of token pairs in sparse layers"
                 density += "" if self.method.static else ", mean over calls"

@@ -33,6 +33,7 @@ class Session:
         self.backend = backend
         self.counter = TimestepCounter()
         self.forced: bool | None = None
+        self._all_dense: int | None = None
         self._pipe = weakref.ref(pipe)
 
     def __deepcopy__(self, memo):
@@ -78,7 +79,21 @@ class Session:
                     "the pipeline"
                 )
             total = step + 1
+        else:
+            self._warn_if_all_dense(total)
         return self.schedule.is_dense_step(step, total)
+
+    def _warn_if_all_dense(self, total: int) -> None:
+        """Say, once per number of steps, that the method never runs."""
+        first, last = self.schedule.dense_first_steps, self.schedule.dense_last_steps
+        if first + last < total or self._all_dense == total:
+            return
+        self._all_dense = total
+        logger.warning(
+            "dense: dense_first_steps=%d and dense_last_steps=%d leave none of %d steps to %s, "
+            "which changes nothing; take more steps or keep fewer dense",
+            first, last, total, self.method.name,
+        )  # fmt: skip
 
 
 class ModelState:

@@ -1,5 +1,7 @@
 """Steps are counted by scheduler step: dense first and last steps hit the steps they should."""
 
+import logging
+
 import pytest
 import tiny
 import torch
@@ -66,6 +68,16 @@ def test_two_call_guidance_wan():
     seen = passes(tiny.wan_pipeline(), num_inference_steps=5)
     assert [batch for _, batch, _, _ in seen] == [1] * 10
     assert by_step(seen) == FIVE
+
+
+def test_a_run_without_a_sparse_step_says_so_once(caplog):
+    caplog.set_level(logging.WARNING, logger="dittfast")
+    pipe, words = tiny.wan_pipeline(), "leave none of 3 steps to"
+    assert not any(sparse for _, _, sparse, _ in passes(pipe, num_inference_steps=3))
+    assert [words in record.message for record in caplog.records] == [True]
+    caplog.clear()
+    passes(pipe, num_inference_steps=4)
+    assert not caplog.records
 
 
 def test_both_experts_of_wan_22():
