@@ -89,6 +89,12 @@ class Checkpoints:
         self._wait()
         return final
 
+    def tidy(self) -> None:
+        """Remove what a killed run left behind, and checkpoints that it had no time to rotate."""
+        if self._is_main:
+            self._clean()
+            self._rotate()
+
     def _rotate(self) -> None:
         for old in self.all()[: -self.keep]:
             gone = old.with_name(f".{old.name}.gone")
@@ -96,7 +102,7 @@ class Checkpoints:
             shutil.rmtree(gone)
 
     def _clean(self) -> None:
-        """Remove what a killed run left behind."""
+        """Remove what was half written or half removed."""
         if self.folder.is_dir():
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left)

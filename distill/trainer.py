@@ -102,7 +102,7 @@ class Trainer:
                 )
             return None
         path = there if resume == "latest" else Path(resume)
-        if path is None and not (self.output / "config.json").exists():
+        if path is None and not self.output.is_dir():
             raise FileNotFoundError(f"there is no run in {self.output} to resume")
         if path is not None and not (path / "progress.json").is_file():
             raise FileNotFoundError(f"{path} is no checkpoint of a run")
@@ -304,6 +304,7 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / "config.json", self.config.to_dict())
             self._rewind_metrics()
+            self.checkpoints.tidy()
         self.accelerator.init_trackers("dittfast")
         order = global_batches(self.dataset.shapes, self.global_batch, train.seed)
         self._order = itertools.islice(order, self.step, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -465,6 +466,16 @@ def test_prodigy_trains_and_resumes_to_the_bit(folder, tmp_path):
     train(run_config(folder, tmp_path / "parts", train={**settings, "steps": 4}), "latest")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
+def test_a_resumed_run_finishes_what_a_kill_left_of_rotation(folder, tmp_path):
+    config = run_config(folder, tmp_path / "run", train={"steps": 2, "keep": 1})
+    train(config)
+    at = tmp_path / "run" / "checkpoints"
+    (at / ".step-00000001.gone").mkdir()
+    shutil.copytree(at / "step-00000002", at / "step-00000001")
+    train(config, "latest")
+    assert [p.name for p in at.iterdir()] == ["step-00000002"]
 
 
 def test_checkpoints_rotate(tmp_path):
