@@ -59,8 +59,14 @@ for task in ("fidelity", "draw"):
     os.mkdir(f"{output}/{task}")
     assert run(task, "whole") == 0
     kills = 0
+    # One kill at each point, and a run that goes on from there.
+    while not every and (status := run(task, f"killed-{kills}", kills + 1)):
+        assert status == signal.SIGKILL, status
+        assert run(task, f"killed-{kills}") == 0, kills
+        kills += 1
+        assert kills < 200
     # `every` writes are completed before the next kill, so that each run gets further.
-    while status := run(task, "killed", 2 * every + 1 + kills % 2):
+    while every and (status := run(task, "killed", 2 * every + 1 + kills % 2)):
         assert status == signal.SIGKILL, status
         kills += 1
         assert kills < 200
@@ -102,18 +108,18 @@ def pictures(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def assert_same_pictures(tmp_path):
-    whole, killed = (pictures(tmp_path / name) for name in ("whole", "killed"))
+def assert_same_pictures(tmp_path, name):
+    whole, killed = (pictures(tmp_path / n) for n in ("whole", name))
     assert len(whole) == 4 and killed == whole
     for label in ("dense", "local"):
-        images = tmp_path / "killed" / label / "images"
+        images = tmp_path / name / label / "images"
         assert check_pictures(images) == (2, {(96, 64)})
-        assert not list((tmp_path / "killed" / label).glob("*/.0*")), "leftovers of killed writes"
+        assert not list((tmp_path / name / label).glob("*/.0*")), "leftovers of killed writes"
 
 
-def assert_same_numbers(tmp_path):
+def assert_same_numbers(tmp_path, name):
     whole, killed = (
-        json.loads((tmp_path / name / "fidelity.json").read_text()) for name in ("whole", "killed")
+        json.loads((tmp_path / n / "fidelity.json").read_text()) for n in ("whole", name)
     )
     for data in (whole, killed):
         del data["drawn_now"]
@@ -122,14 +128,20 @@ def assert_same_numbers(tmp_path):
     assert killed == whole
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [5, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_runs_go_on_to_the_same_pictures_and_numbers(model, tmp_path, every):
-    """Two prompts, two arms. ``every=1``: each file in turn is cut in half, or not put in place."""
+    """Two prompts, two arms: one run killed again and again after ``every`` writes; or, with 0, one
+    for each file, which is cut in half or not put in place."""
     kills = kill(model, tmp_path, every)
-    assert kills["fidelity"] >= 16 // every and kills["draw"] >= 8 // every
-    assert_same_pictures(tmp_path / "fidelity")
-    assert_same_pictures(tmp_path / "draw")
-    assert_same_numbers(tmp_path / "fidelity")
+    assert kills["fidelity"] >= (16 // every if every else 32)
+    assert kills["draw"] >= (8 // every if every else 16)
+    for task in ("fidelity", "draw"):
+        names = [p.name for p in (tmp_path / task).glob("killed*")]
+        assert len(names) == (1 if every else kills[task] + 1)
+        for name in names:
+            assert_same_pictures(tmp_path / task, name)
+            if task == "fidelity":
+                assert_same_numbers(tmp_path / task, name)
 
 
 def test_what_a_killed_write_left_goes_when_its_picture_is_drawn_again(tmp_path):
