@@ -328,9 +328,9 @@ for variant in ("wan", "paper"):
 
 
 def test_720p_is_planned_quickly_and_small():
-    """21 x 45 x 80 tokens, block 128: 0.3 s and under 300 MB (published code: 104 s).
+    """21 x 45 x 80 tokens, block 128: under 0.5 s and 300 MB (published code: 104 s).
 
-    CPU time of one thread and a wide bound: the machine may be shared.
+    Processor time of one thread, because other work on the machine does not count.
     """
     source = str(Path(dittfast.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
@@ -338,12 +338,12 @@ def test_720p_is_planned_quickly_and_small():
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for line in run.stdout.splitlines():
         seconds, megabytes = line.split()[1:]
-        assert float(seconds) < 3, line
+        assert float(seconds) < 0.5, line
         assert float(megabytes) < 300, line
 
 
 def test_half_a_million_tokens():
     start = time.process_time()
     plan = Radial().plan(Layout.video(128, 45, 80))
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 15
     assert plan.num_queries == 460_800 and 0.05 < plan.density < 0.15
