@@ -90,7 +90,11 @@ class Checkpoints:
         return final
 
     def tidy(self) -> None:
-        """Remove what a killed run left behind, and checkpoints that it had no time to rotate."""
+        """Remove what a killed run left behind, and checkpoints that it had no time to rotate.
+
+        The processes call this together, when none of them reads a checkpoint any more.
+        """
+        self._wait()
         if self._is_main:
             self._clean()
             self._rotate()

@@ -304,7 +304,7 @@ class Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / "config.json", self.config.to_dict())
             self._rewind_metrics()
-            self.checkpoints.tidy()
+        self.checkpoints.tidy()
         self.accelerator.init_trackers("dittfast")
         order = global_batches(self.dataset.shapes, self.global_batch, train.seed)
         self._order = itertools.islice(order, self.step, None)

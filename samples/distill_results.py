@@ -442,17 +442,17 @@ def radial(folder: Path, emoji: Path, frames: int) -> dict:
     results = Results(folder, RADIAL, length)
     clips = folder / f"clips-{frames}"
     write_clips(emoji, clips, frames)
-    sets = {}
+    sets, data = {}, {}
     for name in ("train", "held-out"):
-        data = folder / "data" / f"{RADIAL}-{frames}-{name}"
-        sets[name] = [*length, f"data.folder={data}", f"data.pictures={clips / name}"]
+        data[name] = folder / "data" / f"{RADIAL}-{frames}-{name}"
+        sets[name] = [*length, f"data.folder={data[name]}", f"data.pictures={clips / name}"]
         results.prepare(RADIAL, sets[name])
     dense = ["student.method=dense", "student.options={}", "student.schedule={}"]
     runs = {
         "radial LoRA": results.train(f"radial-{frames}", RADIAL, sets["train"]),
         "dense LoRA": results.train(f"dense-{frames}", RADIAL, [*sets["train"], *dense]),
     }
-    held_out = Dataset(folder / "data" / f"{RADIAL}-{frames}-held-out")
+    held_out = Dataset(data["held-out"])
     student = results.config.student
     arms = {"dense, untrained": held_out_loss(results.pipe, held_out)}
     method = {**student.options, **student.schedule, "min_tokens": 0}

@@ -59,15 +59,17 @@ for task in ("fidelity", "draw"):
     os.mkdir(f"{output}/{task}")
     assert run(task, "whole") == 0
     kills = 0
-    # One kill at each point, and a run that goes on from there.
-    while not every and (status := run(task, f"killed-{kills}", kills + 1)):
+    while True:
+        # `every` writes are completed before the next kill, so that each run gets further; with 0
+        # each point is hit once, and one more run goes on from there.
+        name, at = f"killed-{kills}", kills + 1
+        if every:
+            name, at = "killed", 2 * every + 1 + kills % 2
+        status = run(task, name, at)
+        if not status:
+            break
         assert status == signal.SIGKILL, status
-        assert run(task, f"killed-{kills}") == 0, kills
-        kills += 1
-        assert kills < 200
-    # `every` writes are completed before the next kill, so that each run gets further.
-    while every and (status := run(task, "killed", 2 * every + 1 + kills % 2)):
-        assert status == signal.SIGKILL, status
+        assert every or run(task, name) == 0, name
         kills += 1
         assert kills < 200
     print(task, kills)
