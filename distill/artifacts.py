@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from dittfast.pipelines.adapter import disable, enable, transformers_of
-from dittfast.pipelines.seam import is_swapped
+from dittfast.pipelines.adapter import disable, enable
+from dittfast.pipelines.models import is_swapped, transformers_of
 
 import dittfast
 from dittfast.config import resolve

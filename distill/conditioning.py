@@ -11,9 +11,8 @@ import contextlib
 from dataclasses import dataclass, field
 
 import torch
-from dittfast.pipelines.families import bind_arguments
 from dittfast.pipelines.generate import without_rounding_by_one
-from dittfast.pipelines.seam import stock_class
+from dittfast.pipelines.models import bind_arguments, stock_class
 
 # Given by the training step, not by the recording.
 _INPUTS = ("hidden_states", "timestep")

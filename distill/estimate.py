@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.models import attention_layers
 from dittfast.pipelines.published import published_model, published_models
 from dittfast.pipelines.sequences import Sequences
 from dittfast.pipelines.sources import Source, choose_dtype, find

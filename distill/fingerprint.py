@@ -6,7 +6,7 @@ import hashlib
 import math
 
 import torch
-from dittfast.pipelines.seam import stock_class
+from dittfast.pipelines.models import stock_class
 
 _PROBED = 24
 _VALUES = 8

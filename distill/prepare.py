@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dittfast.pipelines.adapter import transformers_of
 from dittfast.pipelines.first_frame import FirstFrame
 from dittfast.pipelines.generate import (
     accepted,
@@ -18,6 +17,7 @@ from dittfast.pipelines.generate import (
     is_video,
     needs_image,
 )
+from dittfast.pipelines.models import transformers_of
 from dittfast.pipelines.sources import Source
 from tqdm import tqdm
 

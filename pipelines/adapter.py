@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import logging
-import re
-from collections.abc import Callable
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +15,15 @@ from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
-from .families import FAMILIES, Family, bind_arguments
-from .seam import LayerState, is_swapped, restore, stock_class, swap
-from .sequences import Sequences
+from .models import (
+    LayoutReader,
+    attention_layers,
+    family_of,
+    is_swapped,
+    stock_class,
+    transformers_of,
+)
+from .seam import restore, swap
 from .state import ModelState, Session
 
 if TYPE_CHECKING:
@@ -26,23 +31,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LayoutReader = Callable[[torch.nn.Module, dict], Layout | Sequences]
+
+def _call(self, *args, **kwargs):
+    state = self.__dict__.get("_dittfast")
+    if state is None:  # a bound method that somebody kept from before disable
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+    return state.run(self, torch.nn.Module.__call__, args, kwargs)
 
 
-def _forward(self, *args, **kwargs):
-    state = self._dittfast
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "torch.compile is tracing a transformer on which dittfast is enabled. Compile it with "
-            "pipe.transformer.compile() or pipe.transformer.compile_repeated_blocks(), which "
-            "leave the reading of layout and step outside the graph"
-        )
-    state.prepare(self, bind_arguments(self, args, kwargs))
-    out = torch.nn.Module.__call__(self, *args, **kwargs)
-    state.check_reached()
-    if state.guidance is not None:
-        out = state.guidance.guide(self, state, bind_arguments(self, args, kwargs), out)
-    return out
+def _make_forward(cls: type):
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        state = self.__dict__.get("_dittfast")
+        if state is None or state.passes.current is not None:
+            return cls.forward(self, *args, **kwargs)
+        return state.run(self, cls.forward, args, kwargs)
+
+    return forward
+
+
+def _checkpointing(self):
+    """What gradient checkpointing calls: the user's function, which then knows the pass."""
+    function = self.__dict__.get("_gradient_checkpointing_func")
+    state = self.__dict__.get("_dittfast")
+    if function is None or state is None or torch.compiler.is_compiling():
+        return function
+    return state.checkpointing(self, function)
+
+
+def _set_checkpointing(self, function):
+    self.__dict__["_gradient_checkpointing_func"] = function
+
+
+_CHECKPOINTING = property(_checkpointing, _set_checkpointing)
 
 
 @contextlib.contextmanager
@@ -57,77 +78,69 @@ def _cache_context(self, name: str, **fields):
         state.context = before
 
 
-def _unwrap(module):
-    """The module inside torch.compile's wrapper."""
-    return getattr(module, "_orig_mod", module)
+def _install(model: torch.nn.Module, state: ModelState) -> None:
+    for name, layer in state.layers.items():
+        swap(model.get_submodule(name), layer)
+    members = {"__call__": _call, "forward": _make_forward}
+    members["_gradient_checkpointing_func"] = _CHECKPOINTING
+    if hasattr(model, "cache_context"):
+        members["cache_context"] = _cache_context
+    swap(model, state, **members)
 
 
-def transformers_of(pipe) -> dict[str, torch.nn.Module]:
-    """The diffusion transformers of a pipeline, or the model itself, by component name."""
-    if isinstance(pipe, torch.nn.Module):
-        return {"transformer": _unwrap(pipe)}
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise ValueError(
-            f"expected a diffusers pipeline or a transformer, got {type(pipe).__name__}"
-        )
-    found = {
-        name: _unwrap(module)
-        for name, module in components.items()
-        if isinstance(module, torch.nn.Module) and re.fullmatch(r"transformer(_\d+)?", name)
-    }
-    if not found:
-        raise ValueError(f"{type(pipe).__name__} has no transformer; dittfast needs a DiT pipeline")
-    return found
+def _uninstall(model: torch.nn.Module) -> None:
+    layers = list(model._dittfast.layers.values())
+    for module in model.modules():
+        if any(module.__dict__.get("_dittfast") is layer for layer in layers):
+            restore(module)
+    restore(model)
 
 
-def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = None) -> Family:
-    """How a model is read: as its class is known, or by the layout given.
+class _Handle:
+    """What holds a set of transformers and their states, in use as a context manager or not.
 
-    Raises:
-        ValueError: an unknown class without a layout, or a layout that is neither a Layout nor a
-            function.
+    Leaving the outermost ``with`` undoes what entering it did, as far as it still stands.
     """
-    name = stock_class(type(model)).__name__
-    known = FAMILIES.get(name)
-    if layout is None:
-        if known is None:
-            raise ValueError(
-                f"no layout reader for {name}; known: {', '.join(sorted(FAMILIES))}. Pass "
-                "layout=Layout.image(height, width, text=...) in tokens, or a function "
-                "(model, forward_arguments) -> Layout"
-            )
-        return known
-    if not isinstance(layout, Layout) and not callable(layout):
-        raise ValueError(f"layout must be a Layout or a function, got {type(layout).__name__}")
-    read = (lambda model, arguments: layout) if isinstance(layout, Layout) else layout
-    if known:
-        return dataclasses.replace(known, read=read, reads_values=())
-    return Family(".*", read, strict=False)
+
+    def __init__(self, pipe, states: dict[str, tuple[torch.nn.Module, ModelState]]):
+        self._pipe = pipe
+        self._states = states
+        self._depth = 0
+
+    def _check(self, what: str) -> None:
+        """Raise ValueError where a transformer is enabled by somebody else's call."""
+        for model, state in self._states.values():
+            if is_swapped(model) and model._dittfast is not state:
+                raise ValueError(
+                    f"{what}: dittfast has been enabled on this pipeline by another call, with "
+                    f"{model._dittfast.session.method}; call dittfast.disable(pipe) first"
+                )
+
+    def _put_in(self) -> None:
+        for model, state in self._states.values():
+            if not is_swapped(model):
+                _install(model, state)
+
+    def _take_out(self) -> None:
+        for model, state in self._states.values():
+            if is_swapped(model) and model._dittfast is state:
+                _uninstall(model)
 
 
-def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.nn.Module]:
-    """The self-attention modules of a model, in its own order."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if callable(getattr(module, "processor", None))
-        and re.fullmatch(family.layers, name)
-        and not getattr(module, "is_cross_attention", False)
-    }
-
-
-class Enabled:
+class Enabled(_Handle):
     """What :func:`enable` returns; as a context manager it disables on exit."""
 
-    def __init__(self, pipe):
-        self._pipe = pipe
-
     def __enter__(self):
+        if not self._depth:
+            self._check("this handle cannot enable again")
+            self._put_in()
+        self._depth += 1
         return self
 
     def __exit__(self, *error):
-        disable(self._pipe)
+        self._depth -= 1
+        if not self._depth:
+            self._take_out()
 
     def describe(self) -> Description:
         from .description import describe
@@ -135,28 +148,30 @@ class Enabled:
         return describe(self._pipe)
 
 
-class Disabled:
+class Disabled(_Handle):
     """What :func:`disable` returns; as a context manager it enables again on exit."""
 
-    def __init__(self, pipe, undone: dict):
-        self._pipe = pipe
-        self._undone = undone
-
     def __enter__(self):
+        if not self._depth:
+            self._check("this handle cannot disable again")
+            self._take_out()
+        self._depth += 1
         return self
 
-    def __exit__(self, *error):
-        for name, model in transformers_of(self._pipe).items():
-            _install(model, self._undone[name])
-
-
-def _install(model: torch.nn.Module, state: ModelState) -> None:
-    for name, module in attention_layers(model, state.family).items():
-        swap(module, state.layers[name])
-    methods = {"__call__": _forward}
-    if hasattr(model, "cache_context"):
-        methods["cache_context"] = _cache_context
-    swap(model, state, **methods)
+    def __exit__(self, kind, error, trace):
+        self._depth -= 1
+        if self._depth:
+            return
+        if error is None:
+            self._check("cannot enable again what `with dittfast.disable(...)` took out")
+        mine = transformers_of(self._pipe).values()
+        free = {
+            name: (model, state)
+            for name, (model, state) in self._states.items()
+            if not is_swapped(model) and any(model is m for m in mine)
+        }
+        for model, state in free.values():
+            _install(model, state)
 
 
 def enable(
@@ -198,28 +213,64 @@ def enable(
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("backend", backend, ["auto", *BACKENDS])
     models = transformers_of(pipe)
-    session = Session(pipe, method, schedule, backend)
+    owner = models["transformer"] if isinstance(pipe, torch.nn.Module) else pipe
+    session = Session(owner, method, schedule, backend)
     states = {}
     for name, model in models.items():
         if is_swapped(model):
-            raise ValueError(
-                "dittfast is already enabled on this pipeline with "
-                f"{model._dittfast.session.method}; call dittfast.disable(pipe) first"
-            )
+            raise ValueError(_already(model._dittfast))
         family = family_of(model, layout)
         layers = attention_layers(model, family)
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} has no self-attention layer that dittfast knows"
             )
-        layer_states = {n: LayerState(_layer_parameters(method, m)) for n, m in layers.items()}
-        states[name] = ModelState(session, family, layer_states)
-    for name, model in models.items():
-        _install(model, states[name])
-        _log(name, model, states[name])
+        own = {n: _layer_parameters(method, m) for n, m in layers.items()}
+        states[name] = model, ModelState(session, family, own)
+    for name, (model, state) in states.items():
+        _install(model, state)
+        _log(name, model, state)
+    _remember(pipe, models.values())
     for sentence in other_models(pipe):
         logger.info(sentence)
-    return Enabled(pipe)
+    return Enabled(pipe, states)
+
+
+def _already(state: ModelState) -> str:
+    if getattr(state.guidance, "implicit", False):
+        return (
+            "this pipeline is guided (dittfast.guide) without a method, and the method goes first: "
+            "call dittfast.unguide(pipe), dittfast.enable(pipe, ...), then dittfast.guide(pipe, "
+            "...) again"
+        )
+    return (
+        f"dittfast is already enabled on this pipeline with {state.session.method}; call "
+        "dittfast.disable(pipe) first"
+    )
+
+
+def _remember(pipe, models) -> None:
+    """Note on the pipeline which transformers it enabled: they may be exchanged later."""
+    if not isinstance(pipe, torch.nn.Module) and hasattr(pipe, "__dict__"):
+        kept = [ref for ref in pipe.__dict__.get("_dittfast_enabled", ()) if ref() is not None]
+        pipe.__dict__["_dittfast_enabled"] = kept + [weakref.ref(model) for model in models]
+
+
+def exchanged(pipe) -> list[torch.nn.Module]:
+    """Transformers that are enabled by a pipeline which no longer holds them."""
+    try:
+        mine = list(transformers_of(pipe).values())
+    except ValueError:
+        mine = []
+    noted = [ref() for ref in getattr(pipe, "__dict__", {}).get("_dittfast_enabled", ())]
+    return [
+        model
+        for model in noted
+        if model is not None
+        and is_swapped(model)
+        and model._dittfast.session.pipe is pipe
+        and not any(model is m for m in mine)
+    ]
 
 
 def _log(component: str, model: torch.nn.Module, state: ModelState) -> None:
@@ -257,18 +308,16 @@ def disable(pipe) -> Disabled:
     Raises:
         ValueError: the pipeline was never enabled.
     """
+    gone = exchanged(pipe)
     models = transformers_of(pipe)
-    if not any(is_swapped(model) for model in models.values()):
+    states = {name: (m, m._dittfast) for name, m in models.items() if is_swapped(m)}
+    if not states and not gone:
         raise ValueError("dittfast is not enabled on this pipeline; there is nothing to disable")
-    undone = {}
-    for name, model in models.items():
-        if not is_swapped(model):
-            continue
-        undone[name] = model._dittfast
-        for module in attention_layers(model, model._dittfast.family).values():
-            restore(module)
-        restore(model)
-    return Disabled(pipe, undone)
+    for model in gone + [model for model, _ in states.values()]:
+        _uninstall(model)
+    if not isinstance(pipe, torch.nn.Module):
+        getattr(pipe, "__dict__", {}).pop("_dittfast_enabled", None)
+    return Disabled(pipe, states)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import torch
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
-from .adapter import transformers_of
-from .seam import Part, is_swapped
+from .adapter import exchanged
+from .layer import PlannedLayout
+from .models import is_swapped, transformers_of
 from .state import ModelState
 
 
@@ -92,6 +93,11 @@ def describe(pipe) -> Description:
         ValueError: dittfast is not enabled on this pipeline.
     """
     models = {n: m for n, m in transformers_of(pipe).items() if is_swapped(m)}
+    if not models and exchanged(pipe):
+        raise ValueError(
+            "the transformer that dittfast was enabled on is no longer in this pipeline, and the "
+            "present one is stock; call dittfast.enable(pipe, ...) for it"
+        )
     if not models:
         raise ValueError("dittfast is not enabled on this pipeline; call dittfast.enable first")
     layers, notes = [], []
@@ -111,8 +117,7 @@ def describe(pipe) -> Description:
         if state.sequences is not None and state.sequences.rows_differ:
             notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
         if state.guidance is not None:
-            heads = len(state.guidance.config.heads)
-            notes.append(f"{prefix}guided by {heads} weakened heads: one more pass at guided steps")
+            notes.append(prefix + state.guidance.describe())
     session = state.session
     notes.extend(dense_steps(session.schedule))
     notes.extend(other_models(pipe))
@@ -127,7 +132,7 @@ def describe(pipe) -> Description:
     )
 
 
-def _why_dense(state: ModelState, name: str, main: Part | None) -> str | None:
+def _why_dense(state: ModelState, name: str, main: PlannedLayout | None) -> str | None:
     if name in state.dense_layers:
         return "dense_layers of the schedule"
     if state.session.method.name == "dense":
@@ -135,6 +140,10 @@ def _why_dense(state: ModelState, name: str, main: Part | None) -> str | None:
     if main is None and state.parts and state.layout is not None:
         tokens = f"{state.layout.num_tokens:,}"
         return f"{tokens} tokens are below min_tokens {state.break_even:,}"
+    done = state.last
+    missed = done is not None and name in done.ran and name not in done.reached
+    if missed and done.runs[name].core is not None:
+        return "its sequence has another length than the layout"
     return None
 
 

@@ -6,7 +6,6 @@ transformer's ``forward`` to a :class:`~dittfast.layout.Layout`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ class Family:
         dense: ``(regular expression over module names, why)`` of other attention that stays dense.
         outer_mask: whether the model turns a mask m over keys into an N x N mask m mᵀ. All
             tokens of a grid are valid.
+        heads: the attribute of an attention module that holds its number of heads.
         timestep: the argument with the timestep.
         time_rises: whether that grows over the steps (most count down).
     """
@@ -45,14 +45,23 @@ class Family:
     strict: bool = True
     dense: tuple[tuple[str, str], ...] = ()
     outer_mask: bool = False
+    heads: str = "heads"
     timestep: str = "timestep"
     time_rises: bool = False
 
+    def num_heads(self, module: torch.nn.Module) -> int:
+        """The number of heads of an attention module.
 
-def bind_arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
-    """The arguments of ``model.forward`` by name; absent ones are left out."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
+        Raises:
+            ValueError: a module of an unknown model that does not tell.
+        """
+        found = getattr(module, self.heads, None)
+        if not isinstance(found, int):
+            raise ValueError(
+                f"{type(module).__name__} has no number of heads in .{self.heads}, so its heads "
+                "cannot be chosen; guidance needs a model family that dittfast knows"
+            )
+        return found
 
 
 CROSS = "cross-attention: its keys are another sequence"
@@ -137,6 +146,7 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky5Transformer3DModel": Family(
         r"visual_transformer_blocks\.\d+\.self_attention",
         video.kandinsky5,
+        heads="num_heads",
         dense=(
             (r"visual_transformer_blocks\..*\.cross_attention", CROSS),
             (r"text_transformer_blocks\..*", TEXT),

@@ -18,10 +18,11 @@ from dittfast.perceptual import load_lpips, missing_for_lpips
 from dittfast.summary import bootstrap_mean
 from dittfast.tables import MEASURES
 
-from .adapter import enable, transformers_of
+from .adapter import enable
 from .drawings import Drawings, Item, fingerprint
 from .generate import Run, call_record, run
 from .method_check import Checked, capture_layers, check_captured, layer_names, sparse_layers
+from .models import transformers_of
 from .sources import Source
 from .structure import mask_picture, mass_by_distance
 from .variants import DENSE, Variant, check_labels

@@ -23,10 +23,11 @@ from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
 from dittfast.schedule import Schedule
 
-from .adapter import enable, transformers_of
+from .adapter import enable
 from .description import Description, describe
 from .first_frame import FirstFrame, fit
-from .guidance import guide
+from .guidance.plain import guide
+from .models import transformers_of
 from .sources import Source
 
 logger = logging.getLogger(__name__)

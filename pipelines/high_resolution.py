@@ -20,11 +20,11 @@ from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.methods.local import Local
 from dittfast.schedule import Schedule
 
-from .adapter import enable, transformers_of
+from .adapter import enable
 from .description import Description, describe
 from .generate import Run, accepted, call_arguments, check_ranges, is_video, run
-from .guidance import guide
-from .seam import is_swapped
+from .guidance.plain import guide
+from .models import is_swapped, transformers_of
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from dittfast.files import write_image
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .adapter import transformers_of
 from .generate import call_arguments
-from .guidance import guide, head_counts
+from .guidance.plain import guide, head_counts
 from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
 from .hunt_report import (
     SHEET_COLUMNS,
@@ -30,8 +29,8 @@ from .hunt_report import (
     holdout_sheet,
     round_sheet,
 )
+from .models import is_swapped, transformers_of
 from .objectives import Objective, describe_objective, evaluate
-from .seam import is_swapped
 
 
 class _Studio:

@@ -15,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 from dittfast.bench import percentiles, synchronize
 from dittfast.environment import describe_device, peak_memory, reset_peak_memory, versions
 
-from .adapter import attention_layers, enable, transformers_of
+from .adapter import enable
 from .drawings import fingerprint
 from .families import FAMILIES
 from .fidelity import dense_kernel
 from .generate import Run, call_record, quality, run
 from .method_check import check_method
-from .seam import stock_class
+from .models import attention_layers, stock_class, transformers_of
 from .sources import Source
 from .variants import Variant
 

@@ -14,8 +14,8 @@ from dittfast.methods.base import Method
 from dittfast.plan import Plan
 from dittfast.schedule import Schedule
 
-from .adapter import attention_layers, transformers_of
 from .families import FAMILIES
+from .models import attention_layers, transformers_of
 from .probe import Captured, capture
 
 _STEPS = 2

@@ -15,11 +15,21 @@ import torch
 
 from dittfast.layout import Context, Layout
 
-from .seam import LayerState, attend_call
+from .layer import LayerRun, LayerState, attend_call
 
-# The layer that is running. A list and no ContextVar, which torch.compile cannot set: threads that
-# share a process group cannot run layers at once anyway.
-_RUNNING: list[LayerState] = []
+
+class ParallelRun:
+    """A layer that attends through our backend: what it runs, and whether it did."""
+
+    def __init__(self, run: LayerRun, parameters: dict[str, torch.Tensor]):
+        self.run = run
+        self.parameters = parameters
+        self.reached = False
+
+
+# The layers that are running, innermost last. A list and nothing of a thread's own, which
+# torch.compile cannot set: threads that share a process group cannot run layers at once anyway.
+_RUNNING: list[ParallelRun] = []
 
 
 def ulysses(module: torch.nn.Module):
@@ -57,9 +67,10 @@ def rank_order(layout: Layout, ranks: int, device=None) -> torch.Tensor:
     return torch.cat([part.reshape(-1) for part in at.split(sizes, dim=1)])
 
 
-def _local(state: LayerState, q, k, v, mask, scale, config):
+def _local(running: ParallelRun, q, k, v, mask, scale, config):
     """Attention over the whole sequence with this rank's heads; all ``[B, N, H, D]``."""
-    rows = state.core.at(q.shape[1])
+    core = running.run.core
+    rows = core.rows_of(q.shape[1])
     if rows is None or q.shape[1] != k.shape[1]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -71,10 +82,10 @@ def _local(state: LayerState, q, k, v, mask, scale, config):
     rank = config._ulysses_mesh.get_local_rank()
     heads = slice(rank * q.shape[1], (rank + 1) * q.shape[1])
     call = {"query": q, "key": k, "value": v, "attn_mask": mask, "scale": scale}
-    out = attend_call(state, call, heads).transpose(1, 2)
+    out = attend_call(core, call, running.parameters, heads).transpose(1, 2)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    state.reached = True
+    running.reached = True
     return out[:, back]
 
 
@@ -82,16 +93,11 @@ def _forward_op(
     ctx, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
     return_lse=False, _save_ctx=True, _parallel_config=None,
 ):  # fmt: skip
-    state, config = _RUNNING[-1], _parallel_config.context_parallel_config
+    layer, config = _RUNNING[-1], _parallel_config.context_parallel_config
     if _save_ctx:
         ctx.save_for_backward(q, k, v)
-        # The layer's core changes with the next pass; the backward of this one needs this one.
-        frozen = LayerState(state.parameters)
-        frozen.core = state.core
-        ctx.attention = functools.partial(
-            _local, frozen, mask=attn_mask, scale=scale, config=config
-        )
-    return _local(state, q, k, v, attn_mask, scale, config)
+        ctx.attention = functools.partial(_local, layer, mask=attn_mask, scale=scale, config=config)
+    return _local(layer, q, k, v, attn_mask, scale, config)
 
 
 def _backward_op(ctx, grad_out, *args, **kwargs):
@@ -154,9 +160,9 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def running(module: torch.nn.Module, state: LayerState):
-    """Inside, ``module`` attends through our backend, which runs ``state``."""
-    if state.perturbation is not None:
+def running(module: torch.nn.Module, run: LayerRun, state: LayerState):
+    """Inside, ``module`` attends through our backend, which runs ``run``."""
+    if run.transform is not None:
         raise ValueError(
             "head guidance does not run under context parallelism; call dittfast.unguide(pipe)"
         )
@@ -168,9 +174,10 @@ def running(module: torch.nn.Module, state: LayerState):
     _register()
     processor = module.processor
     before, processor._attention_backend = processor._attention_backend, _BACKENDS[0]
-    _RUNNING.append(state)
+    layer = ParallelRun(run, state.parameters)
+    _RUNNING.append(layer)
     try:
-        yield
+        yield layer
     finally:
         _RUNNING.pop()
         processor._attention_backend = before

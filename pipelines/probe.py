@@ -13,9 +13,10 @@ from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
-from .adapter import enable, transformers_of
+from .adapter import enable
 from .generate import run
-from .seam import key_log_weight
+from .layer import key_log_weight
+from .models import transformers_of
 from .steps import scheduler_step
 
 # Query rows whose attention is computed at once.
@@ -44,7 +45,7 @@ class Captured:
 
 
 class _Recorder:
-    """Stands where a perturbation would: sees every call of a layer, and leaves its output."""
+    """Stands in a layer for every pass: keeps calls of attention, and leaves their output."""
 
     strict, outer_mask = True, False
 
@@ -52,14 +53,19 @@ class _Recorder:
         self.model, self.layer, self.steps, self.found = model, layer, steps, found
 
     @property
-    def num_tokens(self) -> int:
-        return self.model._dittfast.layout.num_tokens
+    def layout(self) -> Layout:
+        """Of the pass under way."""
+        return self.model._dittfast.passes.current.sequences.layout
 
     @property
-    def lead(self) -> int:
-        return self.model._dittfast.layout.grid_start
+    def num_tokens(self) -> int:
+        return self.layout.num_tokens
 
-    def at(self, num_tokens) -> bool:
+    @property
+    def text_before(self) -> int:
+        return self.layout.grid_start
+
+    def covers(self, num_tokens: int) -> bool:
         return num_tokens == self.num_tokens
 
     def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
@@ -70,9 +76,9 @@ class _Recorder:
             q, k, v = (call[name].detach().clone() for name in ("query", "key", "value"))
             scale = call.get("scale")
             scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-            token = state.layout.grid_start if state.family.outer_mask else None
+            token = self.layout.grid_start if state.family.outer_mask else None
             weight = key_log_weight(call.get("attn_mask"), q, token)
-            self.found.append(Captured(step, self.layer, state.layout, q, k, v, scale, weight))
+            self.found.append(Captured(step, self.layer, self.layout, q, k, v, scale, weight))
         return out
 
 
@@ -111,15 +117,15 @@ def capture(
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable(pipe, "dense"))
         for model in transformers_of(pipe).values():
-            states = model._dittfast.layers
-            names = list(states)
+            names = list(model._dittfast.layers)
             for number in range(len(names)) if layers is None else layers:
                 if not -len(names) <= number < len(names):
                     raise ValueError(
                         f"layers must lie in 0..{len(names) - 1} for this model, got {number}"
                     )
                 name = names[number]
-                states[name].perturbation = _Recorder(model, name, steps, found)
+                recorder = _Recorder(model, name, steps, found)
+                model._dittfast.recorders[name] = recorder
         run(pipe, call, seed)
     return found
 

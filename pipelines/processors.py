@@ -20,8 +20,10 @@ from dittfast.methods.base import Method
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
+from .guidance.perturbation import Perturbation
+from .layer import AttentionCore, LayerRun, PlannedLayout
 from .rotary import image_layout, video_layout
-from .seam import Core, LayerState, Part, Perturbation, check_reached, intercept, native_backend
+from .seam import check_reached, intercept, native_backend
 
 
 def _layout_of(attn: torch.nn.Module, encoder_hidden_states, rotary) -> Layout:
@@ -38,10 +40,7 @@ def _layout_of(attn: torch.nn.Module, encoder_hidden_states, rotary) -> Layout:
 
 
 class _AttnProcessor(abc.ABC):
-    """What the processors share: the stock processor inside, and the layout.
-
-    ``state`` is shared by all layers that share the processor.
-    """
+    """What the processors share: the stock processor inside, and the layout."""
 
     # What to use where the processor cannot stand in for the stock one.
     instead: str
@@ -51,13 +50,13 @@ class _AttnProcessor(abc.ABC):
 
     def __init__(self, layout: Layout | None, parameters: dict[str, torch.Tensor] | None = None):
         self.layout = layout
-        self.state = LayerState(parameters)
-        self._stock: dict[type, object] = {}
+        self.parameters = parameters or {}
+        self._stock: dict[tuple[type, bool], object] = {}
         self._read: tuple[weakref.ref, Layout] | None = None
 
     @abc.abstractmethod
-    def _prepare(self, attn: torch.nn.Module, layout: Layout, hidden_states) -> bool:
-        """Set what ``state`` runs in this call; False to run the stock attention."""
+    def _run(self, attn: torch.nn.Module, layout: Layout, hidden_states) -> LayerRun | None:
+        """What this call runs; None for the stock attention."""
 
     def __call__(
         self,
@@ -67,29 +66,32 @@ class _AttnProcessor(abc.ABC):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        stock = self._stock_processor(attn)
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if getattr(attn, "is_cross_attention", False):
+        run = None
+        if not getattr(attn, "is_cross_attention", False):
+            layout = self._find_layout(attn, encoder_hidden_states, image_rotary_emb)
+            run = self._run(attn, layout, hidden_states)
+        stock = self._stock_processor(attn, watched=run is not None)
+        if run is None:
             return stock(*arguments)
-        layout = self._find_layout(attn, encoder_hidden_states, image_rotary_emb)
-        if not self._prepare(attn, layout, hidden_states):
-            return stock(*arguments)
-        with intercept(self.state):
+        with intercept(run, self.parameters) as seen:
             out = stock(*arguments)
-        check_reached(self.state, attn)
+        if not torch.compiler.is_compiling():
+            check_reached(run, seen.ran, seen.reached, attn)
         return out
 
-    def _stock_processor(self, attn):
+    def _stock_processor(self, attn, watched: bool):
+        """The module's own processor: on the user's attention backend, or one to be watched."""
         cls = getattr(attn, "_default_processor_cls", None)
         if cls is None:
             raise ValueError(
                 f"{type(attn).__name__} does not name its stock processor, so "
                 f"{type(self).__name__} cannot stand in for it; use {self.instead}"
             )
-        if cls not in self._stock:
-            self._stock[cls] = cls()
-        stock = self._stock[cls]
-        stock._attention_backend = self._attention_backend
+        if (cls, watched) not in self._stock:
+            self._stock[cls, watched] = cls()
+        stock = self._stock[cls, watched]
+        stock._attention_backend = native_backend() if watched else self._attention_backend
         stock._parallel_config = self._parallel_config
         return stock
 
@@ -142,22 +144,23 @@ class SparseAttnProcessor(_AttnProcessor):
         super().__init__(layout, parameters)
         self.backend = backend
         self.min_tokens = min_tokens
-        self._cores: dict[tuple[Layout, torch.device], Core] = {}
+        self._runs: dict[tuple[Layout, torch.device], LayerRun] = {}
 
     @property
     def instead(self) -> str:
         return f"dittfast.enable(pipe, {self.method_name!r})"
 
-    def _prepare(self, attn, layout: Layout, hidden_states) -> bool:
+    def _run(self, attn, layout: Layout, hidden_states) -> LayerRun | None:
         if layout.num_tokens < self.min_tokens:
-            return False
+            return None
         key = (layout, hidden_states.device)
-        if key not in self._cores:
-            plan = self.method.plan(layout).to(key[1]) if self.method.static else None
-            self.method.prepare(layout, key[1])
-            self._cores[key] = Core(self.method, ((Part(layout, plan),),), self.backend)
-        self.state.core = self._cores[key]
-        return True
+        if key not in self._runs:
+            with torch.inference_mode(False):  # kept for later calls, which may train
+                plan = self.method.plan(layout).to(key[1]) if self.method.static else None
+                self.method.prepare(layout, key[1])
+            planned = ((PlannedLayout(layout, plan),),)
+            self._runs[key] = LayerRun(AttentionCore(self.method, planned, self.backend))
+        return self._runs[key]
 
 
 class RadialAttnProcessor(SparseAttnProcessor):
@@ -189,17 +192,11 @@ class _LastPart:
 
     def __init__(self, inner: Perturbation, parts: int):
         self.inner, self.parts = inner, parts
-        self.strict, self.num_tokens = inner.strict, inner.num_tokens
-        self.outer_mask = inner.outer_mask
+        self.strict, self.outer_mask = inner.strict, inner.outer_mask
+        self.num_tokens, self.text_before = inner.num_tokens, inner.text_before
 
-    @property
-    def lead(self) -> int:
-        """Tokens before the grid."""
-        return self.inner.lead
-
-    def at(self, num_tokens) -> bool:
-        """Whether a sequence of this length is the weakened one."""
-        return self.inner.at(num_tokens)
+    def covers(self, num_tokens: int) -> bool:
+        return self.inner.covers(num_tokens)
 
     def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
         batch = out.shape[0]
@@ -260,23 +257,21 @@ class HeadGuidanceAttnProcessor(_AttnProcessor):
         self._perturbations: dict[Layout, _LastPart] = {}
         self._strengths: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    def _prepare(self, attn, layout: Layout, hidden_states) -> bool:
+    def _run(self, attn, layout: Layout, hidden_states) -> LayerRun | None:
         if not self.active:
-            return False
+            return None
         if hidden_states.shape[0] % self.passes:
             raise ValueError(
                 f"a batch of {hidden_states.shape[0]} does not divide into passes={self.passes} "
                 "equal parts; stack the passes along the batch"
             )
         if layout not in self._perturbations:
-            inner = Perturbation(self.guidance.rows, layout)
+            inner = Perturbation(self.guidance.rows, layout, hidden_states.device)
             self._perturbations[layout] = _LastPart(inner, self.passes)
         key = (attn.heads, hidden_states.device)
         if key not in self._strengths:
             self._strengths[key] = self._strength(attn.heads).to(key[1])
-        self.state.perturbation = self._perturbations[layout]
-        self.state.strength = self._strengths[key]
-        return True
+        return LayerRun(None, self._perturbations[layout], self._strengths[key])
 
     def _strength(self, num_heads: int) -> torch.Tensor:
         strength = torch.zeros(num_heads)
@@ -285,10 +280,3 @@ class HeadGuidanceAttnProcessor(_AttnProcessor):
                 raise ValueError(f"head {head} does not exist; heads are 0..{num_heads - 1}")
             strength[head] = value
         return strength
-
-    def _stock_processor(self, attn):
-        stock = super()._stock_processor(attn)
-        if self.active:
-            # The backend whose attention call can be watched.
-            stock._attention_backend = native_backend()
-        return stock

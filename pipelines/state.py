@@ -1,10 +1,15 @@
-"""What enable keeps per call and per transformer: the session, layouts read, plans made."""
+"""What enable keeps: the session of a call; the layers, plans and passes of a transformer."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
+import sys
+import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -14,14 +19,18 @@ from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .families import Family
-from .seam import Core, LayerState, Part
+from .layer import AttentionCore, LayerRun, LayerState, PlannedLayout
+from .models import bind_arguments
+from .passes import Bound, Pass, Passes, in_backward, is_differentiable
+from .seam import put_back
 from .sequences import Sequences
 from .steps import TimestepCounter, scheduler_step, timestep_step
 
-if TYPE_CHECKING:
-    from .guidance import GuidanceState
-
 logger = logging.getLogger(__name__)
+
+
+class _Forced(threading.local):
+    dense: bool | None = None
 
 
 class Session:
@@ -32,7 +41,7 @@ class Session:
         self.schedule = schedule
         self.backend = backend
         self.counter = TimestepCounter()
-        self.forced: bool | None = None
+        self._forced = _Forced()
         self._all_dense: int | None = None
         self._pipe = weakref.ref(pipe)
 
@@ -40,11 +49,18 @@ class Session:
         # A copied pipeline gets a session that follows the copy; a copied model alone keeps
         # following the pipeline it came from.
         pipe = self._pipe()
-        twin = Session.__new__(Session)
-        twin.__dict__.update(self.__dict__)
-        twin.counter = TimestepCounter()
+        twin = memo[id(self)] = Session(self, self.method, self.schedule, self.backend)
         twin._pipe = weakref.ref(memo.get(id(pipe), pipe)) if pipe is not None else self._pipe
         return twin
+
+    @property
+    def forced(self) -> bool | None:
+        """Whether every pass of this thread is dense, or none; None leaves it to the schedule."""
+        return self._forced.dense
+
+    @forced.setter
+    def forced(self, dense: bool | None):
+        self._forced.dense = dense
 
     @property
     def scheduler(self):
@@ -96,27 +112,184 @@ class Session:
         )  # fmt: skip
 
 
-class ModelState:
-    """State of one transformer: its layers, how its layout is read, and plans made so far."""
+class Guidance(Protocol):
+    """What can be put into :attr:`ModelState.guidance`."""
 
-    def __init__(self, session: Session, family: Family, layers: dict[str, LayerState]):
+    def guide(self, model: torch.nn.Module, state: ModelState, done: Pass, arguments: dict, out):
+        """The guided prediction, in the form of ``out``, after a pass that gave ``out``."""
+
+    def describe(self) -> str:
+        """What it does, in a sentence without a full stop."""
+
+
+class Weakening(Protocol):
+    """What can be put into :attr:`ModelState.weakening`."""
+
+    def weakened(self, model: torch.nn.Module, current: Pass) -> Pass:
+        """The pass with the chosen heads weakened."""
+
+
+class _Here(threading.local):
+    """What a transformer keeps for one thread.
+
+    Attributes:
+        context: the name of the pipeline's pass ("cond", "uncond"), where it gives one.
+        weakening: what weakens heads in the passes under way.
+        read: position ids (weakly) with their versions and shapes, and the sequences read.
+    """
+
+    def __init__(self):
+        self.context: str | None = None
+        self.weakening: Weakening | None = None
+        self.read: tuple[list[weakref.ref], tuple, Sequences] | None = None
+
+
+class ModelState:
+    """State of one transformer: its layers, how its layout is read, and plans made so far.
+
+    Attributes:
+        session: the ``enable`` call it belongs to.
+        family: how the model is read.
+        layers: state of each selected attention layer, by name.
+        passes: the passes of the transformer.
+        dense_layers: names of layers that the schedule keeps dense.
+        recorders: transforms that stand in layers for every pass, by name.
+        guidance: what guides the predictions; None where nothing does.
+        last: the last pass of any thread; None before the first.
+    """
+
+    def __init__(self, session: Session, family: Family, parameters: dict[str, dict]):
         self.session = session
         self.family = family
-        self.layers = layers
-        names = list(layers)
+        self.passes = Passes()
+        self.layers = {name: LayerState(name, own, self.passes) for name, own in parameters.items()}
+        names = list(self.layers)
         self.dense_layers = session.schedule.dense_layer_names(names) if names else set()
-        self.cores: dict[tuple[Sequences, torch.device], Core | None] = {}
-        self.parts: dict[tuple[Layout, torch.device], Part | None] = {}
-        self.sequences: Sequences | None = None
+        self.recorders: dict = {}
+        self.guidance: Guidance | None = None
+        self.last: Pass | None = None
         self.break_even: int | None = None
-        self.guidance: GuidanceState | None = None
-        self.context: str | None = None
-        self._read: tuple | None = None
+        self.cores: dict[tuple[Sequences, torch.device], AttentionCore | None] = {}
+        self.parts: dict[tuple[Layout, torch.device], PlannedLayout | None] = {}
+        self._here = _Here()
+        self._planning = threading.RLock()
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = ModelState.__new__(ModelState)
+        twin.__init__(copy.deepcopy(self.session, memo), self.family, {})
+        twin.passes = copy.deepcopy(self.passes, memo)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        twin.dense_layers = set(self.dense_layers)
+        twin.guidance = copy.deepcopy(self.guidance, memo)
+        return twin
+
+    @property
+    def sequences(self) -> Sequences | None:
+        """What the last forward pass attended over."""
+        return None if self.last is None else self.last.sequences
 
     @property
     def layout(self) -> Layout | None:
         """The main sequence of the last forward pass."""
-        return None if self.sequences is None else self.sequences.layout
+        return None if self.last is None else self.last.sequences.layout
+
+    @property
+    def context(self) -> str | None:
+        """Which pass of a step the pipeline runs in this thread ("cond", "uncond"), if it says."""
+        return self._here.context
+
+    @context.setter
+    def context(self, name: str | None):
+        self._here.context = name
+
+    @property
+    def weakening(self) -> Weakening | None:
+        """What weakens heads in this thread's passes; None where nothing does."""
+        return self._here.weakening
+
+    @weakening.setter
+    def weakening(self, weakening: Weakening | None):
+        self._here.weakening = weakening
+
+    # A pass.
+
+    @torch.compiler.disable(recursive=False)
+    def run(self, model: torch.nn.Module, call: Callable, args: tuple, kwargs: dict):
+        """One call of the transformer: ``call(model, *args, **kwargs)`` as a pass, guided or not.
+
+        Not traced by torch.compile, which then starts at the model's own forward.
+        """
+        current, leave = self._begin(model, args, kwargs)
+        try:
+            out = call(model, *args, **kwargs)
+        finally:
+            leave()
+        return self._end(model, current, args, kwargs, out)
+
+    @torch.compiler.disable
+    def _begin(self, model: torch.nn.Module, args: tuple, kwargs: dict):
+        current = self.passes.run_again()
+        if current is None:
+            current = self.begin(model, bind_arguments(model, args, kwargs))
+        elif self.guidance is not None:
+            raise RuntimeError(
+                "a checkpoint around the whole transformer cannot run guidance again in the "
+                "backward pass; checkpoint with transformer.enable_gradient_checkpointing()"
+            )
+        return current, self.passes.enter(current)
+
+    @torch.compiler.disable
+    def _end(self, model: torch.nn.Module, current: Pass, args: tuple, kwargs: dict, out):
+        self._check_reached(current)
+        if self.guidance is not None and self.weakening is None and not in_backward():
+            arguments = bind_arguments(model, args, kwargs)
+            out = self.guidance.guide(model, self, current, arguments, out)
+        return out
+
+    def begin(self, model: torch.nn.Module, arguments: dict) -> Pass:
+        """Decide, before a forward pass, what each layer runs in it."""
+        sequences = self.read_sequences(model, arguments)
+        core = None
+        if not self.session.is_dense_step(self.family, arguments):
+            core = self.core(sequences, device_of(arguments))
+        if core is not None and getattr(model, "_parallel_config", None) is not None:
+            from . import parallel
+
+            parallel.prepare(model)
+        differentiable = is_differentiable(arguments)
+        stock, sparse = LayerRun(), LayerRun(core)
+        runs = {name: stock if name in self.dense_layers else sparse for name in self.layers}
+        for name, recorder in self.recorders.items():
+            runs[name] = LayerRun(runs[name].core, recorder)
+        current = Pass(sequences, self.layers, runs, differentiable)
+        if self.weakening is not None:
+            current = self.weakening.weakened(model, current)
+        if differentiable:
+            self.passes.forget_finished()
+            self.passes.remember(current, sys._getframe())
+        self.last = current
+        return current
+
+    def checkpointing(self, model: torch.nn.Module, function: Callable) -> Callable:
+        """``function`` of gradient checkpointing, whose parts run again as in the present pass."""
+        current = self.passes.current
+        if current is None:
+            return function
+
+        def checkpoint(part, *args, **kwargs):
+            return function(Bound(part, lambda: self._again(model, current)), *args, **kwargs)
+
+        return checkpoint
+
+    @contextlib.contextmanager
+    def _again(self, model: torch.nn.Module, current: Pass):
+        if self.passes.current is current:
+            yield
+            return
+        with put_back(model, self.layers), self.passes.under_way(current):
+            yield
+
+    # What a pass needs.
 
     def read_sequences(self, model: torch.nn.Module, arguments: dict) -> Sequences:
         """The sequences of this pass.
@@ -126,40 +299,41 @@ class ModelState:
         """
         sources = [arguments[name] for name in self.family.reads_values]
         shapes = [x.shape for x in arguments.values() if torch.is_tensor(x)]
-        versions = [0 if x.is_inference() else x._version for x in sources]
-        if sources and self._read is not None:
-            tensors, seen = self._read
-            if seen == (shapes, versions) and all(a is b for a, b in zip(tensors, sources)):
-                return self.sequences
-        self._read = None
+        state = shapes, [0 if x.is_inference() else x._version for x in sources]
+        if sources and self._here.read is not None:
+            tensors, seen, found = self._here.read
+            if seen == state and all(a() is b for a, b in zip(tensors, sources)):
+                return found
         found = Sequences.of(self.family.read(model, arguments))
-        self._read = sources, (shapes, versions)
+        self._here.read = [weakref.ref(x) for x in sources], state, found
         return found
 
-    def core(self, sequences: Sequences, device: torch.device) -> Core | None:
+    def core(self, sequences: Sequences, device: torch.device) -> AttentionCore | None:
         """What runs on these sequences; None where they stay dense."""
         key = (sequences, device)
-        if key not in self.cores:
-            _keep_newest(self.cores)
-            self.cores[key] = self._make_core(sequences, device)
-        return self.cores[key]
+        with self._planning:
+            if key not in self.cores:
+                _keep_newest(self.cores)
+                self.cores[key] = self._make_core(sequences, device)
+            return self.cores[key]
 
-    def _make_core(self, sequences: Sequences, device: torch.device) -> Core | None:
+    def _make_core(self, sequences: Sequences, device: torch.device) -> AttentionCore | None:
         session, family = self.session, self.family
         if session.method.name == "dense":
             # The stock attention, not a plan that lists every block.
             return None
-        found = []
+        planned = []
         for rows in sequences.by_length():
             parts = tuple(self.part(layout, device) for layout in rows)
             if None not in parts:
-                found.append(parts)
-        if not found:
+                planned.append(parts)
+        if not planned:
             return None
-        core = Core(session.method, tuple(found), session.backend, family.strict, family.outer_mask)
-        return core
+        return AttentionCore(
+            session.method, tuple(planned), session.backend, family.strict, family.outer_mask
+        )
 
-    def part(self, layout: Layout, device: torch.device) -> Part | None:
+    def part(self, layout: Layout, device: torch.device) -> PlannedLayout | None:
         """One layout and its plan; None where it stays dense. Static plans are made once."""
         key = (layout, device)
         if key in self.parts:
@@ -181,36 +355,23 @@ class ModelState:
                 f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type, source,
             )  # fmt: skip
         else:
-            plan = method.plan(layout).to(device) if method.static else None
-            method.prepare(layout, device)
-            part = Part(layout, plan)
+            with torch.inference_mode(False):  # kept for later passes, which may train
+                plan = method.plan(layout).to(device) if method.static else None
+                method.prepare(layout, device)
+            part = PlannedLayout(layout, plan)
         _keep_newest(self.parts)
         self.parts[key] = part
         return part
 
-    def prepare(self, model: torch.nn.Module, arguments: dict) -> None:
-        """Decide, before a forward pass, what each layer runs in it."""
-        self.sequences = self.read_sequences(model, arguments)
-        core = None
-        if not self.session.is_dense_step(self.family, arguments):
-            core = self.core(self.sequences, device_of(arguments))
-        if core is not None and getattr(model, "_parallel_config", None) is not None:
-            from . import parallel
-
-            parallel.prepare(model)
-        for name, state in self.layers.items():
-            state.core = None if name in self.dense_layers else core
-            state.ran = state.reached = False
-
-    def check_reached(self) -> None:
+    def _check_reached(self, current: Pass) -> None:
         """Raise if no layer of a model that is not strict met its sequence in this pass."""
-        ran = [x for x in self.layers.values() if x.core is not None and x.ran]
-        if ran and not self.family.strict and not any(state.reached for state in ran):
+        if self.family.strict or current.reached:
+            return
+        if any(current.runs[name].core is not None for name in current.ran):
             raise RuntimeError(
-                f"no attention layer saw a sequence of {self.layout.num_tokens} tokens, the length "
-                "of its layout, so dittfast had no effect. If the layout was passed to "
-                "dittfast.enable, count its text and grid again; if not, an attention backend "
-                "that bypasses PyTorch may be set: call transformer.reset_attention_backend()"
+                f"no attention layer saw a sequence of {current.sequences.layout.num_tokens} "
+                "tokens, the length of its layout, so dittfast had no effect. If the layout was "
+                "passed to dittfast.enable, count its text and grid again"
             )
 
 

@@ -13,7 +13,7 @@ import weakref
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import seam
+from dittfast.pipelines import layer, models, seam
 from dittfast.pipelines.adapter import force_dense, method_parameters
 from patterns import Band, FirstKeys, Full
 
@@ -92,7 +92,7 @@ def test_sparse_plan_equals_stock_sdpa_under_the_dense_mask(model_and_inputs, me
             q, k, v, attn_mask=plan.to_dense_mask().expand(*q.shape[:2], -1, -1), scale=scale
         )
 
-    monkeypatch.setattr(seam, "method_attention", masked_sdpa)
+    monkeypatch.setattr(layer, "method_attention", masked_sdpa)
     with dittfast.enable(model, method):
         theirs = forward(model, inputs)
     stock = forward(model, inputs)
@@ -238,7 +238,7 @@ def test_pickled_model_is_the_stock_model(model_and_inputs):
     dittfast.enable(model, Band(), backend="reference")
     forward(model, inputs)
     loaded = pickle.load(io.BytesIO(pickle.dumps(model)))
-    assert not seam.is_swapped(loaded)
+    assert not models.is_swapped(loaded)
     assert torch.equal(forward(loaded, inputs), stock)
 
 
@@ -305,7 +305,7 @@ def test_an_unknown_family_says_how_to_pass_a_layout():
     model, x = Stranger(), torch.randn(2, 5 + 6 * 4, 32)
     with pytest.raises(ValueError, match=r"no layout reader for Stranger.*layout=Layout"):
         dittfast.enable(model, Band())
-    assert not seam.is_swapped(model)
+    assert not models.is_swapped(model)
     stock = model(x)
     layout = Layout.image(6, 4, text=5)
     for given in (layout, lambda model, arguments: layout):
@@ -350,12 +350,12 @@ def test_masks_are_honoured_or_refused():
 
 
 def test_causal_and_dropout_are_refused():
-    state = seam.LayerState()
     layout = Layout.image(4, 4)
-    state.core = seam.Core(Full(), ((seam.Part(layout, Full().plan(layout)),),), "reference")
+    planned = layer.PlannedLayout(layout, Full().plan(layout))
+    run = layer.LayerRun(layer.AttentionCore(Full(), ((planned,),), "reference"))
     q = torch.randn(1, 1, 16, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    with seam.intercept(state):
+    with seam.intercept(run, {}):
         with pytest.raises(ValueError, match="causal"):
             sdpa(q, q, q, is_causal=True)
         with pytest.raises(ValueError, match=r"dropout_p=0\.1"):
@@ -377,7 +377,7 @@ def test_bad_input_changes_nothing(pipe):
     for arguments, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             dittfast.enable(pipe, **arguments)
-    assert not seam.is_swapped(pipe.transformer)
+    assert not models.is_swapped(pipe.transformer)
     assert torch.equal(tiny.run(pipe), stock)
 
 
@@ -428,14 +428,13 @@ def test_force_dense_overrides_the_steps_but_not_the_layers(model_and_inputs):
 def test_autocast_reaches_the_replaced_attention():
     """Norms give q and k in fp32 on some devices; autocast lets the stock call mix them with v."""
     layout = Layout.image(5, 7, text=3)
-    state = seam.LayerState()
-    part = seam.Part(layout, Full().plan(layout))
-    state.core = seam.Core(Full(), ((part,),), "reference")
+    planned = layer.PlannedLayout(layout, Full().plan(layout))
+    run = layer.LayerRun(layer.AttentionCore(Full(), ((planned,),), "reference"))
     q, k, v = torch.randn(3, 1, 2, layout.num_tokens, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     with torch.autocast("cpu", torch.bfloat16):
         stock = sdpa(q, k, v.bfloat16())
-        with seam.intercept(state):
+        with seam.intercept(run, {}) as seen:
             ours = sdpa(q, k, v.bfloat16())
-    assert state.reached and ours.dtype == stock.dtype == torch.bfloat16
+    assert seen.reached and ours.dtype == stock.dtype == torch.bfloat16
     assert float((ours - stock).abs().max()) < 0.05 * float(stock.abs().max())

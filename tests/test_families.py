@@ -5,9 +5,9 @@ import logging
 
 import pytest
 import torch
-from dittfast.pipelines import parity, seam
-from dittfast.pipelines.adapter import attention_layers
-from dittfast.pipelines.families import FAMILIES, bind_arguments
+from dittfast.pipelines import layer, parity
+from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.models import attention_layers, bind_arguments
 from dittfast.pipelines.parity import METHODS, TINY, Full
 from dittfast.pipelines.sequences import Sequences, joint, patches
 from patterns import Band
@@ -202,13 +202,13 @@ def test_batch_rows_with_texts_of_different_length():
 def test_hunyuan_video_15_builds_no_square_mask(monkeypatch):
     model, inputs = TINY["hunyuan-video-1.5"].build()
     seen = []
-    original = seam.key_log_weight
+    original = layer.key_log_weight
 
     def spy(mask, q, token=None):
         seen.append(mask)
         return original(mask, q, token)
 
-    monkeypatch.setattr(seam, "key_log_weight", spy)
+    monkeypatch.setattr(layer, "key_log_weight", spy)
     with dittfast.enable(model, METHODS["radial"], backend="reference", min_tokens=0):
         parity.output(model, inputs)
     assert len(seen) == 2
@@ -342,7 +342,7 @@ def test_caches_of_a_long_running_server_are_bounded():
     with dittfast.enable(model, METHODS["local"], backend="cpu", min_tokens=0):
         for text in range(1, 40):
             states = torch.randn(2, text, 32)
-            model._dittfast.prepare(model, {**inputs, "encoder_hidden_states": states})
+            model._dittfast.begin(model, {**inputs, "encoder_hidden_states": states})
         assert len(model._dittfast.parts) == len(model._dittfast.cores) == 32
 
 
@@ -359,8 +359,8 @@ def test_parity_sees_what_is_wrong(monkeypatch):
     def halved(*args, **kwargs):
         return original(*args, **kwargs) * (1 + 1e-3 * (kwargs["backend"] == "cpu"))
 
-    original = seam.method_attention
-    monkeypatch.setattr(seam, "method_attention", halved)
+    original = layer.method_attention
+    monkeypatch.setattr(layer, "method_attention", halved)
     (cell,) = parity.check("wan", wan, ["radial"])
     assert not cell.ok and "differs by" in cell.problem
     monkeypatch.undo()

@@ -3,8 +3,8 @@
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import seam
-from dittfast.pipelines.guidance import guide, unguide
+from dittfast.pipelines import layer
+from dittfast.pipelines.guidance.plain import guide, unguide
 from patterns import Band
 
 import dittfast
@@ -226,7 +226,7 @@ METHODS = {
 def test_every_sparse_method_is_weakened_as_it_runs(method, rows, monkeypatch):
     """``(1 - u) O + u V`` of the method's own output O, in the layer asked for and nowhere else."""
     model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
-    attention, calls, text = seam.method_attention, [], 5
+    attention, calls, text = layer.method_attention, [], 5
 
     def weakened(method, layout, q, k, v, **options):
         out = attention(method, layout, q, k, v, **options)
@@ -249,7 +249,7 @@ def test_every_sparse_method_is_weakened_as_it_runs(method, rows, monkeypatch):
         cond = plain(model, inputs)
         with guide(model, heads=[(1, 1)], guidance_scale=2.0, strength=0.7, rows=rows):
             guided = plain(model, inputs)
-        monkeypatch.setattr(seam, "method_attention", weakened)
+        monkeypatch.setattr(layer, "method_attention", weakened)
         weak = plain(model, inputs)
         monkeypatch.undo()
     assert len(calls) == 4

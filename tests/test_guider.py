@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.guider import HeadGuider
+from dittfast.pipelines.guidance.guider import HeadGuider
 
 import dittfast
 

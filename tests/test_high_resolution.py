@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.guidance import guide
+from dittfast.pipelines.guidance.plain import guide
 from dittfast.pipelines.high_resolution import generate_high_resolution
 from PIL import Image
 

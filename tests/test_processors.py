@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.guidance import guide
+from dittfast.pipelines.guidance.plain import guide
 from dittfast.pipelines.processors import (
     HeadGuidanceAttnProcessor,
     LocalAttnProcessor,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import threading
 import weakref
 from pathlib import Path
 
@@ -11,34 +13,48 @@ import torch
 from dittfast.methods.dense import Dense
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .adapter import attention_layers, disable, enable, family_of, transformers_of
-from .seam import Perturbation, is_swapped
-from .state import ModelState
+from ..adapter import disable, enable
+from ..models import attention_layers, family_of, is_swapped, transformers_of
+from ..passes import Pass
+from ..state import ModelState
+from .perturbation import HeadWeakening, head_strengths
+
+
+class _Here(threading.local):
+    def __init__(self):
+        self.delta: torch.Tensor | None = None
+        self.seen: tuple[weakref.ref, ...] = ()
 
 
 class GuidanceState:
-    """The guidance of one transformer: strengths per layer, and the last guided difference."""
+    """The guidance of one transformer: what it weakens, and each thread's last difference."""
 
-    def __init__(self, config: HeadGuidance, strengths: dict[str, torch.Tensor], implicit: bool):
-        self.config = config
-        self.strengths = strengths
+    def __init__(self, weakening: HeadWeakening, implicit: bool):
+        self.weakening = weakening
+        self.config = weakening.config
         # Whether guide() enabled the pipeline itself, so that unguide() has to disable it.
         self.implicit = implicit
-        self.delta: torch.Tensor | None = None
-        self._perturbations: dict = {}
-        self._last: tuple[weakref.ref, ...] = ()
+        self._here = _Here()
 
-    def guide(self, model, state: ModelState, arguments: dict, out):
+    def __deepcopy__(self, memo):
+        return GuidanceState(copy.deepcopy(self.weakening, memo), self.implicit)
+
+    def describe(self) -> str:
+        heads = len(self.config.heads)
+        return f"guided by {heads} weakened heads: one more pass at guided steps"
+
+    def guide(self, model, state: ModelState, done: Pass, arguments: dict, out):
         """The prediction with ``guidance_scale * (cond - weakened)`` added.
 
         Two-call pipelines run "cond", then "uncond" of the same step: both get the difference, so
         that ``u + d + g ((c + d) - (u + d)) = u + g (c - u) + d`` for any g. Batched pipelines
         stack [uncond, cond]: the weakened pass runs the second half.
         """
+        here = self._here
         if state.context == "uncond" or self._is_second_call(model, state, arguments):
-            delta, self.delta = self.delta, None
+            delta, here.delta = here.delta, None
             return out if delta is None else _add(out, delta)
-        self.delta = None
+        here.delta = None
         step, _ = state.session.step(state.family, arguments)
         if self.config.guidance_scale == 0 or not self.config.is_guided_step(step):
             return out
@@ -56,13 +72,16 @@ class GuidanceState:
         if batched:
             arguments = _second_half(arguments, batch)
             conditional = prediction[batch // 2 :]
-            if any(len(rows) > 1 for rows in state.sequences.kinds):
+            if any(len(rows) > 1 for rows in done.sequences.kinds):
                 # What was read describes the rows of the whole batch.
-                state.prepare(model, arguments)
-        with perturbed(model, state, self):
+                done = state.begin(model, arguments)
+        weak = self.weakening.weakened(model, done)
+        cached = getattr(model, "is_cache_enabled", False)
+        context = model.cache_context("perturbed") if cached else contextlib.nullcontext()
+        with state.passes.under_way(weak), context:
             weakened = _tensor(torch.nn.Module.__call__(model, **arguments))
         delta = self.config.guidance_scale * (conditional - weakened)
-        self.delta = delta
+        here.delta = delta
         return _add(out, torch.cat([delta, delta]) if batched else delta)
 
     def _is_second_call(self, model, state: ModelState, arguments: dict) -> bool:
@@ -74,43 +93,13 @@ class GuidanceState:
         if state.session.pipe is model:
             return False
         tensors = [arguments.get(name) for name in ("hidden_states", "encoder_hidden_states")]
-        before, self._last = self._last, ()
+        before, self._here.seen = self._here.seen, ()
         if state.context is not None or not all(torch.is_tensor(x) for x in tensors):
             return False
         if before and before[0]() is tensors[0] and before[1]() is not tensors[1]:
             return True
-        self._last = tuple(map(weakref.ref, tensors))
+        self._here.seen = tuple(map(weakref.ref, tensors))
         return False
-
-
-@contextlib.contextmanager
-def perturbed(model: torch.nn.Module, state: ModelState, guidance: GuidanceState):
-    """Inside, the chosen heads of ``model`` are weakened.
-
-    Raises:
-        ValueError: prompts of different length in one batch, whose image tokens differ in place.
-    """
-    if state.sequences.rows_differ:
-        raise ValueError(
-            "guidance needs prompts of one length in a batch, and this model lays out each row by "
-            "its own; run the prompts one at a time"
-        )
-    key = state.layout
-    if key not in guidance._perturbations:
-        guidance._perturbations[key] = Perturbation(guidance.config.rows, key)
-    device = next(model.parameters()).device
-    changed = [state.layers[name] for name in guidance.strengths]
-    cached = getattr(model, "is_cache_enabled", False)
-    context = model.cache_context("perturbed") if cached else contextlib.nullcontext()
-    try:
-        for name, layer in zip(guidance.strengths, changed):
-            layer.strength = guidance.strengths[name] = guidance.strengths[name].to(device)
-            layer.perturbation = guidance._perturbations[key]
-        with context:
-            yield
-    finally:
-        for layer in changed:
-            layer.perturbation = layer.strength = None
 
 
 def _tensor(out) -> torch.Tensor:
@@ -130,38 +119,17 @@ def _second_half(value, batch: int, name: str = ""):
     return value[batch // 2 :] if batched and not name.endswith("_ids") else value
 
 
+def heads_by_layer(model: torch.nn.Module) -> dict[str, int]:
+    """The number of heads of every self-attention layer, in the order of the model."""
+    family = model._dittfast.family if is_swapped(model) else family_of(model)
+    return {
+        name: family.num_heads(module) for name, module in attention_layers(model, family).items()
+    }
+
+
 def head_counts(pipe) -> list[int]:
     """The number of heads in every self-attention layer, in the order of the model."""
-    model = next(iter(transformers_of(pipe).values()))
-    family = model._dittfast.family if is_swapped(model) else family_of(model)
-    return [module.heads for module in attention_layers(model, family).values()]
-
-
-def head_strengths(state: ModelState, model, config: HeadGuidance) -> dict[str, torch.Tensor]:
-    """``[H]`` strengths by layer name.
-
-    Raises:
-        ValueError: a layer or a head that the model does not have; all that exist are said.
-    """
-    names = list(state.layers)
-    found: dict[str, torch.Tensor] = {}
-    for (layer, head), strength in zip(config.heads, config.strengths):
-        if isinstance(layer, int) and -len(names) <= layer < len(names):
-            name = names[layer]
-        elif layer in state.layers:
-            name = layer
-        else:
-            raise ValueError(
-                f"layer {layer!r} does not exist; this model has {len(names)} self-attention "
-                f"layers, 0..{len(names) - 1}, named {names[0]} ... {names[-1]}"
-            )
-        num_heads = model.get_submodule(name).heads
-        if not 0 <= head < num_heads:
-            raise ValueError(
-                f"head {head} of {name} does not exist; its heads are 0..{num_heads - 1}"
-            )
-        found.setdefault(name, torch.zeros(num_heads))[head] = strength
-    return found
+    return list(heads_by_layer(next(iter(transformers_of(pipe).values()))).values())
 
 
 class Guided:
@@ -202,22 +170,14 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
         raise ValueError(f"give a HeadGuidance or its fields, not both; got {sorted(options)} too")
     models = transformers_of(pipe)
     implicit = not any(is_swapped(model) for model in models.values())
+    found = {}
+    for name, model in models.items():
+        if is_swapped(model) and model._dittfast.guidance is not None:
+            raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
+        weakening = HeadWeakening(config, head_strengths(heads_by_layer(model), config))
+        found[name] = GuidanceState(weakening, implicit)
     if implicit:
         enable(pipe, Dense())
-    try:
-        found = {}
-        for name, model in models.items():
-            state: ModelState = model._dittfast
-            if state.guidance is not None:
-                raise ValueError(
-                    "this pipeline is guided already; call dittfast.unguide(pipe) first"
-                )
-            strengths = head_strengths(state, model, config)
-            found[name] = GuidanceState(config, strengths, implicit)
-    except ValueError:
-        if implicit:
-            disable(pipe)
-        raise
     for name, model in models.items():
         model._dittfast.guidance = found[name]
     return Guided(pipe)

@@ -14,9 +14,10 @@ from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from dittfast.methods.dense import Dense
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .adapter import disable, enable
-from .guidance import GuidanceState, head_strengths, perturbed
-from .seam import is_swapped
+from ..adapter import disable, enable
+from ..models import is_swapped
+from .perturbation import HeadWeakening, head_strengths
+from .plain import heads_by_layer
 
 
 class HeadGuider(BaseGuidance):
@@ -73,7 +74,7 @@ class HeadGuider(BaseGuidance):
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self.use_original_formulation = use_original_formulation
-        self._states: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._weakenings: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         # What the current step did to the model, to be undone in reverse order.
         self._step_changes = contextlib.ExitStack()
         self._weak_pass = contextlib.ExitStack()
@@ -131,12 +132,12 @@ class HeadGuider(BaseGuidance):
             enable(denoiser, Dense())
             self._step_changes.callback(disable, denoiser)
         if self._count_prepared == self.num_conditions:
+            if denoiser not in self._weakenings:
+                strengths = head_strengths(heads_by_layer(denoiser), self.head_guidance)
+                self._weakenings[denoiser] = HeadWeakening(self.head_guidance, strengths)
             state = denoiser._dittfast
-            if denoiser not in self._states:
-                strengths = head_strengths(state, denoiser, self.head_guidance)
-                self._states[denoiser] = GuidanceState(self.head_guidance, strengths, False)
-            # The conditional pass of this step has read the layout.
-            self._weak_pass.enter_context(perturbed(denoiser, state, self._states[denoiser]))
+            state.weakening = self._weakenings[denoiser]
+            self._weak_pass.callback(setattr, state, "weakening", None)
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         self._weak_pass.close()

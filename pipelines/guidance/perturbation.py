@@ -1,0 +1,143 @@
+"""SoftPAG: what weakens the chosen heads of a layer, and the pass in which they are weak."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from dittfast.attention import method_attention
+from dittfast.layout import Layout
+from dittfast.methods.head_guidance import HeadGuidance, soft_pag
+from dittfast.methods.local import Local
+
+from ..layer import LayerRun, key_log_weight
+from ..passes import Pass
+
+# Layouts whose perturbation is kept: a server sees a new one with every prompt length.
+_KEPT = 8
+
+
+class Perturbation:
+    """SoftPAG in one layout: heads lean towards a map in which every token sees itself alone.
+
+    ``rows`` says where: "image" (the grids' tokens), "joint" (all tokens), or "diagonal" (image
+    tokens see themselves and the text; text tokens are left alone).
+    """
+
+    strict, outer_mask = True, False
+
+    def __init__(self, rows: str, layout: Layout, device: torch.device | None = None):
+        self.rows = rows
+        self.layout = layout
+        self.num_tokens = layout.num_tokens
+        self.weak = Local(window=1) if rows == "diagonal" else None
+        self.plan = None
+        if self.weak is not None:
+            with torch.inference_mode(False):  # kept for later passes, which may train
+                plan = self.weak.plan(layout)
+                self.plan = plan if device is None else plan.to(device)
+
+    @property
+    def text_before(self) -> int:
+        return self.layout.grid_start
+
+    def covers(self, num_tokens: int) -> bool:
+        return num_tokens == self.num_tokens
+
+    def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
+        q, k, v = call["query"], call["key"], call["value"]
+        if self.weak is not None:
+            weak = method_attention(
+                self.weak,
+                self.layout,
+                q,
+                k,
+                v,
+                plan=self.plan,
+                kv_log_weight=key_log_weight(call.get("attn_mask"), q),
+                scale=call.get("scale"),
+            )
+            return soft_pag(out, weak, strength, rows=self.layout)
+        if v.shape[1] != out.shape[1]:
+            v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
+        return soft_pag(out, v, strength, rows=self.layout if self.rows == "image" else None)
+
+
+class HeadWeakening:
+    """Which heads of a transformer are weakened and how far; makes the passes that do it.
+
+    Args:
+        config: heads, strength and rows.
+        strengths: ``[H]`` by layer name, from :func:`head_strengths`.
+    """
+
+    def __init__(self, config: HeadGuidance, strengths: dict[str, torch.Tensor]):
+        self.config = config
+        self._strengths = strengths
+        self._lock = threading.Lock()
+        self._moved: dict[torch.device, dict[str, torch.Tensor]] = {}
+        self._perturbations: dict[tuple[Layout, torch.device], Perturbation] = {}
+
+    def __deepcopy__(self, memo):
+        return HeadWeakening(self.config, self._strengths)
+
+    def weakened(self, model: torch.nn.Module, current: Pass) -> Pass:
+        """The pass ``current`` with the chosen heads weakened.
+
+        Raises:
+            ValueError: prompts of different length in one batch, whose image tokens differ in
+                place.
+        """
+        if current.sequences.rows_differ:
+            raise ValueError(
+                "guidance needs prompts of one length in a batch, and this model lays out each row "
+                "by its own; run the prompts one at a time"
+            )
+        device = next(model.parameters()).device
+        with self._lock:
+            if device not in self._moved:
+                moved = {name: x.to(device) for name, x in self._strengths.items()}
+                self._moved[device] = moved
+            key = current.sequences.layout, device
+            if key not in self._perturbations:
+                while len(self._perturbations) >= _KEPT:
+                    del self._perturbations[next(iter(self._perturbations))]
+                self._perturbations[key] = Perturbation(self.config.rows, *key)
+            perturbation, strengths = self._perturbations[key], self._moved[device]
+        return current.changed(
+            {
+                name: LayerRun(current.runs[name].core, perturbation, strength)
+                for name, strength in strengths.items()
+            }
+        )
+
+
+def head_strengths(layers: dict[str, int], config: HeadGuidance) -> dict[str, torch.Tensor]:
+    """``[H]`` strengths by layer name.
+
+    Args:
+        layers: the number of heads of each self-attention layer, in the order of the model.
+
+    Raises:
+        ValueError: a layer or a head that the model does not have; all that exist are said.
+    """
+    names = list(layers)
+    found: dict[str, torch.Tensor] = {}
+    for (layer, head), strength in zip(config.heads, config.strengths):
+        if isinstance(layer, int) and -len(names) <= layer < len(names):
+            name = names[layer]
+        elif layer in layers:
+            name = layer
+        else:
+            raise ValueError(
+                f"layer {layer!r} does not exist; this model has {len(names)} self-attention "
+                f"layers, 0..{len(names) - 1}, named {names[0]} ... {names[-1]}"
+            )
+        num_heads = layers[name]
+        if not 0 <= head < num_heads:
+            raise ValueError(
+                f"head {head} of {name} does not exist; its heads are 0..{num_heads - 1}"
+            )
+        found.setdefault(name, torch.zeros(num_heads))[head] = strength
+    return found

@@ -1,0 +1,323 @@
+"""What one attention layer runs in one pass, and how it answers a call of attention."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from dittfast.attention import method_attention
+from dittfast.layout import Context, Layout
+from dittfast.methods.base import Method
+from dittfast.plan import Plan
+
+if TYPE_CHECKING:
+    from .passes import Passes
+
+_SDPA = F.scaled_dot_product_attention
+
+
+class PlannedLayout:
+    """One layout and its plan, None for methods that make it from q and k at every call.
+
+    Of those the density is averaged over the calls so far.
+    """
+
+    def __init__(self, layout: Layout, plan: Plan | None):
+        self.layout = layout
+        self.plan = plan
+        self.num_tokens = layout.num_tokens
+        self.calls = 0
+        self._heads: dict[tuple[int, int], PlannedLayout] = {}
+        self._density: torch.Tensor | float = 0.0
+        self._counting = threading.Lock()
+
+    def observe(self, plan: Plan) -> None:
+        """Count the density of a plan that was made from q and k."""
+        density = plan.listed_density().detach()
+        with self._counting:
+            self._density = self._density + density
+            self.calls += 1
+
+    @property
+    def density(self) -> float | None:
+        """Kept fraction of token pairs: the plan's, or the mean over calls; None before any."""
+        if self.plan is not None:
+            return self.plan.density
+        return float(self._density) / self.calls if self.calls else None
+
+    def of_heads(self, heads: slice) -> PlannedLayout:
+        """The same for some heads; kept, as a plan keeps what backends prepare."""
+        plan = None if self.plan is None else self.plan.select_heads(heads)
+        if plan is self.plan:
+            return self
+        if torch.compiler.is_compiling():
+            return PlannedLayout(self.layout, plan)
+        key = heads.start, heads.stop
+        return self._heads.setdefault(key, PlannedLayout(self.layout, plan))
+
+
+class Watched(Protocol):
+    """What makes a layer differ from the stock model: an :class:`AttentionCore` or a Transform."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether a layer that never attends over one of these sequences is an error."""
+
+    @property
+    def outer_mask(self) -> bool:
+        """Whether an N x N mask is known to be m mᵀ, with all grid tokens valid."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the main sequence."""
+
+    @property
+    def text_before(self) -> int:
+        """Tokens before its grid."""
+
+    def covers(self, num_tokens: int) -> bool:
+        """Whether a call of attention over this many tokens is meant."""
+
+
+class Transform(Watched, Protocol):
+    """Sees a call of attention, and gives the layer's output in the place of ``out``."""
+
+    def __call__(
+        self, out: torch.Tensor, strength: torch.Tensor | None, call: dict
+    ) -> torch.Tensor:
+        """``out [B, H, N, D]``; ``strength [H]``; the call's arguments by name."""
+
+
+class AttentionCore:
+    """What replaces dense attention in one forward pass; shared by the layers that run it.
+
+    Args:
+        planned: for each length of sequence one entry for the whole batch, or one per batch row;
+            the main sequence first.
+        strict, outer_mask: as in :class:`Watched`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        planned: tuple[tuple[PlannedLayout, ...], ...],
+        backend: str,
+        strict: bool = True,
+        outer_mask: bool = False,
+    ):
+        self.method = method
+        self.planned = planned
+        self.backend = backend
+        self.strict = strict
+        self.outer_mask = outer_mask
+
+    @property
+    def main(self) -> PlannedLayout:
+        return self.planned[0][0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.main.num_tokens
+
+    @property
+    def text_before(self) -> int:
+        return self.main.layout.grid_start
+
+    def rows_of(self, num_tokens) -> tuple[PlannedLayout, ...] | None:
+        """The plans for a sequence of this length; None where no layout has it."""
+        for rows in self.planned:
+            if num_tokens == rows[0].num_tokens:
+                return rows
+        return None
+
+    def covers(self, num_tokens) -> bool:
+        return self.rows_of(num_tokens) is not None
+
+
+class LayerRun:
+    """What one layer runs in one pass; never changed once it is made.
+
+    The same Python shape in every layer, with what varies in tensors: anything else would make
+    ``torch.compile`` build one graph per block.
+
+    Attributes:
+        core: what runs instead of dense attention; None where the layer is dense.
+        transform: what changes the output of attention; None where nothing does.
+        strength: ``[H]``, how far each head is weakened; None where no head is.
+    """
+
+    def __init__(
+        self,
+        core: AttentionCore | None = None,
+        transform: Transform | None = None,
+        strength: torch.Tensor | None = None,
+    ):
+        self.core = core
+        self.transform = transform
+        self.strength = strength
+
+    @property
+    def watched(self) -> Watched | None:
+        """What the layer does differently from the stock model; None for nothing."""
+        return self.core if self.core is not None else self.transform
+
+
+class LayerState(threading.local):
+    """State of one attention layer: each thread has a ``running`` of its own.
+
+    A thread-local object and no ContextVar: torch.compile traces it in every version we support,
+    with a guard that looks at the thread that runs.
+
+    Attributes:
+        name: the module's.
+        parameters: the method's trainable parameters of this layer.
+        passes: the passes of its transformer.
+        running: what the layer runs in the pass that is under way in this thread; None outside.
+        last: what it ran in this thread's last pass.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        parameters: dict[str, torch.Tensor] | None = None,
+        passes: Passes | None = None,
+    ):
+        self.name = name
+        self.parameters = parameters or {}
+        self.passes = passes
+        self.running: LayerRun | None = None
+        self.last: LayerRun | None = None
+
+    @property
+    def core(self) -> AttentionCore | None:
+        """What answers attention in this thread's pass, or did in its last; None for dense."""
+        run = self.running or self.last
+        return None if run is None else run.core
+
+    def __deepcopy__(self, memo):
+        parameters = copy.deepcopy(self.parameters, memo)
+        return LayerState(self.name, parameters, copy.deepcopy(self.passes, memo))
+
+
+def attend_call(
+    core: AttentionCore,
+    call: dict,
+    parameters: dict[str, torch.Tensor],
+    heads: slice | None = None,
+) -> torch.Tensor:
+    """Answer a call of scaled_dot_product_attention by ``core``.
+
+    Args:
+        call: its arguments by name.
+        parameters: the method's trainable parameters of the layer.
+        heads: which of the layer's heads q, k and v hold, where ranks share them.
+
+    Raises:
+        ValueError: a causal call, attention dropout, a mask that differs between queries, or batch
+            rows other than the pass describes.
+    """
+    if call.get("is_causal"):
+        raise ValueError(
+            f"{core.method.name} cannot run a causal attention layer; keep it dense with "
+            "dense_layers"
+        )
+    if call.get("dropout_p"):
+        raise ValueError(
+            f"{core.method.name} has no attention dropout, got dropout_p={call['dropout_p']}; "
+            "set the model's attention dropout to 0"
+        )
+    q, k, v, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
+    if torch.is_autocast_enabled(q.device.type):
+        # As autocast does for the stock call.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    rows = core.rows_of(q.shape[-2])
+    if heads is not None:
+        rows = tuple(row.of_heads(heads) for row in rows)
+    token = rows[0].layout.grid_start if core.outer_mask else None
+    weight = key_log_weight(mask, q, token)
+    scale = call.get("scale")
+    if len(rows) == 1:
+        out = _attend_planned(core, parameters, rows[0], q, k, v, weight, scale)
+    else:
+        if len(rows) != q.shape[0]:
+            raise ValueError(
+                f"this pass describes {len(rows)} batch rows that differ, and attention got "
+                f"{q.shape[0]}; run the prompts one at a time"
+            )
+        pick = lambda x, b: x if x is None or x.shape[0] == 1 else x[b : b + 1]  # noqa: E731
+        out = torch.cat(
+            [
+                _attend_planned(
+                    core, parameters, row, *(pick(x, b) for x in (q, k, v, weight)), scale
+                )
+                for b, row in enumerate(rows)
+            ]
+        )
+    if core.outer_mask and mask is not None and mask.dtype != torch.bool:
+        out = _restore_context(out, call, rows[0].layout)
+    return out
+
+
+def _attend_planned(core, parameters, planned: PlannedLayout, q, k, v, weight, scale):
+    return method_attention(
+        core.method,
+        planned.layout,
+        q,
+        k,
+        v,
+        plan=planned.plan,
+        kv_log_weight=weight,
+        scale=scale,
+        backend=core.backend,
+        on_plan=planned.observe,
+        **parameters,
+    )
+
+
+def _restore_context(out: torch.Tensor, call: dict, layout: Layout) -> torch.Tensor:
+    """Context rows as the model has them: an added m mᵀ is another bias for padding's queries."""
+    q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
+    out = out.clone()
+    for start, segment in layout.spans():
+        if isinstance(segment, Context):
+            rows = slice(start, start + segment.length)
+            out[:, :, rows] = _SDPA(
+                q[:, :, rows], k, v, attn_mask=mask[:, :, rows], scale=call.get("scale")
+            )
+    return out
+
+
+def key_log_weight(
+    mask: torch.Tensor | None, q: torch.Tensor, token: int | None = None
+) -> torch.Tensor | None:
+    """An attention mask over keys ``[B|1, (H|1), 1, N]`` as log weights ``[B|1, H|1, N]``.
+
+    Args:
+        token: of an N x N mask, the query whose row is that of all grid tokens; None if there is
+            no such query.
+
+    Raises:
+        ValueError: the mask differs between queries, which a block plan would drop.
+    """
+    if mask is None:
+        return None
+    shape = tuple(mask.shape)
+    if mask.ndim == 3:
+        mask = mask[:, None]
+    elif mask.ndim == 2:
+        mask = mask[None, None]
+    if mask.shape[-2] != 1 and token is None:
+        raise ValueError(
+            f"this layer passes an attention mask of shape {list(shape)} that may differ between "
+            "queries; only masks over keys can be combined with a plan. Keep the layer dense "
+            "with dense_layers"
+        )
+    mask = mask[:, :, 0 if mask.shape[-2] == 1 else token]
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return mask.float()

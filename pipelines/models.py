@@ -1,0 +1,108 @@
+"""What a transformer is: where a pipeline keeps it, its family, its attention layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+
+import torch
+
+from dittfast.layout import Layout
+
+from .families import FAMILIES, Family
+from .sequences import Sequences
+
+LayoutReader = Callable[[torch.nn.Module, dict], Layout | Sequences]
+
+# What wrappers put into the names of the modules they hold.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def stock_class(cls: type) -> type:
+    """The class a swapped class was made from; the class itself where it was not swapped."""
+    return getattr(cls, "_dittfast_stock", cls)
+
+
+def is_swapped(module: torch.nn.Module) -> bool:
+    """Whether dittfast is enabled on this transformer, or on the transformer of this layer."""
+    return hasattr(type(module), "_dittfast_stock") and "_dittfast" in module.__dict__
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside the wrappers of torch.compile, PEFT and data parallelism."""
+    while True:
+        if "_orig_mod" in module._modules:
+            module = module._orig_mod
+        elif callable(getattr(module, "get_base_model", None)):
+            module = module.get_base_model()
+        elif isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
+
+
+def transformers_of(pipe) -> dict[str, torch.nn.Module]:
+    """The diffusion transformers of a pipeline, or the model itself, by component name.
+
+    Raises:
+        ValueError: neither a pipeline with a transformer nor a module.
+    """
+    if isinstance(pipe, torch.nn.Module):
+        return {"transformer": unwrapped(pipe)}
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise ValueError(
+            f"expected a diffusers pipeline or a transformer, got {type(pipe).__name__}"
+        )
+    found = {
+        name: unwrapped(module)
+        for name, module in components.items()
+        if isinstance(module, torch.nn.Module) and re.fullmatch(r"transformer(_\d+)?", name)
+    }
+    if not found:
+        raise ValueError(f"{type(pipe).__name__} has no transformer; dittfast needs a DiT pipeline")
+    return found
+
+
+def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = None) -> Family:
+    """How a model is read: as its class is known, or by the layout given.
+
+    Raises:
+        ValueError: an unknown class without a layout, or a layout that is neither a Layout nor a
+            function.
+    """
+    name = stock_class(type(model)).__name__
+    known = FAMILIES.get(name)
+    if layout is None:
+        if known is None:
+            raise ValueError(
+                f"no layout reader for {name}; known: {', '.join(sorted(FAMILIES))}. Pass "
+                "layout=Layout.image(height, width, text=...) in tokens, or a function "
+                "(model, forward_arguments) -> Layout"
+            )
+        return known
+    if not isinstance(layout, Layout) and not callable(layout):
+        raise ValueError(f"layout must be a Layout or a function, got {type(layout).__name__}")
+    read = (lambda model, arguments: layout) if isinstance(layout, Layout) else layout
+    if known:
+        return dataclasses.replace(known, read=read, reads_values=())
+    return Family(".*", read, strict=False)
+
+
+def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.nn.Module]:
+    """The self-attention modules of a model, in its own order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if callable(getattr(module, "processor", None))
+        and re.fullmatch(family.layers, _WRAPPERS.sub("", name))
+        and not getattr(module, "is_cross_attention", False)
+    }
+
+
+def bind_arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of ``model.forward`` by name; absent ones are left out."""
+    names = list(inspect.signature(stock_class(type(model)).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
