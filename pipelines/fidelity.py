@@ -13,10 +13,17 @@ from pathlib import Path
 
 from dittfast.environment import describe_device, versions
 from dittfast.files import write_image
-from dittfast.metrics import SSIM_WINDOW, cosine, image_tensor, psnr, ssim, temporal_consistency
-from dittfast.perceptual import load_lpips, missing_for_lpips
-from dittfast.summary import bootstrap_mean
-from dittfast.tables import MEASURES
+from dittfast.measure.metrics import (
+    SSIM_WINDOW,
+    cosine,
+    image_tensor,
+    psnr,
+    ssim,
+    temporal_consistency,
+)
+from dittfast.measure.perceptual import load_lpips, missing_for_lpips
+from dittfast.measure.summary import bootstrap_mean
+from dittfast.measure.tables import MEASURES
 
 from .adapter import enable, transformers_of
 from .drawings import Drawings, Item, fingerprint
@@ -223,7 +230,7 @@ def evaluate_fidelity(
         pairs: labels of two methods whose difference is to be tabled, too.
 
     Raises:
-        dittfast.bench.ParityError: a method's attention is wrong on this model; nothing is drawn
+        dittfast.measure.check.ParityError: a method is wrong on this model; nothing is drawn
             with it.
         ValueError: labels given twice or unknown, or a folder with other settings.
         OSError: a picture could not be written; those before it are kept.

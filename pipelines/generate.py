@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from dittfast.environment import describe_device, versions
+from dittfast.measure.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
-from dittfast.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
 from dittfast.schedule import Schedule
 
 from .adapter import enable, transformers_of

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dittfast.bench import percentiles, synchronize
 from dittfast.environment import describe_device, peak_memory, reset_peak_memory, versions
+from dittfast.measure.timing import percentiles, synchronize
 
 from .adapter import attention_layers, enable, transformers_of
 from .drawings import fingerprint
@@ -160,7 +160,7 @@ def measure_latency(
         Plain data; ``end_to_end`` and ``per_step`` always stand together.
 
     Raises:
-        dittfast.bench.ParityError: the method's attention is wrong; nothing is timed.
+        dittfast.measure.check.ParityError: the method's attention is wrong; nothing is timed.
         ValueError: fewer than one pair, or as :func:`~dittfast.pipelines.adapter.enable`.
     """
     if pairs < 1:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dittfast.attention import choose_backend
-from dittfast.bench import ParityError, check_parity, detached
+from dittfast.measure.check import ParityError, check_parity, detached
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 from dittfast.schedule import Schedule
@@ -110,7 +110,7 @@ def check_captured(
     """Compare ``attend`` with dense fp64 attention under the method's plan; the first plan, too.
 
     Raises:
-        dittfast.bench.ParityError: naming the layer, what differs and by how much.
+        dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
     """
     if not captured:
         return Checked(backend, 0, None, None), None
@@ -131,7 +131,7 @@ def check_method(
         call: see :func:`~dittfast.pipelines.generate.call_arguments`.
 
     Raises:
-        dittfast.bench.ParityError: naming the layer, what differs and by how much.
+        dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
     """
     layers = [] if method.name == "dense" else sparse_layers(pipe, schedule)
     return check_captured(method, capture_layers(pipe, call, layers, seed), backend)[0]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dittfast.bench import mask_rows
 from dittfast.layout import Layout
+from dittfast.measure.check import mask_rows
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 

@@ -35,11 +35,11 @@ from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
 from PIL import Image
 
 import dittfast
-from dittfast.features import load_features
-from dittfast.fid import frechet
 from dittfast.files import atomic_path, save_video, write_json, write_text
+from dittfast.measure.features import load_features
+from dittfast.measure.fid import frechet
+from dittfast.measure.metrics import image_tensor, psnr, ssim
 from dittfast.methods.log_linear import LogLinear
-from dittfast.metrics import image_tensor, psnr, ssim
 
 PICTURES = 240  # of the main arms: of few pictures, those in which another object is drawn decide
 FEWER = 80  # of the others; the network has 64 features

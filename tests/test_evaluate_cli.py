@@ -83,10 +83,10 @@ def test_latency_is_kept(model, tmp_path, capsys):
 
 
 def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):
-    from dittfast import bench
+    from dittfast.measure import check
 
-    right = bench.attend
-    monkeypatch.setattr(bench, "attend", lambda *a, **k: right(*a, **k) + 1)
+    right = check.attend
+    monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) + 1)
     command = ["evaluate", "latency", *model, *SMALL, "-m", "local", "--set", "min_tokens=0"]
     assert main([*command, "--prompt", "a red cat"]) == 1
     out = capsys.readouterr().out

@@ -20,13 +20,13 @@ from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
 
 import dittfast
-from dittfast.bench import ParityError
+from dittfast.measure.check import ParityError
+from dittfast.measure.metrics import cosine, temporal_consistency
+from dittfast.measure.perceptual import load_lpips, missing_for_lpips
+from dittfast.measure.summary import bootstrap_mean, interval, markdown_table
+from dittfast.measure.tables import fidelity_tables
 from dittfast.methods import Local, LogLinear, Radial, Rectified
-from dittfast.metrics import cosine, temporal_consistency
-from dittfast.perceptual import load_lpips, missing_for_lpips
 from dittfast.schedule import Schedule
-from dittfast.summary import bootstrap_mean, interval, markdown_table
-from dittfast.tables import fidelity_tables
 
 CALL = dict(prompt="", height=64, width=96, num_inference_steps=2, max_sequence_length=12)
 ITEMS = make_items(["a red cat", "a blue dog", "a green car"])
@@ -256,10 +256,10 @@ def test_parity_looks_at_layers_all_over_the_model():
 
 
 def test_a_wrong_method_is_not_drawn(pipe, tmp_path, monkeypatch):
-    from dittfast import bench
+    from dittfast.measure import check
 
-    right = bench.attend
-    monkeypatch.setattr(bench, "attend", lambda *a, **k: right(*a, **k) * 1.01)
+    right = check.attend
+    monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) * 1.01)
     with pytest.raises(ParityError, match=r"local, layer transformer_blocks.0.attn: attend"):
         evaluate_fidelity(pipe, SOURCE, CALL, ITEMS, [LOCAL], tmp_path)
     assert not list(tmp_path.glob("*/records/*.json"))

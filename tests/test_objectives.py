@@ -22,7 +22,7 @@ from dittfast.pipelines.objectives import (
     find_objective,
 )
 
-from dittfast.features import load_features
+from dittfast.measure.features import load_features
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 from dittfast.pipelines import overhead
 
 from dittfast import Layout, attend
-from dittfast.bench import ParityError, Workload
 from dittfast.cli import main
+from dittfast.measure.bench import Workload
+from dittfast.measure.check import ParityError
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
 

@@ -167,7 +167,7 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Run the task; 1 if a method's attention is wrong, and then its numbers are not printed."""
-    from dittfast.bench import ParityError
+    from dittfast.measure.check import ParityError
 
     tasks = {"fidelity": _fidelity, "latency": _latency, "draw": _draw, "fid": _fid}
     try:
@@ -311,8 +311,8 @@ def _fidelity(args) -> int:
         raise ValueError("there is no method to compare; add --method local, or --config FILE")
     items = _items(args, source)
 
+    from dittfast.measure.tables import fidelity_tables
     from dittfast.pipelines.fidelity import evaluate_fidelity
-    from dittfast.tables import fidelity_tables
 
     pipe, call = _load(args, source)
     data = evaluate_fidelity(
@@ -342,8 +342,8 @@ def _latency(args) -> int:
     if prompt is None:
         raise ValueError(f"{source.name} has no prompts of its own; add --prompt TEXT")
 
+    from dittfast.measure.tables import latency_table
     from dittfast.pipelines.latency import latency_settings, measure_latency
-    from dittfast.tables import latency_table
 
     pipe, call = _load(args, source)
     call |= {"prompt": prompt}
@@ -414,10 +414,10 @@ def _fid(args) -> int:
     prefixes = _results(args, "fid")
 
     from dittfast.environment import versions
-    from dittfast.features import load_features
-    from dittfast.fid import Reference, frechet
+    from dittfast.measure.features import load_features
+    from dittfast.measure.fid import Reference, frechet
+    from dittfast.measure.tables import fid_table
     from dittfast.pipelines.sources import choose_device
-    from dittfast.tables import fid_table
 
     device = choose_device(args.device)
     network = None

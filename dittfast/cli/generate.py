@@ -246,7 +246,7 @@ def _frames(arms, data):
     import numpy as np
     from PIL import Image
 
-    from dittfast.draw import Panel, compare, difference
+    from dittfast.measure.draw import Panel, compare, difference
 
     dense, sparse = arms
     apart, gain = difference(dense.run.frames, sparse.run.frames)
@@ -317,7 +317,7 @@ def _write(output: Path, arms, data: dict, args) -> list[Path]:
     """Write the picture, its record and with ``--save-all`` each part; all of them or none."""
     parts = {output: _frames(arms, data)}
     if args.save_all and len(arms) > 1:
-        from dittfast.draw import difference
+        from dittfast.measure.draw import difference
 
         dense, sparse = (arm.run.frames for arm in arms)
         names = (arms[0].name, arms[1].name, "difference")

@@ -122,7 +122,7 @@ def _lines(reports, data: dict) -> list[str]:
 
 
 def _picture(reports, method, data: dict):
-    from dittfast.draw import kept_mass
+    from dittfast.measure.draw import kept_mass
 
     rows = []
     for report in reports:
