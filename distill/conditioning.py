@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from dittfast.pipelines.families import bind_arguments
-from dittfast.pipelines.generate import without_rounding_by_one
+from dittfast.pipelines.runs.run import without_rounding_by_one
 from dittfast.pipelines.seam import stock_class
 
 # Given by the training step, not by the recording.

@@ -6,8 +6,8 @@ import torch
 from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES
 from dittfast.pipelines.published import published_model, published_models
+from dittfast.pipelines.runs.sources import Source, choose_dtype, find
 from dittfast.pipelines.sequences import Sequences
-from dittfast.pipelines.sources import Source, choose_dtype, find
 
 from .config import DistillConfig
 from .loader import Dataset

@@ -10,15 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from dittfast.pipelines.adapter import transformers_of
-from dittfast.pipelines.first_frame import FirstFrame
-from dittfast.pipelines.generate import (
-    accepted,
-    call_arguments,
-    frames_drawn,
-    is_video,
-    needs_image,
-)
-from dittfast.pipelines.sources import Source
+from dittfast.pipelines.runs.call import accepted, call_arguments, is_video, needs_image
+from dittfast.pipelines.runs.first_frame import FirstFrame
+from dittfast.pipelines.runs.run import frames_drawn
+from dittfast.pipelines.runs.sources import Source
 from tqdm import tqdm
 
 from dittfast.config import unknown

@@ -6,8 +6,10 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from dittfast.pipelines.generate import Run, call_arguments, quality, run
-from dittfast.pipelines.sources import Source
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.compare import quality
+from dittfast.pipelines.runs.run import Run, run
+from dittfast.pipelines.runs.sources import Source
 
 from dittfast.files import write_image
 

@@ -24,7 +24,7 @@ _EXPORTS = {
     "unguide": "dittfast.pipelines.guidance",
     "HeadGuider": "dittfast.pipelines.guider",
     "hunt": "dittfast.pipelines.hunt",
-    "generate_high_resolution": "dittfast.pipelines.high_resolution",
+    "generate_high_resolution": "dittfast.pipelines.runs.high_resolution",
     "load_adapter": "dittfast.distill.artifacts",
     "merge": "dittfast.distill.artifacts",
     "unmerge": "dittfast.distill.artifacts",

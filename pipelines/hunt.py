@@ -19,7 +19,6 @@ from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
 from .adapter import transformers_of
-from .generate import call_arguments
 from .guidance import guide, head_counts
 from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
 from .hunt_report import (
@@ -31,6 +30,7 @@ from .hunt_report import (
     round_sheet,
 )
 from .objectives import Objective, describe_objective, evaluate
+from .runs.call import call_arguments
 from .seam import is_swapped
 
 

@@ -29,8 +29,9 @@ from dittfast.distill.loader import Dataset
 from dittfast.distill.noise import sample_noise
 from dittfast.distill.prepare import prepare
 from dittfast.distill.trainer import train
-from dittfast.pipelines.generate import call_arguments, run
-from dittfast.pipelines.sources import find, load
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find, load
 from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
 from PIL import Image
 

@@ -98,9 +98,10 @@ def save(args):
 
 def strips(args):
     """Animate prompts with the stock pipeline; one row of frames each in one PNG."""
-    from dittfast.pipelines import sources
-    from dittfast.pipelines.first_frame import read_image
-    from dittfast.pipelines.generate import call_arguments, run
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.call import call_arguments
+    from dittfast.pipelines.runs.first_frame import read_image
+    from dittfast.pipelines.runs.run import run
 
     source = sources.find(str(args.model))
     pipe = sources.load(source, "cpu", torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from dittfast.pipelines.parity import TINY
+from dittfast.pipelines.measure.parity import TINY
 from patterns import Band
 
 import dittfast

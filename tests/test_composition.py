@@ -9,8 +9,8 @@ import copy
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import parity
-from dittfast.pipelines.parity import TINY, Full, distance
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.measure.parity import TINY, Full, distance
 from patterns import Band
 
 import dittfast

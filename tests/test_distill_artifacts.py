@@ -12,8 +12,8 @@ from dittfast.distill.artifacts import read_weights
 from dittfast.distill.student import swapped
 from dittfast.distill.trainer import Trainer
 from dittfast.pipelines.adapter import method_parameters
+from dittfast.pipelines.runs.sources import find, load
 from dittfast.pipelines.seam import is_swapped
-from dittfast.pipelines.sources import find, load
 from safetensors.torch import load_file, save_file
 from tiny import flux_pipeline, run
 

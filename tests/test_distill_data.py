@@ -17,7 +17,7 @@ from dittfast.distill.config import DataConfig, load_config
 from dittfast.distill.loader import Dataset, Prefetch, global_batches
 from dittfast.distill.pictures import find_pictures, read_frames
 from dittfast.distill.prepare import plan_items, prepare
-from dittfast.pipelines.sources import find, load
+from dittfast.pipelines.runs.sources import find, load
 from PIL import Image
 
 from dittfast.files import save_video

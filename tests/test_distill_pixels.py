@@ -15,8 +15,9 @@ from dittfast.distill.config import load_config
 from dittfast.distill.loader import Dataset
 from dittfast.distill.prepare import prepare
 from dittfast.distill.trainer import train
-from dittfast.pipelines.generate import call_arguments, run
-from dittfast.pipelines.sources import find, load
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find, load
 from PIL import Image
 
 import dittfast

@@ -79,7 +79,7 @@ def test_the_loss_falls(folder, tmp_path):
 
 def test_losses_are_what_their_formulas_say(folder, tmp_path):
     """The logged values of the first step, computed again with a stock model in the open."""
-    from dittfast.pipelines.sources import find, load
+    from dittfast.pipelines.runs.sources import find, load
 
     config = run_config(
         folder, tmp_path / "run", objectives={"features": 0.25},
@@ -516,7 +516,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
 def test_validation_measures_against_the_teacher(folder, tmp_path):
     """Oracle: the stock pipeline's pictures, and PSNR from its definition."""
     from dittfast.distill.artifacts import load_adapter
-    from dittfast.pipelines.sources import find, load
+    from dittfast.pipelines.runs.sources import find, load
 
     config = run_config(
         folder, tmp_path / "run", train={"steps": 2, "lr": 1e-2},
@@ -575,7 +575,7 @@ def test_length_extension(folder, tmp_path):
     """Radial LoRA on clips of more frames than before, the first layer dense; then used."""
     from distill_run import CALLS
     from dittfast.distill.artifacts import load_adapter
-    from dittfast.pipelines.sources import find, load
+    from dittfast.pipelines.runs.sources import find, load
 
     import dittfast
     from dittfast.files import save_video

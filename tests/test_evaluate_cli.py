@@ -169,8 +169,8 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_evaluations_can_be_read():
-    from dittfast.pipelines.prompts import read_prompts
-    from dittfast.pipelines.variants import check_labels, make_variants, read_variants
+    from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
+    from dittfast.pipelines.runs.prompts import read_prompts
 
     from dittfast.cli.evaluate import _shipped
     from dittfast.methods import METHODS
@@ -191,7 +191,7 @@ def test_shipped_evaluations_can_be_read():
 def items(settings, count=None):
     import argparse
 
-    from dittfast.pipelines.sources import Source
+    from dittfast.pipelines.runs.sources import Source
 
     from dittfast.cli.evaluate import _items
 

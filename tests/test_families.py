@@ -5,10 +5,11 @@ import logging
 
 import pytest
 import torch
-from dittfast.pipelines import parity, seam
+from dittfast.pipelines import seam
 from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES, bind_arguments
-from dittfast.pipelines.parity import METHODS, TINY, Full
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.measure.parity import METHODS, TINY, Full
 from dittfast.pipelines.sequences import Sequences, joint, patches
 from patterns import Band
 from torch.overrides import TorchFunctionMode

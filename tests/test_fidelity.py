@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines import fidelity
-from dittfast.pipelines.drawings import Drawings, Item, fingerprint
-from dittfast.pipelines.fidelity import dense_kernel, draw_missing, evaluate_fidelity
-from dittfast.pipelines.method_check import check_method
-from dittfast.pipelines.prompts import make_items, read_prompts
-from dittfast.pipelines.sources import Source
-from dittfast.pipelines.variants import Variant, make_variants, read_variants
+from dittfast.pipelines.measure import fidelity
+from dittfast.pipelines.measure.drawings import Drawings, fingerprint
+from dittfast.pipelines.measure.fidelity import dense_kernel, draw_missing, evaluate_fidelity
+from dittfast.pipelines.measure.method_check import check_method
+from dittfast.pipelines.measure.variants import Variant, make_variants, read_variants
+from dittfast.pipelines.runs.prompts import Item, make_items, read_prompts
+from dittfast.pipelines.runs.sources import Source
 from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
 
@@ -175,7 +175,7 @@ def test_a_method_that_equals_dense_is_identical(pipe, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_drawn(pipe, tmp_path, monkeypatch):
-    from dittfast.pipelines import drawings
+    from dittfast.pipelines.measure import drawings
 
     write, written = drawings.write_json, []
 
@@ -248,7 +248,7 @@ def test_methods_are_checked_on_the_models_own_attention(pipe, method):
 
 
 def test_parity_looks_at_layers_all_over_the_model():
-    from dittfast.pipelines.method_check import spread
+    from dittfast.pipelines.measure.method_check import spread
 
     assert spread(list(range(6)), 8) == list(range(6))
     found = spread(list(range(57)), 8)

@@ -5,8 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines.first_frame import FirstFrame, fit, read_image, still_prompt, with_margin
-from dittfast.pipelines.generate import call_arguments, call_record, needs_image, run
+from dittfast.pipelines.runs.call import call_arguments, call_record, needs_image
+from dittfast.pipelines.runs.first_frame import (
+    FirstFrame,
+    fit,
+    read_image,
+    still_prompt,
+    with_margin,
+)
+from dittfast.pipelines.runs.run import run
 from PIL import Image
 from tiny import flux_pipeline, wan_image_pipeline, wan_pipeline
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from dittfast.pipelines.guidance import guide
-from dittfast.pipelines.high_resolution import generate_high_resolution
+from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 from PIL import Image
 
 import dittfast

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from dittfast.pipelines import latency
-from dittfast.pipelines.latency import amdahl, attention_seconds, measure_latency
-from dittfast.pipelines.sources import Source
-from dittfast.pipelines.variants import Variant
+from dittfast.pipelines.measure import latency
+from dittfast.pipelines.measure.latency import amdahl, attention_seconds, measure_latency
+from dittfast.pipelines.measure.variants import Variant
+from dittfast.pipelines.runs.sources import Source
 from tiny import flux_pipeline
 
 from dittfast.environment import peak_memory, reset_peak_memory

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from dittfast.pipelines import overhead
+from dittfast.pipelines.measure import overhead
 
 from dittfast import Layout, attend
 from dittfast.cli import main

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from dittfast.pipelines import probe
+from dittfast.pipelines.measure import probe
 
 import dittfast
 from dittfast import Layout

@@ -7,10 +7,10 @@ from importlib import resources
 
 import pytest
 from dittfast.pipelines import tiny_image, tiny_video
-from dittfast.pipelines.cost import Cost, forward_cost
-from dittfast.pipelines.estimate import default_settings, estimate, method_estimate
 from dittfast.pipelines.families import FAMILIES
-from dittfast.pipelines.parity import TINY, output
+from dittfast.pipelines.measure.cost import Cost, forward_cost
+from dittfast.pipelines.measure.estimate import default_settings, estimate, method_estimate
+from dittfast.pipelines.measure.parity import TINY, output
 from dittfast.pipelines.published import PublishedModel, published_model, published_models
 from dittfast.pipelines.sequences import Sequences
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Check all that can be checked, load, draw, and only then write."""
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     if args.examples:
         return _list_examples(sources.find(args.model))
@@ -106,8 +106,8 @@ def run(args) -> int:
         check_ffmpeg(output)
     given = {name: getattr(args, name) for name in CALL}
 
-    from dittfast.pipelines.first_frame import read_image
-    from dittfast.pipelines.generate import check_ranges
+    from dittfast.pipelines.runs.call import check_ranges
+    from dittfast.pipelines.runs.first_frame import read_image
 
     check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
     if args.image is not None:
@@ -124,7 +124,8 @@ def run(args) -> int:
     say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
     pipe = sources.load(source, device, dtype)
 
-    from dittfast.pipelines.generate import call_arguments, generate, is_video, record
+    from dittfast.pipelines.runs.call import call_arguments, is_video
+    from dittfast.pipelines.runs.compare import generate, record
 
     call = call_arguments(pipe, args.prompt, source.settings, **given)
     moving = is_video(pipe) and call.get("num_frames") != 1
@@ -186,7 +187,7 @@ def _stages(args) -> list[tuple[int, int]] | None:
 
 
 def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
-    from dittfast.pipelines.high_resolution import generate_high_resolution
+    from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
     given = {"strength": args.strength, "ntk_factor": args.ntk_factor}
     return generate_high_resolution(
@@ -203,8 +204,8 @@ def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
 
 
 def _write_stages(args, pipe, source, call, done, guided, output: Path) -> int:
-    from dittfast.pipelines.generate import describe_run
-    from dittfast.pipelines.high_resolution import as_record
+    from dittfast.pipelines.runs.compare import describe_run
+    from dittfast.pipelines.runs.high_resolution import as_record
 
     data = describe_run(pipe, source, call, args.seed, guided) | {"stages": as_record(done)}
     parts = {output: done[-1]}

@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Check all that can be checked, load, search, and report."""
-    from dittfast.pipelines import sources
     from dittfast.pipelines.objectives import OBJECTIVES, find_objective
+    from dittfast.pipelines.runs import sources
 
     if args.output is None:
         raise ValueError("-o FOLDER is missing; say where the search may write")
@@ -138,8 +138,8 @@ def run(args) -> int:
     pipe = sources.load(source, device, dtype)
 
     from dittfast.pipelines.adapter import enable
-    from dittfast.pipelines.generate import call_arguments
     from dittfast.pipelines.hunt import hunt
+    from dittfast.pipelines.runs.call import call_arguments
 
     given = {name: getattr(args, name) for name in CALL}
     call = call_arguments(pipe, prompts[0], source.settings, **given)

@@ -41,9 +41,9 @@ def run(args, asked: str, options: dict) -> int:
 
     options.setdefault("min_tokens", 0)
     method, _ = resolve(asked, **options)
-    from dittfast.pipelines import sources
-    from dittfast.pipelines.generate import call_arguments
-    from dittfast.pipelines.probe import capture, measure
+    from dittfast.pipelines.measure.probe import capture, measure
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.call import call_arguments
 
     from .options import quiet_libraries
 

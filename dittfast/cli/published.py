@@ -43,7 +43,7 @@ def run(args) -> int:
     card = published_model(args.model)
 
     from dittfast.environment import versions
-    from dittfast.pipelines.estimate import estimate
+    from dittfast.pipelines.measure.estimate import estimate
 
     found = estimate(
         card,

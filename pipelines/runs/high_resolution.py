@@ -20,11 +20,12 @@ from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.methods.local import Local
 from dittfast.schedule import Schedule
 
-from .adapter import enable, transformers_of
-from .description import Description, describe
-from .generate import Run, accepted, call_arguments, check_ranges, is_video, run
-from .guidance import guide
-from .seam import is_swapped
+from ..adapter import enable, transformers_of
+from ..description import Description, describe
+from ..guidance import guide
+from ..seam import is_swapped
+from .call import accepted, call_arguments, check_ranges, is_video
+from .run import Run, run
 
 
 @dataclass(frozen=True)

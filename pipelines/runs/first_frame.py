@@ -61,7 +61,7 @@ def still_prompt(prompt: str, moving_words: list[str]) -> str:
 class FirstFrame:
     """Draws the first frames of a sample video model with an image model, one per prompt and seed.
 
-    It stands in a call as its ``image``; :func:`~dittfast.pipelines.generate.run` asks it for the
+    It stands in a call as its ``image``; :func:`~dittfast.pipelines.runs.run.run` asks it for the
     picture of the prompt and seed at hand.
 
     Args:
@@ -84,7 +84,8 @@ class FirstFrame:
 
     def __call__(self, prompt: str, seed: int) -> Image.Image:
         """The first frame; the last one is kept, so that compared runs share it."""
-        from .generate import call_arguments, run
+        from .call import call_arguments
+        from .run import run
 
         if self._last is None or self._last[0] != (prompt, seed):
             logger.info("drawing the first frame with %s", self.source.name)

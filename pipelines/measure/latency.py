@@ -15,14 +15,16 @@ from torch.overrides import TorchFunctionMode
 from dittfast.environment import describe_device, peak_memory, reset_peak_memory, versions
 from dittfast.measure.timing import percentiles, synchronize
 
-from .adapter import attention_layers, enable, transformers_of
+from ..adapter import attention_layers, enable, transformers_of
+from ..families import FAMILIES
+from ..runs.call import call_record
+from ..runs.compare import quality
+from ..runs.run import Run, run
+from ..runs.sources import Source
+from ..seam import stock_class
 from .drawings import fingerprint
-from .families import FAMILIES
 from .fidelity import dense_kernel
-from .generate import Run, call_record, quality, run
 from .method_check import check_method
-from .seam import stock_class
-from .sources import Source
 from .variants import Variant
 
 
@@ -153,7 +155,7 @@ def measure_latency(
     around every attention call.
 
     Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
         pairs: of timed calls.
 
     Returns:

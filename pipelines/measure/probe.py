@@ -13,10 +13,10 @@ from dittfast.measure.check import mask_rows
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
-from .adapter import enable, transformers_of
-from .generate import run
-from .seam import key_log_weight
-from .steps import scheduler_step
+from ..adapter import enable, transformers_of
+from ..runs.run import run
+from ..seam import key_log_weight
+from ..steps import scheduler_step
 
 # Query rows whose attention is computed at once.
 _ROWS = 256
@@ -88,7 +88,7 @@ def capture(
 
     Args:
         pipe: a pipeline that dittfast can read, not enabled.
-        call: arguments of the pipeline, see :func:`~dittfast.pipelines.generate.call_arguments`.
+        call: arguments of the pipeline, see :func:`~dittfast.pipelines.runs.call.call_arguments`.
         steps: denoising steps, from 0; default the middle one. Of a step with several passes
             (two-call guidance) the first is kept.
         layers: numbers of self-attention layers in the model's order; negative ones count from

@@ -25,11 +25,13 @@ from dittfast.measure.perceptual import load_lpips, missing_for_lpips
 from dittfast.measure.summary import bootstrap_mean
 from dittfast.measure.tables import MEASURES
 
-from .adapter import enable, transformers_of
-from .drawings import Drawings, Item, fingerprint
-from .generate import Run, call_record, run
+from ..adapter import enable, transformers_of
+from ..runs.call import call_record
+from ..runs.prompts import Item
+from ..runs.run import Run, run
+from ..runs.sources import Source
+from .drawings import Drawings, fingerprint
 from .method_check import Checked, capture_layers, check_captured, layer_names, sparse_layers
-from .sources import Source
 from .structure import mask_picture, mass_by_distance
 from .variants import DENSE, Variant, check_labels
 
@@ -226,7 +228,7 @@ def evaluate_fidelity(
     settings draws only what is missing and finds the same numbers.
 
     Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`; its prompt is replaced.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`; its prompt is replaced.
         pairs: labels of two methods whose difference is to be tabled, too.
 
     Raises:

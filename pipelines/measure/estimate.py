@@ -15,10 +15,10 @@ from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
-from .adapter import attention_layers
+from ..adapter import attention_layers
+from ..families import FAMILIES
+from ..published import PublishedModel
 from .cost import Cost, forward_cost
-from .families import FAMILIES
-from .published import PublishedModel
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dittfast.methods.base import Method
 from dittfast.plan import Plan
 from dittfast.schedule import Schedule
 
-from .adapter import attention_layers, transformers_of
-from .families import FAMILIES
+from ..adapter import attention_layers, transformers_of
+from ..families import FAMILIES
 from .probe import Captured, capture
 
 _STEPS = 2
@@ -128,7 +128,7 @@ def check_method(
     Sampled query rows are compared with attention computed densely in fp64 under the same plan.
 
     Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
 
     Raises:
         dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
