@@ -23,7 +23,7 @@ _EXPORTS = {
     "guide": "dittfast.pipelines.guidance",
     "unguide": "dittfast.pipelines.guidance",
     "HeadGuider": "dittfast.pipelines.guider",
-    "hunt": "dittfast.pipelines.hunt",
+    "hunt": "dittfast.pipelines.headhunter.hunt",
     "generate_high_resolution": "dittfast.pipelines.runs.high_resolution",
     "load_adapter": "dittfast.distill.artifacts",
     "merge": "dittfast.distill.artifacts",

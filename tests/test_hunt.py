@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.head_search import Policy, ScoreBook, calls, greedy, name_of
-from dittfast.pipelines.hunt import hunt
-from dittfast.pipelines.hunt_report import paired
-from dittfast.pipelines.objectives import Colorfulness, Contrast
+from dittfast.pipelines.headhunter.hunt import hunt
+from dittfast.pipelines.headhunter.objectives import Colorfulness, Contrast
+from dittfast.pipelines.headhunter.report import paired
+from dittfast.pipelines.headhunter.search import Policy, ScoreBook, calls, greedy, name_of
 from PIL import Image
 
 import dittfast

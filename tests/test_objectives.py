@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.objectives import (
+from dittfast.pipelines.headhunter.objectives import (
     OBJECTIVES,
     Background,
     ClassProbability,

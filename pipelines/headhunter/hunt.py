@@ -18,20 +18,13 @@ from dittfast.files import write_image
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .adapter import transformers_of
-from .guidance import guide, head_counts
-from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
-from .hunt_report import (
-    SHEET_COLUMNS,
-    Contender,
-    HuntResult,
-    curve,
-    holdout_sheet,
-    round_sheet,
-)
+from ..adapter import transformers_of
+from ..guidance import guide, head_counts
+from ..runs.call import call_arguments
+from ..seam import is_swapped
 from .objectives import Objective, describe_objective, evaluate
-from .runs.call import call_arguments
-from .seam import is_swapped
+from .report import SHEET_COLUMNS, Contender, HuntResult, curve, holdout_sheet, round_sheet
+from .search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
 
 
 class _Studio:
@@ -251,12 +244,13 @@ def hunt(
     Args:
         pipe: a diffusers pipeline, with a sparse method enabled or not.
         objective: ``(images [B, 3, H, W] in 0..1, prompts) -> B scores`` or ``(images) -> B
-            scores``, higher is better; see :mod:`dittfast.pipelines.objectives` for those built
-            in. A video is scored by the mean over its frames.
+            scores``, higher is better; :mod:`dittfast.pipelines.headhunter.objectives` holds those
+            built in. A video is scored by the mean over its frames.
         prompts: to search with.
         seeds: each prompt is drawn with each.
         call: the other arguments of the pipeline's call, such as height or num_inference_steps.
-        rounds, topk, screen, keep, min_gain: see :class:`~dittfast.pipelines.head_search.Policy`.
+        rounds, topk, screen, keep, min_gain: see
+            :class:`~dittfast.pipelines.headhunter.search.Policy`.
         layers, heads: search these layers, or these ``(layer, head)`` pairs, only.
         guidance_scale, strength, rows, start_step, stop_step: see :class:`dittfast.HeadGuidance`.
         batch_size: pictures drawn at once.
@@ -267,7 +261,7 @@ def hunt(
             from them when it is called again; heads.json, the curve, and contact sheets of each
             round and of held-out pictures go there, too. None writes nothing.
         progress: show a bar, in pictures.
-        on_round: called with each :class:`~dittfast.pipelines.head_search.Round`.
+        on_round: called with each :class:`~dittfast.pipelines.headhunter.search.Round`.
 
     Returns:
         The result; ``dittfast.guide(pipe, result.guidance)`` or ``heads="FOLDER/heads.json"``.

@@ -15,7 +15,7 @@ from dittfast.files import write_json
 from dittfast.measure.charts import Curve, SheetRow, contact_sheet, line_chart
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .head_search import Heads, Round, name_of
+from .search import Heads, Round, name_of
 
 SHEET_ROWS, SHEET_COLUMNS = 6, 4
 
