@@ -17,8 +17,8 @@ from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .families import FAMILIES, Family, bind_arguments
+from .families.sequences import Sequences
 from .seam import LayerState, is_swapped, restore, stock_class, swap
-from .sequences import Sequences
 from .state import ModelState, Session
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .families import Family
+from .families.sequences import Sequences
 from .seam import Core, LayerState, Part
-from .sequences import Sequences
 from .steps import TimestepCounter, scheduler_step, timestep_step
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import torch
 from dittfast.pipelines import seam
 from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES, bind_arguments
+from dittfast.pipelines.families.sequences import Sequences, joint, patches
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.measure.parity import METHODS, TINY, Full
-from dittfast.pipelines.sequences import Sequences, joint, patches
 from patterns import Band
 from torch.overrides import TorchFunctionMode
 

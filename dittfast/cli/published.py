@@ -31,7 +31,7 @@ def run(args) -> int:
                 f"{flag} does not go with --model, which knows the layout; frames are "
                 "--num-frames, and pictures and probes are made without --model"
             )
-    from dittfast.pipelines.published import published_model, published_models
+    from dittfast.pipelines.families.published import published_model, published_models
 
     if args.model == "list":
         for name in published_models():

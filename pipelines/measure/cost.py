@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from dittfast.layout import Layout
 
 from ..families import FAMILIES, Family
-from ..sequences import Sequences
+from ..families.sequences import Sequences
 from .parity import TINY, output
 
 

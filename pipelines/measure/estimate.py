@@ -17,7 +17,7 @@ from dittfast.plan import Plan
 
 from ..adapter import attention_layers
 from ..families import FAMILIES
-from ..published import PublishedModel
+from ..families.published import PublishedModel
 from .cost import Cost, forward_cost
 
 

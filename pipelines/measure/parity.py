@@ -15,9 +15,9 @@ from dittfast.plan import Plan
 
 from ..adapter import enable
 from ..description import describe
-from ..tiny import Tiny
-from ..tiny_image import TINY_IMAGE
-from ..tiny_video import TINY_VIDEO
+from ..families.tiny import Tiny
+from ..families.tiny_image import TINY_IMAGE
+from ..families.tiny_video import TINY_VIDEO
 
 TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO
 
