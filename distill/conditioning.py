@@ -11,6 +11,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 import torch
+
 from dittfast.pipelines.families import bind_arguments
 from dittfast.pipelines.runs.run import without_rounding_by_one
 from dittfast.pipelines.seam import stock_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from dittfast.pipelines.adapter import attention_layers
 from dittfast.pipelines.families import FAMILIES
 from dittfast.pipelines.families.published import published_model, published_models

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from dittfast.config import unknown
+from dittfast.files import atomic_path, write_json
 from dittfast.pipelines.adapter import transformers_of
 from dittfast.pipelines.runs.call import accepted, call_arguments, is_video, needs_image
 from dittfast.pipelines.runs.first_frame import FirstFrame
 from dittfast.pipelines.runs.run import frames_drawn
 from dittfast.pipelines.runs.sources import Source
-from tqdm import tqdm
-
-from dittfast.config import unknown
-from dittfast.files import atomic_path, write_json
 
 from .conditioning import Conditioning, condition, draw, encode
 from .config import DataConfig

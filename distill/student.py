@@ -11,6 +11,7 @@ import copy
 import re
 
 import torch
+
 from dittfast.pipelines.adapter import (
     attention_layers,
     enable,
@@ -18,7 +19,6 @@ from dittfast.pipelines.adapter import (
     method_parameters,
     transformers_of,
 )
-
 from dittfast.schedule import matching_layers
 
 from .capture import capture

@@ -6,12 +6,12 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+
+from dittfast.files import write_image
 from dittfast.pipelines.runs.call import call_arguments
 from dittfast.pipelines.runs.compare import quality
 from dittfast.pipelines.runs.run import Run, run
 from dittfast.pipelines.runs.sources import Source
-
-from dittfast.files import write_image
 
 from .config import DistillConfig
 from .prepare import check_call

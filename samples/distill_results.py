@@ -24,23 +24,23 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+import dittfast
 from dittfast.distill.config import load_config
 from dittfast.distill.loader import Dataset
 from dittfast.distill.noise import sample_noise
 from dittfast.distill.prepare import prepare
 from dittfast.distill.trainer import train
-from dittfast.pipelines.runs.call import call_arguments
-from dittfast.pipelines.runs.run import run
-from dittfast.pipelines.runs.sources import find, load
-from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
-from PIL import Image
-
-import dittfast
 from dittfast.files import atomic_path, save_video, write_json, write_text
 from dittfast.measure.features import load_features
 from dittfast.measure.fid import frechet
 from dittfast.measure.metrics import image_tensor, psnr, ssim
 from dittfast.methods.log_linear import LogLinear
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find, load
+from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
 
 PICTURES = 240  # of the main arms: of few pictures, those in which another object is drawn decide
 FEWER = 80  # of the others; the network has 64 features

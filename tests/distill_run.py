@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import yaml
+
 from dittfast.distill.config import DistillConfig, load_config
 from dittfast.distill.prepare import prepare
 from dittfast.pipelines.runs.sources import find, load

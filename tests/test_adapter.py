@@ -13,12 +13,12 @@ import weakref
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import seam
-from dittfast.pipelines.adapter import force_dense, method_parameters
 from patterns import Band, FirstKeys, Full
 
 import dittfast
 from dittfast import Layout, break_even
+from dittfast.pipelines import seam
+from dittfast.pipelines.adapter import force_dense, method_parameters
 
 MODELS = {
     "flux": (tiny.flux_transformer, tiny.flux_inputs),

@@ -289,9 +289,8 @@ def test_overflow_is_no_picture(model, out, capsys, monkeypatch):
 
 @pytest.mark.parametrize("when", ["drawing", "writing"])
 def test_an_interrupt_leaves_what_was_there(model, out, capsys, monkeypatch, when):
-    from dittfast.pipelines.runs import compare as module
-
     from dittfast.cli import generate as command
+    from dittfast.pipelines.runs import compare as module
 
     (out / "a.png").write_text("old")
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from distill_run import MAKE, one_thread  # noqa: F401
+
 from dittfast.distill.capture import capture
 from dittfast.distill.config import ObjectiveConfig, StudentConfig
 from dittfast.distill.student import Student

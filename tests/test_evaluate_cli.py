@@ -169,11 +169,10 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_evaluations_can_be_read():
-    from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
-    from dittfast.pipelines.runs.prompts import read_prompts
-
     from dittfast.cli.evaluate import _shipped
     from dittfast.methods import METHODS
+    from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
+    from dittfast.pipelines.runs.prompts import read_prompts
 
     path = _shipped("evaluations/sample-flux")
     for name, left_out in (
@@ -191,9 +190,8 @@ def test_shipped_evaluations_can_be_read():
 def items(settings, count=None):
     import argparse
 
-    from dittfast.pipelines.runs.sources import Source
-
     from dittfast.cli.evaluate import _items
+    from dittfast.pipelines.runs.sources import Source
 
     args = argparse.Namespace(prompts=None, num_prompts=count, seed=3)
     return _items(args, Source("folder", "mine", "mine", settings))

@@ -5,18 +5,18 @@ import logging
 
 import pytest
 import torch
-from dittfast.pipelines import seam
-from dittfast.pipelines.adapter import attention_layers
-from dittfast.pipelines.families import FAMILIES, bind_arguments
-from dittfast.pipelines.families.sequences import Sequences, joint, patches
-from dittfast.pipelines.measure import parity
-from dittfast.pipelines.measure.parity import METHODS, TINY, Full
 from patterns import Band
 from torch.overrides import TorchFunctionMode
 
 import dittfast
 from dittfast import Layout
 from dittfast.layout import Context, Grid
+from dittfast.pipelines import seam
+from dittfast.pipelines.adapter import attention_layers
+from dittfast.pipelines.families import FAMILIES, bind_arguments
+from dittfast.pipelines.families.sequences import Sequences, joint, patches
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.measure.parity import METHODS, TINY, Full
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,13 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines.measure import fidelity
-from dittfast.pipelines.measure.drawings import Drawings, fingerprint
-from dittfast.pipelines.measure.fidelity import dense_kernel, draw_missing, evaluate_fidelity
-from dittfast.pipelines.measure.method_check import check_method
-from dittfast.pipelines.measure.variants import Variant, make_variants, read_variants
-from dittfast.pipelines.runs.prompts import Item, make_items, read_prompts
-from dittfast.pipelines.runs.sources import Source
 from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
 
@@ -26,6 +19,13 @@ from dittfast.measure.perceptual import load_lpips, missing_for_lpips
 from dittfast.measure.summary import bootstrap_mean, interval, markdown_table
 from dittfast.measure.tables import fidelity_tables
 from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.pipelines.measure import fidelity
+from dittfast.pipelines.measure.drawings import Drawings, fingerprint
+from dittfast.pipelines.measure.fidelity import dense_kernel, draw_missing, evaluate_fidelity
+from dittfast.pipelines.measure.method_check import check_method
+from dittfast.pipelines.measure.variants import Variant, make_variants, read_variants
+from dittfast.pipelines.runs.prompts import Item, make_items, read_prompts
+from dittfast.pipelines.runs.sources import Source
 from dittfast.schedule import Schedule
 
 CALL = dict(prompt="", height=64, width=96, num_inference_steps=2, max_sequence_length=12)

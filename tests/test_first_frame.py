@@ -5,6 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny import flux_pipeline, wan_image_pipeline, wan_pipeline
+
+import dittfast
+from dittfast.cli import main
+from dittfast.methods import Local
 from dittfast.pipelines.runs.call import call_arguments, call_record, needs_image
 from dittfast.pipelines.runs.first_frame import (
     FirstFrame,
@@ -14,12 +20,6 @@ from dittfast.pipelines.runs.first_frame import (
     with_margin,
 )
 from dittfast.pipelines.runs.run import run
-from PIL import Image
-from tiny import flux_pipeline, wan_image_pipeline, wan_pipeline
-
-import dittfast
-from dittfast.cli import main
-from dittfast.methods import Local
 
 CALL = dict(
     height=48, width=80, num_frames=5, num_inference_steps=2, max_sequence_length=12,

@@ -3,13 +3,13 @@
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import seam
-from dittfast.pipelines.guidance import guide, unguide
 from patterns import Band
 
 import dittfast
 from dittfast import Layout
 from dittfast.methods.head_guidance import HeadGuidance, soft_pag
+from dittfast.pipelines import seam
+from dittfast.pipelines.guidance import guide, unguide
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 

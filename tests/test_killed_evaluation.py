@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from dittfast.pipelines.measure.drawings import Drawings
-from dittfast.pipelines.runs.prompts import Item
-from dittfast.pipelines.runs.run import Run, Timing
 from tiny import flux_pipeline
 
 from dittfast.measure.fid import check_pictures
+from dittfast.pipelines.measure.drawings import Drawings
+from dittfast.pipelines.runs.prompts import Item
+from dittfast.pipelines.runs.run import Run, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 

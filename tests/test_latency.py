@@ -7,16 +7,16 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from dittfast.pipelines.measure import latency
-from dittfast.pipelines.measure.latency import amdahl, attention_seconds, measure_latency
-from dittfast.pipelines.measure.variants import Variant
-from dittfast.pipelines.runs.sources import Source
 from tiny import flux_pipeline
 
 from dittfast.environment import peak_memory, reset_peak_memory
 from dittfast.measure.check import ParityError
 from dittfast.measure.tables import latency_table
 from dittfast.methods import Local
+from dittfast.pipelines.measure import latency
+from dittfast.pipelines.measure.latency import amdahl, attention_seconds, measure_latency
+from dittfast.pipelines.measure.variants import Variant
+from dittfast.pipelines.runs.sources import Source
 from dittfast.schedule import Schedule
 
 CALL = dict(prompt="a red cat", height=64, width=96, num_inference_steps=2, max_sequence_length=12)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+
+from dittfast.measure.features import load_features
 from dittfast.pipelines.headhunter.objectives import (
     OBJECTIVES,
     Background,
@@ -21,8 +23,6 @@ from dittfast.pipelines.headhunter.objectives import (
     evaluate,
     find_objective,
 )
-
-from dittfast.measure.features import load_features
 
 
 @pytest.fixture

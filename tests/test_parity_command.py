@@ -4,9 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from dittfast.pipelines.measure.parity import METHODS, TINY
-
 from dittfast.cli import main
+from dittfast.pipelines.measure.parity import METHODS, TINY
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

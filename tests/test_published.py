@@ -6,18 +6,18 @@ import json
 from importlib import resources
 
 import pytest
-from dittfast.pipelines.families import FAMILIES, tiny_image, tiny_video
-from dittfast.pipelines.families.published import PublishedModel, published_model, published_models
-from dittfast.pipelines.families.sequences import Sequences
-from dittfast.pipelines.measure.cost import Cost, forward_cost
-from dittfast.pipelines.measure.estimate import default_settings, estimate, method_estimate
-from dittfast.pipelines.measure.parity import TINY, output
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dittfast import Layout
 from dittfast.cli import main
 from dittfast.config import presets, resolve
+from dittfast.pipelines.families import FAMILIES, tiny_image, tiny_video
+from dittfast.pipelines.families.published import PublishedModel, published_model, published_models
+from dittfast.pipelines.families.sequences import Sequences
+from dittfast.pipelines.measure.cost import Cost, forward_cost
+from dittfast.pipelines.measure.estimate import default_settings, estimate, method_estimate
+from dittfast.pipelines.measure.parity import TINY, output
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

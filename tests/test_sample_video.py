@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+
 from dittfast.pipelines.runs import sources
 from dittfast.pipelines.runs.call import call_arguments
 from dittfast.pipelines.runs.first_frame import still_prompt
