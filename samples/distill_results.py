@@ -38,6 +38,7 @@ from dittfast.measure.fid import frechet
 from dittfast.measure.metrics import image_tensor, psnr, ssim
 from dittfast.methods.log_linear import LogLinear
 from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.first_frame import with_first_frame
 from dittfast.pipelines.runs.run import run
 from dittfast.pipelines.runs.sources import find, load
 from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
@@ -134,6 +135,7 @@ class Results:
                 stack.enter_context(dittfast.enable(self.pipe, **method, min_tokens=0))
             for i in missing:
                 call = call_arguments(self.pipe, prompts[i], self.source.settings, **self.call)
+                call = with_first_frame(self.pipe, call, self.source.settings)
                 frames = run(self.pipe, call, FIRST_SEED + i).frames
                 _save(folder / f"{i:05d}.png", Image.fromarray(frames[0]))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import graphlib
 import re
 import subprocess
 import sys
@@ -217,8 +216,37 @@ def graph(at_top_only: bool) -> dict[str, set[str]]:
     return edges
 
 
-def test_no_import_cycles():
-    graphlib.TopologicalSorter(graph(at_top_only=True)).prepare()
+# What enable runs still has these. The list only ever gets shorter.
+CIRCLES_LEFT = [
+    {f"dittfast.pipelines.{name}" for name in names}
+    for names in (("adapter", "description", "guidance", "state"), ("parallel", "seam"))
+]
+
+
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that reach each other, in groups."""
+    reached = {module: closure(edges, module) for module in edges}
+    together = [
+        frozenset(b for b in reached[a] if a in reached[b]) | {a} for a in edges if a in reached[a]
+    ]
+    return [set(group) for group in dict.fromkeys(together)]
+
+
+def closure(edges: dict[str, set[str]], module: str) -> set[str]:
+    """What a module imports, and what that imports ...; the module itself only by a circle."""
+    seen, left = set(), list(edges[module])
+    while left:
+        at = left.pop()
+        if at not in seen:
+            seen.add(at)
+            left.extend(edges[at])
+    return seen
+
+
+def test_no_import_circles():
+    """Neither at the top nor in functions nor for type checkers."""
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+    assert circles(graph(at_top_only=False)) == CIRCLES_LEFT
 
 
 def reachable(module: str) -> set[str]:

@@ -290,6 +290,7 @@ def _load(args, source, device=None):
     """The pipeline, and the arguments of its call."""
     from dittfast.pipelines.runs import sources
     from dittfast.pipelines.runs.call import call_arguments
+    from dittfast.pipelines.runs.first_frame import with_first_frame
 
     device = sources.choose_device(args.device) if device is None else device
     dtype = sources.choose_dtype(args.dtype, device)
@@ -298,7 +299,8 @@ def _load(args, source, device=None):
     pipe = sources.load(source, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     given = {name: getattr(args, name) for name in CALL}
-    return pipe, call_arguments(pipe, "any", source.settings, **given)
+    call = call_arguments(pipe, "any", source.settings, **given)
+    return pipe, with_first_frame(pipe, call, source.settings)
 
 
 def _fidelity(args) -> int:

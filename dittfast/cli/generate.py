@@ -126,8 +126,10 @@ def run(args) -> int:
 
     from dittfast.pipelines.runs.call import call_arguments, is_video
     from dittfast.pipelines.runs.compare import generate, record
+    from dittfast.pipelines.runs.first_frame import with_first_frame
 
     call = call_arguments(pipe, args.prompt, source.settings, **given)
+    call = with_first_frame(pipe, call, source.settings)
     moving = is_video(pipe) and call.get("num_frames") != 1
     if not moving:
         check_output(output, IMAGES)

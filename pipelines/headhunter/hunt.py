@@ -20,7 +20,8 @@ from dittfast.methods.head_guidance import HeadGuidance
 
 from ..adapter import transformers_of
 from ..guidance import guide, head_counts
-from ..runs.call import call_arguments
+from ..runs.call import PicturePerPrompt, call_arguments
+from ..runs.first_frame import with_first_frame
 from ..seam import is_swapped
 from .objectives import Objective, describe_objective, evaluate
 from .report import SHEET_COLUMNS, Contender, HuntResult, curve, holdout_sheet, round_sheet
@@ -292,7 +293,12 @@ def hunt(
         raise ValueError(f"strength must be one number for a search, got {strength!r}")
     if any(is_swapped(m) and m._dittfast.guidance for m in transformers_of(pipe).values()):
         raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
-    arguments = call_arguments(pipe, prompts[0], **(call or {}))
+    arguments = with_first_frame(pipe, call_arguments(pipe, prompts[0], **(call or {})))
+    if isinstance(arguments.get("image"), PicturePerPrompt):
+        raise ValueError(
+            "a head search draws several prompts at once and cannot make each its own first "
+            "frame; pass one picture as the call's image"
+        )
     settings = {
         "objective": describe_objective(objective),
         "model": _model_facts(pipe),

@@ -5,13 +5,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+from typing import Protocol, runtime_checkable
+
+from PIL import Image
 
 from ..adapter import transformers_of
-from .first_frame import FirstFrame, fit
 
 SIZES = ("num_frames", "height", "width")
 _COUNTS = (*SIZES, "num_inference_steps", "max_sequence_length", "runs", "fps")
 _SCALES = ("guidance_scale", "true_cfg_scale")
+
+
+@runtime_checkable
+class PicturePerPrompt(Protocol):
+    """Stands in a call as its ``image`` where every prompt and seed has a picture of its own."""
+
+    def __call__(self, prompt: str, seed: int) -> Image.Image: ...
+
+    def to_dict(self) -> dict: ...
 
 
 def accepted(pipe) -> list[str]:
@@ -76,14 +87,12 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
 
     Args:
         settings: a sample model's settings; keys that are no arguments of the pipeline are left.
-        given: arguments by name; None where the user gave none.
-
-        An ``image`` is cut to the size of a video. A sample video model without one gets a
-        :class:`~dittfast.pipelines.runs.first_frame.FirstFrame`, which draws it for each prompt.
+        given: arguments by name; None where the user gave none. An image is left as it is;
+            :func:`~dittfast.pipelines.runs.first_frame.with_first_frame` makes it ready.
 
     Raises:
-        ValueError: as :func:`check_ranges`, an argument that the pipeline does not take, a size
-            that the pipeline would silently round, or no image where the pipeline needs one.
+        ValueError: as :func:`check_ranges`, an argument that the pipeline does not take, or a size
+            that the pipeline would silently round.
     """
     names = accepted(pipe)
     given = {k: v for k, v in given.items() if v is not None}
@@ -104,29 +113,14 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
         # It will draw one frame more (see frames_drawn), and AutoencoderKLWan encodes one frame
         # and then four at a time. Without an image to encode every number is right.
         _check_multiple(pipe, call, "num_frames", 4, 0)
-    if needs_image(pipe):
-        call["image"] = _first_frame(pipe, call, settings or {})
     return call
-
-
-def _first_frame(pipe, call: dict, settings: dict):
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    size = [call.get(name) or parameters[name].default for name in ("height", "width")]
-    if "image" in call:
-        return fit(call["image"], *size)
-    if "first_frame" in settings:
-        model = next(iter(transformers_of(pipe).values()))
-        return FirstFrame(settings["first_frame"], *size, model.device, model.dtype)
-    raise ValueError(
-        f"{type(pipe).__name__} animates an image and got none; pass one with --image FILE"
-    )
 
 
 def call_record(call: dict) -> dict:
     """The arguments of a call without its prompt, as plain data for JSON."""
     plain = {k: v for k, v in call.items() if k not in ("prompt", "image")}
     image = call.get("image")
-    if isinstance(image, FirstFrame):
+    if isinstance(image, PicturePerPrompt):
         plain["first_frame"] = image.to_dict()
     elif image is not None:
         plain["first_frame"] = {"sha256": hashlib.sha256(image.tobytes()).hexdigest()}

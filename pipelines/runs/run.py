@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ..adapter import transformers_of
-from .call import SIZES, accepted
-from .first_frame import FirstFrame
+from .call import SIZES, PicturePerPrompt, accepted
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
         FloatingPointError: the picture has values that are not finite.
     """
     device = next(iter(transformers_of(pipe).values())).device
-    if isinstance(call.get("image"), FirstFrame):
+    if isinstance(call.get("image"), PicturePerPrompt):
         call = call | {"image": call["image"](call["prompt"], seed)}
     on_cuda = device.type == "cuda"
     if on_cuda:
