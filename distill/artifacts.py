@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from dittfast.pipelines.adapter import disable, enable
-from dittfast.pipelines.models import is_swapped, transformers_of
 
 import dittfast
 from dittfast.config import resolve
 from dittfast.files import write_json, write_text
 from dittfast.methods.base import Method
+from dittfast.pipelines.adapter import disable, enable
+from dittfast.pipelines.models import is_swapped, transformers_of
 
 from .config import DistillConfig
 from .fingerprint import difference

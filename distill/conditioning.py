@@ -11,8 +11,9 @@ import contextlib
 from dataclasses import dataclass, field
 
 import torch
-from dittfast.pipelines.generate import without_rounding_by_one
+
 from dittfast.pipelines.models import bind_arguments, stock_class
+from dittfast.pipelines.runs.run import without_rounding_by_one
 
 # Given by the training step, not by the recording.
 _INPUTS = ("hidden_states", "timestep")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+
 from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.families.published import published_model, published_models
+from dittfast.pipelines.families.sequences import Sequences
 from dittfast.pipelines.models import attention_layers
-from dittfast.pipelines.published import published_model, published_models
-from dittfast.pipelines.sequences import Sequences
-from dittfast.pipelines.sources import Source, choose_dtype, find
+from dittfast.pipelines.runs.sources import Source, choose_dtype, find
 
 from .config import DistillConfig
 from .loader import Dataset

@@ -6,6 +6,7 @@ import hashlib
 import math
 
 import torch
+
 from dittfast.pipelines.models import stock_class
 
 _PROBED = 24

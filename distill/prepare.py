@@ -9,20 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dittfast.pipelines.first_frame import FirstFrame
-from dittfast.pipelines.generate import (
-    accepted,
-    call_arguments,
-    frames_drawn,
-    is_video,
-    needs_image,
-)
-from dittfast.pipelines.models import transformers_of
-from dittfast.pipelines.sources import Source
 from tqdm import tqdm
 
 from dittfast.config import unknown
 from dittfast.files import atomic_path, write_json
+from dittfast.pipelines.models import transformers_of
+from dittfast.pipelines.runs.call import (
+    PicturePerPrompt,
+    accepted,
+    call_arguments,
+    is_video,
+    needs_image,
+)
+from dittfast.pipelines.runs.first_frame import with_first_frame
+from dittfast.pipelines.runs.run import frames_drawn
+from dittfast.pipelines.runs.sources import Source
 
 from .conditioning import Conditioning, condition, draw, encode
 from .config import DataConfig
@@ -116,7 +117,7 @@ def _call(pipe, call: dict, item: Item) -> tuple[dict, np.ndarray | None]:
         frames = read_frames(item.picture.path, call["height"], call["width"], count)
     if frames is not None and needs_image(pipe):
         wanted["image"] = Image.fromarray(frames[0])
-    elif isinstance(call.get("image"), FirstFrame):
+    elif isinstance(call.get("image"), PicturePerPrompt):
         wanted["image"] = call["image"](item.prompt, item.seed)
     return wanted, frames
 
@@ -163,6 +164,7 @@ def prepare(
         # Each clip brings its own, but a call without one is refused.
         given["image"] = Image.fromarray(read_frames(items[0].picture.path, *size)[0])
     call = call_arguments(pipe, items[0].prompt, source.settings, **given)
+    call = with_first_frame(pipe, call, source.settings)
     manifest = _manifest(pipe, model, source, config, items, call)
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder / MANIFEST, manifest)

@@ -11,9 +11,9 @@ import copy
 import re
 
 import torch
+
 from dittfast.pipelines.adapter import enable, force_dense, method_parameters
 from dittfast.pipelines.models import attention_layers, transformers_of
-
 from dittfast.schedule import matching_layers
 
 from .capture import capture

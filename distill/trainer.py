@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dittfast.pipelines.adapter import force_dense
-from dittfast.pipelines.sources import choose_dtype, find, load
 from tqdm import tqdm
 
 from dittfast.files import write_json, write_text
+from dittfast.pipelines.adapter import force_dense
+from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
 from . import objectives
 from .artifacts import read_weights, save_adapter

@@ -6,10 +6,13 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from dittfast.pipelines.generate import Run, call_arguments, quality, run
-from dittfast.pipelines.sources import Source
 
 from dittfast.files import write_image
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.compare import quality
+from dittfast.pipelines.runs.first_frame import with_first_frame
+from dittfast.pipelines.runs.run import Run, run
+from dittfast.pipelines.runs.sources import Source
 
 from .config import DistillConfig
 from .prepare import check_call
@@ -34,7 +37,12 @@ class Validation:
         check_call(pipe, config.validation.call, "validation.call")
         given = config.data.call | config.validation.call
         prompts = config.validation.prompts
-        self.calls = [call_arguments(pipe, p, source.settings, **given) for p in prompts]
+        self.calls = [
+            with_first_frame(
+                pipe, call_arguments(pipe, p, source.settings, **given), source.settings
+            )
+            for p in prompts
+        ]
         self._teacher: list[Run] | None = None
 
     def draw(self) -> list[Run]:

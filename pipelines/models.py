@@ -12,7 +12,7 @@ import torch
 from dittfast.layout import Layout
 
 from .families import FAMILIES, Family
-from .sequences import Sequences
+from .families.sequences import Sequences
 
 LayoutReader = Callable[[torch.nn.Module, dict], Layout | Sequences]
 

@@ -19,8 +19,8 @@ import torch
 import torch.utils.checkpoint
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .families.sequences import Sequences
 from .layer import LayerRun, LayerState
-from .sequences import Sequences
 
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 # Functions of that file whose frames hold a checkpointed function's arguments, and under which

@@ -19,11 +19,11 @@ from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .families import Family
+from .families.sequences import Sequences
 from .layer import AttentionCore, LayerRun, LayerState, PlannedLayout
 from .models import bind_arguments
 from .passes import Bound, Pass, Passes, in_backward, is_differentiable
 from .seam import put_back
-from .sequences import Sequences
 from .steps import TimestepCounter, scheduler_step, timestep_step
 
 logger = logging.getLogger(__name__)

@@ -24,22 +24,24 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+import dittfast
 from dittfast.distill.config import load_config
 from dittfast.distill.loader import Dataset
 from dittfast.distill.noise import sample_noise
 from dittfast.distill.prepare import prepare
 from dittfast.distill.trainer import train
-from dittfast.pipelines.generate import call_arguments, run
-from dittfast.pipelines.sources import find, load
-from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
-from PIL import Image
-
-import dittfast
-from dittfast.features import load_features
-from dittfast.fid import frechet
 from dittfast.files import atomic_path, save_video, write_json, write_text
+from dittfast.measure.features import load_features
+from dittfast.measure.fid import frechet
+from dittfast.measure.metrics import image_tensor, psnr, ssim
 from dittfast.methods.log_linear import LogLinear
-from dittfast.metrics import image_tensor, psnr, ssim
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.first_frame import with_first_frame
+from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find, load
+from dittfast.samples.captions import BACKGROUNDS, LABELS, caption
 
 PICTURES = 240  # of the main arms: of few pictures, those in which another object is drawn decide
 FEWER = 80  # of the others; the network has 64 features
@@ -133,6 +135,7 @@ class Results:
                 stack.enter_context(dittfast.enable(self.pipe, **method, min_tokens=0))
             for i in missing:
                 call = call_arguments(self.pipe, prompts[i], self.source.settings, **self.call)
+                call = with_first_frame(self.pipe, call, self.source.settings)
                 frames = run(self.pipe, call, FIRST_SEED + i).frames
                 _save(folder / f"{i:05d}.png", Image.fromarray(frames[0]))
 

@@ -98,9 +98,10 @@ def save(args):
 
 def strips(args):
     """Animate prompts with the stock pipeline; one row of frames each in one PNG."""
-    from dittfast.pipelines import sources
-    from dittfast.pipelines.first_frame import read_image
-    from dittfast.pipelines.generate import call_arguments, run
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.call import call_arguments
+    from dittfast.pipelines.runs.first_frame import read_image, with_first_frame
+    from dittfast.pipelines.runs.run import run
 
     source = sources.find(str(args.model))
     pipe = sources.load(source, "cpu", torch.float32)
@@ -109,6 +110,7 @@ def strips(args):
     start, rows = time.time(), []
     for prompt in args.prompts or source.settings["prompts"]:
         call = call_arguments(pipe, prompt, source.settings, image=image)
+        call = with_first_frame(pipe, call, source.settings)
         rows.append(np.concatenate(run(pipe, call, args.seed).frames, axis=1))
     Image.fromarray(np.concatenate(rows)).save(args.out, optimize=True)
     print(f"{args.out}: {len(rows)} clips, {time.time() - start:.0f} s")

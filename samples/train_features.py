@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from captions import BACKGROUNDS, LABELS, SYNONYMS
 
-from dittfast.features import FeatureNetwork, save_features
+from dittfast.measure.features import FeatureNetwork, save_features
 
 
 def load_art(path):

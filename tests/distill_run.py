@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 import yaml
+
 from dittfast.distill.config import DistillConfig, load_config
 from dittfast.distill.prepare import prepare
-from dittfast.pipelines.sources import find, load
+from dittfast.pipelines.runs.sources import find, load
 
 PROMPTS = ["a red cat", "a blue dog", "the green car", "a photo of the dog"]
 CALLS = {

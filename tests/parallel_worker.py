@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from dittfast.pipelines.parity import TINY
 from patterns import Band
 
 import dittfast
+from dittfast.pipelines.measure.parity import TINY
 from dittfast.plan import Plan
 
 

@@ -13,12 +13,12 @@ import weakref
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import layer, models, seam
-from dittfast.pipelines.adapter import force_dense, method_parameters
 from patterns import Band, FirstKeys, Full
 
 import dittfast
 from dittfast import Layout, break_even
+from dittfast.pipelines import layer, models, seam
+from dittfast.pipelines.adapter import force_dense, method_parameters
 
 MODELS = {
     "flux": (tiny.flux_transformer, tiny.flux_inputs),
@@ -330,7 +330,7 @@ def test_bypassing_attention_backend_raises():
 
     model.single_transformer_blocks[0].attn.set_processor(Bypass())
     dittfast.enable(model, Band(), backend="reference")
-    with pytest.raises(RuntimeError, match="reset_attention_backend"):
+    with pytest.raises(RuntimeError, match="set_default_attn_processor"):
         forward(model, inputs)
 
 

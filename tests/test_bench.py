@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity import even_blocks, ragged_blocks, random_plan, random_rule
 
-from dittfast import Layout, attend, bench, methods
-from dittfast.bench import Workload
+from dittfast import Layout, attend, methods
 from dittfast.cli import main
+from dittfast.measure import bench, check, flex, timing
+from dittfast.measure.bench import Workload
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
 
@@ -23,7 +24,7 @@ def test_mask_rows_are_rows_of_the_dense_mask(seed, with_rule, lists):
     rule = random_rule(40, 50, seed=seed) if with_rule else None
     plan = random_plan(q_blocks, kv_blocks, lists, rule, seed=seed)
     tokens = torch.randperm(40)[:7]
-    assert torch.equal(bench.mask_rows(plan, tokens), plan.to_dense_mask()[:, :, tokens])
+    assert torch.equal(check.mask_rows(plan, tokens), plan.to_dense_mask()[:, :, tokens])
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -41,7 +42,7 @@ def test_parity_holds_with_everything_a_plan_can_carry(backward):
         out_residual=torch.randn(1, 2, blocks.count, 16),
     )
     inputs = attention_inputs(1, 2, 111, 16)
-    bench.check_parity(*inputs, plan, 0.25, backward=backward)
+    check.check_parity(*inputs, plan, 0.25, backward=backward)
 
 
 def one_pair_more(q, k, v, plan, **options):
@@ -59,10 +60,10 @@ def wrong_gradient(q, k, v, plan, **options):
 
 @pytest.mark.parametrize("wrong, what", [(one_pair_more, "out"), (wrong_gradient, "dv")])
 def test_a_wrong_result_is_not_measured(monkeypatch, wrong, what):
-    monkeypatch.setattr(bench, "attend", wrong)
+    monkeypatch.setattr(check, "attend", wrong)
     monkeypatch.setattr(bench, "interleaved_seconds", lambda *_: pytest.fail("was measured"))
     work = Workload(Layout.image(10, 12), head_dim=16, backward=True)
-    with pytest.raises(bench.ParityError, match=f"disagrees with dense attention: {what}: error"):
+    with pytest.raises(check.ParityError, match=f"disagrees with dense attention: {what}: error"):
         bench.bench_attention(methods.Local(3), work, repeats=1, flex=False)
 
 
@@ -97,15 +98,15 @@ def test_rows_say_what_was_measured(backward):
 def test_rounds_are_interleaved_and_turned_around():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = bench.interleaved_seconds(functions, 2, "cpu", warmup=1)
+    seconds = timing.interleaved_seconds(functions, 2, "cpu", warmup=1)
     assert calls == ["a", "b", "a", "b", "b", "a"]
     assert [len(x) for x in seconds.values()] == [2, 2]
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        bench.interleaved_seconds(functions, 0, "cpu")
+        timing.interleaved_seconds(functions, 0, "cpu")
 
 
 def test_percentiles():
-    assert bench.percentiles(range(11)) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
+    assert timing.percentiles(range(11)) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
 
 
 FLEX_PLANS = {
@@ -143,7 +144,7 @@ def mask_of(block_mask, shape):
 def test_flex_attention_is_given_the_same_problem(name):
     plan = FLEX_PLANS[name]()
     q, k, v, _ = attention_inputs(1, 2, plan.num_queries, 16, plan.num_keys)
-    fq, fk, fv, block_mask, score_mod = bench.flex_inputs(q, k, v, plan)
+    fq, fk, fv, block_mask, score_mod = flex.flex_inputs(q, k, v, plan)
     logits = fq @ fk.mT / 4
     if score_mod is not None:
         places = torch.arange(2)[:, None, None], torch.arange(len(fq[0, 0]))[:, None]
@@ -160,10 +161,10 @@ def test_what_flex_attention_cannot_express_is_said():
     blocks = ragged_blocks(40, 8)
     q, k, v, _ = attention_inputs(1, 2, 40, 16)
     with pytest.raises(ValueError, match="needs blocks of one size"):
-        bench.flex_inputs(q, k, v, random_plan(blocks, blocks))
+        flex.flex_inputs(q, k, v, random_plan(blocks, blocks))
     scaled = Plan.full(40, block_size=8, out_scale=torch.ones(1, 1, 5))
     with pytest.raises(ValueError, match="no epilogue"):
-        bench.flex_inputs(q, k, v, scaled)
+        flex.flex_inputs(q, k, v, scaled)
     row = bench.bench_attention(
         methods.Local(2, tile=(1, 3, 3)), Workload(Layout.image(5, 8)), repeats=1
     )
@@ -260,7 +261,7 @@ def test_command_takes_options_for_one_of_several_methods(capsys):
 
 
 def test_command_shows_no_speed_of_a_wrong_result(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "attend", one_pair_more)
+    monkeypatch.setattr(check, "attend", one_pair_more)
     assert run("attention --method local --tokens 64 --repeats 1 --no-flex") == 1
     out = capsys.readouterr().out
     assert "FAILED: attend disagrees with dense attention" in out

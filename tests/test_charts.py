@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dittfast.charts import COLORS, Curve, SheetRow, _ticks, contact_sheet, line_chart
+from dittfast.measure.charts import COLORS, Curve, SheetRow, _ticks, contact_sheet, line_chart
 
 
 def find(page, piece):

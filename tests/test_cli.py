@@ -166,7 +166,7 @@ def test_density_of_a_method_that_chooses_at_every_call(model, out):
 
 
 def test_a_sample_model_brings_its_own_call(model, out, capsys, monkeypatch):
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     settings = {
         "prompts": ["a red cat", "a dog"], "labels": ["cat", "dog"], "height": 64, "width": 96,
@@ -270,7 +270,7 @@ def test_debug_shows_the_traceback(model):
 
 
 def test_overflow_is_no_picture(model, out, capsys, monkeypatch):
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     load = sources.load
 
@@ -289,9 +289,8 @@ def test_overflow_is_no_picture(model, out, capsys, monkeypatch):
 
 @pytest.mark.parametrize("when", ["drawing", "writing"])
 def test_an_interrupt_leaves_what_was_there(model, out, capsys, monkeypatch, when):
-    from dittfast.pipelines import generate as module
-
     from dittfast.cli import generate as command
+    from dittfast.pipelines.runs import compare as module
 
     (out / "a.png").write_text("old")
 

@@ -9,11 +9,11 @@ import copy
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import parity
-from dittfast.pipelines.parity import TINY, Full, distance
 from patterns import Band
 
 import dittfast
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.measure.parity import TINY, Full, distance
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NEAR = 2e-5

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from dittfast.kernels import cpu, cpu_worklist
-from dittfast.kernels.cpu_worklist import Worklist, make_worklist
 from parity import (
     assert_parity,
     even_blocks,
@@ -14,6 +12,8 @@ from parity import (
 )
 
 from dittfast import Layout, attend, methods
+from dittfast.kernels import cpu, cpu_worklist
+from dittfast.kernels.cpu_worklist import Worklist, make_worklist
 from dittfast.plan import Plan, TokenRule, dense_mask
 from dittfast.testing import attention_inputs
 

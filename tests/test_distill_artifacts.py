@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from distill_run import make_config, one_thread  # noqa: F401
-from dittfast.distill.artifacts import read_weights
-from dittfast.distill.student import swapped
-from dittfast.distill.trainer import Trainer
-from dittfast.pipelines.adapter import method_parameters
-from dittfast.pipelines.models import is_swapped
-from dittfast.pipelines.sources import find, load
 from safetensors.torch import load_file, save_file
 from tiny import flux_pipeline, run
 
 import dittfast
+from dittfast.distill.artifacts import read_weights
+from dittfast.distill.student import swapped
+from dittfast.distill.trainer import Trainer
 from dittfast.methods import Local, Radial
+from dittfast.pipelines.adapter import method_parameters
+from dittfast.pipelines.models import is_swapped
+from dittfast.pipelines.runs.sources import find, load
 
 KINDS = {
     "attention": {"trainable": "attention"},

@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 from distill_run import write_config
-from dittfast.distill.config import load_config, shipped
 
 from dittfast.cli import main
+from dittfast.distill.config import load_config, shipped
 from dittfast.methods import Local
 
 
@@ -120,6 +120,7 @@ def test_shipped_recipes_are_valid(name):
 def test_recipes_of_published_models_can_be_tried_without_the_hub(monkeypatch):
     """Oracle: CLEAR trains q, k, v and out of 57 layers; the single blocks have no out."""
     import diffusers
+
     from dittfast.distill.estimate import estimate
 
     def offline(*args, **kwargs):

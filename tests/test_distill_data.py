@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from distill_run import CALLS, MAKE, make_config, one_thread, write_config  # noqa: F401
+from PIL import Image
+
 from dittfast.distill import prepare as preparing
 from dittfast.distill.conditioning import condition, draw, encode, unflatten
 from dittfast.distill.config import DataConfig, load_config
 from dittfast.distill.loader import Dataset, Prefetch, global_batches
 from dittfast.distill.pictures import find_pictures, read_frames
 from dittfast.distill.prepare import plan_items, prepare
-from dittfast.pipelines.sources import find, load
-from PIL import Image
-
 from dittfast.files import save_video
+from dittfast.pipelines.runs.sources import find, load
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from dittfast.distill import objectives
 from dittfast.distill.config import TrainConfig
 from dittfast.distill.noise import (

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from distill_run import fresh_accelerate, one_thread  # noqa: F401
+from PIL import Image
+
+import dittfast
 from dittfast.distill.config import load_config
 from dittfast.distill.loader import Dataset
 from dittfast.distill.prepare import prepare
 from dittfast.distill.trainer import train
-from dittfast.pipelines.generate import call_arguments, run
-from dittfast.pipelines.sources import find, load
-from PIL import Image
-
-import dittfast
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find, load
 
 SCRIPTS = Path(__file__).parents[1] / "samples"
 

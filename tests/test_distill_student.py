@@ -8,11 +8,12 @@ import pytest
 import tiny
 import torch
 from distill_run import MAKE, one_thread  # noqa: F401
+
 from dittfast.distill.capture import capture
 from dittfast.distill.config import ObjectiveConfig, StudentConfig
 from dittfast.distill.student import Student
-from dittfast.pipelines.tiny_image import TINY_IMAGE
-from dittfast.pipelines.tiny_video import TINY_VIDEO
+from dittfast.pipelines.families.tiny_image import TINY_IMAGE
+from dittfast.pipelines.families.tiny_video import TINY_VIDEO
 
 INPUTS = {"flux": tiny.flux_inputs, "wan": tiny.wan_inputs}
 LOCAL = {"method": "local", "options": {"window": 2, "downsample": 2, "tile": (1, 4, 4)}}

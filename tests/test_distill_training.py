@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from distill_run import fresh_accelerate, make_config, one_thread, write_config  # noqa: F401
+from safetensors.torch import load_file
+
+from dittfast.cli import main
 from dittfast.distill import objectives
 from dittfast.distill.artifacts import read_weights
 from dittfast.distill.checkpoint import Checkpoints
 from dittfast.distill.loader import global_batches
 from dittfast.distill.trainer import Trainer, train
-from safetensors.torch import load_file
-
-from dittfast.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +79,7 @@ def test_the_loss_falls(folder, tmp_path):
 
 def test_losses_are_what_their_formulas_say(folder, tmp_path):
     """The logged values of the first step, computed again with a stock model in the open."""
-    from dittfast.pipelines.sources import find, load
+    from dittfast.pipelines.runs.sources import find, load
 
     config = run_config(
         folder, tmp_path / "run", objectives={"features": 0.25},
@@ -386,6 +386,7 @@ def with_loss_scaling(monkeypatch, scale: float) -> None:
     """fp16 as accelerate sets it up on a GPU; on a CPU it would train in fp32 instead."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+
     from dittfast.distill import trainer
 
     def make(config):
@@ -516,7 +517,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
 def test_validation_measures_against_the_teacher(folder, tmp_path):
     """Oracle: the stock pipeline's pictures, and PSNR from its definition."""
     from dittfast.distill.artifacts import load_adapter
-    from dittfast.pipelines.sources import find, load
+    from dittfast.pipelines.runs.sources import find, load
 
     config = run_config(
         folder, tmp_path / "run", train={"steps": 2, "lr": 1e-2},
@@ -574,11 +575,11 @@ def test_metrics_survive_a_half_written_line(folder, tmp_path):
 def test_length_extension(folder, tmp_path):
     """Radial LoRA on clips of more frames than before, the first layer dense; then used."""
     from distill_run import CALLS
-    from dittfast.distill.artifacts import load_adapter
-    from dittfast.pipelines.sources import find, load
 
     import dittfast
+    from dittfast.distill.artifacts import load_adapter
     from dittfast.files import save_video
+    from dittfast.pipelines.runs.sources import find, load
 
     clips = tmp_path / "clips"
     clips.mkdir()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.families import FAMILIES
 
 from dittfast.attention import BACKENDS
+from dittfast.pipelines.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dittfast import draw
 from dittfast.layout import Layout, make_blocks
+from dittfast.measure import draw
 from dittfast.methods import Local, Radial
 from dittfast.plan import Plan
 

@@ -83,10 +83,10 @@ def test_latency_is_kept(model, tmp_path, capsys):
 
 
 def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):
-    from dittfast import bench
+    from dittfast.measure import check
 
-    right = bench.attend
-    monkeypatch.setattr(bench, "attend", lambda *a, **k: right(*a, **k) + 1)
+    right = check.attend
+    monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) + 1)
     command = ["evaluate", "latency", *model, *SMALL, "-m", "local", "--set", "min_tokens=0"]
     assert main([*command, "--prompt", "a red cat"]) == 1
     out = capsys.readouterr().out
@@ -169,11 +169,10 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_evaluations_can_be_read():
-    from dittfast.pipelines.prompts import read_prompts
-    from dittfast.pipelines.variants import check_labels, make_variants, read_variants
-
     from dittfast.cli.evaluate import _shipped
     from dittfast.methods import METHODS
+    from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
+    from dittfast.pipelines.runs.prompts import read_prompts
 
     path = _shipped("evaluations/sample-flux")
     for name, left_out in (
@@ -191,9 +190,8 @@ def test_shipped_evaluations_can_be_read():
 def items(settings, count=None):
     import argparse
 
-    from dittfast.pipelines.sources import Source
-
     from dittfast.cli.evaluate import _items
+    from dittfast.pipelines.runs.sources import Source
 
     args = argparse.Namespace(prompts=None, num_prompts=count, seed=3)
     return _items(args, Source("folder", "mine", "mine", settings))

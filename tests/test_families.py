@@ -5,17 +5,18 @@ import logging
 
 import pytest
 import torch
-from dittfast.pipelines import layer, parity
-from dittfast.pipelines.families import FAMILIES
-from dittfast.pipelines.models import attention_layers, bind_arguments
-from dittfast.pipelines.parity import METHODS, TINY, Full
-from dittfast.pipelines.sequences import Sequences, joint, patches
 from patterns import Band
 from torch.overrides import TorchFunctionMode
 
 import dittfast
 from dittfast import Layout
 from dittfast.layout import Context, Grid
+from dittfast.pipelines import layer
+from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.families.sequences import Sequences, joint, patches
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.measure.parity import METHODS, TINY, Full
+from dittfast.pipelines.models import attention_layers, bind_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dittfast import fid
 from dittfast.cli import main
-from dittfast.features import (
+from dittfast.measure import fid
+from dittfast.measure.features import (
     CleanFidExtractor,
     FeatureNetwork,
     load_features,
     prompt_probability,
     save_features,
 )
-from dittfast.fid import Reference, check_pictures, frechet, picture_folder
+from dittfast.measure.fid import Reference, check_pictures, frechet, picture_folder
 
 LABELS, COLOURS = ("heart", "blue heart", "cat"), ("red", "blue")
 

@@ -9,24 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines import fidelity
-from dittfast.pipelines.drawings import Drawings, Item, fingerprint
-from dittfast.pipelines.fidelity import dense_kernel, draw_missing, evaluate_fidelity
-from dittfast.pipelines.method_check import check_method
-from dittfast.pipelines.prompts import make_items, read_prompts
-from dittfast.pipelines.sources import Source
-from dittfast.pipelines.variants import Variant, make_variants, read_variants
 from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
 
 import dittfast
-from dittfast.bench import ParityError
+from dittfast.measure.check import ParityError
+from dittfast.measure.metrics import cosine, temporal_consistency
+from dittfast.measure.perceptual import load_lpips, missing_for_lpips
+from dittfast.measure.summary import bootstrap_mean, interval, markdown_table
+from dittfast.measure.tables import fidelity_tables
 from dittfast.methods import Local, LogLinear, Radial, Rectified
-from dittfast.metrics import cosine, temporal_consistency
-from dittfast.perceptual import load_lpips, missing_for_lpips
+from dittfast.pipelines.measure import fidelity
+from dittfast.pipelines.measure.drawings import Drawings, fingerprint
+from dittfast.pipelines.measure.fidelity import dense_kernel, draw_missing, evaluate_fidelity
+from dittfast.pipelines.measure.method_check import check_method
+from dittfast.pipelines.measure.variants import Variant, make_variants, read_variants
+from dittfast.pipelines.runs.prompts import Item, make_items, read_prompts
+from dittfast.pipelines.runs.sources import Source
 from dittfast.schedule import Schedule
-from dittfast.summary import bootstrap_mean, interval, markdown_table
-from dittfast.tables import fidelity_tables
 
 CALL = dict(prompt="", height=64, width=96, num_inference_steps=2, max_sequence_length=12)
 ITEMS = make_items(["a red cat", "a blue dog", "a green car"])
@@ -175,7 +175,7 @@ def test_a_method_that_equals_dense_is_identical(pipe, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_drawn(pipe, tmp_path, monkeypatch):
-    from dittfast.pipelines import drawings
+    from dittfast.pipelines.measure import drawings
 
     write, written = drawings.write_json, []
 
@@ -248,7 +248,7 @@ def test_methods_are_checked_on_the_models_own_attention(pipe, method):
 
 
 def test_parity_looks_at_layers_all_over_the_model():
-    from dittfast.pipelines.method_check import spread
+    from dittfast.pipelines.measure.method_check import spread
 
     assert spread(list(range(6)), 8) == list(range(6))
     found = spread(list(range(57)), 8)
@@ -256,10 +256,10 @@ def test_parity_looks_at_layers_all_over_the_model():
 
 
 def test_a_wrong_method_is_not_drawn(pipe, tmp_path, monkeypatch):
-    from dittfast import bench
+    from dittfast.measure import check
 
-    right = bench.attend
-    monkeypatch.setattr(bench, "attend", lambda *a, **k: right(*a, **k) * 1.01)
+    right = check.attend
+    monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) * 1.01)
     with pytest.raises(ParityError, match=r"local, layer transformer_blocks.0.attn: attend"):
         evaluate_fidelity(pipe, SOURCE, CALL, ITEMS, [LOCAL], tmp_path)
     assert not list(tmp_path.glob("*/records/*.json"))

@@ -154,9 +154,9 @@ def test_a_video_that_was_cut_short_is_no_video(tmp_path, monkeypatch):
 
 def test_without_ffmpeg_nothing_is_drawn(tmp_path, monkeypatch, capsys):
     import imageio_ffmpeg
-    from dittfast.pipelines import sources
 
     from dittfast.cli import main
+    from dittfast.pipelines.runs import sources
 
     def missing():
         raise RuntimeError("No ffmpeg exe could be found")

@@ -5,14 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines.first_frame import FirstFrame, fit, read_image, still_prompt, with_margin
-from dittfast.pipelines.generate import call_arguments, call_record, needs_image, run
 from PIL import Image
 from tiny import flux_pipeline, wan_image_pipeline, wan_pipeline
 
 import dittfast
 from dittfast.cli import main
 from dittfast.methods import Local
+from dittfast.pipelines.runs.call import call_arguments, call_record, needs_image
+from dittfast.pipelines.runs.first_frame import (
+    FirstFrame,
+    fit,
+    read_image,
+    still_prompt,
+    with_first_frame,
+    with_margin,
+)
+from dittfast.pipelines.runs.run import run
 
 CALL = dict(
     height=48, width=80, num_frames=5, num_inference_steps=2, max_sequence_length=12,
@@ -122,7 +130,9 @@ def test_pictures_that_cannot_be_read(tmp_path, picture):
 
 def test_first_frames_are_drawn_from_the_prompt(models):
     settings = json.loads((models / "video" / "sample.json").read_text())
-    painter = call_arguments(wan_image_pipeline(), "any", settings)["image"]
+    pipe = wan_image_pipeline()
+    call = with_first_frame(pipe, call_arguments(pipe, "any", settings), settings)
+    painter = call["image"]
     assert isinstance(painter, FirstFrame)
     for seed in (3, 4):
         assert np.array_equal(np.asarray(painter("a red cat moves right", seed)), still(seed))
@@ -135,20 +145,33 @@ def test_first_frames_are_drawn_from_the_prompt(models):
 def test_a_run_asks_for_the_first_frame_of_its_prompt(models):
     settings = json.loads((models / "video" / "sample.json").read_text())
     pipe = wan_image_pipeline()
-    call = call_arguments(pipe, "any", settings) | {"prompt": "a red cat moves right"}
+    call = with_first_frame(pipe, call_arguments(pipe, "any", settings), settings)
+    call |= {"prompt": "a red cat moves right"}
     assert np.array_equal(run(pipe, call, 4).frames, clip(still(4), 4))
 
 
 def test_images_are_asked_for_and_refused(picture):
     image = read_image(picture)
     with pytest.raises(ValueError, match="animates an image and got none; pass one with --image"):
-        call_arguments(wan_image_pipeline(), "a")
+        with_first_frame(wan_image_pipeline(), {})
     with pytest.raises(ValueError, match="WanPipeline takes no image; leave out --image"):
         call_arguments(wan_pipeline(), "a", image=image)
-    call = call_arguments(wan_image_pipeline(), "a", height=64, width=32, image=image)
+    call = with_first_frame(wan_image_pipeline(), {"height": 64, "width": 32, "image": image})
     assert call["image"].size == (32, 64)
     assert len(call_record(call)["first_frame"]["sha256"]) == 64
-    assert "image" not in call_arguments(wan_pipeline(), "a")
+    assert "image" not in with_first_frame(wan_pipeline(), call_arguments(wan_pipeline(), "a"))
+
+
+def test_a_head_search_makes_no_first_frames():
+    class Drawn:
+        def __call__(self, prompt, seed):
+            pytest.fail("drew a first frame")
+
+        def to_dict(self):
+            return {}
+
+    with pytest.raises(ValueError, match="pass one picture as the call's image"):
+        dittfast.hunt(wan_image_pipeline(), lambda images: images, ["a"], call={"image": Drawn()})
 
 
 def generate(models, out, *arguments):

@@ -7,20 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from dittfast.pipelines import sources
-from dittfast.pipelines.generate import (
-    call_arguments,
-    check_ranges,
-    generate,
-    quality,
-    record,
-    run,
-    size_multiples,
-)
 from tiny import flux_pipeline, wan_pipeline
 
 import dittfast
 from dittfast.methods import Dense, Local
+from dittfast.pipelines.runs import sources
+from dittfast.pipelines.runs.call import call_arguments, check_ranges, size_multiples
+from dittfast.pipelines.runs.compare import generate, quality, record
+from dittfast.pipelines.runs.run import run
 from dittfast.schedule import Schedule
 
 CALL = dict(prompt="a red cat", height=64, width=96, num_inference_steps=3, max_sequence_length=12)
@@ -101,7 +95,7 @@ def test_compare_draws_both_arms_from_one_noise(pipe):
 
 
 def test_the_warm_up_runs_the_method_whatever_the_schedule(pipe, monkeypatch):
-    from dittfast.pipelines import generate as module
+    from dittfast.pipelines.runs import compare as module
 
     seen = []
     enable = module.enable

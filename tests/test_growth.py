@@ -8,10 +8,11 @@ import sys
 import pytest
 from PIL import Image
 
-from dittfast.bench import ParityError, Workload
 from dittfast.cli import main
-from dittfast.growth import exponent, growing_layout, growth
 from dittfast.layout import Layout
+from dittfast.measure.bench import Workload
+from dittfast.measure.check import ParityError
+from dittfast.measure.growth import exponent, growing_layout, growth
 from dittfast.methods import LogLinear, Radial
 
 
@@ -47,7 +48,7 @@ def test_rows_and_exponents():
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    from dittfast import growth as module
+    from dittfast.measure import growth as module
 
     def wrong(*args, **kwargs):
         raise ParityError("attend disagrees")

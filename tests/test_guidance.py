@@ -3,13 +3,13 @@
 import pytest
 import tiny
 import torch
-from dittfast.pipelines import layer
-from dittfast.pipelines.guidance.plain import guide, unguide
 from patterns import Band
 
 import dittfast
 from dittfast import Layout
 from dittfast.methods.head_guidance import HeadGuidance, soft_pag
+from dittfast.pipelines import layer
+from dittfast.pipelines.guidance.plain import guide, unguide
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -314,7 +314,7 @@ def test_batched_guidance_weakens_the_conditional_half_only():
 
 def test_rows_that_differ_in_layout():
     """The weakened pass of a batch has the conditional rows' layout; mixed ones are refused."""
-    from dittfast.pipelines.sequences import Sequences
+    from dittfast.pipelines.families.sequences import Sequences
 
     both = (Layout.image(9, 7, text=5), Layout.image(4, 17))  # uncond, cond: 68 tokens each
     read = lambda model, call: Sequences((both[-call["hidden_states"].shape[0] :],))  # noqa: E731

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.guidance.guider import HeadGuider
 
 import dittfast
+from dittfast.pipelines.guidance.guider import HeadGuider
 
 HEADS = [(0, 1), (-1, 0)]
 OPTIONS = dict(strength=0.8, rows="joint")

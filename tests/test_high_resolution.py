@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.guidance.plain import guide
-from dittfast.pipelines.high_resolution import generate_high_resolution
 from PIL import Image
 
 import dittfast
 from dittfast.cli import main
 from dittfast.methods import Local
+from dittfast.pipelines.guidance.plain import guide
+from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
 STAGES = [(48, 64), (96, 128)]
 CALL = dict(num_inference_steps=3, max_sequence_length=12, guidance_scale=3.5)

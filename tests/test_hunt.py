@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.head_search import Policy, ScoreBook, calls, greedy, name_of
-from dittfast.pipelines.hunt import hunt
-from dittfast.pipelines.hunt_report import paired
-from dittfast.pipelines.objectives import Colorfulness, Contrast
 from PIL import Image
 
 import dittfast
 from dittfast.cli import main
+from dittfast.pipelines.headhunter.hunt import hunt
+from dittfast.pipelines.headhunter.objectives import Colorfulness, Contrast
+from dittfast.pipelines.headhunter.report import paired
+from dittfast.pipelines.headhunter.search import Policy, ScoreBook, calls, greedy, name_of
 
 POOL = [(layer, head) for layer in range(3) for head in range(3)]
 CALL = dict(height=48, width=64, num_inference_steps=1, max_sequence_length=12)

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from dittfast.pipelines.drawings import Drawings, Item
-from dittfast.pipelines.generate import Run, Timing
 from tiny import flux_pipeline
 
-from dittfast.fid import check_pictures
+from dittfast.measure.fid import check_pictures
+from dittfast.pipelines.measure.drawings import Drawings
+from dittfast.pipelines.runs.prompts import Item
+from dittfast.pipelines.runs.run import Run, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +22,8 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
-import dittfast.pipelines.fidelity, dittfast.pipelines.variants, dittfast.tables, accelerate
+import dittfast.pipelines.measure.fidelity, dittfast.pipelines.measure.variants
+import dittfast.measure.tables, accelerate
 import diffusers.pipelines.flux.pipeline_flux
 from dittfast import break_even, files
 from dittfast.cli import main

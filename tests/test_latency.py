@@ -7,17 +7,17 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from dittfast.pipelines import latency
-from dittfast.pipelines.latency import amdahl, attention_seconds, measure_latency
-from dittfast.pipelines.sources import Source
-from dittfast.pipelines.variants import Variant
 from tiny import flux_pipeline
 
-from dittfast.bench import ParityError
 from dittfast.environment import peak_memory, reset_peak_memory
+from dittfast.measure.check import ParityError
+from dittfast.measure.tables import latency_table
 from dittfast.methods import Local
+from dittfast.pipelines.measure import latency
+from dittfast.pipelines.measure.latency import amdahl, attention_seconds, measure_latency
+from dittfast.pipelines.measure.variants import Variant
+from dittfast.pipelines.runs.sources import Source
 from dittfast.schedule import Schedule
-from dittfast.tables import latency_table
 
 CALL = dict(prompt="a red cat", height=64, width=96, num_inference_steps=2, max_sequence_length=12)
 LOCAL = Variant("local3", Local(window=3, tile=(1, 4, 4)), Schedule(min_tokens=0))
@@ -60,10 +60,10 @@ def test_the_table_never_shows_a_step_without_the_whole(measured):
 
 
 def test_nothing_is_timed_when_the_method_is_wrong(pipe, monkeypatch):
-    from dittfast import bench
+    from dittfast.measure import check
 
-    right = bench.attend
-    monkeypatch.setattr(bench, "attend", lambda *a, **k: right(*a, **k) + 0.1)
+    right = check.attend
+    monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) + 0.1)
     monkeypatch.setattr(latency, "run", lambda *a: pytest.fail("was timed"))
     with pytest.raises(ParityError, match="local, layer"):
         measure_latency(pipe, Source("folder", "tiny", "tiny"), CALL, LOCAL)

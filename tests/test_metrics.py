@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dittfast.metrics import image_tensor, psnr, ssim
+from dittfast.measure.metrics import image_tensor, psnr, ssim
 
 
 def pictures(shape, noise, seed=0):

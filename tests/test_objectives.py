@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.objectives import (
+
+from dittfast.measure.features import load_features
+from dittfast.pipelines.headhunter.objectives import (
     OBJECTIVES,
     Background,
     ClassProbability,
@@ -21,8 +23,6 @@ from dittfast.pipelines.objectives import (
     evaluate,
     find_objective,
 )
-
-from dittfast.features import load_features
 
 
 @pytest.fixture

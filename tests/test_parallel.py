@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dittfast.pipelines.parallel import rank_order
 
 from dittfast import Layout
 from dittfast.layout import Context, Grid
+from dittfast.pipelines.parallel import rank_order
 
 TESTS = Path(__file__).resolve().parent
 

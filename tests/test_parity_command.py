@@ -4,9 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from dittfast.pipelines.parity import METHODS, TINY
-
 from dittfast.cli import main
+from dittfast.pipelines.measure.parity import METHODS, TINY
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -28,8 +27,8 @@ def test_prints_and_writes_the_matrix(capsys, tmp_path):
 
 
 def test_a_bad_cell_fails_the_command(capsys, monkeypatch):
-    monkeypatch.setattr("dittfast.pipelines.parity.distance", lambda a, b: 1.0)
-    monkeypatch.setattr("dittfast.pipelines.parity.eager_noise", lambda *_: 1e-7)
+    monkeypatch.setattr("dittfast.pipelines.measure.parity.distance", lambda a, b: 1.0)
+    monkeypatch.setattr("dittfast.pipelines.measure.parity.eager_noise", lambda *_: 1e-7)
     assert main(["parity", "--family", "wan", "--method", "radial"]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"^wan +FAILED$", shown, re.MULTILINE)

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from dittfast.pipelines import probe
 
 import dittfast
 from dittfast import Layout
 from dittfast.methods import Local, LogLinear, Rectified
+from dittfast.pipelines.measure import probe
 
 CALL = {
     "prompt": "a red cat", "height": 64, "width": 96, "num_inference_steps": 2,

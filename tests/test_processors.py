@@ -5,6 +5,9 @@ import copy
 import pytest
 import tiny
 import torch
+
+import dittfast
+from dittfast import Layout
 from dittfast.pipelines.guidance.plain import guide
 from dittfast.pipelines.processors import (
     HeadGuidanceAttnProcessor,
@@ -14,9 +17,6 @@ from dittfast.pipelines.processors import (
     RectifiedAttnProcessor,
 )
 from dittfast.pipelines.rotary import image_layout, video_layout
-
-import dittfast
-from dittfast import Layout
 
 CASES = {
     "flux-local": (tiny.flux_pipeline, LocalAttnProcessor, "local", dict(window=3)),

@@ -6,19 +6,18 @@ import json
 from importlib import resources
 
 import pytest
-from dittfast.pipelines import tiny_image, tiny_video
-from dittfast.pipelines.cost import Cost, forward_cost
-from dittfast.pipelines.estimate import default_settings, estimate, method_estimate
-from dittfast.pipelines.families import FAMILIES
-from dittfast.pipelines.parity import TINY, output
-from dittfast.pipelines.published import PublishedModel, published_model, published_models
-from dittfast.pipelines.sequences import Sequences
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dittfast import Layout
 from dittfast.cli import main
 from dittfast.config import presets, resolve
+from dittfast.pipelines.families import FAMILIES, tiny_image, tiny_video
+from dittfast.pipelines.families.published import PublishedModel, published_model, published_models
+from dittfast.pipelines.families.sequences import Sequences
+from dittfast.pipelines.measure.cost import Cost, forward_cost
+from dittfast.pipelines.measure.estimate import default_settings, estimate, method_estimate
+from dittfast.pipelines.measure.parity import TINY, output
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -265,6 +264,6 @@ def test_unknown_keys_are_named(monkeypatch, tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "mine.yaml").write_text("modle: X\n")
-    monkeypatch.setattr("dittfast.pipelines.published.resources.files", lambda _: tmp_path)
+    monkeypatch.setattr("dittfast.pipelines.families.published.resources.files", lambda _: tmp_path)
     with pytest.raises(ValueError, match=r"'modle'.*'model'"):
         published_model("mine")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from dittfast.cli import main
-from dittfast.plots import Point, distance_plot, pareto_front, pareto_plot
-from dittfast.report import html_report, markdown_report, read_results, tables_of
-from dittfast.summary import bootstrap_mean
+from dittfast.measure.plots import Point, distance_plot, pareto_front, pareto_plot
+from dittfast.measure.report import html_report, markdown_report, read_results, tables_of
+from dittfast.measure.summary import bootstrap_mean
 
 EVIL = 'a <script>alert("x")</script> & "cat" | dog'
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity import assert_parity, even_blocks, ragged_blocks, random_plan, random_rule
 
-from dittfast import Layout, attend, bench, draw
-from dittfast.growth import plan_bytes
+from dittfast import Layout, attend
+from dittfast.measure import check, draw, flex
+from dittfast.measure.growth import plan_bytes
 from dittfast.methods import LogLinear
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
@@ -52,7 +53,7 @@ def test_everything_a_plan_says_is_what_the_listed_plan_says(seed, rule, lists):
     for ours, theirs in zip(plan.transpose(), listed.transpose()):
         assert torch.equal(ours, theirs)
     tokens = torch.arange(0, 111, 7)
-    assert torch.equal(bench.mask_rows(plan, tokens), bench.mask_rows(listed, tokens))
+    assert torch.equal(check.mask_rows(plan, tokens), check.mask_rows(listed, tokens))
     for ours, theirs in zip(draw._shares(plan, 0, 0, 99), draw._shares(listed, 0, 0, 99)):
         assert np.array_equal(ours, theirs)
     one = slice(lists[1] - 1, lists[1])
@@ -75,7 +76,7 @@ def test_flex_inputs_list_the_run():
     indices[0, 0, 4], count[0, 0, 4] = 0, 10
     plan = plan.replace(kv_indices=indices, kv_num_blocks=count, kv_num_full_blocks=count)
     inputs = torch.randn(3, 1, 1, 160, 16)
-    mask = bench.flex_inputs(*inputs, plan)[3]
+    mask = flex.flex_inputs(*inputs, plan)[3]
     assert mask.full_kv_indices[0, 0, 4].tolist() == list(range(10))
     assert torch.equal(mask.to_dense().bool(), plan.to_block_mask())
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
-from dittfast.pipelines import sources
-from dittfast.pipelines.first_frame import still_prompt
-from dittfast.pipelines.generate import call_arguments, run
+
+from dittfast.pipelines.runs import sources
+from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.first_frame import still_prompt
+from dittfast.pipelines.runs.run import run
 
 SCRIPTS = Path(__file__).parents[1] / "samples"
 NAMES = ("captions", "clips", "wan_vae", "wan_model", "text_encoders", "train_wan", "export_wan")

@@ -173,7 +173,7 @@ def test_first_steps_of_a_bare_model_follow_the_timestep():
 
 def test_first_steps_where_time_rises():
     """Z-Image and Lumina 2 count their time up."""
-    from dittfast.pipelines.parity import TINY
+    from dittfast.pipelines.measure.parity import TINY
 
     model, inputs = TINY["z-image"].build()
     dittfast.enable(model, Band(), dense_first_steps=1, backend="reference", min_tokens=0)

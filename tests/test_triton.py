@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+from dittfast.attention import attend
 from dittfast.kernels import triton_backend
 from dittfast.kernels.launch_sizes import KernelConfig, LaunchConfig, launch_config
 from dittfast.kernels.triton_backend import not_supported_reasons
-
-from dittfast.attention import attend
 from dittfast.layout import Blocks, Layout, make_blocks, split_evenly
 from dittfast.plan import Plan, TokenRule
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention

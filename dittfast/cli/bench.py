@@ -103,8 +103,8 @@ def run(args) -> int:
     if args.json is not None:
         check_output(args.json)
 
-    from dittfast.bench import ParityError
     from dittfast.environment import describe_device, versions
+    from dittfast.measure.check import ParityError
 
     methods = _methods(args) if "method" in args else []
     work = _workload(args)
@@ -150,8 +150,8 @@ def _methods(args) -> list:
 def _workload(args):
     import torch
 
-    from dittfast.bench import Workload
     from dittfast.layout import Layout
+    from dittfast.measure.bench import Workload
 
     device = args.device
     if device == "auto":
@@ -173,8 +173,8 @@ def _workload(args):
 
 
 def _layout(args, method: str):
-    from dittfast.bench import layout_for
     from dittfast.layout import Layout
+    from dittfast.measure.bench import layout_for
 
     sides = args.height, args.width
     if (args.tokens is None) == (None in sides) or (args.tokens is not None and any(sides)):
@@ -189,7 +189,7 @@ def _layout(args, method: str):
 def _attention(args, methods, work) -> dict:
     from dataclasses import replace
 
-    from dittfast.bench import bench_attention
+    from dittfast.measure.bench import bench_attention
 
     works = [replace(work, layout=_layout(args, m.name)) for m in methods]
     rows = []
@@ -245,7 +245,7 @@ def _print_attention(row: dict) -> None:
 
 
 def _break_even(args, methods, work) -> dict:
-    from dittfast.bench import break_even, least_faster
+    from dittfast.measure.bench import break_even, least_faster
 
     found = []
     for method in methods:

@@ -77,7 +77,7 @@ def _prepare(config) -> int:
     from accelerate import PartialState
 
     from dittfast.distill.prepare import prepare
-    from dittfast.pipelines.sources import choose_dtype, find, load
+    from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     source = find(config.model.path)

@@ -169,7 +169,7 @@ def _compiler_finding() -> str:
 def _print_content() -> None:
     from dittfast.config import presets
     from dittfast.methods import METHODS
-    from dittfast.pipelines.sources import sample_models
+    from dittfast.pipelines.runs.sources import sample_models
 
     print("\ncontents")
     _row("methods", ", ".join(METHODS))

@@ -167,7 +167,7 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Run the task; 1 if a method's attention is wrong, and then its numbers are not printed."""
-    from dittfast.bench import ParityError
+    from dittfast.measure.check import ParityError
 
     tasks = {"fidelity": _fidelity, "latency": _latency, "draw": _draw, "fid": _fid}
     try:
@@ -209,7 +209,7 @@ def _variants(args, source):
     """The labelled methods that were asked for, and the pairs of labels."""
     from dittfast.attention import BACKENDS
     from dittfast.config import presets, unknown
-    from dittfast.pipelines.variants import check_labels, make_variants, read_variants
+    from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
 
     if args.backend != "auto" and args.backend not in BACKENDS:
         raise unknown("backend", args.backend, ["auto", *BACKENDS])
@@ -252,7 +252,7 @@ def _shipped(file: str) -> str:
 
 def _items(args, source):
     """What to draw: the user's prompts, or those of the sample model."""
-    from dittfast.pipelines.prompts import make_items, read_prompts
+    from dittfast.pipelines.runs.prompts import make_items, read_prompts
 
     if args.prompts is not None:
         return make_items(read_prompts(args.prompts), args.num_prompts, args.seed)
@@ -288,8 +288,9 @@ def _known_prompts(settings: dict) -> list[str]:
 
 def _load(args, source, device=None):
     """The pipeline, and the arguments of its call."""
-    from dittfast.pipelines import sources
-    from dittfast.pipelines.generate import call_arguments
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.call import call_arguments
+    from dittfast.pipelines.runs.first_frame import with_first_frame
 
     device = sources.choose_device(args.device) if device is None else device
     dtype = sources.choose_dtype(args.dtype, device)
@@ -298,11 +299,12 @@ def _load(args, source, device=None):
     pipe = sources.load(source, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     given = {name: getattr(args, name) for name in CALL}
-    return pipe, call_arguments(pipe, "any", source.settings, **given)
+    call = call_arguments(pipe, "any", source.settings, **given)
+    return pipe, with_first_frame(pipe, call, source.settings)
 
 
 def _fidelity(args) -> int:
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     prefixes = _results(args, "fidelity")
     source = sources.find(args.model)
@@ -311,8 +313,8 @@ def _fidelity(args) -> int:
         raise ValueError("there is no method to compare; add --method local, or --config FILE")
     items = _items(args, source)
 
-    from dittfast.pipelines.fidelity import evaluate_fidelity
-    from dittfast.tables import fidelity_tables
+    from dittfast.measure.tables import fidelity_tables
+    from dittfast.pipelines.measure.fidelity import evaluate_fidelity
 
     pipe, call = _load(args, source)
     data = evaluate_fidelity(
@@ -331,7 +333,7 @@ def _fidelity(args) -> int:
 
 
 def _latency(args) -> int:
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     prefixes = _results(args, "latency")
     source = sources.find(args.model)
@@ -342,8 +344,8 @@ def _latency(args) -> int:
     if prompt is None:
         raise ValueError(f"{source.name} has no prompts of its own; add --prompt TEXT")
 
-    from dittfast.pipelines.latency import latency_settings, measure_latency
-    from dittfast.tables import latency_table
+    from dittfast.measure.tables import latency_table
+    from dittfast.pipelines.measure.latency import latency_settings, measure_latency
 
     pipe, call = _load(args, source)
     call |= {"prompt": prompt}
@@ -380,7 +382,7 @@ def _timed_before(prefix: Path) -> dict[str, dict]:
 
 
 def _draw(args) -> int:
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     _results(args, "draw")
     source = sources.find(args.model)
@@ -391,7 +393,7 @@ def _draw(args) -> int:
 
     from accelerate import PartialState
 
-    from dittfast.pipelines.fidelity import Arm, base_settings, dense_kernel, draw_missing
+    from dittfast.pipelines.measure.fidelity import Arm, base_settings, dense_kernel, draw_missing
 
     state = PartialState(cpu=args.device == "cpu")
     device = state.device if args.device == "auto" or state.num_processes > 1 else None
@@ -414,10 +416,10 @@ def _fid(args) -> int:
     prefixes = _results(args, "fid")
 
     from dittfast.environment import versions
-    from dittfast.features import load_features
-    from dittfast.fid import Reference, frechet
-    from dittfast.pipelines.sources import choose_device
-    from dittfast.tables import fid_table
+    from dittfast.measure.features import load_features
+    from dittfast.measure.fid import Reference, frechet
+    from dittfast.measure.tables import fid_table
+    from dittfast.pipelines.runs.sources import choose_device
 
     device = choose_device(args.device)
     network = None

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Check all that can be checked, load, draw, and only then write."""
-    from dittfast.pipelines import sources
+    from dittfast.pipelines.runs import sources
 
     if args.examples:
         return _list_examples(sources.find(args.model))
@@ -106,8 +106,8 @@ def run(args) -> int:
         check_ffmpeg(output)
     given = {name: getattr(args, name) for name in CALL}
 
-    from dittfast.pipelines.first_frame import read_image
-    from dittfast.pipelines.generate import check_ranges
+    from dittfast.pipelines.runs.call import check_ranges
+    from dittfast.pipelines.runs.first_frame import read_image
 
     check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
     if args.image is not None:
@@ -124,9 +124,12 @@ def run(args) -> int:
     say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
     pipe = sources.load(source, device, dtype)
 
-    from dittfast.pipelines.generate import call_arguments, generate, is_video, record
+    from dittfast.pipelines.runs.call import call_arguments, is_video
+    from dittfast.pipelines.runs.compare import generate, record
+    from dittfast.pipelines.runs.first_frame import with_first_frame
 
     call = call_arguments(pipe, args.prompt, source.settings, **given)
+    call = with_first_frame(pipe, call, source.settings)
     moving = is_video(pipe) and call.get("num_frames") != 1
     if not moving:
         check_output(output, IMAGES)
@@ -186,7 +189,7 @@ def _stages(args) -> list[tuple[int, int]] | None:
 
 
 def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
-    from dittfast.pipelines.high_resolution import generate_high_resolution
+    from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
     given = {"strength": args.strength, "ntk_factor": args.ntk_factor}
     return generate_high_resolution(
@@ -203,8 +206,8 @@ def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
 
 
 def _write_stages(args, pipe, source, call, done, guided, output: Path) -> int:
-    from dittfast.pipelines.generate import describe_run
-    from dittfast.pipelines.high_resolution import as_record
+    from dittfast.pipelines.runs.compare import describe_run
+    from dittfast.pipelines.runs.high_resolution import as_record
 
     data = describe_run(pipe, source, call, args.seed, guided) | {"stages": as_record(done)}
     parts = {output: done[-1]}
@@ -246,7 +249,7 @@ def _frames(arms, data):
     import numpy as np
     from PIL import Image
 
-    from dittfast.draw import Panel, compare, difference
+    from dittfast.measure.draw import Panel, compare, difference
 
     dense, sparse = arms
     apart, gain = difference(dense.run.frames, sparse.run.frames)
@@ -317,7 +320,7 @@ def _write(output: Path, arms, data: dict, args) -> list[Path]:
     """Write the picture, its record and with ``--save-all`` each part; all of them or none."""
     parts = {output: _frames(arms, data)}
     if args.save_all and len(arms) > 1:
-        from dittfast.draw import difference
+        from dittfast.measure.draw import difference
 
         dense, sparse = (arm.run.frames for arm in arms)
         names = (arms[0].name, arms[1].name, "difference")

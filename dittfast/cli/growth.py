@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args, methods, work) -> dict:
     """Measure, print, and draw."""
-    from dittfast.growth import growth
+    from dittfast.measure.growth import growth
 
     if args.plot is not None:
         check_output(args.plot, (".png", ".svg"))

@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Check all that can be checked, load, search, and report."""
-    from dittfast.pipelines import sources
-    from dittfast.pipelines.objectives import OBJECTIVES, find_objective
+    from dittfast.pipelines.headhunter.objectives import OBJECTIVES, find_objective
+    from dittfast.pipelines.runs import sources
 
     if args.output is None:
         raise ValueError("-o FOLDER is missing; say where the search may write")
@@ -138,8 +138,8 @@ def run(args) -> int:
     pipe = sources.load(source, device, dtype)
 
     from dittfast.pipelines.adapter import enable
-    from dittfast.pipelines.generate import call_arguments
-    from dittfast.pipelines.hunt import hunt
+    from dittfast.pipelines.headhunter.hunt import hunt
+    from dittfast.pipelines.runs.call import call_arguments
 
     given = {name: getattr(args, name) for name in CALL}
     call = call_arguments(pipe, prompts[0], source.settings, **given)
@@ -177,7 +177,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _print_round(found) -> None:
-    from dittfast.pipelines.head_search import name_of
+    from dittfast.pipelines.headhunter.search import name_of
 
     print(f"\nround {found.number}")
     print(f"{'head':<8}{'mean':>12}{'pictures':>10}")
@@ -194,8 +194,8 @@ def _print_round(found) -> None:
 def _print_result(result) -> None:
     from statistics import fmean
 
-    from dittfast.pipelines.head_search import name_of
-    from dittfast.pipelines.hunt_report import paired
+    from dittfast.pipelines.headhunter.report import paired
+    from dittfast.pipelines.headhunter.search import name_of
 
     held = bool(result.unguided.holdout)
     print(f"\n{'':<14}{'searched':>12}" + (f"{'held out':>12}" if held else "") + "  heads")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args, methods, work) -> dict:
     """Check, measure and print."""
-    from dittfast.pipelines.overhead import MODELS, measure_overhead
+    from dittfast.pipelines.measure.overhead import MODELS, measure_overhead
 
     rows = []
     for name in args.model or list(MODELS):

@@ -49,7 +49,7 @@ def run(args) -> int:
     from itertools import groupby
 
     from dittfast.environment import versions
-    from dittfast.pipelines.parity import METHODS, TINY, matrix, text_of
+    from dittfast.pipelines.measure.parity import METHODS, TINY, matrix, text_of
 
     found = matrix(args.family, args.method)
     width = max(len(name) for name in TINY)

@@ -112,7 +112,7 @@ def run(args) -> int:
     if args.json is not None:
         write_json(args.json, data)
     if args.output is not None:
-        from dittfast.draw import block_mask
+        from dittfast.measure.draw import block_mask
 
         title = f"{method.name}, {_grid(layout)}"
         write_image(args.output, block_mask(plan, layout, title=title, lines=_notes(data)))

@@ -41,9 +41,10 @@ def run(args, asked: str, options: dict) -> int:
 
     options.setdefault("min_tokens", 0)
     method, _ = resolve(asked, **options)
-    from dittfast.pipelines import sources
-    from dittfast.pipelines.generate import call_arguments
-    from dittfast.pipelines.probe import capture, measure
+    from dittfast.pipelines.measure.probe import capture, measure
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.call import call_arguments
+    from dittfast.pipelines.runs.first_frame import with_first_frame
 
     from .options import quiet_libraries
 
@@ -53,6 +54,7 @@ def run(args, asked: str, options: dict) -> int:
     pipe = sources.load(source, device, sources.choose_dtype("auto", device))
     pipe.set_progress_bar_config(desc="dense run", disable=None)
     call = call_arguments(pipe, args.prompt, source.settings, num_inference_steps=args.steps)
+    call = with_first_frame(pipe, call, source.settings)
     steps = None if args.step is None else [args.step]
     reports = [
         measure(method, c) for c in capture(pipe, call, steps=steps, layers=layers, seed=args.seed)
@@ -122,7 +124,7 @@ def _lines(reports, data: dict) -> list[str]:
 
 
 def _picture(reports, method, data: dict):
-    from dittfast.draw import kept_mass
+    from dittfast.measure.draw import kept_mass
 
     rows = []
     for report in reports:

@@ -31,7 +31,7 @@ def run(args) -> int:
                 f"{flag} does not go with --model, which knows the layout; frames are "
                 "--num-frames, and pictures and probes are made without --model"
             )
-    from dittfast.pipelines.published import published_model, published_models
+    from dittfast.pipelines.families.published import published_model, published_models
 
     if args.model == "list":
         for name in published_models():
@@ -43,7 +43,7 @@ def run(args) -> int:
     card = published_model(args.model)
 
     from dittfast.environment import versions
-    from dittfast.pipelines.estimate import estimate
+    from dittfast.pipelines.measure.estimate import estimate
 
     found = estimate(
         card,

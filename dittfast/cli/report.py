@@ -47,7 +47,7 @@ def run(args) -> int:
     """Read the results, and only when all is made write the three files."""
     output = Path(args.output) if args.output else Path(args.folder) / "report.html"
 
-    from dittfast.report import (
+    from dittfast.measure.report import (
         html_report,
         json_report,
         markdown_report,

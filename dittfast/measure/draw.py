@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .block_lists import block_states
-from .layout import Blocks, Context, Layout
-from .plan import Plan
+from ..block_lists import block_states
+from ..layout import Blocks, Context, Layout
+from ..plan import Plan
 
 INK, FAINT, PAPER = (28, 32, 38), (98, 106, 116), (255, 255, 255)
 # Dark, light and grey differ in brightness too, so that they survive a grey printer.

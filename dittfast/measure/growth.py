@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 
-from .attention import method_attention
-from .bench import Workload, check_parity, detached, interleaved_seconds, percentiles
-from .layout import Layout
-from .methods.base import Method
-from .plan import Plan
+from ..attention import method_attention
+from ..layout import Layout
+from ..methods.base import Method
+from ..plan import Plan
+from .bench import Workload
+from .check import check_parity, detached
+from .timing import interleaved_seconds, percentiles
 
 # Longest sequence on which plain dense attention is timed beside the method.
 _DENSE_TOKENS = 16384

@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from dittfast.draw import block_mask
 from dittfast.layout import Layout
+from dittfast.measure.draw import block_mask
 from dittfast.plan import Plan
 
 from .probe import Captured

@@ -14,14 +14,7 @@ from PIL import Image
 
 from .draw import difference
 from .plots import Point, distance_plot, pareto_plot
-from .tables import (
-    Table,
-    fid_table,
-    fidelity_tables,
-    latency_table,
-    overview_table,
-    setting_of,
-)
+from .tables import Table, fid_table, fidelity_tables, latency_table, overview_table, setting_of
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2026; --faint: #5c646e; --paper: #fff;

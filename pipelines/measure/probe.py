@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dittfast.bench import mask_rows
 from dittfast.layout import Layout
+from dittfast.measure.check import mask_rows
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
-from .adapter import enable
-from .generate import run
-from .layer import key_log_weight
-from .models import transformers_of
-from .steps import scheduler_step
+from ..adapter import enable
+from ..layer import key_log_weight
+from ..models import transformers_of
+from ..runs.run import run
+from ..steps import scheduler_step
 
 # Query rows whose attention is computed at once.
 _ROWS = 256
@@ -94,7 +94,7 @@ def capture(
 
     Args:
         pipe: a pipeline that dittfast can read, not enabled.
-        call: arguments of the pipeline, see :func:`~dittfast.pipelines.generate.call_arguments`.
+        call: arguments of the pipeline, see :func:`~dittfast.pipelines.runs.call.call_arguments`.
         steps: denoising steps, from 0; default the middle one. Of a step with several passes
             (two-call guidance) the first is kept.
         layers: numbers of self-attention layers in the model's order; negative ones count from

@@ -12,7 +12,7 @@ import torch
 from dittfast.config import read_mapping, unknown
 from dittfast.layout import Grid, Layout
 
-from .families import FAMILIES
+from . import FAMILIES
 from .sequences import Sequences
 
 

@@ -15,10 +15,10 @@ from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
+from ..families import FAMILIES
+from ..families.published import PublishedModel
+from ..models import attention_layers
 from .cost import Cost, forward_cost
-from .families import FAMILIES
-from .models import attention_layers
-from .published import PublishedModel
 
 
 @dataclass(frozen=True)

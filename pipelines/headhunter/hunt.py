@@ -18,19 +18,13 @@ from dittfast.files import write_image
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .generate import call_arguments
-from .guidance.plain import guide, head_counts
-from .head_search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
-from .hunt_report import (
-    SHEET_COLUMNS,
-    Contender,
-    HuntResult,
-    curve,
-    holdout_sheet,
-    round_sheet,
-)
-from .models import is_swapped, transformers_of
+from ..guidance.plain import guide, head_counts
+from ..models import is_swapped, transformers_of
+from ..runs.call import PicturePerPrompt, call_arguments
+from ..runs.first_frame import with_first_frame
 from .objectives import Objective, describe_objective, evaluate
+from .report import SHEET_COLUMNS, Contender, HuntResult, curve, holdout_sheet, round_sheet
+from .search import Head, Heads, Policy, Round, ScoreBook, calls, greedy, name_of
 
 
 class _Studio:
@@ -250,12 +244,13 @@ def hunt(
     Args:
         pipe: a diffusers pipeline, with a sparse method enabled or not.
         objective: ``(images [B, 3, H, W] in 0..1, prompts) -> B scores`` or ``(images) -> B
-            scores``, higher is better; see :mod:`dittfast.pipelines.objectives` for those built
-            in. A video is scored by the mean over its frames.
+            scores``, higher is better; :mod:`dittfast.pipelines.headhunter.objectives` holds those
+            built in. A video is scored by the mean over its frames.
         prompts: to search with.
         seeds: each prompt is drawn with each.
         call: the other arguments of the pipeline's call, such as height or num_inference_steps.
-        rounds, topk, screen, keep, min_gain: see :class:`~dittfast.pipelines.head_search.Policy`.
+        rounds, topk, screen, keep, min_gain: see
+            :class:`~dittfast.pipelines.headhunter.search.Policy`.
         layers, heads: search these layers, or these ``(layer, head)`` pairs, only.
         guidance_scale, strength, rows, start_step, stop_step: see :class:`dittfast.HeadGuidance`.
         batch_size: pictures drawn at once.
@@ -266,7 +261,7 @@ def hunt(
             from them when it is called again; heads.json, the curve, and contact sheets of each
             round and of held-out pictures go there, too. None writes nothing.
         progress: show a bar, in pictures.
-        on_round: called with each :class:`~dittfast.pipelines.head_search.Round`.
+        on_round: called with each :class:`~dittfast.pipelines.headhunter.search.Round`.
 
     Returns:
         The result; ``dittfast.guide(pipe, result.guidance)`` or ``heads="FOLDER/heads.json"``.
@@ -297,7 +292,12 @@ def hunt(
         raise ValueError(f"strength must be one number for a search, got {strength!r}")
     if any(is_swapped(m) and m._dittfast.guidance for m in transformers_of(pipe).values()):
         raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
-    arguments = call_arguments(pipe, prompts[0], **(call or {}))
+    arguments = with_first_frame(pipe, call_arguments(pipe, prompts[0], **(call or {})))
+    if isinstance(arguments.get("image"), PicturePerPrompt):
+        raise ValueError(
+            "a head search draws several prompts at once and cannot make each its own first "
+            "frame; pass one picture as the call's image"
+        )
     settings = {
         "objective": describe_objective(objective),
         "model": _model_facts(pipe),

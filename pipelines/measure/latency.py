@@ -12,17 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dittfast.bench import percentiles, synchronize
 from dittfast.environment import describe_device, peak_memory, reset_peak_memory, versions
+from dittfast.measure.timing import percentiles, synchronize
 
-from .adapter import enable
+from ..adapter import enable
+from ..families import FAMILIES
+from ..models import attention_layers, stock_class, transformers_of
+from ..runs.call import call_record
+from ..runs.compare import quality
+from ..runs.run import Run, run
+from ..runs.sources import Source
 from .drawings import fingerprint
-from .families import FAMILIES
 from .fidelity import dense_kernel
-from .generate import Run, call_record, quality, run
 from .method_check import check_method
-from .models import attention_layers, stock_class, transformers_of
-from .sources import Source
 from .variants import Variant
 
 
@@ -153,14 +155,14 @@ def measure_latency(
     around every attention call.
 
     Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
         pairs: of timed calls.
 
     Returns:
         Plain data; ``end_to_end`` and ``per_step`` always stand together.
 
     Raises:
-        dittfast.bench.ParityError: the method's attention is wrong; nothing is timed.
+        dittfast.measure.check.ParityError: the method's attention is wrong; nothing is timed.
         ValueError: fewer than one pair, or as :func:`~dittfast.pipelines.adapter.enable`.
     """
     if pairs < 1:

@@ -135,7 +135,7 @@ def save_features(network: FeatureNetwork, folder: str | Path, facts: dict) -> N
     """Write the weights in fp16 and, as JSON, what they are for; ``facts`` says how they came."""
     from safetensors.torch import save_file
 
-    from .files import atomic_path, write_json
+    from ..files import atomic_path, write_json
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..models import transformers_of
 from . import sources
+from .call import PicturePerPrompt, call_arguments, needs_image
+from .run import run
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ def still_prompt(prompt: str, moving_words: list[str]) -> str:
 class FirstFrame:
     """Draws the first frames of a sample video model with an image model, one per prompt and seed.
 
-    It stands in a call as its ``image``; :func:`~dittfast.pipelines.generate.run` asks it for the
+    It stands in a call as its ``image``; :func:`~dittfast.pipelines.runs.run.run` asks it for the
     picture of the prompt and seed at hand.
 
     Args:
@@ -84,8 +88,6 @@ class FirstFrame:
 
     def __call__(self, prompt: str, seed: int) -> Image.Image:
         """The first frame; the last one is kept, so that compared runs share it."""
-        from .generate import call_arguments, run
-
         if self._last is None or self._last[0] != (prompt, seed):
             logger.info("drawing the first frame with %s", self.source.name)
             still = still_prompt(prompt, self.moving_words)
@@ -98,3 +100,29 @@ class FirstFrame:
     def to_dict(self) -> dict:
         """How the frames are made, as plain data for JSON."""
         return {"model": self.source.name, "part": self.part, "moving_words": self.moving_words}
+
+
+def with_first_frame(pipe, call: dict, settings: dict | None = None) -> dict:
+    """The call with the picture that an image-to-video pipeline starts from; else as it was.
+
+    A given picture is cut to the size of the video. Without one, a sample video model's settings
+    say how a :class:`FirstFrame` draws it for each prompt.
+
+    Raises:
+        ValueError: there is neither.
+        FileNotFoundError, ValueError: as :class:`FirstFrame`.
+    """
+    if not needs_image(pipe) or isinstance(call.get("image"), PicturePerPrompt):
+        return call
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    size = [call.get(name) or parameters[name].default for name in ("height", "width")]
+    if "image" in call:
+        image = fit(call["image"], *size)
+    elif "first_frame" in (settings or {}):
+        model = next(iter(transformers_of(pipe).values()))
+        image = FirstFrame(settings["first_frame"], *size, model.device, model.dtype)
+    else:
+        raise ValueError(
+            f"{type(pipe).__name__} animates an image and got none; pass one with --image FILE"
+        )
+    return call | {"image": image}

@@ -13,8 +13,7 @@ import torch
 
 from dittfast.layout import Layout
 
-from . import readers_image as image
-from . import readers_video as video
+from . import image, video
 from .sequences import Sequences
 
 

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from dittfast.layout import Layout
 
-from .families import FAMILIES, Family
+from ..families import FAMILIES, Family
+from ..families.sequences import Sequences
 from .parity import TINY, output
-from .sequences import Sequences
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.methods.local import Local
 from dittfast.schedule import Schedule
 
-from .adapter import enable
-from .description import Description, describe
-from .generate import Run, accepted, call_arguments, check_ranges, is_video, run
-from .guidance.plain import guide
-from .models import is_swapped, transformers_of
+from ..adapter import enable
+from ..description import Description, describe
+from ..guidance.plain import guide
+from ..models import is_swapped, transformers_of
+from .call import accepted, call_arguments, check_ranges, is_video
+from .run import Run, run
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dittfast.methods import Local, LogLinear, Radial, Rectified
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
-from .adapter import enable
-from .description import describe
-from .tiny import Tiny
-from .tiny_image import TINY_IMAGE
-from .tiny_video import TINY_VIDEO
+from ..adapter import enable
+from ..description import describe
+from ..families.tiny import Tiny
+from ..families.tiny_image import TINY_IMAGE
+from ..families.tiny_video import TINY_VIDEO
 
 TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO
 

@@ -15,10 +15,12 @@ from functools import partial
 
 import torch
 
-from dittfast.bench import ParityError, Workload, interleaved_seconds, layout_for, percentiles
 from dittfast.layout import Layout
+from dittfast.measure.bench import Workload, layout_for
+from dittfast.measure.check import ParityError
+from dittfast.measure.timing import interleaved_seconds, percentiles
 
-from .adapter import enable
+from ..adapter import enable
 from .parity import Full, distance, eager_noise, output
 
 ARMS = ("enabled", "full_plan")

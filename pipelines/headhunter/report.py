@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dittfast.charts import Curve, SheetRow, contact_sheet, line_chart
 from dittfast.environment import versions
 from dittfast.files import write_json
+from dittfast.measure.charts import Curve, SheetRow, contact_sheet, line_chart
 from dittfast.methods.head_guidance import HeadGuidance
 
-from .head_search import Heads, Round, name_of
+from .search import Heads, Round, name_of
 
 SHEET_ROWS, SHEET_COLUMNS = 6, 4
 

@@ -13,17 +13,26 @@ from pathlib import Path
 
 from dittfast.environment import describe_device, versions
 from dittfast.files import write_image
-from dittfast.metrics import SSIM_WINDOW, cosine, image_tensor, psnr, ssim, temporal_consistency
-from dittfast.perceptual import load_lpips, missing_for_lpips
-from dittfast.summary import bootstrap_mean
-from dittfast.tables import MEASURES
+from dittfast.measure.metrics import (
+    SSIM_WINDOW,
+    cosine,
+    image_tensor,
+    psnr,
+    ssim,
+    temporal_consistency,
+)
+from dittfast.measure.perceptual import load_lpips, missing_for_lpips
+from dittfast.measure.summary import bootstrap_mean
+from dittfast.measure.tables import MEASURES
 
-from .adapter import enable
-from .drawings import Drawings, Item, fingerprint
-from .generate import Run, call_record, run
+from ..adapter import enable
+from ..models import transformers_of
+from ..runs.call import call_record
+from ..runs.prompts import Item
+from ..runs.run import Run, run
+from ..runs.sources import Source
+from .drawings import Drawings, fingerprint
 from .method_check import Checked, capture_layers, check_captured, layer_names, sparse_layers
-from .models import transformers_of
-from .sources import Source
 from .structure import mask_picture, mass_by_distance
 from .variants import DENSE, Variant, check_labels
 
@@ -220,11 +229,11 @@ def evaluate_fidelity(
     settings draws only what is missing and finds the same numbers.
 
     Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`; its prompt is replaced.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`; its prompt is replaced.
         pairs: labels of two methods whose difference is to be tabled, too.
 
     Raises:
-        dittfast.bench.ParityError: a method's attention is wrong on this model; nothing is drawn
+        dittfast.measure.check.ParityError: a method is wrong on this model; nothing is drawn
             with it.
         ValueError: labels given twice or unknown, or a folder with other settings.
         OSError: a picture could not be written; those before it are kept.

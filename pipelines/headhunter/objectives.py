@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dittfast.features import load_features, prompt_probability
+from dittfast.measure.features import load_features, prompt_probability
 
 Objective = Callable[..., torch.Tensor]
 # sRGB of colour words, for prompts that ask for a background.

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dittfast.attention import choose_backend
-from dittfast.bench import ParityError, check_parity, detached
+from dittfast.measure.check import ParityError, check_parity, detached
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 from dittfast.schedule import Schedule
 
-from .families import FAMILIES
-from .models import attention_layers, transformers_of
+from ..families import FAMILIES
+from ..models import attention_layers, transformers_of
 from .probe import Captured, capture
 
 _STEPS = 2
@@ -110,7 +110,7 @@ def check_captured(
     """Compare ``attend`` with dense fp64 attention under the method's plan; the first plan, too.
 
     Raises:
-        dittfast.bench.ParityError: naming the layer, what differs and by how much.
+        dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
     """
     if not captured:
         return Checked(backend, 0, None, None), None
@@ -128,10 +128,10 @@ def check_method(
     Sampled query rows are compared with attention computed densely in fp64 under the same plan.
 
     Args:
-        call: see :func:`~dittfast.pipelines.generate.call_arguments`.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
 
     Raises:
-        dittfast.bench.ParityError: naming the layer, what differs and by how much.
+        dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
     """
     layers = [] if method.name == "dense" else sparse_layers(pipe, schedule)
     return check_captured(method, capture_layers(pipe, call, layers, seed), backend)[0]

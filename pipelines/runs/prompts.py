@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from .drawings import Item
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to draw: its number, prompt and seed."""
+
+    index: int
+    prompt: str
+    seed: int
+
 
 # Names that lists in use give to the text of an entry, first choice first.
 _KEYS = ("prompt", "prompt_en", "caption", "text")

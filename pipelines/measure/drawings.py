@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,8 @@ from PIL import Image
 
 from dittfast.files import atomic_path, write_image, write_json
 
-from .generate import Run
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to draw: its number, prompt and seed."""
-
-    index: int
-    prompt: str
-    seed: int
+from ..runs.prompts import Item
+from ..runs.run import Run
 
 
 def fingerprint(pipe) -> str:

@@ -1,0 +1,214 @@
+"""Measure attention: right first, then how fast, next to dense and flex_attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+from ..attention import attend, choose_backend
+from ..layout import Layout
+from ..methods.base import Method
+from ..plan import Plan
+from ..testing import attention_inputs
+from .check import check_parity, detached
+from .flex import flex_function
+from .timing import check_repeats, interleaved_seconds, percentiles, synchronize, with_gradient
+
+# Methods that tell frames apart: with only a number of tokens given they get a video.
+_VIDEO_METHODS = ("radial",)
+_DEFAULT_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The attention call to measure: self-attention of random tokens over ``layout``."""
+
+    layout: Layout
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    backward: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """``(q, k, v, grad_out)``, each ``[batch, heads, tokens, head_dim]``."""
+        return attention_inputs(
+            self.batch,
+            self.heads,
+            self.layout.num_tokens,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed,
+        )
+
+
+def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layout:
+    """A layout of ``tokens`` tokens with frames as nearly square as they come.
+
+    Without ``frames`` it is an image, or for methods that need a video one of up to 16 frames.
+
+    Raises:
+        ValueError: tokens that are no multiple of the frames.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if frames is None:
+        frames = math.gcd(tokens, _DEFAULT_FRAMES) if method in _VIDEO_METHODS else 1
+    if frames < 1 or tokens % frames:
+        raise ValueError(f"{tokens} tokens do not fill {frames} frames; give height and width")
+    area = tokens // frames
+    height = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+    return Layout.video(frames, height, area // height)
+
+
+def bench_attention(
+    method: Method, work: Workload, *, repeats: int = 10, flex: bool = True, backend: str = "auto"
+) -> dict:
+    """Check, then time dense attention, ``method`` and compiled flex_attention in turns.
+
+    A static method's plan is made before the timing, as in a pipeline, where all layers and steps
+    share it; ``plan_seconds`` says how long that took. A dynamic method plans in every timed call.
+
+    Returns:
+        A row of plain values. ``useful_efficiency`` is the median over rounds of (dense seconds *
+        density / attend seconds): 1 means that every pair kept costs what it costs in dense
+        attention. ``flex`` holds seconds, or under ``not_run`` why there are none.
+
+    Raises:
+        ParityError: the method's result is wrong; nothing is timed.
+        ValueError: options or sizes that do not work.
+    """
+    check_repeats(repeats)
+    layout = work.layout
+    q, k, v, grad_out = work.inputs()
+    if work.backward:
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+    scale = method.scale(layout, work.head_dim)
+    scale = work.head_dim**-0.5 if scale is None else scale
+
+    method.prepare(layout, q.device)
+
+    def make_plan() -> Plan:
+        if method.static:
+            return method.plan(layout).to(q.device)
+        return method.plan(layout, q, k, v, scale=scale)
+
+    synchronize(work.device)
+    start = perf_counter()
+    plan = make_plan()
+    synchronize(work.device)
+    plan_seconds = perf_counter() - start
+    with torch.no_grad():
+        inputs = q.detach(), *method.extend(layout, k, v)
+    # A plan made from q, k and v may carry gradients to them; here it is held fixed.
+    check_parity(*inputs, grad_out, detached(plan), scale, backend, work.backward)
+
+    def dense():
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def sparse():
+        used = plan if method.static else make_plan()
+        return attend(q, *method.extend(layout, k, v), used, scale=scale, backend=backend)
+
+    functions = {"dense": dense, "attend": sparse}
+    flex_row = {"not_run": "not asked for"}
+    if flex:
+        try:
+            functions["flex"] = flex_function(
+                *inputs, grad_out, detached(plan), scale, work.backward
+            )
+            flex_row = {}
+        except Exception as error:  # whatever a compiler throws belongs in the table
+            flex_row = {"not_run": _reason(error)}
+    if work.backward:
+        for name in ("dense", "attend"):
+            functions[name] = with_gradient(functions[name], (q, k, v), grad_out)
+    with torch.set_grad_enabled(work.backward):
+        seconds = interleaved_seconds(functions, repeats, work.device)
+    return _row(method, work, plan, plan_seconds, seconds, flex_row, backend)
+
+
+def _row(method, work: Workload, plan: Plan, plan_seconds, seconds, flex_row, backend) -> dict:
+    layout = work.layout
+    density = plan.density
+    useful = plan.flops(work.head_dim, work.heads, work.batch, work.backward)
+    pairs = 4.0 * layout.num_tokens**2 * work.head_dim * work.heads * work.batch
+    dense_flops = pairs * 3.5 if work.backward else pairs
+    speedups = [d / s for d, s in zip(seconds["dense"], seconds["attend"])]
+    row = {
+        "method": {"name": method.name, **asdict(method)},
+        "static": method.static,
+        "tokens": layout.num_tokens,
+        "grid": list(layout.grid.shape),
+        "context": layout.num_context,
+        "keys": plan.num_keys,
+        "batch": work.batch,
+        "heads": work.heads,
+        "head_dim": work.head_dim,
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "backward": work.backward,
+        "backend": choose_backend(torch.device(work.device)) if backend == "auto" else backend,
+        "rounds": len(speedups),
+        "density": density,
+        "useful_flops": useful,
+        "dense_flops": dense_flops,
+        "plan_seconds": plan_seconds,
+        "dense_seconds": percentiles(seconds["dense"]),
+        "attend_seconds": percentiles(seconds["attend"]),
+        "speedup": percentiles(speedups),
+        "useful_efficiency": percentiles(s * density for s in speedups),
+    }
+    row["attend_gflops"] = useful / row["attend_seconds"]["p50"] / 1e9
+    row["dense_gflops"] = dense_flops / row["dense_seconds"]["p50"] / 1e9
+    if "flex" in seconds:
+        ratios = [d / s * density for d, s in zip(seconds["dense"], seconds["flex"])]
+        flex_row = {"seconds": percentiles(seconds["flex"])}
+        flex_row["useful_efficiency"] = percentiles(ratios)
+        flex_row["gflops"] = useful / flex_row["seconds"]["p50"] / 1e9
+    return row | {"flex": flex_row}
+
+
+def _reason(error: BaseException) -> str:
+    """The error that a compiler's errors are about, in a line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def break_even(
+    method: Method, tokens: list[int], work: Workload, *, repeats: int = 10, frames=None
+) -> Iterator[dict]:
+    """Rows of :func:`bench_attention` without flex, for growing numbers of tokens.
+
+    Args:
+        work: its layout is replaced.
+    """
+    for count in sorted(tokens):
+        layout = layout_for(count, method.name, frames)
+        yield bench_attention(method, replace(work, layout=layout), repeats=repeats, flex=False)
+
+
+def least_faster(rows: list[dict]) -> int | None:
+    """Tokens of the smallest row from which on all are faster than dense; None if the last is not.
+
+    A row is faster if the median of its speed-ups is above 1.
+    """
+    found = None
+    for row in sorted(rows, key=lambda r: r["tokens"], reverse=True):
+        if row["speedup"]["p50"] <= 1:
+            break
+        found = row["tokens"]
+    return found

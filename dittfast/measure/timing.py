@@ -1,0 +1,60 @@
+"""Seconds of functions that run in turns, and what to say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+
+def synchronize(device) -> None:
+    """Wait until the device has finished what it was given."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def check_repeats(repeats: int) -> None:
+    """ValueError for a number of repeats that measures nothing."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+
+
+def interleaved_seconds(
+    functions: dict[str, Callable], repeats: int, device, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Wall-clock seconds of each function in ``repeats`` rounds; every second round backwards.
+
+    Whatever disturbs the machine in a round disturbs all functions in it, so ratios within a
+    round are far steadier than the seconds.
+    """
+    check_repeats(repeats)
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(repeats):
+        for name in list(functions)[:: 1 if round_ % 2 == 0 else -1]:
+            synchronize(device)
+            start = perf_counter()
+            functions[name]()
+            synchronize(device)
+            seconds[name].append(perf_counter() - start)
+    return seconds
+
+
+def percentiles(values) -> dict[str, float]:
+    """``{"p20", "p50", "p80"}`` of some numbers."""
+    x = torch.tensor(list(values), dtype=torch.float64)
+    found = torch.quantile(x, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return dict(zip(("p20", "p50", "p80"), found))
+
+
+def with_gradient(function: Callable, inputs, grad_out) -> Callable:
+    """``function`` and the gradient of its result, thrown away."""
+
+    def run():
+        out = function()
+        torch.autograd.grad(out, inputs, grad_out)
+
+    return run

@@ -1,0 +1,1 @@
+"""HeadHunter: which heads to weaken, found by drawing with them."""

@@ -1,0 +1,195 @@
+"""Run a pipeline dense and sparse from one seed, and say what was measured and how."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dittfast.environment import describe_device, versions
+from dittfast.measure.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
+from dittfast.methods.base import Method
+from dittfast.methods.head_guidance import HeadGuidance
+from dittfast.schedule import Schedule
+
+from ..adapter import enable
+from ..description import Description, describe
+from ..guidance.plain import guide
+from ..models import transformers_of
+from .call import call_record, check_ranges
+from .run import Run, Timing, run
+from .sources import Source
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of drawing: its first run's picture, and the timings of all its runs."""
+
+    name: str
+    run: Run
+    timings: tuple[Timing, ...]
+    description: Description | None = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median over the steps of all runs."""
+        steps = [s for t in self.timings for s in t.steps]
+        return statistics.median(steps) if steps else None
+
+    @property
+    def seconds(self) -> float:
+        """The median of the whole calls."""
+        return statistics.median(t.total for t in self.timings)
+
+    @property
+    def density(self) -> float | None:
+        """Kept fraction of token pairs in sparse layers; 1 if there are none, None if it varies."""
+        if self.description is None or all(x.dense for x in self.description.layers):
+            return 1.0
+        return self.description.density
+
+    def to_dict(self) -> dict:
+        """Plain data, for JSON."""
+        return {
+            "density": self.density,
+            "seconds_per_step": self.seconds_per_step,
+            "seconds": self.seconds,
+            "runs": [dataclasses.asdict(t) for t in self.timings],
+            "peak_memory_bytes": self.run.peak_memory,
+        }
+
+
+def _draw(pipe, call, seed, method, schedule, backend, guidance) -> tuple[Run, Description | None]:
+    with contextlib.ExitStack() as stack:
+        if method is not None:
+            stack.enter_context(enable(pipe, method, schedule=schedule, backend=backend))
+        if guidance is not None:
+            stack.enter_context(guide(pipe, guidance))
+        drawn = run(pipe, call, seed)
+        return drawn, None if method is None else describe(pipe)
+
+
+def generate(
+    pipe,
+    call: dict,
+    method: Method | None = None,
+    schedule: Schedule | None = None,
+    *,
+    guidance: HeadGuidance | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    compare: bool = False,
+    runs: int = 1,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> list[Arm]:
+    """Draw with a method or with dense attention, or with both to compare them.
+
+    All runs use the same pipeline, arguments and noise. With ``compare`` each arm is warmed up by
+    a run of one step (without the schedule's dense steps, so that the method does run), and the
+    timed runs of the arms take turns.
+
+    Args:
+        call: see :func:`call_arguments`.
+        method: None for dense attention alone.
+        guidance: of every run, dense and sparse.
+        runs: timed runs of each arm.
+        on_stage: called with the name of what comes next.
+
+    Returns:
+        The arms: dense (with ``compare`` or without a method), then the method's.
+
+    Raises:
+        ValueError: ``compare`` without a method, a seed or number of runs out of range, and as
+            :func:`~dittfast.pipelines.adapter.enable`.
+        FloatingPointError: as :func:`run`.
+    """
+    check_ranges(prompt=call["prompt"], seed=seed, runs=runs)
+    if compare and method is None:
+        raise ValueError("there is nothing to compare dense attention with; choose a method")
+    arms: list[tuple[str, Method | None]] = []
+    if compare or method is None:
+        arms.append(("dense", None))
+    if method is not None:
+        arms.append((method.name, method))
+    schedule = schedule or Schedule()
+    if compare:
+        warm_up = dataclasses.replace(schedule, dense_first_steps=0, dense_last_steps=0)
+        for name, chosen in arms:
+            on_stage(f"{name}, warm-up")
+            _draw(pipe, call | {"num_inference_steps": 1}, seed, chosen, warm_up, backend, guidance)
+    drawn: list[list[tuple[Run, Description | None]]] = [[] for _ in arms]
+    for turn in range(runs):
+        for index in range(len(arms)) if turn % 2 == 0 else reversed(range(len(arms))):
+            name, chosen = arms[index]
+            on_stage(name if runs == 1 else f"{name}, run {turn + 1} of {runs}")
+            drawn[index].append(_draw(pipe, call, seed, chosen, schedule, backend, guidance))
+    return [
+        Arm(name, results[0][0], tuple(r.timing for r, _ in results), results[0][1])
+        for (name, _), results in zip(arms, drawn)
+    ]
+
+
+def quality(dense: Run, other: Run) -> dict:
+    """PSNR in dB (None if the pictures are identical) and SSIM (None below 11 px) of 8-bit values.
+
+    The PSNR of a video is that of all its frames together; its SSIM is the mean over frames.
+    """
+    a, b = image_tensor(dense.frames), image_tensor(other.frames)
+    identical = np.array_equal(dense.frames, other.frames)
+    large = min(dense.frames.shape[1:3]) >= SSIM_WINDOW
+    return {
+        "identical": identical,
+        "psnr_db": None if identical else psnr(a, b),
+        "ssim": ssim(a, b) if large else None,
+    }
+
+
+def describe_run(pipe, source: Source, call: dict, seed: int, guidance=None) -> dict:
+    """What was asked for, of what and where, as plain data for JSON."""
+    model = next(iter(transformers_of(pipe).values()))
+    return {
+        "prompt": call["prompt"],
+        "model": source.name,
+        "pipeline": type(pipe).__name__,
+        "call": call_record(call),
+        "seed": seed,
+        "guidance": None if guidance is None else dataclasses.asdict(guidance),
+        "versions": versions(),
+        "device": describe_device(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def record(
+    pipe,
+    source: Source,
+    call: dict,
+    seed: int,
+    arms: list[Arm],
+    guidance: HeadGuidance | None = None,
+) -> dict:
+    """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
+    last = arms[-1]
+    data = describe_run(pipe, source, call, seed, guidance)
+    data["attention"] = None if last.description is None else last.description.to_dict()
+    if len(arms) == 1:
+        data["measured"] = f"{len(last.timings)} run(s), the first not warmed up"
+        return data | {"timing": last.to_dict()}
+    dense, sparse = arms
+    data["measured"] = (
+        f"{len(sparse.timings)} run(s) of each arm, taking turns, after a warm-up run of 1 step "
+        "each; seconds_per_step is the median step, seconds the median whole call"
+    )
+    per_step = None
+    if dense.seconds_per_step and sparse.seconds_per_step:
+        per_step = dense.seconds_per_step / sparse.seconds_per_step
+    return data | {
+        "dense": dense.to_dict(),
+        "sparse": sparse.to_dict(),
+        "dense_over_sparse": {"per_step": per_step, "whole": dense.seconds / sparse.seconds},
+        "against_dense": quality(dense.run, sparse.run),
+    }

@@ -1,0 +1,157 @@
+"""Run a pipeline once and time it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..models import transformers_of
+from .call import SIZES, PicturePerPrompt, accepted
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run.
+
+    Attributes:
+        prompt: until the transformer runs for the first time: text encoding, first noise.
+        steps: each denoising step; empty where the pipeline has no ``callback_on_step_end``.
+        decode: after the last step: the VAE's decoder.
+        total: the whole call.
+    """
+
+    prompt: float
+    steps: tuple[float, ...]
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of a pipeline drew.
+
+    Attributes:
+        frames: ``[F, H, W, 3]`` uint8 (F = 1 for an image).
+        peak_memory: bytes on a CUDA device; None elsewhere.
+        latents: after the last step, as the pipeline holds them, on the CPU in fp32; None where
+            the pipeline has no ``callback_on_step_end``.
+    """
+
+    frames: np.ndarray
+    timing: Timing
+    peak_memory: int | None = None
+    latents: torch.Tensor | None = None
+
+
+class _Clock:
+    """Notes when the transformer first runs, when each step ends, and the last latents."""
+
+    def __init__(self, pipe, device: torch.device):
+        self.device = device
+        self.first: float | None = None
+        self.ends: list[float] = []
+        self.latents: torch.Tensor | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin) for model in transformers_of(pipe).values()
+        ]
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def _begin(self, module, arguments):
+        if self.first is None:
+            self.first = self.now()
+
+    def step_end(self, pipe, step, timestep, values):
+        self.ends.append(self.now())
+        self.latents = values.get("latents")
+        return values
+
+    def close(self):
+        for hook in self._hooks:
+            hook.remove()
+
+
+def run(pipe, call: dict, seed: int = 0) -> Run:
+    """Call a pipeline once, with noise drawn on the CPU from ``seed``, and time it.
+
+    Raises:
+        FloatingPointError: the picture has values that are not finite.
+    """
+    device = next(iter(transformers_of(pipe).values())).device
+    if isinstance(call.get("image"), PicturePerPrompt):
+        call = call | {"image": call["image"](call["prompt"], seed)}
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = _Clock(pipe, device)
+    arguments = dict(call, generator=torch.Generator("cpu").manual_seed(seed), output_type="np")
+    if "callback_on_step_end" in accepted(pipe):
+        arguments["callback_on_step_end"] = clock.step_end
+    start = clock.now()
+    try:
+        with without_rounding_by_one(pipe):
+            out = pipe(**arguments)
+        end = clock.now()
+    finally:
+        clock.close()
+    first = start if clock.first is None else clock.first
+    edges = [first, *clock.ends]
+    timing = Timing(
+        prompt=first - start,
+        steps=tuple(b - a for a, b in itertools.pairwise(edges)),
+        decode=end - edges[-1] if clock.ends else 0.0,
+        total=end - start,
+    )
+    values = np.asarray(out.frames[0] if hasattr(out, "frames") else out.images[:1])
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"{np.mean(~np.isfinite(values)):.1%} of the picture's values are not finite; this "
+            "model overflows in this dtype, so use bfloat16 or float32"
+        )
+    frames = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+    asked = tuple(call.get(name) or size for name, size in zip(SIZES, frames.shape))
+    asked = (frames_drawn(pipe, asked[0]), *asked[1:]) if "num_frames" in call else asked
+    if frames.shape[:3] != asked:
+        logger.warning(
+            "%s drew frames x height x width %s, not %s",
+            type(pipe).__name__, frames.shape[:3], asked,
+        )  # fmt: skip
+    memory = torch.cuda.max_memory_allocated(device) if on_cuda else None
+    latents = None if clock.latents is None else clock.latents.detach().to("cpu", torch.float32)
+    return Run(frames, timing, memory, latents)
+
+
+def frames_drawn(pipe, asked: int) -> int:
+    """Frames that a call for ``asked`` draws.
+
+    diffusers' Wan pipelines round to one more than a multiple of the VAE's temporal factor. With a
+    factor of 1 that is one more than what was asked for.
+    """
+    rounds = type(pipe).__name__.startswith("Wan")
+    return asked + 1 if rounds and getattr(pipe, "vae_scale_factor_temporal", 0) == 1 else asked
+
+
+@contextlib.contextmanager
+def without_rounding_by_one(pipe):
+    """Hold back what such a pipeline says at every call: that it rounds to a multiple of 1."""
+
+    def wanted(message: logging.LogRecord) -> bool:
+        return "has to be divisible by 1." not in message.getMessage()
+
+    log = logging.getLogger(type(pipe).__module__)
+    log.addFilter(wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(wanted)
