@@ -59,6 +59,9 @@ class PlannedLayout:
         key = heads.start, heads.stop
         return self._heads.setdefault(key, PlannedLayout(self.layout, plan))
 
+    def __deepcopy__(self, memo):
+        return PlannedLayout(self.layout, copy.deepcopy(self.plan, memo))
+
 
 class Watched(Protocol):
     """What makes a layer differ from the stock model: an :class:`AttentionCore` or a Transform."""

@@ -34,6 +34,7 @@ class Pass:
 
     Attributes:
         sequences: the layouts that were read.
+        step: the 0-based denoising step and the number of steps, where somebody needs it.
         runs: what each selected layer runs, by name. Never changed once the pass is made.
         differentiable: whether a backward pass may come back to it.
         ran, reached: names of layers that did their projections, and that met attention over the
@@ -43,11 +44,13 @@ class Pass:
     def __init__(
         self,
         sequences: Sequences,
+        step: tuple[int, int | None] | None,
         layers: dict[str, LayerState],
         runs: dict[str, LayerRun],
         differentiable: bool,
     ):
         self.sequences = sequences
+        self.step = step
         self.layers = layers
         self.runs = runs
         self.differentiable = differentiable
@@ -63,7 +66,8 @@ class Pass:
 
     def changed(self, runs: dict[str, LayerRun]) -> Pass:
         """The pass in which some layers run something else."""
-        return Pass(self.sequences, self.layers, {**self.runs, **runs}, self.differentiable)
+        runs = {**self.runs, **runs}
+        return Pass(self.sequences, self.step, self.layers, runs, self.differentiable)
 
     def note(self, name: str, ran: bool, reached: bool) -> None:
         """What the call of a layer came to."""

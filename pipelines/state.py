@@ -24,7 +24,7 @@ from .layer import AttentionCore, LayerRun, LayerState, PlannedLayout
 from .models import bind_arguments
 from .passes import Bound, Pass, Passes, in_backward, is_differentiable
 from .seam import put_back
-from .steps import TimestepCounter, scheduler_step, timestep_step
+from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Session:
         self.method = method
         self.schedule = schedule
         self.backend = backend
-        self.counter = TimestepCounter()
+        self.steps = Steps()
         self._forced = _Forced()
         self._all_dense: int | None = None
         self._pipe = weakref.ref(pipe)
@@ -71,28 +71,34 @@ class Session:
         """The pipeline (or transformer) this session was enabled on; None once it is gone."""
         return self._pipe()
 
-    def step(self, family: Family, arguments: dict) -> tuple[int, int | None]:
-        """The 0-based step of the pass with these forward arguments, and the number of steps."""
-        found = scheduler_step(self.scheduler)
-        if found is None:
-            time = arguments[family.timestep]
-            time = -time if family.time_rises else time
-            found = timestep_step(self.scheduler, self.counter, time)
-        return found
+    def step(self, model, family: Family, arguments: dict) -> tuple[int, int | None]:
+        """The 0-based step of the pass with these forward arguments, and the number of steps.
 
-    def is_dense_step(self, family: Family, arguments: dict) -> bool:
-        """Whether the pass with these forward arguments belongs to a dense step."""
-        if self.forced is not None:
-            return self.forced
-        if not (self.schedule.dense_first_steps or self.schedule.dense_last_steps):
-            return False
-        step, total = self.step(family, arguments)
+        The user's steps, of the pipeline whose loop calls ``model``.
+        """
+        time = arguments.get(family.timestep)
+        if family.time_rises and time is not None:
+            time = -time
+        return self.steps.read(model, self._pipe(), time)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the step of a pass decides if it is dense."""
+        schedule = self.schedule
+        return self.forced is None and bool(schedule.dense_first_steps or schedule.dense_last_steps)
+
+    def is_dense_step(self, step: int, total: int | None) -> bool:
+        """Whether a step, of so many, is dense.
+
+        Raises:
+            ValueError: the last steps are to be dense, and nothing tells how many there are.
+        """
         if total is None:
             if self.schedule.dense_last_steps:
                 raise ValueError(
                     f"dense_last_steps={self.schedule.dense_last_steps} needs to know the number "
-                    "of steps, which only a pipeline's scheduler does; call dittfast.enable on "
-                    "the pipeline"
+                    "of steps, which only the scheduler of the running pipeline does; run the "
+                    "transformer inside a pipeline, with the scheduler that steps as its scheduler"
                 )
             total = step + 1
         else:
@@ -249,9 +255,12 @@ class ModelState:
     def begin(self, model: torch.nn.Module, arguments: dict) -> Pass:
         """Decide, before a forward pass, what each layer runs in it."""
         sequences = self.read_sequences(model, arguments)
-        core = None
-        if not self.session.is_dense_step(self.family, arguments):
-            core = self.core(sequences, device_of(arguments))
+        step, dense = None, bool(self.session.forced)
+        if self.session.needs_steps or self.guidance is not None or self.recorders:
+            step = self.session.step(model, self.family, arguments)
+        if self.session.needs_steps:
+            dense = self.session.is_dense_step(*step)
+        core = None if dense else self.core(sequences, device_of(arguments))
         if core is not None and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
@@ -261,7 +270,7 @@ class ModelState:
         runs = {name: stock if name in self.dense_layers else sparse for name in self.layers}
         for name, recorder in self.recorders.items():
             runs[name] = LayerRun(runs[name].core, recorder)
-        current = Pass(sequences, self.layers, runs, differentiable)
+        current = Pass(sequences, step, self.layers, runs, differentiable)
         if self.weakening is not None:
             current = self.weakening.weakened(model, current)
         if differentiable:

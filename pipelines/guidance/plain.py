@@ -55,8 +55,7 @@ class GuidanceState:
             delta, here.delta = here.delta, None
             return out if delta is None else _add(out, delta)
         here.delta = None
-        step, _ = state.session.step(state.family, arguments)
-        if self.config.guidance_scale == 0 or not self.config.is_guided_step(step):
+        if self.config.guidance_scale == 0 or not self.config.is_guided_step(done.step[0]):
             return out
         if not torch.is_tensor(arguments.get("hidden_states")):
             raise ValueError(

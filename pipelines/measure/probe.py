@@ -17,7 +17,6 @@ from ..adapter import enable
 from ..layer import key_log_weight
 from ..models import transformers_of
 from ..runs.run import run
-from ..steps import scheduler_step
 
 # Query rows whose attention is computed at once.
 _ROWS = 256
@@ -70,7 +69,7 @@ class _Recorder:
 
     def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
         state = self.model._dittfast
-        step, _ = scheduler_step(state.session.scheduler)
+        step, _ = state.passes.current.step
         again = any(c.step == step and c.layer == self.layer for c in self.found)
         if step in self.steps and not again:
             q, k, v = (call[name].detach().clone() for name in ("query", "key", "value"))

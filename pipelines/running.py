@@ -1,0 +1,110 @@
+"""Which pipeline a forward pass belongs to, read from the Python frames it was called through.
+
+Several pipelines may share one transformer, each with a scheduler of its own, and nothing in the
+arguments of a pass says whose it is. The loop that makes the pass does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+
+
+class Running(NamedTuple):
+    """What the frames around a pass hold, nearest first.
+
+    Attributes:
+        pipelines: objects with a scheduler that hold the transformer, of the nearest frame that
+            has any; the one whose method runs comes first.
+        schedulers: schedulers that are local variables on the way there.
+        times: tensors named ``t`` on the way there, as diffusers' loops call the timestep.
+    """
+
+    pipelines: list
+    schedulers: list
+    times: list[torch.Tensor]
+
+
+def running_pipeline(model: torch.nn.Module) -> object | None:
+    """The pipeline whose loop calls ``model`` right now in this thread; None outside of any."""
+    found = running(model).pipelines
+    return found[0] if found else None
+
+
+def running(model: torch.nn.Module) -> Running:
+    """Look outward from the caller, in this thread.
+
+    A pipeline is any object with a ``scheduler`` that has ``timesteps``, and with ``model``, or a
+    wrapper that the call came through, among its attributes or ``components``. Nothing is found
+    while torch.compile traces. No frame keeps a variable alive for having been looked at.
+    """
+    found = Running([], [], [])
+    if torch.compiler.is_compiling():
+        return found
+    called, owner = [model], None
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        frame = frame.f_back  # our own, which know the pipeline that was enabled
+    while frame is not None:
+        first = _look(frame, called, found, only_times=owner is not None)
+        if owner is not None and first is not owner:
+            break
+        if found.pipelines:
+            if first is None:
+                break
+            owner = first  # the loop may stand in another method of it, further out
+        if callable(first):
+            called.append(first)
+        frame = frame.f_back
+    return found
+
+
+def _look(frame: FrameType, called: list, found: Running, only_times: bool) -> object:
+    """Enter what one frame holds into ``found``; returns its first argument, mostly ``self``."""
+    code, variables = frame.f_code, frame.f_locals
+    first = variables.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(t := variables.get("t"), torch.Tensor):
+        found.times.append(t)
+    if not only_times:
+        _sort(first, called, found)
+        for value in variables.values():
+            _sort(value, called, found)
+    if sys.version_info < (3, 13) and code.co_flags & inspect.CO_OPTIMIZED:
+        # Before Python 3.13 a function's frame keeps this copy of its variables while it runs.
+        # Empty it, unless somebody else holds it too, who called locals() there: of the three
+        # references one is the frame's, one ours, and one getrefcount's.
+        if sys.getrefcount(variables) <= 3:
+            variables.clear()
+    return first
+
+
+def _sort(value, called: list, found: Running) -> None:
+    """Enter ``value`` if it is a scheduler, or a pipeline that holds what was called."""
+    if value is None or isinstance(value, (torch.Tensor, type)):
+        return
+    try:
+        parts = value.__dict__
+    except Exception:  # it has none, or is a stranger's proxy without a target
+        return
+    if isinstance(parts.get("timesteps"), torch.Tensor) and hasattr(value, "step"):
+        found.schedulers.append(value)
+    elif "scheduler" in parts or hasattr(type(value), "components"):
+        known = any(value is pipeline for pipeline in found.pipelines)
+        if not known and _is_pipeline(value, parts, called):
+            found.pipelines.append(value)
+
+
+def _is_pipeline(value, parts: dict, called: list) -> bool:
+    if not hasattr(getattr(value, "scheduler", None), "timesteps"):
+        return False
+    if _holds(parts, called) or _holds(parts.get("_modules"), called):
+        return True
+    return _holds(getattr(value, "components", None), called)
+
+
+def _holds(parts, called: list) -> bool:
+    return isinstance(parts, dict) and any(part is x for part in parts.values() for x in called)
