@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +14,11 @@ from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
+from .description import Description, dense_steps, describe, other_attention, other_models
 from .models import (
     LayoutReader,
     attention_layers,
+    exchanged,
     family_of,
     is_swapped,
     stock_class,
@@ -25,9 +26,6 @@ from .models import (
 )
 from .seam import restore, swap
 from .state import ModelState, Session
-
-if TYPE_CHECKING:
-    from .description import Description
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +141,6 @@ class Enabled(_Handle):
             self._take_out()
 
     def describe(self) -> Description:
-        from .description import describe
-
         return describe(self._pipe)
 
 
@@ -208,8 +204,6 @@ def enable(
     method, schedule = resolve(method, schedule, **options)
     from dittfast.attention import BACKENDS
 
-    from .description import other_models
-
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("backend", backend, ["auto", *BACKENDS])
     models = transformers_of(pipe)
@@ -256,27 +250,8 @@ def _remember(pipe, models) -> None:
         pipe.__dict__["_dittfast_enabled"] = kept + [weakref.ref(model) for model in models]
 
 
-def exchanged(pipe) -> list[torch.nn.Module]:
-    """Transformers that are enabled by a pipeline which no longer holds them."""
-    try:
-        mine = list(transformers_of(pipe).values())
-    except ValueError:
-        mine = []
-    noted = [ref() for ref in getattr(pipe, "__dict__", {}).get("_dittfast_enabled", ())]
-    return [
-        model
-        for model in noted
-        if model is not None
-        and is_swapped(model)
-        and model._dittfast.session.pipe is pipe
-        and not any(model is m for m in mine)
-    ]
-
-
 def _log(component: str, model: torch.nn.Module, state: ModelState) -> None:
     """One line: how many layers run the method, what is dense and why."""
-    from .description import dense_steps, other_attention
-
     session, total = state.session, len(state.layers)
     dense = [*dense_steps(session.schedule), *other_attention(model, state)]
     if state.dense_layers:

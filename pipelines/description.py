@@ -10,9 +10,8 @@ import torch
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
-from .adapter import exchanged
 from .layer import PlannedLayout
-from .models import is_swapped, transformers_of
+from .models import exchanged, is_swapped, transformers_of
 from .state import ModelState
 
 

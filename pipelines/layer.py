@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,6 @@ from dittfast.attention import method_attention
 from dittfast.layout import Context, Layout
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
-
-if TYPE_CHECKING:
-    from .passes import Passes
 
 _SDPA = F.scaled_dot_product_attention
 
@@ -167,43 +164,6 @@ class LayerRun:
     def watched(self) -> Watched | None:
         """What the layer does differently from the stock model; None for nothing."""
         return self.core if self.core is not None else self.transform
-
-
-class LayerState(threading.local):
-    """State of one attention layer: each thread has a ``running`` of its own.
-
-    A thread-local object and no ContextVar: torch.compile traces it in every version we support,
-    with a guard that looks at the thread that runs.
-
-    Attributes:
-        name: the module's.
-        parameters: the method's trainable parameters of this layer.
-        passes: the passes of its transformer.
-        running: what the layer runs in the pass that is under way in this thread; None outside.
-        last: what it ran in this thread's last pass.
-    """
-
-    def __init__(
-        self,
-        name: str = "",
-        parameters: dict[str, torch.Tensor] | None = None,
-        passes: Passes | None = None,
-    ):
-        self.name = name
-        self.parameters = parameters or {}
-        self.passes = passes
-        self.running: LayerRun | None = None
-        self.last: LayerRun | None = None
-
-    @property
-    def core(self) -> AttentionCore | None:
-        """What answers attention in this thread's pass, or did in its last; None for dense."""
-        run = self.running or self.last
-        return None if run is None else run.core
-
-    def __deepcopy__(self, memo):
-        parameters = copy.deepcopy(self.parameters, memo)
-        return LayerState(self.name, parameters, copy.deepcopy(self.passes, memo))
 
 
 def attend_call(

@@ -66,6 +66,23 @@ def transformers_of(pipe) -> dict[str, torch.nn.Module]:
     return found
 
 
+def exchanged(pipe) -> list[torch.nn.Module]:
+    """Transformers that are enabled by a pipeline which no longer holds them."""
+    try:
+        mine = list(transformers_of(pipe).values())
+    except ValueError:
+        mine = []
+    noted = [ref() for ref in getattr(pipe, "__dict__", {}).get("_dittfast_enabled", ())]
+    return [
+        model
+        for model in noted
+        if model is not None
+        and is_swapped(model)
+        and model._dittfast.session.pipe is pipe
+        and not any(model is m for m in mine)
+    ]
+
+
 def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = None) -> Family:
     """How a model is read: as its class is known, or by the layout given.
 

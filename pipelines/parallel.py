@@ -15,7 +15,8 @@ import torch
 
 from dittfast.layout import Context, Layout
 
-from .layer import LayerRun, LayerState, attend_call
+from .layer import LayerRun, attend_call
+from .passes import LayerState
 
 
 class ParallelRun:

@@ -2,14 +2,14 @@
 
 A pass belongs to the thread that runs it. Gradient checkpointing runs layers again in the backward
 pass, after other passes, and perhaps in another thread; then they must run what their own pass
-ran. diffusers' checkpointing gets it handed on (:meth:`Pass.bound`). Of PyTorch's, the tensors that
-a checkpointed function was called with tell: they live until it has run again, so no other pass
-can have had the same ones (:meth:`Passes.remember`).
+ran. diffusers' checkpointing gets it handed on (:class:`Bound`). PyTorch's keeps an object for each
+checkpointed call from its forward to its backward; a pass is noted there, and found there again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,16 +17,51 @@ from types import FrameType
 
 import torch
 import torch.utils.checkpoint
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .families.sequences import Sequences
-from .layer import LayerRun, LayerState
+from .layer import AttentionCore, LayerRun
 
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-# Functions of that file whose frames hold a checkpointed function's arguments, and under which
-# names: on the way forward, and when it is run again (non-reentrant and reentrant).
-_FORWARD = {"checkpoint": ("args", "kwargs")}
-_AGAIN = {"recompute_fn": ("args", "kwargs"), "backward": ("detached_inputs",)}
+_NOTE = "_dittfast_passes"
+
+
+class LayerState(threading.local):
+    """State of one attention layer: each thread has a ``running`` of its own.
+
+    A thread-local object and no ContextVar: torch.compile traces it in every version we support,
+    with a guard that looks at the thread that runs.
+
+    Attributes:
+        name: the module's.
+        parameters: the method's trainable parameters of this layer.
+        passes: the passes of its transformer.
+        running: what the layer runs in the pass that is under way in this thread; None outside.
+        last: what it ran in this thread's last pass.
+        watching: whether a call of the layer is under way in this thread.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        parameters: dict[str, torch.Tensor] | None = None,
+        passes: Passes | None = None,
+    ):
+        self.name = name
+        self.parameters = parameters or {}
+        self.passes = passes
+        self.running: LayerRun | None = None
+        self.last: LayerRun | None = None
+        self.watching = False
+
+    @property
+    def core(self) -> AttentionCore | None:
+        """What answers attention in this thread's pass, or did in its last; None for dense."""
+        run = self.running or self.last
+        return None if run is None else run.core
+
+    def __deepcopy__(self, memo):
+        parameters = copy.deepcopy(self.parameters, memo)
+        return LayerState(self.name, parameters, copy.deepcopy(self.passes, memo))
 
 
 class Pass:
@@ -69,19 +104,12 @@ class Pass:
         runs = {**self.runs, **runs}
         return Pass(self.sequences, self.step, self.layers, runs, self.differentiable)
 
-    def note(self, name: str, ran: bool, reached: bool) -> None:
+    def saw(self, name: str, ran: bool, reached: bool) -> None:
         """What the call of a layer came to."""
         if ran:
             self.ran.add(name)
         if reached:
             self.reached.add(name)
-
-    def same_as(self, other: Pass) -> bool:
-        """Whether every layer runs the same in both."""
-        return all(
-            a.core is b.core and a.transform is b.transform and a.strength is b.strength
-            for a, b in zip(self.runs.values(), other.runs.values())
-        )
 
 
 class Bound:
@@ -105,12 +133,10 @@ class _Here(threading.local):
 
 
 class Passes:
-    """The passes of one transformer: which is under way in this thread, and which may come back."""
+    """The passes of one transformer: which is under way in this thread, which is run again."""
 
     def __init__(self):
         self._here = _Here()
-        self._remembered: dict[tuple, tuple[list[StorageWeakRef], list[Pass]]] = {}
-        self._lock = threading.Lock()
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), Passes())
@@ -141,41 +167,40 @@ class Passes:
         finally:
             leave()
 
-    def remember(self, current: Pass, frame: FrameType) -> None:
-        """Note with which tensors the checkpointed functions around ``frame`` were called."""
-        for key, storages in _calls(frame, _FORWARD):
-            with self._lock:
-                _, passes = self._remembered.setdefault(key, (storages, []))
-                passes[:] = [p for p in passes if not p.same_as(current)] + [current]
+    def note(self, current: Pass, frame: FrameType) -> None:
+        """Let the checkpointed calls around ``frame`` know the pass, if any are."""
+        for call in _checkpointed_calls(frame):
+            found = getattr(call, _NOTE, None)
+            if found is None:
+                found = []
+                setattr(call, _NOTE, found)
+            if all(current is not noted for _, noted in found):
+                found.append((self, current))
 
-    def forget_finished(self) -> None:
-        """Drop the notes whose tensors are gone: their backward pass is over."""
-        with self._lock:
-            for key, (storages, _) in list(self._remembered.items()):
-                if any(storage.expired() for storage in storages):
-                    del self._remembered[key]
+    def note_current(self, frame: FrameType) -> None:
+        """The same for the pass under way, if a backward pass may come back to it."""
+        current = self._here.current
+        if current is not None and current.differentiable:
+            self.note(current, frame)
 
-    def run_again(self) -> Pass | None:
-        """The pass that the backward pass under way computes again; None where none is known.
+    def run_again(self) -> tuple[bool, Pass | None]:
+        """Whether a checkpointed call is computed again around here, and which pass it belongs to.
 
-        Raises:
-            RuntimeError: two different passes had the very same tensors.
+        None is a pass in which dittfast was not in the model.
         """
         if not in_backward():
-            return None
-        for key, _ in _calls(sys._getframe(1), _AGAIN):
-            with self._lock:
-                _, passes = self._remembered.get(key, (None, []))
-            if len(passes) > 1:
-                raise RuntimeError(
-                    "a checkpointed part of the transformer is computed again, and two passes "
-                    "that ran different methods or steps had the very same input tensors. Give "
-                    "each pass tensors of its own (.clone()), or checkpoint with "
-                    "transformer.enable_gradient_checkpointing()"
-                )
-            if passes:
-                return passes[0]
-        return None
+            return False, None
+        again = False
+        for call in _calls_run_again(sys._getframe(1)):
+            again = True
+            notes = getattr(call, _NOTE, [])
+            mine = [note for note in notes if note[0] is self]
+            if mine:
+                # One call may run the transformer several times: each takes its turn.
+                notes.remove(mine[0])
+                notes.append(mine[0])
+                return True, mine[0][1]
+        return again, None
 
     def needed(self, name: str) -> LayerRun:
         """What a layer runs that was called outside of any pass: computed again, or refused.
@@ -183,16 +208,15 @@ class Passes:
         Raises:
             RuntimeError: nothing tells which pass the call belongs to.
         """
-        found = self.run_again()
-        if found is not None:
-            return found.runs[name]
+        again, found = self.run_again()
+        if again:
+            return LayerRun() if found is None else found.runs[name]
         if in_backward():
             raise RuntimeError(
                 f"{name} is computed again in a backward pass, and dittfast cannot tell which "
                 "forward pass it belongs to. Checkpoint with "
-                "transformer.enable_gradient_checkpointing(), or hand the pass's own tensors to "
-                "torch.utils.checkpoint.checkpoint as arguments; torch.compile and hooks that "
-                "move saved tensors need the former"
+                "transformer.enable_gradient_checkpointing(), or with "
+                "torch.utils.checkpoint.checkpoint around parts that are not compiled"
             )
         raise RuntimeError(
             f"{name} was called outside of a forward pass of its transformer, so dittfast does "
@@ -206,19 +230,32 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _calls(
-    frame: FrameType | None, functions: dict[str, tuple[str, ...]]
-) -> Iterator[tuple[tuple, list[StorageWeakRef]]]:
-    """For each frame of checkpointing from ``frame`` outward: its tensors as a key, and weakly."""
+def _checkpointed_calls(frame: FrameType | None) -> Iterator[object]:
+    """What PyTorch keeps for each checkpointed call that ``frame`` runs in, on the way forward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:  # without a frame of its own: torch.distributed's composable form
+        inside = dict(zip(hooks[0].__code__.co_freevars, hooks[0].__closure__ or ()))
+        if hooks[0].__code__.co_filename == _CHECKPOINT_FILE and "frame" in inside:
+            yield inside["frame"].cell_contents
     while frame is not None:
         code = frame.f_code
-        if code.co_name in functions and code.co_filename == _CHECKPOINT_FILE:
-            found = frame.f_locals
-            tensors = list(_tensors([found.get(name) for name in functions[code.co_name]]))
-            storages = [StorageWeakRef(x.untyped_storage()) for x in tensors]
-            if tensors:
-                at = zip(storages, tensors)
-                yield tuple((s.cdata, x.storage_offset(), x.shape) for s, x in at), storages
+        if code.co_filename == _CHECKPOINT_FILE:
+            if code.co_name == "forward":  # reentrant
+                yield frame.f_locals["ctx"]
+            elif code.co_name == "checkpoint" and "gen" in frame.f_locals:
+                yield frame.f_locals["gen"].gi_frame.f_locals["new_frame"]
+        frame = frame.f_back
+
+
+def _calls_run_again(frame: FrameType | None) -> Iterator[object]:
+    """The same objects, where the calls are computed again."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _CHECKPOINT_FILE:
+            if code.co_name == "backward":  # reentrant
+                yield frame.f_locals["ctx"]
+            elif code.co_name == "unpack_hook":
+                yield frame.f_locals["frame"]
         frame = frame.f_back
 
 

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layer import LayerRun, LayerState, attend_call
+from .layer import LayerRun, attend_call
 from .models import stock_class
+from .passes import LayerState
 
 _SDPA = F.scaled_dot_product_attention
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -92,25 +93,56 @@ def _without_outer_product(func, args, kwargs):
 
 
 def _call(self, *args, **kwargs):
-    state: LayerState = self._dittfast
+    state = self.__dict__.get("_dittfast")
+    if state is None:  # a bound method that somebody kept from before disable
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+    # Module.__call__ by name, not super(): Dynamo refuses the latter on classes that diffusers
+    # allows in the graph.
+    return _watch(self, state, torch.nn.Module.__call__, args, kwargs)
+
+
+def _make_forward(cls: type):
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        state = self.__dict__.get("_dittfast")
+        if state is None or torch.compiler.is_compiling():
+            return cls.forward(self, *args, **kwargs)
+        if state.watching:
+            state.passes.note_current(sys._getframe())
+            return cls.forward(self, *args, **kwargs)
+        # Called without __call__: by somebody's own checkpoint around it, for one.
+        return _watch(self, state, cls.forward, args, kwargs)
+
+    return forward
+
+
+def _watch(module: torch.nn.Module, state: LayerState, call, args: tuple, kwargs: dict):
+    """``call(module, *args, **kwargs)``, in which the present pass answers attention."""
+    compiling = torch.compiler.is_compiling()
     run = state.running
     if run is None:
         run = state.passes.needed(state.name)
-    current = None if torch.compiler.is_compiling() else state.passes.current
-    if current is not None and current.differentiable:
-        state.passes.remember(current, sys._getframe())
-    # Module.__call__ by name, not super(): Dynamo refuses the latter on classes that diffusers
-    # allows in the graph.
-    if run.watched is None:
-        with _others_wait(self):
-            return torch.nn.Module.__call__(self, *args, **kwargs)
-    with _watchable_backend(self, run, state) as own, intercept(run, state.parameters) as seen:
-        out = torch.nn.Module.__call__(self, *args, **kwargs)
-    if not torch.compiler.is_compiling():
+    if not compiling:
+        state.passes.note_current(sys._getframe())
+        before, state.watching = state.watching, True
+    try:
+        if run.watched is None:
+            with _others_wait(module):
+                return call(module, *args, **kwargs)
+        with (
+            _watchable_backend(module, run, state) as own,
+            intercept(run, state.parameters) as seen,
+        ):
+            out = call(module, *args, **kwargs)
+    finally:
+        if not compiling:
+            state.watching = before
+    if not compiling:
         reached = seen.reached or (own is not None and own.reached)
+        current = state.passes.current
         if current is not None:
-            current.note(state.name, seen.ran, reached)
-        check_reached(run, seen.ran, reached, self)
+            current.saw(state.name, seen.ran, reached)
+        check_reached(run, seen.ran, reached, module)
     return out
 
 
@@ -217,7 +249,7 @@ def swap(module: torch.nn.Module, state, **members) -> None:
     function that makes it from the class.
     """
     module._dittfast = state
-    members = members or {"__call__": _call}
+    members = members or {"__call__": _call, "forward": _make_forward}
     module.__class__ = _subclass(type(module), tuple(members.items()))
 
 

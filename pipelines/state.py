@@ -20,9 +20,9 @@ from dittfast.schedule import Schedule
 
 from .families import Family
 from .families.sequences import Sequences
-from .layer import AttentionCore, LayerRun, LayerState, PlannedLayout
+from .layer import AttentionCore, LayerRun, PlannedLayout
 from .models import bind_arguments
-from .passes import Bound, Pass, Passes, in_backward, is_differentiable
+from .passes import Bound, LayerState, Pass, Passes, in_backward, is_differentiable
 from .seam import put_back
 from .steps import Steps
 
@@ -234,9 +234,9 @@ class ModelState:
 
     @torch.compiler.disable
     def _begin(self, model: torch.nn.Module, args: tuple, kwargs: dict):
-        current = self.passes.run_again()
+        again, current = self.passes.run_again()
         if current is None:
-            current = self.begin(model, bind_arguments(model, args, kwargs))
+            current = self.begin(model, bind_arguments(model, args, kwargs), stock=again)
         elif self.guidance is not None:
             raise RuntimeError(
                 "a checkpoint around the whole transformer cannot run guidance again in the "
@@ -252,13 +252,17 @@ class ModelState:
             out = self.guidance.guide(model, self, current, arguments, out)
         return out
 
-    def begin(self, model: torch.nn.Module, arguments: dict) -> Pass:
-        """Decide, before a forward pass, what each layer runs in it."""
+    def begin(self, model: torch.nn.Module, arguments: dict, stock: bool = False) -> Pass:
+        """Decide, before a forward pass, what each layer runs in it.
+
+        Args:
+            stock: whether all layers run the stock attention, whatever the schedule says.
+        """
         sequences = self.read_sequences(model, arguments)
-        step, dense = None, bool(self.session.forced)
+        step, dense = None, stock or bool(self.session.forced)
         if self.session.needs_steps or self.guidance is not None or self.recorders:
             step = self.session.step(model, self.family, arguments)
-        if self.session.needs_steps:
+        if self.session.needs_steps and not stock:
             dense = self.session.is_dense_step(*step)
         core = None if dense else self.core(sequences, device_of(arguments))
         if core is not None and getattr(model, "_parallel_config", None) is not None:
@@ -266,16 +270,15 @@ class ModelState:
 
             parallel.prepare(model)
         differentiable = is_differentiable(arguments)
-        stock, sparse = LayerRun(), LayerRun(core)
-        runs = {name: stock if name in self.dense_layers else sparse for name in self.layers}
+        plain, sparse = LayerRun(), LayerRun(core)
+        runs = {name: plain if name in self.dense_layers else sparse for name in self.layers}
         for name, recorder in self.recorders.items():
             runs[name] = LayerRun(runs[name].core, recorder)
         current = Pass(sequences, step, self.layers, runs, differentiable)
         if self.weakening is not None:
             current = self.weakening.weakened(model, current)
         if differentiable:
-            self.passes.forget_finished()
-            self.passes.remember(current, sys._getframe())
+            self.passes.note(current, sys._getframe())
         self.last = current
         return current
 

@@ -7,11 +7,11 @@ import warnings
 import test_recomputation as alone
 import torch
 import torch.distributed as dist
-from dittfast.pipelines.parity import METHODS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import dittfast
+from dittfast.pipelines.measure.parity import METHODS
 
 
 def shard(model):

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dittfast.pipelines.adapter import force_dense
-from dittfast.pipelines.parity import METHODS, TINY
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import dittfast
+from dittfast.pipelines.adapter import force_dense
+from dittfast.pipelines.measure.parity import METHODS, TINY
 
 TESTS = Path(__file__).resolve().parent
 MODELS = ("flux", "wan", "sd3")

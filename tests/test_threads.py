@@ -12,10 +12,10 @@ import threading
 import pytest
 import tiny
 import torch
-from dittfast.pipelines.parity import METHODS, Full
 from patterns import Band, FirstKeys
 
 import dittfast
+from dittfast.pipelines.measure.parity import METHODS, Full
 
 SPARSE = ("local", "radial", "log_linear", "rectified")
 MODELS = {"flux": lambda: tiny.flux_transformer(1, 1), "wan": tiny.wan_transformer}
