@@ -16,10 +16,10 @@ from dittfast.config import resolve
 from dittfast.files import write_json, write_text
 from dittfast.methods.base import Method
 from dittfast.pipelines.adapter import disable, enable
+from dittfast.pipelines.fingerprint import difference
 from dittfast.pipelines.models import is_swapped, transformers_of
 
 from .config import DistillConfig
-from .fingerprint import difference
 from .model_card import model_card
 from .student import ADAPTER, Student, add_lora, component_of, remove_lora
 

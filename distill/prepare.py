@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dittfast.config import unknown
 from dittfast.files import atomic_path, write_json
+from dittfast.pipelines.fingerprint import fingerprint
 from dittfast.pipelines.models import transformers_of
 from dittfast.pipelines.runs.call import (
     PicturePerPrompt,
@@ -27,7 +28,6 @@ from dittfast.pipelines.runs.sources import Source
 
 from .conditioning import Conditioning, condition, draw, encode
 from .config import DataConfig
-from .fingerprint import fingerprint
 from .noise import NoiseProcess, process_of
 from .pictures import Picture, find_pictures, read_frames
 

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from dittfast.files import write_json, write_text
 from dittfast.pipelines.adapter import force_dense
+from dittfast.pipelines.fingerprint import difference
 from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
 from . import objectives
 from .artifacts import read_weights, save_adapter
 from .checkpoint import Checkpoints, rng_state, set_rng_state
 from .config import DistillConfig
-from .fingerprint import difference
 from .launch import make_accelerator, wants_shards
 from .loader import Batch, Dataset, Prefetch, global_batches
 from .noise import generator, sample_noise, sample_times

@@ -19,11 +19,13 @@ from dittfast.measure.perceptual import load_lpips, missing_for_lpips
 from dittfast.measure.summary import bootstrap_mean, interval, markdown_table
 from dittfast.measure.tables import fidelity_tables
 from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.pipelines.fingerprint import weights_digest
 from dittfast.pipelines.measure import fidelity
-from dittfast.pipelines.measure.drawings import Drawings, fingerprint
+from dittfast.pipelines.measure.drawings import Drawings
 from dittfast.pipelines.measure.fidelity import dense_kernel, draw_missing, evaluate_fidelity
 from dittfast.pipelines.measure.method_check import check_method
 from dittfast.pipelines.measure.variants import Variant, make_variants, read_variants
+from dittfast.pipelines.runs import compare
 from dittfast.pipelines.runs.prompts import Item, make_items, read_prompts
 from dittfast.pipelines.runs.sources import Source
 from dittfast.schedule import Schedule
@@ -120,7 +122,7 @@ class Killed(Exception):
 
 def test_a_killed_evaluation_goes_on_and_finds_the_same(pipe, evaluated, tmp_path, monkeypatch):
     _, whole = evaluated
-    run, calls = fidelity.run, []
+    run, calls = compare.run, []
 
     def dies(pipe, call, seed=0):
         calls.append(call["num_inference_steps"])
@@ -130,7 +132,7 @@ def test_a_killed_evaluation_goes_on_and_finds_the_same(pipe, evaluated, tmp_pat
 
     arguments = (pipe, SOURCE, CALL, ITEMS, [LOCAL, TOP], tmp_path)
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(fidelity, "run", dies)
+        m.setattr(compare, "run", dies)
         evaluate_fidelity(*arguments)
     kept = list(tmp_path.glob("*/records/*.json"))
     assert len(kept) == 2
@@ -160,7 +162,8 @@ def test_other_settings_are_refused(pipe, evaluated):
     retrained = flux_pipeline()
     with torch.no_grad():
         retrained.transformer.proj_out.weight.mul_(1.01)
-    assert fingerprint(pipe) == fingerprint(flux_pipeline()) != fingerprint(retrained)
+    weights = [weights_digest(x.components) for x in (pipe, flux_pipeline(), retrained)]
+    assert weights[0] == weights[1] != weights[2]
     with pytest.raises(ValueError, match="weights: "):
         evaluate_fidelity(retrained, SOURCE, CALL, ITEMS, [LOCAL], folder)
 
@@ -320,14 +323,14 @@ def test_variants_from_yaml_and_options(tmp_path):
 
 def test_the_dense_kernel_holds_in_every_arm(pipe, monkeypatch, tmp_path):
     allowed = []
-    run = fidelity.run
+    run = compare.run
 
     def seen(*arguments):
         on = torch.backends.cuda
         allowed.append((on.math_sdp_enabled(), on.flash_sdp_enabled()))
         return run(*arguments)
 
-    monkeypatch.setattr(fidelity, "run", seen)
+    monkeypatch.setattr(compare, "run", seen)
     evaluate_fidelity(pipe, SOURCE, CALL, ITEMS[:1], [LOCAL], tmp_path, kernel="math")
     assert set(allowed) == {(True, False)} and len(allowed) == 4
     with dense_kernel("auto"):

@@ -64,7 +64,7 @@ def test_nothing_is_timed_when_the_method_is_wrong(pipe, monkeypatch):
 
     right = check.attend
     monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) + 0.1)
-    monkeypatch.setattr(latency, "run", lambda *a: pytest.fail("was timed"))
+    monkeypatch.setattr(latency, "draw", lambda *a, **k: pytest.fail("was timed"))
     with pytest.raises(ParityError, match="local, layer"):
         measure_latency(pipe, Source("folder", "tiny", "tiny"), CALL, LOCAL)
     with pytest.raises(ValueError, match="pairs must be at least 1, got 0"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
+from typing import TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 
 def synchronize(device) -> None:
@@ -20,26 +23,33 @@ def check_repeats(repeats: int) -> None:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
 
 
+def in_turns(names: Iterable[_T], rounds: int) -> Iterator[tuple[int, _T]]:
+    """``(round, name)``: every name once a round, in every second round backwards.
+
+    Whatever disturbs the machine in a round disturbs all in it, so ratios within a round are far
+    steadier than the seconds.
+    """
+    names = list(names)
+    for round_ in range(rounds):
+        for name in names[:: 1 if round_ % 2 == 0 else -1]:
+            yield round_, name
+
+
 def interleaved_seconds(
     functions: dict[str, Callable], repeats: int, device, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of each function in ``repeats`` rounds; every second round backwards.
-
-    Whatever disturbs the machine in a round disturbs all functions in it, so ratios within a
-    round are far steadier than the seconds.
-    """
+    """Wall-clock seconds of each function in ``repeats`` rounds, :func:`in_turns`."""
     check_repeats(repeats)
     for function in functions.values():
         for _ in range(warmup):
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repeats):
-        for name in list(functions)[:: 1 if round_ % 2 == 0 else -1]:
-            synchronize(device)
-            start = perf_counter()
-            functions[name]()
-            synchronize(device)
-            seconds[name].append(perf_counter() - start)
+    for _, name in in_turns(functions, repeats):
+        synchronize(device)
+        start = perf_counter()
+        functions[name]()
+        synchronize(device)
+        seconds[name].append(perf_counter() - start)
     return seconds
 
 

@@ -24,11 +24,13 @@ class Method(ABC):
         static: True if the plan depends on the layout alone, so that it can be cached; False if
             it is made from q and k at every call.
         needs_grid: True if the method has no meaning for a text-only layout.
+        dense: True if every token sees every valid one, so that the model's own attention does.
     """
 
     name: ClassVar[str]
     static: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
+    dense: ClassVar[bool] = False
 
     @abstractmethod
     def plan(

@@ -24,6 +24,7 @@ class Dense(Method):
 
     name: ClassVar[str] = "dense"
     needs_grid: ClassVar[bool] = False
+    dense: ClassVar[bool] = True
 
     block_size: int = 128
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,9 @@ from dittfast.files import write_image
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 
+from ..fingerprint import weights_digest
 from ..guidance.plain import guide, head_counts
-from ..models import is_swapped, transformers_of
+from ..models import transformers_of
 from ..runs.call import PicturePerPrompt, call_arguments
 from ..runs.first_frame import with_first_frame
 from .objectives import Objective, describe_objective, evaluate
@@ -185,23 +185,13 @@ def _samples(prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[tu
     return samples
 
 
-def _weights_digest(model: torch.nn.Module) -> str:
-    """Tells trained weights apart: a hash of names, shapes and the first values of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        values = parameter.detach().flatten()[:64].float().cpu().contiguous()
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _model_facts(pipe) -> dict:
     models = transformers_of(pipe)
     first = next(iter(models.values()))
     session = first._dittfast.session if is_swapped(first) else None
     return {
         "pipeline": type(pipe).__name__,
-        "weights": {name: _weights_digest(model) for name, model in models.items()},
+        "weights": {name: weights_digest({name: model}) for name, model in models.items()},
         "method": None if session is None else f"{session.method} {session.schedule}",
         "device": describe_device(first.device)["name"],
         "dtype": str(first.dtype).removeprefix("torch."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,22 +13,6 @@ from dittfast.files import atomic_path, write_image, write_json
 
 from ..runs.prompts import Item
 from ..runs.run import Run
-
-
-def fingerprint(pipe) -> str:
-    """A short hash of a pipeline's weights: of up to 64 values of every parameter.
-
-    It tells a model from a retrained one of the same name without reading all of it.
-    """
-    digest = hashlib.sha256()
-    for component, module in sorted(pipe.components.items()):
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, value in sorted(module.state_dict().items()):
-            flat = value.detach().flatten()
-            some = flat[:: max(1, flat.numel() // 64)][:64].double().cpu().numpy()
-            digest.update(f"{component}.{name} {tuple(value.shape)}".encode() + some.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def difference_of_settings(wanted: dict, found: dict, prefix: str = "") -> list[str]:

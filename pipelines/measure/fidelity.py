@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import statistics
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dittfast.environment import describe_device, versions
+from dittfast.environment import describe_device
 from dittfast.files import write_image
 from dittfast.measure.metrics import (
     SSIM_WINDOW,
@@ -24,14 +23,16 @@ from dittfast.measure.metrics import (
 from dittfast.measure.perceptual import load_lpips, missing_for_lpips
 from dittfast.measure.summary import bootstrap_mean
 from dittfast.measure.tables import MEASURES
+from dittfast.measure.timing import in_turns
 
-from ..adapter import enable
+from ..fingerprint import weights_digest
 from ..models import transformers_of
-from ..runs.call import call_record
+from ..runs.compare import draw
 from ..runs.prompts import Item
-from ..runs.run import Run, run
+from ..runs.run import Run
+from ..runs.settings import run_settings
 from ..runs.sources import Source
-from .drawings import Drawings, fingerprint
+from .drawings import Drawings
 from .method_check import Checked, capture_layers, check_captured, layer_names, sparse_layers
 from .structure import mask_picture, mass_by_distance
 from .variants import DENSE, Variant, check_labels
@@ -66,17 +67,11 @@ def dense_kernel(name: str) -> Iterator[None]:
 
 def base_settings(pipe, source: Source, call: dict, kernel: str) -> dict:
     """What a picture of any arm depends on, but for its prompt and seed."""
-    model = next(iter(transformers_of(pipe).values()))
-    device = describe_device(model.device)
-    return {
-        "model": source.name,
-        "weights": fingerprint(pipe),
-        "pipeline": type(pipe).__name__,
-        "call": call_record(call),
-        "device": {k: device[k] for k in ("type", "name")},
-        "dtype": str(model.dtype).removeprefix("torch."),
+    settings = run_settings(pipe, source, call)
+    return settings | {
+        "weights": weights_digest(pipe.components),
+        "device": {k: settings["device"][k] for k in ("type", "name")},
         "dense_kernel": kernel,
-        "versions": versions(),
     }
 
 
@@ -93,12 +88,13 @@ class Arm:
     def draw(self, call: dict, seed: int, warm_up: bool = False) -> tuple[Run, dict | None]:
         """The run, and for a method what ran where."""
         if self.variant is None:
-            return run(self.pipe, call, seed), None
-        v, schedule = self.variant, self.variant.schedule
-        if warm_up:
-            schedule = dataclasses.replace(schedule, dense_first_steps=0, dense_last_steps=0)
-        with enable(self.pipe, v.method, schedule=schedule, backend=v.backend) as enabled:
-            return run(self.pipe, call, seed), enabled.describe().to_dict()
+            result, description = draw(self.pipe, call, seed, warm_up=warm_up)
+        else:
+            v = self.variant
+            result, description = draw(
+                self.pipe, call, seed, v.method, v.schedule, backend=v.backend, warm_up=warm_up
+            )
+        return result, None if description is None else description.to_dict()
 
 
 def draw_missing(
@@ -122,31 +118,30 @@ def draw_missing(
     for arm in arms:
         if left[arm.label]:
             on_stage(f"{arm.label}, warm-up")
-            first = call | {"prompt": items[0].prompt, "num_inference_steps": 1}
-            arm.draw(first, items[0].seed, warm_up=True)
+            arm.draw(call | {"prompt": items[0].prompt}, items[0].seed, warm_up=True)
     done = 0
-    for number, item in enumerate(items):
-        for arm in arms if number % 2 == 0 else arms[::-1]:
-            if item.index not in left[arm.label]:
-                continue
-            on_stage(f"{arm.label}, picture {item.index} ({done + 1} of {total})")
-            result, description = arm.draw(call | {"prompt": item.prompt}, item.seed)
-            facts = {
-                "session": session,
-                "seconds": result.timing.total,
-                "steps": list(result.timing.steps),
-                "peak_memory_bytes": result.peak_memory,
-                "attention": description,
-            }
-            try:
-                arm.drawings.save(item, result, facts, latents)
-            except OSError as error:
-                raise OSError(
-                    f"picture {item.index} of {arm.label} could not be stored: {error}. The "
-                    f"{done} pictures drawn before it are kept in {arm.drawings.folder.parent}; "
-                    "the same command goes on there"
-                ) from error
-            done += 1
+    for number, arm in in_turns(arms, len(items)):
+        item = items[number]
+        if item.index not in left[arm.label]:
+            continue
+        on_stage(f"{arm.label}, picture {item.index} ({done + 1} of {total})")
+        result, description = arm.draw(call | {"prompt": item.prompt}, item.seed)
+        facts = {
+            "session": session,
+            "seconds": result.timing.total,
+            "steps": list(result.timing.steps),
+            "peak_memory_bytes": result.peak_memory,
+            "attention": description,
+        }
+        try:
+            arm.drawings.save(item, result, facts, latents)
+        except OSError as error:
+            raise OSError(
+                f"picture {item.index} of {arm.label} could not be stored: {error}. The "
+                f"{done} pictures drawn before it are kept in {arm.drawings.folder.parent}; "
+                "the same command goes on there"
+            ) from error
+        done += 1
     return total
 
 
@@ -299,7 +294,7 @@ def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
     names = layer_names(pipe)
     checks: dict[str, Checked] = {}
     for v in variants:
-        own = [] if v.method.name == "dense" else [names[x] for x in layers[v.label]]
+        own = [] if v.method.dense else [names[x] for x in layers[v.label]]
         mine = [c for c in found if c.layer in own]
         if own and not mine:
             mine = capture_layers(pipe, call, layers[v.label], seed)

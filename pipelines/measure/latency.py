@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dittfast.environment import describe_device, peak_memory, reset_peak_memory, versions
-from dittfast.measure.timing import percentiles, synchronize
+from dittfast.environment import peak_memory, reset_peak_memory
+from dittfast.measure.timing import in_turns, percentiles, synchronize
 
-from ..adapter import enable
+from ..description import Description
 from ..families import FAMILIES
+from ..fingerprint import weights_digest
 from ..models import attention_layers, stock_class, transformers_of
-from ..runs.call import call_record
-from ..runs.compare import quality
-from ..runs.run import Run, run
+from ..runs.compare import draw, quality
+from ..runs.run import Run
+from ..runs.settings import run_settings
 from ..runs.sources import Source
-from .drawings import fingerprint
 from .fidelity import dense_kernel
 from .method_check import check_method
 from .variants import Variant
@@ -119,21 +119,15 @@ def latency_settings(
     pipe, source: Source, call: dict, variant: Variant, *, pairs: int, seed: int, kernel: str
 ) -> dict:
     """What a row of :func:`measure_latency` is of, as plain data; equal for a row to use again."""
-    model = next(iter(transformers_of(pipe).values()))
     return {
         "task": "latency",
         "label": variant.label,
         **variant.settings(),
-        "model": source.name,
-        "weights": fingerprint(pipe),
-        "pipeline": type(pipe).__name__,
-        "call": call_record(call),
+        **run_settings(pipe, source, call),
+        "weights": weights_digest(pipe.components),
         "prompt": call["prompt"],
         "seed": seed,
-        "device": describe_device(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "dense_kernel": kernel,
-        "versions": versions(),
         "pairs": pairs,
     }
 
@@ -172,39 +166,34 @@ def measure_latency(
     memory: dict[str, int | None] = {}
     shares: dict[str, dict] = {}
 
-    def draw(arm: str) -> tuple[Run, dict | None]:
-        if arm == "dense":
-            return run(pipe, call, seed), None
-        v = variant
-        with enable(pipe, v.method, schedule=v.schedule, backend=v.backend) as enabled:
-            return run(pipe, call, seed), enabled.describe().to_dict()
+    def draw_arm(arm: str) -> tuple[Run, Description | None]:
+        method = None if arm == "dense" else variant.method
+        return draw(pipe, call, seed, method, variant.schedule, backend=variant.backend)
 
     with dense_kernel(kernel):
         on_stage("checking the method's attention")
         checked = check_method(pipe, call, variant.method, variant.schedule, variant.backend, seed)
         for arm in runs:
             on_stage(f"{arm}, warm-up")
-            draw(arm)
-        for turn in range(pairs):
-            for arm in list(runs)[:: 1 if turn % 2 == 0 else -1]:
-                on_stage(f"{arm}, pair {turn + 1} of {pairs}")
-                reset_peak_memory(device)
-                result, description = draw(arm)
-                found = peak_memory(device)
-                memory[arm] = None if found is None else max(found, memory.get(arm) or 0)
-                runs[arm].append(result)
+            draw_arm(arm)
+        for turn, arm in in_turns(runs, pairs):
+            on_stage(f"{arm}, pair {turn + 1} of {pairs}")
+            reset_peak_memory(device)
+            result, _ = draw_arm(arm)
+            found = peak_memory(device)
+            memory[arm] = None if found is None else max(found, memory.get(arm) or 0)
+            runs[arm].append(result)
         for arm in runs:
             on_stage(f"{arm}, share of attention")
             with attention_seconds(pipe) as spent:
-                result, last = draw(arm)
-            description = last or description
+                result, description = draw_arm(arm)
             total = result.timing.total
             shares[arm] = {"modules": spent.modules / total}
             if arm == "dense":
                 shares[arm]["attention"] = spent.attention / total
                 shares[arm]["calls"] = spent.calls
     return _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, shares) | {
-        "attention": description
+        "attention": description.to_dict()
     }
 
 

@@ -133,7 +133,7 @@ def check_method(
     Raises:
         dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
     """
-    layers = [] if method.name == "dense" else sparse_layers(pipe, schedule)
+    layers = [] if method.dense else sparse_layers(pipe, schedule)
     return check_captured(method, capture_layers(pipe, call, layers, seed), backend)[0]
 
 

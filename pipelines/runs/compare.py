@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dittfast.environment import describe_device, versions
 from dittfast.measure.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
+from dittfast.measure.timing import in_turns
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.schedule import Schedule
@@ -19,9 +19,9 @@ from dittfast.schedule import Schedule
 from ..adapter import enable
 from ..description import Description, describe
 from ..guidance.plain import guide
-from ..models import transformers_of
-from .call import call_record, check_ranges
+from .call import check_ranges
 from .run import Run, Timing, run
+from .settings import run_settings
 from .sources import Source
 
 
@@ -63,7 +63,25 @@ class Arm:
         }
 
 
-def _draw(pipe, call, seed, method, schedule, backend, guidance) -> tuple[Run, Description | None]:
+def draw(
+    pipe,
+    call: dict,
+    seed: int = 0,
+    method: Method | None = None,
+    schedule: Schedule | None = None,
+    *,
+    backend: str = "auto",
+    guidance: HeadGuidance | None = None,
+    warm_up: bool = False,
+) -> tuple[Run, Description | None]:
+    """One run with a method or, for None, with dense attention; and what ran where.
+
+    Args:
+        warm_up: take one step, and none that the schedule keeps dense, so that the method runs.
+    """
+    if warm_up:
+        call = call | {"num_inference_steps": 1}
+        schedule = replace(schedule or Schedule(), dense_first_steps=0, dense_last_steps=0)
     with contextlib.ExitStack() as stack:
         if method is not None:
             stack.enter_context(enable(pipe, method, schedule=schedule, backend=backend))
@@ -115,18 +133,16 @@ def generate(
         arms.append(("dense", None))
     if method is not None:
         arms.append((method.name, method))
-    schedule = schedule or Schedule()
+    how = {"backend": backend, "guidance": guidance}
     if compare:
-        warm_up = dataclasses.replace(schedule, dense_first_steps=0, dense_last_steps=0)
         for name, chosen in arms:
             on_stage(f"{name}, warm-up")
-            _draw(pipe, call | {"num_inference_steps": 1}, seed, chosen, warm_up, backend, guidance)
+            draw(pipe, call, seed, chosen, schedule, **how, warm_up=True)
     drawn: list[list[tuple[Run, Description | None]]] = [[] for _ in arms]
-    for turn in range(runs):
-        for index in range(len(arms)) if turn % 2 == 0 else reversed(range(len(arms))):
-            name, chosen = arms[index]
-            on_stage(name if runs == 1 else f"{name}, run {turn + 1} of {runs}")
-            drawn[index].append(_draw(pipe, call, seed, chosen, schedule, backend, guidance))
+    for turn, index in in_turns(range(len(arms)), runs):
+        name, chosen = arms[index]
+        on_stage(name if runs == 1 else f"{name}, run {turn + 1} of {runs}")
+        drawn[index].append(draw(pipe, call, seed, chosen, schedule, **how))
     return [
         Arm(name, results[0][0], tuple(r.timing for r, _ in results), results[0][1])
         for (name, _), results in zip(arms, drawn)
@@ -150,18 +166,9 @@ def quality(dense: Run, other: Run) -> dict:
 
 def describe_run(pipe, source: Source, call: dict, seed: int, guidance=None) -> dict:
     """What was asked for, of what and where, as plain data for JSON."""
-    model = next(iter(transformers_of(pipe).values()))
-    return {
-        "prompt": call["prompt"],
-        "model": source.name,
-        "pipeline": type(pipe).__name__,
-        "call": call_record(call),
-        "seed": seed,
-        "guidance": None if guidance is None else dataclasses.asdict(guidance),
-        "versions": versions(),
-        "device": describe_device(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    guided = None if guidance is None else dataclasses.asdict(guidance)
+    own = {"prompt": call["prompt"], "seed": seed, "guidance": guided}
+    return run_settings(pipe, source, call) | own
 
 
 def record(
