@@ -23,11 +23,15 @@ from .config import DistillConfig
 from .model_card import model_card
 from .student import ADAPTER, Student, add_lora, component_of, remove_lora
 
-FORMAT = 1
+FORMAT = 2
+# Format 1 wrote a method's own parameters without OWN before their names.
+_READABLE = (1, 2)
 DESCRIPTION = "adapter.json"
 WEIGHTS = "attention.safetensors"
 # The name that pipe.load_lora_weights looks for.
 LORA = "pytorch_lora_weights.safetensors"
+# Before the names of the method's own parameters, lest one named "weight" be taken for the model's.
+OWN = "method."
 _CLEAR_NAME = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?")
 
 
@@ -57,7 +61,7 @@ def save_adapter(
         if f".{ADAPTER}." in name:
             lora[f"{student.component}.{name.replace(f'.{ADAPTER}.', '.')}"] = value.to(dtype)
         elif name in student.own:
-            weights[name] = value
+            weights[OWN + name] = value
         else:
             weights[name] = value.to(dtype)
     settings = config.student
@@ -116,15 +120,19 @@ def read_description(folder: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {DESCRIPTION} in it")
     description = json.loads(path.read_text(encoding="utf-8"))
-    if description.get("format") != FORMAT:
+    if description.get("format") not in _READABLE:
         raise ValueError(
-            f"{path} has format {description.get('format')}, this version reads {FORMAT}"
+            f"{path} has format {description.get('format')}, this version reads "
+            f"{' and '.join(map(str, _READABLE))}"
         )
     return description
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Trained parameters by their names in the model, of an adapter folder or a weights file.
+
+    The method's own parameters have :data:`OWN` before the name of their layer, but in what
+    format 1 and CLEAR wrote.
 
     A file may have the layout of CLEAR's published checkpoints: ``...attn.to_q.weight`` and
     ``...attn.processor.spatial_weight``, with or without a leading ``transformer.``.
@@ -232,9 +240,7 @@ def load_adapter(
                 f"model: {wrong}. any_base=True loads it all the same"
             )
     chosen, timing = resolve(method, **{"min_tokens": 0, **schedule, **options})
-    own = {n: x for n, x in weights.items() if n.rpartition(".")[2] in chosen.parameters()}
-    adapters = {n: x for n, x in weights.items() if f".{ADAPTER}." in n}
-    plain = {n: x for n, x in weights.items() if n not in own and n not in adapters}
+    own, adapters, plain = _sorted(weights, model, chosen)
     _check(path, model, plain)
     enable(pipe, chosen, schedule=timing, backend=backend)
     try:
@@ -247,6 +253,22 @@ def load_adapter(
     loaded = _Loaded(component, lora=(adapters, lora) if adapters else None)
     loaded.original = _set(model, plain)
     model._dittfast_adapter = loaded
+
+
+def _sorted(weights: dict[str, torch.Tensor], model: torch.nn.Module, method: Method):
+    """Weights of the method (by layer and name), of a LoRA, and of the model itself."""
+    own, adapters, plain = {}, {}, {}
+    in_model = {name for name, _ in model.named_parameters()}
+    for name, x in weights.items():
+        if name.startswith(OWN):
+            own[name.removeprefix(OWN)] = x
+        elif f".{ADAPTER}." in name:
+            adapters[name] = x
+        elif name not in in_model and name.rpartition(".")[2] in method.parameters():
+            own[name] = x
+        else:
+            plain[name] = x
+    return own, adapters, plain
 
 
 def _clear_options(path: Path) -> dict:

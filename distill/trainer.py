@@ -19,14 +19,14 @@ from dittfast.pipelines.fingerprint import difference
 from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
 from . import objectives
-from .artifacts import read_weights, save_adapter
-from .checkpoint import Checkpoints, rng_state, set_rng_state
+from .artifacts import OWN, read_weights, save_adapter
+from .checkpoint import Checkpoints, RunState
 from .config import DistillConfig
 from .launch import make_accelerator, wants_shards
 from .loader import Batch, Dataset, Prefetch, global_batches
 from .noise import generator, sample_noise, sample_times
 from .optim import Average, learning_rate, make_optimizer
-from .sharding import local, part, sharded_state, whole, whole_state
+from .sharding import whole
 from .student import Student, component_of, swapped
 from .validation import Validation
 
@@ -85,6 +85,14 @@ class Trainer:
         else:
             self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
             self._reducing = self.model
+        self.state = RunState(
+            self.parameters,
+            self.average,
+            self.optimizer,
+            self.accelerator.scaler,
+            rank=self.accelerator.process_index,
+            sharded=self.sharded,
+        )
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
@@ -144,7 +152,7 @@ class Trainer:
             self.validation = Validation(self.pipe, self.source, config)
 
     def _start_weights(self, folder: str) -> None:
-        weights = read_weights(folder)
+        weights = {name.removeprefix(OWN): x for name, x in read_weights(folder).items()}
         own = self.student.trainable()
         found = {name: weights[name] for name in own if name in weights}
         if not found:
@@ -372,83 +380,26 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
-        return self.checkpoints.write(self.step, self._write)
+        progress = {"step": self.step, "seconds": self.seconds, **self._run_facts()}
+        return self.checkpoints.write(self.step, lambda folder: self.state.write(folder, progress))
 
-    def _whole(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values of the trained parameters on the CPU, in their whole shapes."""
-        return {n: whole(x, self.parameters[n]).contiguous() for n, x in values.items()}
-
-    def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        main = self.accelerator.is_main_process
-        if main or self.sharded:
-            values = self._whole(self.parameters)
-            optimizer = self.optimizer.state_dict()
-            optimizer = whole_state(optimizer) if self.sharded else optimizer
-            averages = {} if self.average is None else self._whole(self.average.values)
-        if main:
-            broken = [name for name, p in values.items() if not torch.isfinite(p).all()]
-            if broken:
-                raise FloatingPointError(
-                    f"step {self.step}: {broken[0]} has values that are not finite; the last good "
-                    f"checkpoint is {self.checkpoints.latest()}"
-                )
-            save_file(values, folder / "trainable.safetensors")
-            if averages:
-                save_file(averages, folder / "average.safetensors")
-            state = {"optimizer": optimizer}
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            torch.save(state, folder / "optimizer.pt")
-            progress = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "updates": self.average.updates if self.average else 0,
-                "global_batch": self.global_batch,
-                "seed": self.config.train.seed,
-                "data": self.dataset.manifest["seeds"][0],
-            }
-            write_json(folder / "progress.json", progress)
-        torch.save(rng_state(), folder / f"rng-{self.accelerator.process_index:05d}.pt")
+    def _run_facts(self) -> dict:
+        """What a checkpoint must have in common with the run that goes on from it."""
+        return {
+            "global_batch": self.global_batch,
+            "seed": self.config.train.seed,
+            "data": self.dataset.manifest["seeds"][0],
+        }
 
     def _restore(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        now = {"global_batch": self.global_batch, "seed": self.config.train.seed}
-        for name, value in now.items():
-            if progress[name] != value:
-                raise ValueError(
-                    f"{folder} was written with {name} {progress[name]}, this run has {value}; the "
-                    "order of its data would change"
-                )
-        saved = load_file(folder / "trainable.safetensors")
-        if saved.keys() != self.parameters.keys():
-            raise ValueError(f"{folder} holds other trainable parameters than this run has")
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                local(p).copy_(part(saved[name], p))
-        if self.average is not None:
-            averaged = load_file(folder / "average.safetensors")
-            for name, x in self.average.values.items():
-                x.copy_(part(averaged[name], self.parameters[name]))
-            self.average.updates = progress["updates"]
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer = sharded_state(state["optimizer"], list(self.parameters.values()))
-        self.optimizer.load_state_dict(optimizer)
-        if self.accelerator.scaler is not None and "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        rng = folder / f"rng-{self.accelerator.process_index:05d}.pt"
-        if rng.is_file():
-            set_rng_state(torch.load(rng, weights_only=True))
+        facts = self._run_facts()
+        progress = self.state.read(folder, {name: facts[name] for name in ("global_batch", "seed")})
         self.step, self.seconds = progress["step"], progress["seconds"]
 
     def _export(self) -> None:
         main = self.accelerator.is_main_process
         if main or self.sharded:
-            averaged = self.average.values if self.average is not None else {}
-            values = self._whole({**self.parameters, **averaged})
+            values = self.state.result()
         if main:
             rows = [row for row in self.metrics() if "validation/psnr_db" in row]
             save_adapter(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -127,10 +129,11 @@ def test_files_of_an_adapter(trained):
     kind = trainer.config.student.trainable
     lora = {"pytorch_lora_weights.safetensors"} if kind == "lora" else set()
     assert names == {"adapter.json", "README.md", "attention.safetensors", *lora}
-    averages = trainer.average.values
+    own = trainer.student.own
+    wanted = {f"method.{n}" if n in own else n: x for n, x in trainer.average.values.items()}
     found = read_weights(path)
-    assert found.keys() == averages.keys()
-    assert all(torch.equal(found[n], averages[n]) for n in found)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in found)
     card = (path / "README.md").read_text()
     assert card.startswith("---\nbase_model: flux\n")
     for fact in ("Local(window=2", "2 of 2 samples, seed 0", "adamw, lr 0.01", "denoising 1"):
@@ -139,6 +142,43 @@ def test_files_of_an_adapter(trained):
     description = json.loads((path / "adapter.json").read_text())
     assert description["config"] == trainer.config.to_dict()
     assert description["run"]["steps"] == 2
+
+
+def test_adapters_of_the_first_format_load(trained, tmp_path):
+    """They have no mark before the names of the method's own parameters."""
+    trainer, picture = trained
+    path = shutil.copytree(trainer.output / "adapter", tmp_path / "old")
+    weights = load_file(path / "attention.safetensors")
+    old = {name.removeprefix("method."): x for name, x in weights.items()}
+    assert old.keys() != weights.keys()
+    save_file(old, path / "attention.safetensors")
+    description = json.loads((path / "adapter.json").read_text())
+    (path / "adapter.json").write_text(json.dumps(description | {"format": 1}))
+    pipe = fresh(trainer)
+    dittfast.load_adapter(pipe, path)
+    torch.testing.assert_close(run(pipe), picture, rtol=1e-5, atol=1e-5)
+    (path / "adapter.json").write_text(json.dumps(description | {"format": 3}))
+    with pytest.raises(ValueError, match="has format 3, this version reads 1 and 2"):
+        dittfast.load_adapter(fresh(trainer), path)
+
+
+@dataclass(frozen=True)
+class Weighted(Local):
+    """Local attention with one more parameter, of a name that projections have, too."""
+
+    def parameters(self):
+        return super().parameters() | {"weight": torch.ones(1)}
+
+    def extend(self, layout, k, v, weight=None, **parameters):
+        return super().extend(layout, k, v, **parameters)
+
+
+def test_a_methods_weight_does_not_claim_the_models(trained):
+    trainer, picture = trained
+    pipe = fresh(trainer)
+    method = Weighted(window=2, downsample=2, tile=(1, 4, 4))
+    dittfast.load_adapter(pipe, trainer.output / "adapter", method=method)
+    torch.testing.assert_close(run(pipe), picture, rtol=1e-5, atol=1e-5)
 
 
 def test_diffusers_loads_the_lora(folder, trained):
@@ -236,7 +276,7 @@ def load_weights(path: Path):
             name = name.replace("lora_A.", "lora_A.dittfast.").replace(
                 "lora_B.", "lora_B.dittfast."
             )
-            found[name.removeprefix("transformer.")] = x
+            found[name.removeprefix("transformer.").removeprefix("method.")] = x
     return found
 
 

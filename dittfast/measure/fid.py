@@ -117,6 +117,39 @@ def _check_count(folder: Path, count: int, dims: int, name: str, allow_few: bool
     )
 
 
+def _inception(reference) -> dict:
+    """What clean-fid needs for FID itself, checked to be on the disk; it would download it."""
+    import cleanfid
+
+    if not inception_path().is_file():
+        raise FileNotFoundError(
+            f"Inception's weights are not at {inception_path()}, where clean-fid looks for them. "
+            f"Put {_INCEPTION_FILE} there (clean-fid's downloads_helper names its address), or use "
+            "--features sample, which is no FID"
+        )
+    if not isinstance(reference, Reference):
+        return {}
+    path = _statistics(Path(cleanfid.__file__).parent, reference)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the statistics of {reference.name} are not at {path}; fetch "
+            f"https://www.cs.cmu.edu/~clean-fid/stats/{path.name} there"
+        )
+    return {
+        "dataset_name": reference.name,
+        "dataset_split": reference.split,
+        "dataset_res": reference.resolution,
+    }
+
+
+def _own_features(network: FeatureNetwork, reference, device) -> dict:
+    """What clean-fid needs for the distance in another network's features."""
+    if isinstance(reference, Reference):
+        raise ValueError("a dataset's statistics are of Inception; name a folder to compare")
+    extractor = CleanFidExtractor(network.to(device))
+    return {"custom_feat_extractor": extractor, "custom_fn_resize": extractor.resize}
+
+
 def frechet(
     folder: str | Path,
     reference: str | Path | Reference,
@@ -143,45 +176,17 @@ def frechet(
             clean-fid would download them without asking.
         ValueError: as :func:`check_pictures`, or too few pictures.
     """
-    import cleanfid
     from cleanfid import fid
 
     inception = network is None
     dims = INCEPTION_DIMS if inception else network.dims
     name = "Inception" if inception else network.name
-    if inception and not inception_path().is_file():
-        raise FileNotFoundError(
-            f"Inception's weights are not at {inception_path()}, where clean-fid looks for them. "
-            f"Put {_INCEPTION_FILE} there (clean-fid's downloads_helper names its address), or use "
-            "--features sample, which is no FID"
-        )
-    folders = [picture_folder(folder)]
-    chosen: dict = {}
-    if isinstance(reference, Reference):
-        if not inception:
-            raise ValueError("a dataset's statistics are of Inception; name a folder to compare")
-        path = _statistics(Path(cleanfid.__file__).parent, reference)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"the statistics of {reference.name} are not at {path}; fetch "
-                f"https://www.cs.cmu.edu/~clean-fid/stats/{path.name} there"
-            )
-        chosen = {
-            "dataset_name": reference.name,
-            "dataset_split": reference.split,
-            "dataset_res": reference.resolution,
-        }
-    else:
-        folders.append(picture_folder(reference))
+    chosen = _inception(reference) if inception else _own_features(network, reference, device)
+    both = (folder,) if isinstance(reference, Reference) else (folder, reference)
+    folders = [picture_folder(f) for f in both]
     found = [check_pictures(f, mixed_sizes) for f in folders]
     for at, (count, _) in zip(folders, found):
         _check_count(at, count, dims, name, allow_few)
-    if not inception:
-        extractor = CleanFidExtractor(network.to(device))
-        chosen |= {
-            "custom_feat_extractor": extractor,
-            "custom_fn_resize": extractor.resize,
-        }
     # clean-fid prints what only our caller may print.
     with contextlib.redirect_stdout(io.StringIO()):
         value = fid.compute_fid(

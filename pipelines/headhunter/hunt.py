@@ -19,7 +19,7 @@ from dittfast.methods.head_guidance import HeadGuidance
 
 from ..fingerprint import weights_digest
 from ..guidance.plain import guide, head_counts
-from ..models import transformers_of
+from ..models import is_swapped, transformers_of
 from ..runs.call import PicturePerPrompt, call_arguments
 from ..runs.first_frame import with_first_frame
 from .objectives import Objective, describe_objective, evaluate
@@ -185,6 +185,53 @@ def _samples(prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[tu
     return samples
 
 
+def _splits(prompts, seeds, holdout, holdout_seeds) -> dict[str, list[tuple[str, int]]]:
+    """The samples to search with and, where there are any, those held out."""
+    splits = {"search": _samples(prompts, seeds, "prompts")}
+    if holdout:
+        again = seeds if holdout_seeds is None else holdout_seeds
+        splits["holdout"] = _samples(holdout, again, "holdout")
+        both = set(splits["search"]) & set(splits["holdout"])
+        if both:
+            raise ValueError(f"held-out pictures must be new; {sorted(both)[0]!r} is searched with")
+    return splits
+
+
+def _guidance(pool, guidance_scale, strength, rows, start_step, stop_step) -> dict:
+    """The options of the guidance but its heads, checked."""
+    options = HeadGuidance(tuple(pool), guidance_scale, strength, rows, start_step, stop_step)
+    if not isinstance(strength, (int, float)):
+        raise ValueError(f"strength must be one number for a search, got {strength!r}")
+    return {name: value for name, value in asdict(options).items() if name != "heads"}
+
+
+def _arguments(pipe, prompt: str, call: dict) -> dict:
+    """The pipeline's arguments but the prompt."""
+    if any(is_swapped(m) and m._dittfast.guidance for m in transformers_of(pipe).values()):
+        raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
+    arguments = with_first_frame(pipe, call_arguments(pipe, prompt, **call))
+    if isinstance(arguments.get("image"), PicturePerPrompt):
+        raise ValueError(
+            "a head search draws several prompts at once and cannot make each its own first "
+            "frame; pass one picture as the call's image"
+        )
+    return {name: value for name, value in arguments.items() if name != "prompt"}
+
+
+def _on_holdout(result: HuntResult, judge: _Judge) -> HuntResult:
+    """The result with every contender judged on the held-out samples, too."""
+
+    def held(contender: Contender) -> Contender:
+        return replace(contender, holdout=tuple(judge(contender.heads, split="holdout")))
+
+    return replace(
+        result,
+        unguided=held(result.unguided),
+        layers=tuple(map(held, result.layers)),
+        found=tuple(map(held, result.found)),
+    )
+
+
 def _model_facts(pipe) -> dict:
     models = transformers_of(pipe)
     first = next(iter(models.values()))
@@ -265,34 +312,16 @@ def hunt(
         raise ValueError("there are no prompts to search with; give at least one")
     policy = Policy(rounds, topk, screen, keep, min_gain)
     check_integer("batch_size", batch_size, 1)
-    splits = {"search": _samples(prompts, seeds, "prompts")}
-    if holdout:
-        again = seeds if holdout_seeds is None else holdout_seeds
-        splits["holdout"] = _samples(holdout, again, "holdout")
-        both = set(splits["search"]) & set(splits["holdout"])
-        if both:
-            raise ValueError(f"held-out pictures must be new; {sorted(both)[0]!r} is searched with")
+    splits = _splits(prompts, seeds, holdout, holdout_seeds)
     counts = head_counts(pipe)
     pool = _pool(counts, layers, heads)
-    options = HeadGuidance(
-        tuple(pool), guidance_scale, strength, rows, start_step, stop_step
-    )  # checks them
-    guidance = {k: v for k, v in asdict(options).items() if k != "heads"}
-    if not isinstance(strength, (int, float)):
-        raise ValueError(f"strength must be one number for a search, got {strength!r}")
-    if any(is_swapped(m) and m._dittfast.guidance for m in transformers_of(pipe).values()):
-        raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
-    arguments = with_first_frame(pipe, call_arguments(pipe, prompts[0], **(call or {})))
-    if isinstance(arguments.get("image"), PicturePerPrompt):
-        raise ValueError(
-            "a head search draws several prompts at once and cannot make each its own first "
-            "frame; pass one picture as the call's image"
-        )
+    guidance = _guidance(pool, guidance_scale, strength, rows, start_step, stop_step)
+    arguments = _arguments(pipe, prompts[0], call or {})
     settings = {
         "objective": describe_objective(objective),
         "model": _model_facts(pipe),
         "guidance": guidance,
-        "call": {k: v for k, v in arguments.items() if k != "prompt"},
+        "call": arguments,
         "samples": splits["search"],
         "holdout": splits.get("holdout", []),
         "batch_size": batch_size,
@@ -303,7 +332,6 @@ def hunt(
         folder.mkdir(parents=True, exist_ok=True)
         state = folder / "state.json"
     book = ScoreBook(settings, state)
-    arguments.pop("prompt")
     studio = _Studio(pipe, objective, arguments, guidance, batch_size)
     every_layer = [
         tuple((layer, head) for head in range(n)) for layer, n in enumerate(counts)
@@ -335,13 +363,7 @@ def hunt(
             tuple(Contender(f"round {r.number}", r.heads, r.scores) for r in done),
         )
         if holdout:
-            held = lambda c: replace(c, holdout=tuple(judge(c.heads, split="holdout")))  # noqa: E731
-            result = replace(
-                result,
-                unguided=held(result.unguided),
-                layers=tuple(map(held, result.layers)),
-                found=tuple(map(held, result.found)),
-            )
+            result = _on_holdout(result, judge)
             if folder is not None:
                 sheet = holdout_sheet(studio.pictures, splits["holdout"], result)
                 write_image(folder / "holdout.png", sheet)

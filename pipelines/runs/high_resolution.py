@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,6 +120,28 @@ def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
             )
 
 
+@contextlib.contextmanager
+def _running(pipe, method, guidance: HeadGuidance | None, **how) -> Iterator[None]:
+    """Inside, the pipeline runs ``method`` (None: as it is) and is guided."""
+    with contextlib.ExitStack() as stack:
+        if method is not None:
+            stack.enter_context(enable(pipe, method, **how))
+        if guidance is not None:
+            stack.enter_context(guide(pipe, guidance))
+        yield
+
+
+def _calls(pipe, larger, prompt: str, stages, call: dict) -> list[dict]:
+    """The arguments of each stage's call, checked against the pipeline that takes them."""
+    for name in {"prompt", "height", "width", "image", "strength"} & set(call):
+        raise ValueError(f"call holds {name}, which the stages set themselves; leave it out")
+    calls = [call_arguments(pipe, prompt, height=h, width=w, **call) for h, w in stages]
+    for arguments in calls[1:]:
+        for name in set(arguments) - set(accepted(larger)):
+            raise ValueError(f"{type(larger).__name__} takes no {name}; leave it out")
+    return calls
+
+
 def generate_high_resolution(
     pipe,
     prompt: str,
@@ -187,22 +209,13 @@ def generate_high_resolution(
     elif options or schedule:
         raise ValueError(f"there is no method for the options {sorted(options)}")
     larger = image_to_image(pipe)
-    call = call or {}
-    for name in {"prompt", "height", "width", "image", "strength"} & set(call):
-        raise ValueError(f"call holds {name}, which the stages set themselves; leave it out")
-    calls = [call_arguments(pipe, prompt, height=h, width=w, **call) for h, w in stages]
-    for arguments in calls[1:]:
-        for name in set(arguments) - set(accepted(larger)):
-            raise ValueError(f"{type(larger).__name__} takes no {name}; leave it out")
+    calls = _calls(pipe, larger, prompt, stages, call or {})
     with rope_theta_scaled(pipe, ntk_factor):
         pass  # checks it
 
     on_stage(f"{stages[0][1]} x {stages[0][0]}")
-    with contextlib.ExitStack() as stack:
-        if not swapped:
-            stack.enter_context(enable(pipe, "dense"))
-        if guidance is not None:
-            stack.enter_context(guide(pipe, guidance))
+    own = None if swapped else "dense"  # the stages without a method; swapped runs its own
+    with _running(pipe, own, guidance):
         first = run(pipe, calls[0], seed)
         tokens = describe(pipe).num_tokens
     done = [Stage(first, None, tokens)]
@@ -213,14 +226,11 @@ def generate_high_resolution(
         on_stage(f"{width} x {height}")
         picture = done[-1].image.resize((width, height), Image.Resampling.LANCZOS)
         arguments |= {"image": picture, "strength": value}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(rope_theta_scaled(pipe, ntk_factor))
-            if chosen is not None:
-                stack.enter_context(enable(larger, chosen, schedule=schedule, backend=backend))
-            elif not swapped:
-                stack.enter_context(enable(larger, "dense"))
-            if guidance is not None:
-                stack.enter_context(guide(larger, guidance))
+        how = {} if chosen is None else {"schedule": schedule, "backend": backend}
+        with (
+            rope_theta_scaled(pipe, ntk_factor),
+            _running(larger, own if chosen is None else chosen, guidance, **how),
+        ):
             drawn = run(larger, arguments, seed + number)
             description = describe(larger)
         sparse = description if chosen is not None or swapped else None
