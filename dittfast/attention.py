@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from .layout import Layout
 from .methods.base import Method
-from .plan import Plan
+from .plan import Plan, to_be_kept
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got shape {list(x.shape)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(
+                f"{name} needs at least one head, token and channel, got shape {list(x.shape)}"
+            )
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"q, k, v must agree in dtype and device: q is {q.dtype} on {q.device}, "
@@ -85,6 +90,21 @@ def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
         raise ValueError(
             f"kv_log_weight must be [B|1, H|1, {plan.num_keys}], got {list(kv_log_weight.shape)}"
         )
+    for name in ("plan.kv_log_weight", "kv_log_weight"):
+        x = per_list[name]
+        if x is None:
+            continue
+        if (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
+            raise ValueError(
+                f"{name} carries a derivative, which attend does not pass on; give {name}.detach()"
+            )
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    """Whether ``x`` carries a forward-mode derivative (torch.func.jvp, forward_ad)."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def attend(
@@ -132,16 +152,20 @@ def attend(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if backend == "auto" and plan.is_dense and kv_log_weight is None and not return_lse:
+    is_plain = kv_log_weight is None and not return_lse
+    if backend == "auto" and plan.is_dense and is_plain and not any(map(_has_tangent, (q, k, v))):
         # Not F.scaled_dot_product_attention, which the adapter watches and brings here.
         return torch.ops.aten.scaled_dot_product_attention(q, k, v, scale=scale)
     plan = plan.to(q.device)
+    if kv_log_weight is not None:  # what the plan adds to it is not rounded below q
+        kv_log_weight = kv_log_weight.to(torch.promote_types(q.dtype, torch.float32))
     if not torch.compiler.is_compiling():
         needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
-        if hasattr(implementation, "make_worklist"):
-            plan.worklist(name, implementation.make_worklist)
-        elif needs_grad and torch.is_grad_enabled():
-            plan.transpose()
+        with to_be_kept():
+            if hasattr(implementation, "make_worklist"):
+                plan.worklist(name, implementation.make_worklist)
+            elif needs_grad and torch.is_grad_enabled():
+                plan.transpose()
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight, name), scale)
     return (out, lse) if return_lse else out
@@ -189,9 +213,14 @@ def method_attention(
     with own_precision(q):  # the scores that choose blocks are fp32
         if plan is None:
             given = {"scale": scale, "kv_log_weight": kv_log_weight}
-            plan = method.plan(layout) if method.static else method.plan(layout, q, k, v, **given)
+            if method.static:
+                with to_be_kept():
+                    plan = method.plan(layout)
+            else:
+                plan = method.plan(layout, q, k, v, **given)
             if on_plan is not None and not method.static and not torch.compiler.is_compiling():
-                on_plan(plan)
+                with to_be_kept():
+                    on_plan(plan)
         k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
     if kv_log_weight is not None and extra:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,28 @@ from .layout import Blocks, Layout, make_blocks, split_evenly
 METRICS = ("disc", "raster")
 # Token pairs looked at together when a rule is evaluated block by block: bounds memory.
 _PAIRS_AT_ONCE = 1 << 24
+
+
+@contextlib.contextmanager
+def to_be_kept():
+    """Inside, new tensors belong to no call: none is an inference tensor or one of torch.func's.
+
+    For what is computed from the layout alone and used again, perhaps to train. torch.compile
+    traces through.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """Integers as they are below torch.func's transforms: they have no derivative."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +205,8 @@ class Plan:
             # Python ints, read once: later use must not synchronise with a device.
             set_(f"num_{'queries' if side == 'q' else 'keys'}", _covered(blocks, side))
             set_(f"{side}_block_size", int(blocks.lengths.max()))
+        for name in ("kv_indices", "kv_num_blocks", "kv_num_full_blocks"):
+            set_(name, _plain(getattr(self, name)))
         if self.num_real_keys is None:
             set_("num_real_keys", self.num_keys)
         set_("_transpose", None)
@@ -337,8 +362,9 @@ class Plan:
         device. ``fields`` may set ``kv_log_weight``, ``out_scale`` and ``out_residual``.
         :meth:`replace` validates the result.
         """
-        lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks}
-        lists["kv_num_full_blocks"] = kv_num_blocks
+        count = _plain(kv_num_blocks)
+        lists = {"kv_indices": _plain(kv_indices), "kv_num_blocks": count}
+        lists["kv_num_full_blocks"] = count
         # Whether it is dense is not looked at: that would wait for the device.
         none = {"rule": None, "num_partial_pairs": None, "is_dense": False}
         return self._copy(lists | none | fields)
@@ -565,6 +591,14 @@ def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):
     return starts[blocks].long()[:, None] + torch.where(inside, offset, 0), inside
 
 
+def token_rule(t: PlanTensors) -> TokenRule | None:
+    """The plan's rule from the op's arguments."""
+    if not t.metric:
+        return None
+    places = t.q_frame, t.q_place, t.kv_frame, t.kv_place
+    return TokenRule(METRICS[t.metric - 1], t.limits, *places, t.sink_frames)
+
+
 def dense_mask(t: PlanTensors, num_queries: int, num_keys: int) -> torch.Tensor:
     """:meth:`Plan.to_dense_mask` from the op's arguments."""
     device = t.kv_indices.device
@@ -576,16 +610,8 @@ def dense_mask(t: PlanTensors, num_queries: int, num_keys: int) -> torch.Tensor:
     lists = t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks
     state = block_states(*lists, t.kv_starts.numel())[..., q_block, :][..., kv_block]
     mask = state == 2
-    if t.metric:
-        rule = TokenRule(
-            METRICS[t.metric - 1],
-            t.limits,
-            t.q_frame,
-            t.q_place,
-            t.kv_frame,
-            t.kv_place,
-            t.sink_frames,
-        )
+    rule = token_rule(t)
+    if rule is not None:
         q_at = torch.arange(num_queries, device=device)[:, None]
         mask = mask | (state == 1) & rule.keep(q_at, torch.arange(num_keys, device=device))
     for dim, order in ((-2, t.q_order), (-1, t.kv_order)):

@@ -1,20 +1,44 @@
-"""Makes a backend's forward and backward functions into torch.library custom ops."""
+"""Makes a backend's forward and backward functions into torch.library ops with derivatives.
+
+``torch.library.custom_op`` would do for the gradient, but it drops forward-mode tangents without a
+word, and its first call imports torch.compile's compiler, which takes seconds. So each op is
+defined with an autograd kernel of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Optional
+from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.library import Library
 
 from dittfast.plan import PlanTensors
+
+from .tangent import tangents
 
 # The op takes the plan's tensors as one list: the schema stays short and a field added to
 # PlanTensors does not change it.
 _NUM_TENSORS = PlanTensors._fields.index("metric")
 _SCALE = PlanTensors._fields.index("out_scale")
 _RESIDUAL = PlanTensors._fields.index("out_residual")
+_PLAN = "Tensor?[] tensors, Tensor? out_scale, Tensor? out_residual, int[] sizes, float scale"
+_QKV = "Tensor q, Tensor k, Tensor v"
+_TANGENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor? d_out_scale, Tensor? d_out_residual"
+
+# What PyTorch has registered, by name; ops exist as long as their Library does.
+_LIBRARIES: dict[str, Library] = {}
+
+_NO_VMAP = (
+    "attend has no vmap rule: it is batched itself. Put the mapped dimension into the batch of q, "
+    "k and v (x.flatten(0, 1)), or call it once per element"
+)
+_NO_SECOND = (
+    "attend has no second derivative on the {} backend. Differentiate once, or detach what attend "
+    "gave (gradients and tangents); backend='reference' has it, dense and so for small sizes"
+)
 
 
 def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,86 +47,167 @@ def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), torch.empty(q.shape[:-1], dtype=lse_dtype, device=q.device)
 
 
-def define_backend(name: str, forward: Callable, backward: Callable) -> Callable:
-    """Register ``dittfast::attend_{name}`` and its backward; return the differentiable function.
+def define_backend(
+    name: str, forward: Callable, backward: Callable, twice: bool = False
+) -> Callable:
+    """Register ``dittfast::attend_{name}`` and its derivatives; return the function to call.
+
+    The function works under torch.compile, autograd and torch.func.grad, and in forward mode
+    (torch.func.jvp, torch.autograd.forward_ad), whose derivative :mod:`.tangent` computes for all
+    backends. What it cannot do, it refuses: vmap, and derivatives of derivatives.
 
     Args:
         forward: ``(q, k, v, PlanTensors, scale) -> (out, lse)``.
         backward: ``(grad_out, grad_lse, q, k, v, out, lse, PlanTensors, scale) -> (dq, dk, dv,
             d out_scale or None, d out_residual or None)``.
+        twice: whether ``backward`` is made of differentiable PyTorch functions of its inputs, so
+            that it can be differentiated itself.
 
     Returns:
         ``(q, k, v, PlanTensors, scale) -> (out, lse)``.
     """
+    if name in _LIBRARIES:  # a notebook's cell, run again
+        _LIBRARIES.pop(name)._destroy()
+    library = _LIBRARIES[name] = Library("dittfast", "FRAGMENT")
 
-    @torch.library.custom_op(f"dittfast::attend_{name}", mutates_args=())
-    def op(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        tensors: Sequence[Optional[torch.Tensor]],  # noqa: UP045 (custom_op reads it)
-        out_scale: Optional[torch.Tensor],  # noqa: UP045
-        out_residual: Optional[torch.Tensor],  # noqa: UP045
-        sizes: Sequence[int],
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def define(suffix: str, schema: str, run: Callable, fake: Callable):
+        full = f"attend_{name}{suffix}"
+        library.define(full + schema)
+        library.impl(full, run, "CompositeExplicitAutograd")
+        for key in ("FuncTorchBatched", "Batched"):  # torch.func.vmap, is_grads_batched
+            library.impl(full, _refuse_vmap, key)
+        torch.library.register_fake(f"dittfast::{full}", fake, lib=library)
+        return getattr(torch.ops.dittfast, full).default
+
+    def run(q, k, v, tensors, out_scale, out_residual, sizes, scale):
+        if not q.numel():  # an empty batch: backends need not survive it
+            return empty_outputs(q)
         t = _plan_tensors(tensors, out_scale, out_residual, sizes)
         with own_precision(q):
             out, lse = forward(q, k, v, t, scale)
-        like, _ = empty_outputs(q)
-        if out.stride() != like.stride():
-            out = like.copy_(out)
+        # A tensor on "meta" has strides and no memory.
+        if out.stride() != torch.empty_like(q, device="meta").stride():
+            out = torch.empty_like(q).copy_(out)
         return out, lse
 
-    @op.register_fake
-    def _(q, k, v, tensors, out_scale, out_residual, sizes, scale):
-        return empty_outputs(q)
-
-    @torch.library.custom_op(f"dittfast::attend_{name}_backward", mutates_args=())
-    def backward_op(
-        grad_out: torch.Tensor,
-        grad_lse: Optional[torch.Tensor],  # noqa: UP045
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        tensors: Sequence[Optional[torch.Tensor]],  # noqa: UP045
-        out_scale: Optional[torch.Tensor],  # noqa: UP045
-        out_residual: Optional[torch.Tensor],  # noqa: UP045
-        sizes: Sequence[int],
-        scale: float,
-    ) -> list[torch.Tensor]:
+    def run_backward(
+        grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, sizes, scale
+    ):
+        inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
+        if not q.numel():
+            return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
         t = _plan_tensors(tensors, out_scale, out_residual, sizes)
         with own_precision(q):
             grads = backward(grad_out, grad_lse, q, k, v, out, lse, t, scale)
-        inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
-        return [
-            _reduce(g, x).contiguous() for g, x in zip([g for g in grads if g is not None], inputs)
-        ]
+        grads = [g for g in grads if g is not None]
+        return [_reduce(g, x).contiguous() for g, x in zip(grads, inputs)]
 
-    @backward_op.register_fake
-    def _(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, sizes, scale):
+    def run_tangent(
+        dq,
+        dk,
+        dv,
+        d_scale,
+        d_residual,
+        q,
+        k,
+        v,
+        lse,
+        tensors,
+        out_scale,
+        out_residual,
+        sizes,
+        scale,
+    ):
+        if not q.numel():
+            return empty_outputs(q)
+        t = _plan_tensors(tensors, out_scale, out_residual, sizes)
+        with own_precision(q):
+            d_out, d_lse = tangents((dq, dk, dv, d_scale, d_residual), q, k, v, lse, t, scale)
+        return torch.empty_like(q).copy_(d_out), d_lse.to(lse.dtype)
+
+    def fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, *_):
         inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
         return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
 
-    def setup_context(ctx, inputs, output):
-        q, k, v, tensors, out_scale, out_residual, sizes, scale = inputs
-        ctx.save_for_backward(q, k, v, *output, out_scale, out_residual, *tensors)
-        ctx.sizes, ctx.scale = sizes, scale
+    op = define("", f"({_QKV}, {_PLAN}) -> (Tensor, Tensor)", run, lambda q, *_: empty_outputs(q))
+    backward_op = define(
+        "_backward",
+        f"(Tensor grad_out, Tensor? grad_lse, {_QKV}, Tensor out, Tensor lse, {_PLAN}) -> Tensor[]",
+        run_backward,
+        fake_backward,
+    )
+    tangent_op = define(
+        "_tangent",
+        f"({_TANGENTS}, {_QKV}, Tensor lse, {_PLAN}) -> (Tensor, Tensor)",
+        run_tangent,
+        lambda dq, dk, dv, d_scale, d_residual, q, *_: empty_outputs(q),
+    )
 
-    def run_backward(ctx, grad_out, grad_lse):
-        q, k, v, out, lse, out_scale, out_residual, *tensors = ctx.saved_tensors
-        grads = backward_op(
-            grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual,
-            ctx.sizes, ctx.scale,
-        )  # fmt: skip
-        dq, dk, dv, *rest = grads
-        d_scale = rest.pop(0) if out_scale is not None else None
-        d_residual = rest.pop(0) if out_residual is not None else None
-        return dq, dk, dv, None, d_scale, d_residual, None, None
+    class Attend(_SingleLevelFunction):
+        @staticmethod
+        def forward(*inputs):
+            return _below_autograd(op, inputs)
 
-    op.register_autograd(run_backward, setup_context=setup_context)
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            q, k, v, tensors, out_scale, out_residual, sizes, scale = inputs
+            ctx.save_for_backward(q, k, v, *output, out_scale, out_residual, *tensors)
+            ctx.save_for_forward(q, k, v, output[1], out_scale, out_residual, *tensors)
+            ctx.sizes, ctx.scale = sizes, scale
+
+        @staticmethod
+        def backward(ctx, grad_out, grad_lse):
+            q, k, v, out, lse, out_scale, out_residual, *tensors = ctx.saved_tensors
+            grads = backward_op(
+                grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual,
+                ctx.sizes, ctx.scale,
+            )  # fmt: skip
+            dq, dk, dv, *rest = grads
+            d_scale = rest.pop(0) if out_scale is not None else None
+            d_residual = rest.pop(0) if out_residual is not None else None
+            return dq, dk, dv, None, d_scale, d_residual, None, None
+
+        @staticmethod
+        def jvp(ctx, dq, dk, dv, _, d_scale, d_residual, *__):
+            q, k, v, lse, out_scale, out_residual, *tensors = ctx.saved_tensors
+            return tangent_op(
+                dq, dk, dv, d_scale, d_residual, q, k, v, lse, tensors, out_scale, out_residual,
+                ctx.sizes, ctx.scale,
+            )  # fmt: skip
+
+    class Derivative(_SingleLevelFunction):
+        """A derivative that has none itself."""
+
+        @staticmethod
+        def forward(derivative, *inputs):
+            return tuple(_below_autograd(derivative, inputs))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise NotImplementedError(_NO_SECOND.format(name))
+
+        jvp = backward
+
+    def derivative_kernel(derivative, as_result, composite=None):
+        def kernel(*inputs):
+            # Traced for a graph, or run by backward(), it stays one op.
+            if composite and (torch.is_grad_enabled() or in_forward_mode()):
+                return composite(*inputs)
+            return as_result(_apply(Derivative, derivative, *inputs))
+
+        return kernel
+
+    composite = run_backward if twice else None
+    for full, kernel in (
+        ("", lambda *inputs: _apply(Attend, *inputs)),
+        ("_backward", derivative_kernel(backward_op, list, composite)),
+        ("_tangent", derivative_kernel(tangent_op, tuple)),
+    ):
+        library.impl(f"attend_{name}{full}", kernel, "Autograd")
 
     def call(q, k, v, t: PlanTensors, scale: float):
         tensors = list(t[:_NUM_TENSORS])
@@ -110,6 +215,36 @@ def define_backend(name: str, forward: Callable, backward: Callable) -> Callable
         return op(q, k, v, tensors, t.out_scale, t.out_residual, list(t[_NUM_TENSORS:]), scale)
 
     return call
+
+
+def _apply(function, *inputs):
+    """Run an autograd function at the level of torch.func that the dispatcher has come to."""
+    functorch = torch._C._functorch
+    before = functorch.get_single_level_autograd_function_allowed()
+    functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return function.apply(*inputs)
+    finally:
+        functorch.set_single_level_autograd_function_allowed(before)
+
+
+def _below_autograd(op, inputs):
+    """Call ``op`` without this level's autograd; levels of torch.func below keep theirs."""
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowADInplaceOrView(),
+    ):
+        return op(*inputs)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry forward-mode tangents here (torch.func.jvp, forward_ad)."""
+    return forward_ad._current_level >= 0
+
+
+def _refuse_vmap(*_):
+    raise NotImplementedError(_NO_VMAP)
 
 
 def own_precision(x: torch.Tensor):

@@ -19,6 +19,7 @@ from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
+from dittfast.plan import to_be_kept
 
 from .guidance.perturbation import Perturbation
 from .layer import AttentionCore, LayerRun, PlannedLayout
@@ -155,7 +156,7 @@ class SparseAttnProcessor(_AttnProcessor):
             return None
         key = (layout, hidden_states.device)
         if key not in self._runs:
-            with torch.inference_mode(False):  # kept for later calls, which may train
+            with to_be_kept():
                 plan = self.method.plan(layout).to(key[1]) if self.method.static else None
                 self.method.prepare(layout, key[1])
             planned = ((PlannedLayout(layout, plan),),)

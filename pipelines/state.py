@@ -16,6 +16,7 @@ import torch
 from dittfast import break_even
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
+from dittfast.plan import to_be_kept
 from dittfast.schedule import Schedule
 
 from .families import Family
@@ -367,7 +368,7 @@ class ModelState:
                 f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type, source,
             )  # fmt: skip
         else:
-            with torch.inference_mode(False):  # kept for later passes, which may train
+            with to_be_kept():
                 plan = method.plan(layout).to(device) if method.static else None
                 method.prepare(layout, device)
             part = PlannedLayout(layout, plan)

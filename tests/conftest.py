@@ -64,3 +64,43 @@ def tiny_models_run_sparse(monkeypatch):
 
     monkeypatch.setattr(break_even, "MEASURED", {})
     monkeypatch.setattr(break_even, "ESTIMATED", {})
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch):
+    """Triton's interpreter patches its language at every call of a device function, which is most
+    of a test's time: once per module is enough."""
+    if torch.cuda.is_available():
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        if interpreter.tl.core.is_builtin(interpreter.tl.load):
+            patched.clear()
+        if id(fn.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+@pytest.fixture
+def interpreted_bfloat16(monkeypatch):
+    """Lets Triton's interpreter multiply bfloat16, whose bits it takes for integers otherwise."""
+    if torch.cuda.is_available():
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    dot, tl = interpreter.InterpreterBuilder.create_dot, interpreter.tl
+
+    def widened(self, a, b, d, *options):
+        if a.dtype.scalar == tl.bfloat16:
+            wide = (
+                tl.block_type(tl.float32, list(a.data.shape)),
+                tl.block_type(tl.float32, list(b.data.shape)),
+            )
+            a, b = (self.cast_impl(x, to) for x, to in zip((a, b), wide))
+        return dot(self, a, b, d, *options)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)

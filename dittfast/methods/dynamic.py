@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ..layout import Blocks, Layout
+from ..plan import to_be_kept
 from .base import Method
 
 # Geometries (and paddings) a method keeps: a pipeline has a few resolutions and prompt lengths.
@@ -147,8 +148,7 @@ class DynamicMethod(Method):
     def _cached(self, key: tuple, make: Callable):
         found = self._cache.get(key)
         if found is None:
-            # Kept for later calls too, which may train: no inference tensors.
-            with torch.inference_mode(False):
+            with to_be_kept():
                 found = make()
             while len(self._cache) >= 2 * _CACHE_SIZE:
                 self._cache.pop(next(iter(self._cache)), None)

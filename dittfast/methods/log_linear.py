@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ..layout import Layout, make_blocks, split_evenly
-from ..plan import Plan
+from ..plan import Plan, to_be_kept
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
-from .dynamic import DynamicMethod, Partition, Pool, match_heads
+from .dynamic import DynamicMethod, Partition, Pool, match_heads, wide_dtype
 
 ORDERS = ("morton", "hilbert", "raster")
 
@@ -20,7 +20,7 @@ class _Geometry(NamedTuple):
     pool: Pool
     sizes: tuple[int, ...]  # pooled tokens at levels 1, 2, ..., levels
     first_group: tuple[int, ...]  # key block where each level's pooled tokens begin
-    log_weight: torch.Tensor  # [1, 1, num_keys]
+    log_weight: torch.Tensor  # [1, 1, num_keys] fp64
     template: Plan
 
 
@@ -111,7 +111,7 @@ class LogLinear(DynamicMethod):
         pool = Pool.of(partition.blocks, partition.grid, self.block_size)
         starts, lengths = [partition.blocks.starts], [partition.blocks.lengths]
         total, first_group, sizes = layout.num_tokens, [], []
-        weights = [torch.zeros(total)]
+        weights = [torch.zeros(total, dtype=torch.float64)]
         count, group = pool.count[0, 0], partition.blocks.count
         for level in range(levels if self.enrich else 0):
             if level:
@@ -122,7 +122,7 @@ class LogLinear(DynamicMethod):
             start, length = split_evenly(total, count.shape[0], self.block_size)
             starts.append(torch.from_numpy(start))
             lengths.append(torch.from_numpy(length))
-            weights.append(count[:, 0].log())
+            weights.append(count[:, 0].double().log())
             group, total = group + len(start), total + count.shape[0]
         order = partition.blocks.order
         if order is not None:
@@ -169,7 +169,7 @@ class LogLinear(DynamicMethod):
         batch, heads, _, width = lists.shape
         n_q = geometry.partition.blocks.count
         if context.numel() == 0:
-            return self._finish(geometry, padding, lists, count)
+            return self._finish(geometry, padding, lists, count, q.dtype)
         if self.text_queries == "sparse":
             pool = self._context_pool(layout, geometry, q.device)
             chosen = self._choose(self._pyramid(q, pool, levels), keys)
@@ -187,7 +187,7 @@ class LogLinear(DynamicMethod):
         counts = count.new_zeros(len(count), n_q)
         counts[:, grid] = count[:, None]
         counts[:, context] = context_count.to(count)[:, None]
-        return self._finish(geometry, padding, merged, counts)
+        return self._finish(geometry, padding, merged, counts, q.dtype)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:
         super().prepare(layout, device)
@@ -203,16 +203,17 @@ class LogLinear(DynamicMethod):
 
         return self._cached(("context", layout, device), make)
 
-    def _finish(self, geometry: _Geometry, padding, lists, count) -> Plan:
+    def _finish(self, geometry: _Geometry, padding, lists, count, dtype) -> Plan:
         batch, heads, n_q, _ = lists.shape
         if count.ndim == 1:
             count = count[:, None]
         count = count[:, None].expand(batch, heads, n_q).int()
-        weight = geometry.log_weight
-        if padding.log_weight is not None:
-            extra = weight[..., padding.log_weight.shape[-1] :]
-            extra = extra.expand(len(padding.log_weight), 1, -1)
-            weight = torch.cat([padding.log_weight, extra], -1)
+        with to_be_kept():
+            weight = geometry.log_weight.to(wide_dtype(dtype))
+            if padding.log_weight is not None:
+                extra = weight[..., padding.log_weight.shape[-1] :]
+                extra = extra.expand(len(padding.log_weight), 1, -1)
+                weight = torch.cat([padding.log_weight, extra], -1)
         if not self.enrich and padding.log_weight is None:
             weight = None
         return geometry.template.with_lists(lists, count, kv_log_weight=weight)

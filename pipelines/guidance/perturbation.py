@@ -10,6 +10,7 @@ from dittfast.attention import method_attention
 from dittfast.layout import Layout
 from dittfast.methods.head_guidance import HeadGuidance, soft_pag
 from dittfast.methods.local import Local
+from dittfast.plan import to_be_kept
 
 from ..layer import LayerRun, key_log_weight
 from ..passes import Pass
@@ -34,7 +35,7 @@ class Perturbation:
         self.weak = Local(window=1) if rows == "diagonal" else None
         self.plan = None
         if self.weak is not None:
-            with torch.inference_mode(False):  # kept for later passes, which may train
+            with to_be_kept():
                 plan = self.weak.plan(layout)
                 self.plan = plan if device is None else plan.to(device)
 
