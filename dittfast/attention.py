@@ -15,13 +15,19 @@ from .plan import Plan, to_be_kept
 logger = logging.getLogger(__name__)
 
 
-# Each backend module has `attend` and `not_supported_reasons`, and `make_worklist` if it prepares
-# itself for a plan. Loaded on first use, by import statements because Dynamo traces those (and
-# not importlib).
+# Each backend module has `attend` and `not_supported_reasons`, `make_worklist` if it prepares
+# itself for a plan, and `GROUPED_HEADS` if k and v may have fewer heads than q. Loaded on first
+# use, by import statements because Dynamo traces those (and not importlib).
 def _triton():
     from .kernels import triton_backend
 
     return triton_backend
+
+
+def _native():
+    from .kernels import native
+
+    return native
 
 
 def _cpu():
@@ -36,12 +42,16 @@ def _reference():
     return reference_backend
 
 
-BACKENDS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
+BACKENDS = {"triton": _triton, "native": _native, "cpu": _cpu, "reference": _reference}
 
 
-def choose_backend(device: torch.device) -> str:
-    """The backend that ``backend="auto"`` runs for tensors on ``device``."""
-    return "triton" if device.type == "cuda" else "cpu"
+def choose_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that ``backend="auto"`` runs for tensors of ``dtype`` on ``device``."""
+    if device.type == "cuda":
+        return "triton"
+    native = BACKENDS["native"]()
+    runs = device.type == "cpu" and dtype in native.DTYPES and native.unavailable() is None
+    return "native" if runs else "cpu"
 
 
 def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
@@ -142,7 +152,7 @@ def attend(
             named backend that cannot run these inputs (all reasons are listed).
     """
     check_inputs(q, k, v, plan, kv_log_weight)
-    name = choose_backend(q.device) if backend == "auto" else backend
+    name = choose_backend(q.device, q.dtype) if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
     implementation = BACKENDS[name]()
@@ -150,10 +160,11 @@ def attend(
     if reasons:
         raise ValueError(f"the {name} backend cannot run this: " + "; ".join(reasons))
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
+    is_plain = kv_log_weight is None and not return_lse and not any(map(_has_tangent, (q, k, v)))
+    dense = backend == "auto" and plan.is_dense and is_plain
+    if groups > 1 and (dense or not getattr(implementation, "GROUPED_HEADS", False)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    is_plain = kv_log_weight is None and not return_lse
-    if backend == "auto" and plan.is_dense and is_plain and not any(map(_has_tangent, (q, k, v))):
+    if dense:
         # Not F.scaled_dot_product_attention, which the adapter watches and brings here.
         return torch.ops.aten.scaled_dot_product_attention(q, k, v, scale=scale)
     plan = plan.to(q.device)

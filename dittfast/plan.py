@@ -426,16 +426,14 @@ class Plan:
     def transpose(self) -> Transpose:
         """For each key block the query blocks that see it, full ones first; computed once."""
         if self._transpose is None:
-            with torch.inference_mode(False):  # kept for later calls, which may train
-                found = transpose_lists(*self._lists, self.kv_blocks.count)
+            found = transpose_lists(*self._lists, self.kv_blocks.count)
             object.__setattr__(self, "_transpose", found)
         return self._transpose
 
     def worklist(self, backend: str, make: Callable[[PlanTensors], torch.Tensor]) -> torch.Tensor:
         """How ``backend`` goes about this plan, an int32 tensor from ``make``; computed once."""
         if backend not in self._worklists:
-            with torch.inference_mode(False):  # kept for later calls, which may train
-                self._worklists[backend] = make(self.tensors())
+            self._worklists[backend] = make(self.tensors())
         return self._worklists[backend]
 
     def to_block_mask(self) -> torch.Tensor:

@@ -24,14 +24,15 @@ NOT_CORE = ("kernels", "pipelines", "distill", "samples", "configs", "cli", "mea
 NOT_RUNTIME = ("runs", "measure", "headhunter")
 
 
-def tracked_files() -> list[str]:
-    """Python files of the code folders, relative to the root; all of them where git is absent."""
+def tracked_files(*suffixes: str) -> list[str]:
+    """Files of the code folders, relative to the root; untracked ones too where git is absent."""
     listed = subprocess.run(
         ["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=False
     )
     names = listed.stdout.split("\n") if listed.returncode == 0 else []
-    found = [name for name in names if name.endswith(".py") and (ROOT / name).exists()]
-    return found or [str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).rglob("*.py")]
+    found = [name for name in names if name.endswith(suffixes) and (ROOT / name).exists()]
+    every = (p for folder in FOLDERS for p in (ROOT / folder).rglob("*"))
+    return found or [str(p.relative_to(ROOT)) for p in every if p.suffix in suffixes]
 
 
 def section(title: str) -> str:
@@ -56,7 +57,7 @@ def test_every_file_has_one_row_and_every_row_a_file():
             assert job, f"{name} in {folder} has no job"
     twice = [name for name, count in described.items() if count > 1]
     assert not twice, f"more than one row: {twice}"
-    files = set(tracked_files())
+    files = set(tracked_files(".py", ".c"))
     assert not files - set(described), f"no row: {sorted(files - set(described))}"
     assert not set(described) - files, f"no file: {sorted(set(described) - files)}"
 
@@ -85,7 +86,7 @@ def module_name(path: str) -> str:
 @cache
 def modules() -> dict[str, str]:
     """Module name -> file."""
-    return {module_name(path): path for path in tracked_files()}
+    return {module_name(path): path for path in tracked_files(".py")}
 
 
 def _target(base: str, name: str) -> str:
@@ -168,7 +169,7 @@ def is_allowed(found: Import) -> bool:
 
 
 def test_imports_keep_to_the_table():
-    wrong = [str(i) for path in tracked_files() for i in imports_of(path) if not is_allowed(i)]
+    wrong = [str(i) for path in tracked_files(".py") for i in imports_of(path) if not is_allowed(i)]
     assert not wrong, "not allowed by ARCHITECTURE.md:\n" + "\n".join(wrong)
 
 

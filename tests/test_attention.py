@@ -161,11 +161,16 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_auto_chooses_by_device():
-    assert choose_backend(torch.device("cpu")) == "cpu"
+    runs = BACKENDS["native"]().unavailable() is None
+    assert choose_backend(torch.device("cpu")) == ("native" if runs else "cpu")
+    assert choose_backend(torch.device("cpu"), torch.float64) == "cpu"
     assert choose_backend(torch.device("cuda", 1)) == "triton"
     q, k, v, _ = attention_inputs(1, 1, 30, 16)
     plan = methods.Local(2).plan(Layout.image(5, 6))
-    assert torch.equal(attend(q, k, v, plan), attend(q, k, v, plan, backend="cpu"))
+    for dtype in (torch.float32, torch.float64):
+        name = choose_backend(q.device, dtype)
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        assert torch.equal(attend(*inputs, plan), attend(*inputs, plan, backend=name))
 
 
 def test_method_scales_reach_every_backend():
@@ -242,7 +247,7 @@ BAD_CALLS = [
         tensors(),
         PLAN,
         {"backend": "gpu"},
-        "backend must be auto, triton, cpu, reference; got 'gpu'",
+        "backend must be auto, triton, native, cpu, reference; got 'gpu'",
     ),
 ]
 

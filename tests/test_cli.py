@@ -415,6 +415,8 @@ def test_doctor_checks_results_not_only_imports(capsys, monkeypatch):
     monkeypatch.setitem(BACKENDS, "triton", lambda: refusing)
     monkeypatch.setattr("dittfast.environment.devices", lambda: [torch.device("cpu")])
     monkeypatch.setattr("dittfast.cli.doctor._compiler_finding", lambda: "not asked")
+    monkeypatch.setattr("dittfast.attention.choose_backend", lambda device: "cpu")
+    monkeypatch.setitem(BACKENDS, "native", lambda: refusing)
     monkeypatch.setitem(BACKENDS, "cpu", lambda: reference)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

@@ -16,6 +16,7 @@ def run(args) -> int:
     """Print the findings; 1 if a device has no backend that runs and agrees with the oracle."""
     _print_versions()
     healthy = _print_devices()
+    _print_native()
     _print_triton()
     _print_content()
     print()
@@ -124,6 +125,19 @@ def _check_parity(name: str, device, dtype) -> None:
         results.append((out, *torch.autograd.grad(out, (q, k, v), grad_out.detach())))
     for label, actual, eager, exact in zip(("out", "dq", "dk", "dv"), *results):
         assert_within_budget(label, actual.detach(), exact.detach(), eager.detach())
+
+
+def _print_native() -> None:
+    from dittfast.kernels.native_build import BuildError, library
+
+    print("\nnative CPU kernel")
+    found = library()
+    if isinstance(found, BuildError):
+        _row("missing", f"{found}; until then attention on CPUs takes the slower 'cpu' backend")
+        return
+    _row("built with", found.compiler)
+    _row("instructions", found.instructions)
+    _row("kept in", str(found.folder or "no folder: every process compiles it again (see above)"))
 
 
 def _print_triton() -> None:
