@@ -115,6 +115,12 @@ def describe(pipe) -> Description:
         notes.extend(prefix + note for note in other_attention(model, state))
         if state.sequences is not None and state.sequences.rows_differ:
             notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
+        planned = state.parts or state.session.method.name == "dense"
+        if state.num_passes and not state.num_sparse and not planned:
+            notes.append(
+                f"{prefix}none of the {state.num_passes} passes so far ran the method: all belong "
+                "to dense steps"
+            )
         if state.guidance is not None:
             notes.append(prefix + state.guidance.describe())
     session = state.session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -204,26 +205,33 @@ def attend_call(
     token = rows[0].layout.grid_start if core.outer_mask else None
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
-    if len(rows) == 1:
-        out = _attend_planned(core, parameters, rows[0], q, k, v, weight, scale)
-    else:
-        if len(rows) != q.shape[0]:
-            raise ValueError(
-                f"this pass describes {len(rows)} batch rows that differ, and attention got "
-                f"{q.shape[0]}; run the prompts one at a time"
-            )
-        pick = lambda x, b: x if x is None or x.shape[0] == 1 else x[b : b + 1]  # noqa: E731
-        out = torch.cat(
-            [
-                _attend_planned(
-                    core, parameters, row, *(pick(x, b) for x in (q, k, v, weight)), scale
-                )
-                for b, row in enumerate(rows)
-            ]
-        )
+    answer = lambda row, *call: _attend_planned(core, parameters, row, *call, scale)  # noqa: E731
+    out = by_rows(rows, answer, q, k, v, weight)
     if core.outer_mask and mask is not None and mask.dtype != torch.bool:
         out = _restore_context(out, call, rows[0].layout)
     return out
+
+
+def by_rows(rows: tuple, answer: Callable, q: torch.Tensor, *others) -> torch.Tensor:
+    """``answer(row, q, *others)`` for the whole batch, or for each batch row with its own ``row``.
+
+    Args:
+        rows: one entry for the batch, or one per batch row.
+        others: tensors ``[B|1, ...]``, or None.
+
+    Raises:
+        ValueError: q has another number of batch rows.
+    """
+    if len(rows) == 1:
+        return answer(rows[0], q, *others)
+    if len(rows) != q.shape[0]:
+        raise ValueError(
+            f"this pass describes {len(rows)} batch rows that differ, and attention got "
+            f"{q.shape[0]}; run the prompts one at a time"
+        )
+    pick = lambda x, b: x if x is None or x.shape[0] == 1 else x[b : b + 1]  # noqa: E731
+    parts = [answer(row, *(pick(x, b) for x in (q, *others))) for b, row in enumerate(rows)]
+    return torch.cat(parts)
 
 
 def _attend_planned(core, parameters, planned: PlannedLayout, q, k, v, weight, scale):

@@ -267,7 +267,7 @@ class HeadGuidanceAttnProcessor(_AttnProcessor):
                 "equal parts; stack the passes along the batch"
             )
         if layout not in self._perturbations:
-            inner = Perturbation(self.guidance.rows, layout, hidden_states.device)
+            inner = Perturbation(self.guidance.rows, ((layout,),), hidden_states.device)
             self._perturbations[layout] = _LastPart(inner, self.passes)
         key = (attn.heads, hidden_states.device)
         if key not in self._strengths:

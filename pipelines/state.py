@@ -163,6 +163,7 @@ class ModelState:
         recorders: transforms that stand in layers for every pass, by name.
         guidance: what guides the predictions; None where nothing does.
         last: the last pass of any thread; None before the first.
+        num_passes, num_sparse: how many passes there were, and how many ran the method.
     """
 
     def __init__(self, session: Session, family: Family, parameters: dict[str, dict]):
@@ -175,6 +176,7 @@ class ModelState:
         self.recorders: dict = {}
         self.guidance: Guidance | None = None
         self.last: Pass | None = None
+        self.num_passes = self.num_sparse = 0
         self.break_even: int | None = None
         self.cores: dict[tuple[Sequences, torch.device], AttentionCore | None] = {}
         self.parts: dict[tuple[Layout, torch.device], PlannedLayout | None] = {}
@@ -280,7 +282,10 @@ class ModelState:
             current = self.weakening.weakened(model, current)
         if differentiable:
             self.passes.note(current, sys._getframe())
-        self.last = current
+        with self._planning:
+            self.last = current
+            self.num_passes += 1
+            self.num_sparse += core is not None
         return current
 
     def checkpointing(self, model: torch.nn.Module, function: Callable) -> Callable:

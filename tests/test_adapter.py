@@ -397,6 +397,36 @@ def test_not_a_pipeline():
         dittfast.enable("pipe", Band())
 
 
+def test_a_method_that_never_ran_is_said(pipe):
+    with dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=99) as enabled:
+        tiny.run(pipe, num_inference_steps=2)
+        assert "none of the" in str(enabled.describe()) and "dense steps" in str(enabled.describe())
+    with dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=1) as enabled:
+        tiny.run(pipe, num_inference_steps=2)
+        assert "none of the" not in str(enabled.describe())
+
+
+def test_layers_of_another_length_are_said():
+    """A described model whose layers see two sequences: what stays dense is not called sparse."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            from diffusers.models.attention_processor import Attention
+
+            self.long = Attention(32, heads=2, dim_head=16)
+            self.short = Attention(32, heads=2, dim_head=16)
+
+        def forward(self, x):
+            return self.long(x)[:, :5] + self.short(x[:, :5])
+
+    model = Two()
+    with dittfast.enable(model, Band(), layout=Layout.image(6, 4, text=5)) as enabled:
+        model(torch.randn(1, 29, 32))
+        found = {x.name: x.dense for x in enabled.describe().layers}
+    assert found == {"long": None, "short": "its sequence has another length than the layout"}
+
+
 def test_method_parameters_are_reachable():
     pipe = tiny.flux_pipeline()
     dittfast.enable(pipe, "local", window=3, downsample=2, min_tokens=0, backend="reference")

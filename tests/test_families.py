@@ -15,7 +15,7 @@ from dittfast.pipelines import layer
 from dittfast.pipelines.families import FAMILIES
 from dittfast.pipelines.families.sequences import Sequences, joint, patches
 from dittfast.pipelines.measure import parity
-from dittfast.pipelines.measure.parity import METHODS, TINY, Full
+from dittfast.pipelines.measure.parity import COLUMNS, METHODS, TINY, Full
 from dittfast.pipelines.models import attention_layers, bind_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,8 +33,8 @@ def test_every_family_has_a_tiny_model():
 
 @pytest.mark.parametrize("name", TINY)
 def test_parity(name):
-    cells = list(parity.check(name, TINY[name], METHODS))
-    assert [cell.method for cell in cells] == list(METHODS)
+    cells = list(parity.check(name, TINY[name], COLUMNS))
+    assert [cell.method for cell in cells] == list(COLUMNS)
     assert not [cell for cell in cells if not cell.ok]
     assert cells[0].density == 1 and cells[0].change == 0
 

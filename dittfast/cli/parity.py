@@ -22,7 +22,8 @@ A number is the density of a good cell: the kept fraction of the token pairs of 
 plan keeps everything (1.00) the output is the stock model's, and elsewhere the cpu backend gives
 what the reference backend gives, both within the noise of eager attention; a plan that leaves
 something out changes the output; and after dittfast.disable the output is bit for bit the stock
-model's."""
+model's. "guided" says the same of dittfast.guide with one weakened head: equal beside stock
+attention and beside the full plan, another output than the model's, and gone without a trace."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +50,12 @@ def run(args) -> int:
     from itertools import groupby
 
     from dittfast.environment import versions
-    from dittfast.pipelines.measure.parity import METHODS, TINY, matrix, text_of
+    from dittfast.pipelines.measure.parity import COLUMNS, TINY, matrix, text_of
 
     found = matrix(args.family, args.method)
     width = max(len(name) for name in TINY)
     cells, rows = [], []
-    head = ["model".ljust(width), *(args.method or METHODS)]
+    head = ["model".ljust(width), *(args.method or COLUMNS)]
     print("  ".join(x.ljust(10) for x in head).rstrip())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tiny models are allowed to be odd
@@ -70,7 +71,7 @@ def run(args) -> int:
         print(f"FAILED {cell.family} under {cell.method}: {cell.problem}")
     print(f"{len(cells) - len(bad)} of {len(cells)} cells are good")
     if args.markdown is not None:
-        head = ["model", "class", *(args.method or METHODS)]
+        head = ["model", "class", *(args.method or COLUMNS)]
         write_text(args.markdown, _markdown(head, rows))
         print(f"wrote {Path(args.markdown)}")
     if args.json is not None:

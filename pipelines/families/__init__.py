@@ -33,6 +33,9 @@ class Family:
         dense: ``(regular expression over module names, why)`` of other attention that stays dense.
         outer_mask: whether the model turns a mask m over keys into an N x N mask m mᵀ. All
             tokens of a grid are valid.
+        latents: the argument with the latents: a tensor ``[B, ...]``, or a list of B tensors.
+        cond_first: whether the pipeline's batch for classifier-free guidance is [conditional,
+            unconditional] (most are the other way around).
         heads: the attribute of an attention module that holds its number of heads.
         timestep: the argument with the timestep.
         time_rises: whether that grows over the steps (most count down).
@@ -44,6 +47,8 @@ class Family:
     strict: bool = True
     dense: tuple[tuple[str, str], ...] = ()
     outer_mask: bool = False
+    latents: str = "hidden_states"
+    cond_first: bool = False
     heads: str = "heads"
     timestep: str = "timestep"
     time_rises: bool = False
@@ -84,6 +89,8 @@ FAMILIES: dict[str, Family] = {
         r"(layers|noise_refiner)\.\d+\.attention",
         image.z_image,
         dense=((r"context_refiner\..*", TEXT),),
+        latents="x",
+        cond_first=True,
         timestep="t",
         time_rises=True,
     ),

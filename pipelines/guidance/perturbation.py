@@ -10,59 +10,76 @@ from dittfast.attention import method_attention
 from dittfast.layout import Layout
 from dittfast.methods.head_guidance import HeadGuidance, soft_pag
 from dittfast.methods.local import Local
-from dittfast.plan import to_be_kept
+from dittfast.plan import Plan, to_be_kept
 
-from ..layer import LayerRun, key_log_weight
+from ..families.sequences import Sequences
+from ..layer import LayerRun, by_rows, key_log_weight
 from ..passes import Pass
 
-# Layouts whose perturbation is kept: a server sees a new one with every prompt length.
+# Sequences whose perturbation is kept: a server sees a new one with every prompt length.
 _KEPT = 8
 
 
 class Perturbation:
-    """SoftPAG in one layout: heads lean towards a map in which every token sees itself alone.
+    """SoftPAG in one pass: heads lean towards a map in which every token sees itself alone.
 
-    ``rows`` says where: "image" (the grids' tokens), "joint" (all tokens), or "diagonal" (image
-    tokens see themselves and the text; text tokens are left alone).
+    Args:
+        rows: where: "image" (the grids' tokens), "joint" (all tokens), or "diagonal" (image tokens
+            see themselves and the text; text tokens are left alone).
+        layouts: of each length of sequence, one for the whole batch or one per batch row; the main
+            sequence first.
+        outer_product: whether an N x N mask is known to be m mᵀ, with all grid tokens valid.
     """
 
+    # The stock attention may run before it, and needs its mask whole.
     strict, outer_mask = True, False
 
-    def __init__(self, rows: str, layout: Layout, device: torch.device | None = None):
+    def __init__(
+        self,
+        rows: str,
+        layouts: tuple[tuple[Layout, ...], ...],
+        device: torch.device | None = None,
+        outer_product: bool = False,
+    ):
         self.rows = rows
-        self.layout = layout
-        self.num_tokens = layout.num_tokens
+        self.outer_product = outer_product
         self.weak = Local(window=1) if rows == "diagonal" else None
-        self.plan = None
-        if self.weak is not None:
-            with to_be_kept():
-                plan = self.weak.plan(layout)
-                self.plan = plan if device is None else plan.to(device)
+        self._planned = {
+            same[0].num_tokens: tuple((layout, self._plan(layout, device)) for layout in same)
+            for same in layouts
+        }
+        self.num_tokens = layouts[0][0].num_tokens
+        self.text_before = layouts[0][0].grid_start
 
-    @property
-    def text_before(self) -> int:
-        return self.layout.grid_start
+    def _plan(self, layout: Layout, device: torch.device | None) -> Plan | None:
+        if self.weak is None:
+            return None
+        with to_be_kept():
+            plan = self.weak.plan(layout)
+            return plan if device is None else plan.to(device)
 
     def covers(self, num_tokens: int) -> bool:
-        return num_tokens == self.num_tokens
+        return num_tokens in self._planned
 
     def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
         q, k, v = call["query"], call["key"], call["value"]
-        if self.weak is not None:
-            weak = method_attention(
-                self.weak,
-                self.layout,
-                q,
-                k,
-                v,
-                plan=self.plan,
-                kv_log_weight=key_log_weight(call.get("attn_mask"), q),
-                scale=call.get("scale"),
-            )
-            return soft_pag(out, weak, strength, rows=self.layout)
-        if v.shape[1] != out.shape[1]:
-            v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
-        return soft_pag(out, v, strength, rows=self.layout if self.rows == "image" else None)
+        planned = self._planned[out.shape[-2]]
+        token = planned[0][0].grid_start if self.outer_product else None
+        weight = None if self.weak is None else key_log_weight(call.get("attn_mask"), q, token)
+        scale = call.get("scale")
+
+        def lean(row: tuple[Layout, Plan | None], out, q, k, v, weight):
+            layout, plan = row
+            if self.weak is not None:
+                weak = method_attention(
+                    self.weak, layout, q, k, v, plan=plan, kv_log_weight=weight, scale=scale
+                )
+                return soft_pag(out, weak, strength, rows=layout)
+            if v.shape[1] != out.shape[1]:
+                v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
+            return soft_pag(out, v, strength, rows=layout if self.rows == "image" else None)
+
+        return by_rows(planned, lean, out, q, k, v, weight)
 
 
 class HeadWeakening:
@@ -78,33 +95,28 @@ class HeadWeakening:
         self._strengths = strengths
         self._lock = threading.Lock()
         self._moved: dict[torch.device, dict[str, torch.Tensor]] = {}
-        self._perturbations: dict[tuple[Layout, torch.device], Perturbation] = {}
+        self._perturbations: dict[tuple[Sequences, torch.device], Perturbation] = {}
 
     def __deepcopy__(self, memo):
         return HeadWeakening(self.config, self._strengths)
 
     def weakened(self, model: torch.nn.Module, current: Pass) -> Pass:
-        """The pass ``current`` with the chosen heads weakened.
-
-        Raises:
-            ValueError: prompts of different length in one batch, whose image tokens differ in
-                place.
-        """
-        if current.sequences.rows_differ:
-            raise ValueError(
-                "guidance needs prompts of one length in a batch, and this model lays out each row "
-                "by its own; run the prompts one at a time"
-            )
+        """The pass ``current`` with the chosen heads weakened."""
         device = next(model.parameters()).device
         with self._lock:
             if device not in self._moved:
                 moved = {name: x.to(device) for name, x in self._strengths.items()}
                 self._moved[device] = moved
-            key = current.sequences.layout, device
+            key = current.sequences, device
             if key not in self._perturbations:
                 while len(self._perturbations) >= _KEPT:
                     del self._perturbations[next(iter(self._perturbations))]
-                self._perturbations[key] = Perturbation(self.config.rows, *key)
+                self._perturbations[key] = Perturbation(
+                    self.config.rows,
+                    current.sequences.by_length(),
+                    device,
+                    model._dittfast.family.outer_mask,
+                )
             perturbation, strengths = self._perturbations[key], self._moved[device]
         return current.changed(
             {

@@ -57,20 +57,15 @@ class GuidanceState:
         here.delta = None
         if self.config.guidance_scale == 0 or not self.config.is_guided_step(done.step[0]):
             return out
-        if not torch.is_tensor(arguments.get("hidden_states")):
-            raise ValueError(
-                f"{type(model).__name__} takes no hidden_states [B, ...], so guidance cannot tell "
-                "its batch; guidance does not support it"
-            )
-        batch = arguments["hidden_states"].shape[0]
-        batched = state.context is None and getattr(
-            state.session.pipe, "do_classifier_free_guidance", False
-        )
-        prediction = _tensor(out)
-        conditional = prediction
+        latents = arguments[state.family.latents]
+        batch = len(latents)
+        batched = self._is_batched(state, latents)
+        prediction = conditional = _prediction(out)
         if batched:
-            arguments = _second_half(arguments, batch)
-            conditional = prediction[batch // 2 :]
+            half = slice(batch // 2) if state.family.cond_first else slice(batch // 2, None)
+            kinds = (list, torch.Tensor) if isinstance(latents, list) else (torch.Tensor,)
+            arguments = _part(arguments, batch, half, kinds)
+            conditional = prediction[half]
             if any(len(rows) > 1 for rows in done.sequences.kinds):
                 # What was read describes the rows of the whole batch.
                 done = state.begin(model, arguments)
@@ -78,10 +73,25 @@ class GuidanceState:
         cached = getattr(model, "is_cache_enabled", False)
         context = model.cache_context("perturbed") if cached else contextlib.nullcontext()
         with state.passes.under_way(weak), context:
-            weakened = _tensor(torch.nn.Module.__call__(model, **arguments))
-        delta = self.config.guidance_scale * (conditional - weakened)
-        here.delta = delta
-        return _add(out, torch.cat([delta, delta]) if batched else delta)
+            weakened = _prediction(torch.nn.Module.__call__(model, **arguments))
+        scale = self.config.guidance_scale
+        here.delta = delta = _each(lambda c, w: scale * (c - w), conditional, weakened)
+        if batched:
+            delta = torch.cat([delta, delta]) if torch.is_tensor(delta) else delta + delta
+        return _add(out, delta)
+
+    def _is_batched(self, state: ModelState, latents) -> bool:
+        """Whether a pass holds the conditional and the unconditional half of its batch."""
+        if state.context is not None:
+            return False
+        if not getattr(state.session.pipe, "do_classifier_free_guidance", False):
+            return False
+        # Some pipelines drop the other half in part of the steps (cfg_truncation), and say so
+        # nowhere: the halves of a batch that has both start from the same latents.
+        half = len(latents) // 2
+        return not isinstance(latents, list) or (
+            half * 2 == len(latents) and all(map(torch.equal, latents[:half], latents[half:]))
+        )
 
     def _is_second_call(self, model, state: ModelState, arguments: dict) -> bool:
         """Whether a pipeline that names no cache context runs its uncond call now.
@@ -91,7 +101,8 @@ class GuidanceState:
         """
         if state.session.pipe is model:
             return False
-        tensors = [arguments.get(name) for name in ("hidden_states", "encoder_hidden_states")]
+        names = state.family.latents, "encoder_hidden_states"
+        tensors = [arguments.get(name) for name in names]
         before, self._here.seen = self._here.seen, ()
         if state.context is not None or not all(torch.is_tensor(x) for x in tensors):
             return False
@@ -101,21 +112,37 @@ class GuidanceState:
         return False
 
 
-def _tensor(out) -> torch.Tensor:
+Prediction = torch.Tensor | list[torch.Tensor]
+
+
+def _prediction(out) -> Prediction:
+    """What a transformer predicts, in whichever form it was returned: ``[B, ...]`` or a list."""
+    if isinstance(out, torch.Tensor):
+        return out
     return out[0] if isinstance(out, tuple) else out.sample
 
 
-def _add(out, delta: torch.Tensor):
-    moved = _tensor(out) + delta
+def _each(function, *predictions: Prediction) -> Prediction:
+    if isinstance(predictions[0], torch.Tensor):
+        return function(*predictions)
+    return [function(*parts) for parts in zip(*predictions)]
+
+
+def _add(out, delta: Prediction):
+    """``out`` with ``delta`` added to its prediction, in the form it came in."""
+    moved = _each(torch.add, _prediction(out), delta)
+    if isinstance(out, torch.Tensor):
+        return moved
     return (moved, *out[1:]) if isinstance(out, tuple) else type(out)(sample=moved)
 
 
-def _second_half(value, batch: int, name: str = ""):
-    """The conditional half of batched forward arguments; position ids have no batch."""
+def _part(value, batch: int, rows: slice, kinds: tuple[type, ...], name: str = ""):
+    """Some rows of batched forward arguments of these kinds; position ids have no batch."""
     if isinstance(value, dict):
-        return {key: _second_half(x, batch, key) for key, x in value.items()}
-    batched = torch.is_tensor(value) and value.ndim > 0 and value.shape[0] == batch
-    return value[batch // 2 :] if batched and not name.endswith("_ids") else value
+        return {key: _part(x, batch, rows, kinds, key) for key, x in value.items()}
+    if not isinstance(value, kinds) or (torch.is_tensor(value) and value.ndim == 0):
+        return value
+    return value if len(value) != batch or name.endswith("_ids") else value[rows]
 
 
 def heads_by_layer(model: torch.nn.Module) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dittfast.methods import Local, LogLinear, Radial, Rectified
 from dittfast.methods.base import Method
+from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.plan import Plan
 
 from ..adapter import enable
@@ -18,6 +19,7 @@ from ..description import describe
 from ..families.tiny import Tiny
 from ..families.tiny_image import TINY_IMAGE
 from ..families.tiny_video import TINY_VIDEO
+from ..guidance.plain import guide
 
 TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO
 
@@ -45,13 +47,17 @@ METHODS: dict[str, Method] = {
     "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
 }
 
+# Weakened heads are no method: guidance runs beside any of them, here beside none and "full".
+GUIDED = "guided"
+COLUMNS = (*METHODS, GUIDED)
+
 
 @dataclass(frozen=True)
 class Cell:
     """One family under one method.
 
     Attributes:
-        density: kept fraction of the token pairs; None where the model did not run.
+        density: kept fraction of the token pairs; None for guidance, and where nothing ran.
         error: largest difference that should be none, relative to the largest output: of the full
             plan from the stock model, of a sparse one between the cpu and reference backends.
         noise: what eager attention loses by another order of its sums, in the same unit.
@@ -99,7 +105,8 @@ def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
     stock = output(model, inputs)
     noise = eager_noise(model, inputs, stock)
     for method in methods:
-        yield _cell(name, method, model, inputs, stock, noise)
+        cell = _guided_cell if method == GUIDED else _cell
+        yield cell(name, method, model, inputs, stock, noise)
 
 
 def _cell(name, method, model, inputs, stock, noise) -> Cell:
@@ -125,6 +132,27 @@ def _cell(name, method, model, inputs, stock, noise) -> Cell:
     return Cell(name, method, density, error, noise, change, problem)
 
 
+def _guided_cell(name, method, model, inputs, stock, noise) -> Cell:
+    """One head of the first layer weakened: the same beside stock attention and the full plan."""
+    config = HeadGuidance(heads=((0, 0),), guidance_scale=1.0)
+    try:
+        with guide(model, config):
+            alone = output(model, inputs)
+        with enable(model, METHODS["full"], backend="cpu", min_tokens=0), guide(model, config):
+            beside = output(model, inputs)
+    except (ValueError, RuntimeError) as error:
+        return Cell(name, method, problem=f"{type(error).__name__}: {error}")
+    error, change = distance(beside, alone), distance(alone, stock)
+    problem = None
+    if not torch.equal(output(model, inputs), stock):
+        problem = "unguide did not restore the stock model"
+    elif not error <= 24 * noise:  # c + (c - p): three passes add up
+        problem = f"differs by {error:.1e} where eager attention loses {noise:.1e}"
+    elif change <= 20 * noise:
+        problem = f"the weakened head changed nothing ({change:.1e})"
+    return Cell(name, method, None, error, noise, change, problem)
+
+
 def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterator[Cell]:
     """The cells of the chosen families and methods, all of them by default.
 
@@ -133,8 +161,8 @@ def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterato
     """
     from dittfast.config import unknown
 
-    families, methods = list(families) or list(TINY), list(methods) or list(METHODS)
-    for kind, given, known in (("family", families, TINY), ("method", methods, METHODS)):
+    families, methods = list(families) or list(TINY), list(methods) or list(COLUMNS)
+    for kind, given, known in (("family", families, TINY), ("method", methods, COLUMNS)):
         for value in given:
             if value not in known:
                 raise unknown(kind, value, known)
@@ -143,7 +171,7 @@ def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterato
 
 
 def text_of(cell: Cell) -> str:
-    """What a table shows: the density where a cell is good."""
+    """What a table shows where a cell is good: the density, or that the heads are weakened."""
     if not cell.ok:
         return "FAILED"
-    return f"{cell.density:.2f}"
+    return "yes" if cell.method == GUIDED else f"{cell.density:.2f}"
