@@ -100,6 +100,10 @@ class DataConfig:
         count: how many samples; None for one of each prompt or picture. More than that repeats
             prompts with new seeds.
         call: arguments of the pipeline's call, over the sample model's own.
+        position_scale: the transformer's position ids times this, in the set and in validation;
+            0.25 fits pictures of four times the side into the positions that the model knows.
+        mix: folders of further sets of the same model, and how many batches are taken from each
+            for one of this set's; ``{data/small: 0.5}``.
         seed: sample i is drawn from seed + i.
         shard_size: samples in one file.
     """
@@ -109,10 +113,17 @@ class DataConfig:
     pictures: str | None = None
     count: int | None = None
     call: dict = field(default_factory=dict)
+    position_scale: float = 1.0
+    mix: dict = field(default_factory=dict)
     seed: int = 0
     shard_size: int = 16
 
     def __post_init__(self):
+        check_positive("data.position_scale", self.position_scale)
+        for name, share in self.mix.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise ValueError(f"data.mix: the share of {name} must be a number, got {share!r}")
+            check_positive(f"data.mix: the share of {name}", share)
         if self.prompts and self.pictures:
             raise ValueError(
                 "data.prompts and data.pictures are both given; the samples come from one of them"
@@ -167,8 +178,9 @@ class TrainConfig:
         seed: of the order of the data, the noise and the times; with one global batch they do
             not depend on the number of processes.
         mixed_precision: no, bf16 or fp16.
-        optimizer: adamw, or prodigy (Mishchenko & Defazio 2023, arXiv:2306.06101; needs
-            ``pip install prodigyopt``, use lr 1).
+        optimizer: adamw; muon (Jordan et al. 2024) for the matrices inside the blocks, with AdamW
+            at the same rate for the rest; or prodigy (Mishchenko & Defazio 2023,
+            arXiv:2306.06101; needs ``pip install prodigyopt``, use lr 1).
         lr_schedule: constant, linear or cosine (both fall to 0), after ``warmup_steps``.
         clip: largest norm of the gradient; None for no limit.
         ema: decay of averaged weights, warmed up; None for none.
@@ -176,6 +188,9 @@ class TrainConfig:
             ``t -> shift t / (1 + (shift - 1) t)`` and into ``time_range``; 1 is pure noise. Noise
             s times as strong has the ratio of data and noise that a shift of s has.
         time_range: Wan 2.2's experts each train on their own part.
+        crop: (height, width) in tokens of the window that a batch shows of its pictures, at a place
+            from the seed and with the positions of that place; null for whole pictures. Of models
+            that are given position ids.
         drop_prompt: fraction of samples with the negative prompt, for guidance without a prompt.
         checkpoint_every, keep: steps between checkpoints, and how many of them stay.
         trackers: tensorboard, wandb; metrics.jsonl is always written.
@@ -199,6 +214,7 @@ class TrainConfig:
     time_distribution: str = "uniform"
     time_shift: float = 1.0
     time_range: tuple[float, float] = (0.0, 1.0)
+    crop: tuple[int, int] | None = None
     drop_prompt: float = 0.0
     checkpoint_every: int = 500
     keep: int = 2
@@ -211,6 +227,8 @@ class TrainConfig:
             check_integer(f"train.{name}", getattr(self, name), 0)
         for name in ("lr", "time_shift"):
             check_positive(f"train.{name}", getattr(self, name))
+        for side in self.crop or ():
+            check_integer("each of train.crop", side, 1)
         if self.clip is not None:
             check_positive("train.clip", self.clip, "null for no limit")
         if self.ema is not None:
@@ -225,7 +243,7 @@ class TrainConfig:
                 f"train.time_range must be (low, high) with 0 <= low < high <= 1, got {low}, {high}"
             )
         check_choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        check_choice("train.optimizer", self.optimizer, ("adamw", "prodigy"))
+        check_choice("train.optimizer", self.optimizer, ("adamw", "muon", "prodigy"))
         check_choice("train.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         check_choice("train.time_distribution", self.time_distribution, ("uniform", "logit_normal"))
         for tracker in self.trackers:

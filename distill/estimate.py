@@ -14,8 +14,9 @@ from .config import DistillConfig
 from .loader import Dataset
 from .student import ADAPTER, add_lora, attention_weights
 
-# Bytes that an optimiser keeps for each trained value; Prodigy has two more tensors than AdamW.
-_STATE_BYTES = {"adamw": 8, "prodigy": 16}
+# Bytes that an optimiser keeps for each trained value; Prodigy has two more tensors than AdamW,
+# Muon one less for a matrix.
+_STATE_BYTES = {"adamw": 8, "muon": 4, "prodigy": 16}
 # Saved values of one transformer layer for each token and channel, without the attention matrix,
 # in 16 bits: Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
 _SAVED_BYTES = 34

@@ -168,6 +168,24 @@ def global_batches(shapes: list, size: int, seed: int) -> Iterator[list[int]]:
         epoch += 1
 
 
+def mixed_batches(
+    sets: list[list], shares: list[float], size: int, seed: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Endless batches from several sets: which set, and the samples as :func:`global_batches`.
+
+    Args:
+        sets: the shapes of each set's samples.
+        shares: how often a batch comes from each set, in any unit.
+    """
+    orders = [global_batches(shapes, size, seed) for shapes in sets]
+    turn = [0.0] * len(sets)
+    while True:
+        # The set that is furthest behind its share; of equals the first.
+        chosen = min(range(len(sets)), key=lambda i: (turn[i] + 1) / shares[i])
+        turn[chosen] += 1
+        yield chosen, next(orders[chosen])
+
+
 class Prefetch:
     """Results of ``make(i)`` for i = first, first + 1, ...; the next one is made in a thread."""
 

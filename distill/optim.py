@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 
 from .config import TrainConfig
+from .muon import Muon, is_block_matrix
 from .sharding import is_sharded, local
 
 
 def make_optimizer(
-    config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
+    config: TrainConfig, named: dict[str, torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimiser of a run.
+
+    Args:
+        named: the trained parameters by name.
 
     Raises:
         ValueError: Prodigy is asked for and not installed.
     """
-    parameters = list(parameters)
+    parameters = list(named.values())
     # One fused call for all parameters would mix sharded ones with whole ones.
     mixed = len({is_sharded(p) for p in parameters}) > 1
     options = dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, foreach=False if mixed else None, **options)
+    if config.optimizer == "muon":
+        matrices = [p for name, p in named.items() if is_block_matrix(name, p)]
+        others = [p for name, p in named.items() if not is_block_matrix(name, p)]
+        groups = [{"params": matrices}, {"params": others, "orthogonal": False}]
+        return Muon([group for group in groups if group["params"]], **options)
     try:
         from prodigyopt import Prodigy
     except ImportError as error:

@@ -23,6 +23,7 @@ from dittfast.pipelines.runs.call import (
     needs_image,
 )
 from dittfast.pipelines.runs.first_frame import with_first_frame
+from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.run import frames_drawn
 from dittfast.pipelines.runs.sources import Source
 
@@ -96,6 +97,7 @@ def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item]
         "constants": first.constants,
         "latent_shape": list(first.latent_shape),
         "call": {k: v for k, v in call.items() if k not in ("prompt", "image")},
+        "position_scale": config.position_scale,
         "from": "pictures" if config.pictures else "teacher",
         "shard_size": config.shard_size,
         "prompts": [item.prompt for item in items],
@@ -150,6 +152,11 @@ def prepare(
     Raises:
         ValueError: the folder holds another set, or the pipeline cannot be cached.
     """
+    with positions_scaled(pipe, config.position_scale):
+        return _prepare(pipe, component, source, config, process_index, num_processes)
+
+
+def _prepare(pipe, component, source, config: DataConfig, process_index, num_processes) -> Path:
     from PIL import Image
 
     model = transformers_of(pipe)[component]
@@ -195,8 +202,9 @@ def _agree(path: Path, manifest: dict) -> None:
     if not path.exists():
         write_json(path, manifest)
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    if "process" in there:  # sets of earlier versions know fewer fields
+    # Sets of earlier versions know fewer fields.
+    there = {"position_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))}
+    if "process" in there:
         there["process"] = json.loads(json.dumps(dataclasses.asdict(read_process(there))))
     ours = json.loads(json.dumps(manifest))
     different = sorted(key for key in {*there, *ours} if there.get(key) != ours.get(key))

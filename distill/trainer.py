@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dittfast.files import write_json, write_text
 from dittfast.pipelines.adapter import force_dense
 from dittfast.pipelines.fingerprint import difference
+from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
 from . import objectives
@@ -23,12 +24,13 @@ from .artifacts import OWN, read_weights, save_adapter
 from .checkpoint import Checkpoints, RunState
 from .config import DistillConfig
 from .launch import make_accelerator, wants_shards
-from .loader import Batch, Dataset, Prefetch, global_batches
+from .loader import Batch, Dataset, Prefetch, mixed_batches
 from .noise import generator, sample_noise, sample_times
 from .optim import Average, learning_rate, make_optimizer
 from .sharding import whole
 from .student import Student, component_of, swapped
 from .validation import Validation
+from .windows import window
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class Trainer:
         )
         start = self._start(resume)
         self.dataset = Dataset(config.data.folder)
+        self.sets = [self.dataset, *map(Dataset, config.data.mix)]
         self.process = self.dataset.process
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
         self._load_models()
@@ -77,7 +80,7 @@ class Trainer:
         self.average = None
         if config.train.ema is not None:
             self.average = Average(self.parameters, config.train.ema)
-        optimizer = make_optimizer(config.train, self.parameters.values())
+        optimizer = make_optimizer(config.train, self.parameters)
         # The module that adds up the processes' gradients.
         self._reducing = self.student.transformer
         if self.sharded:
@@ -136,13 +139,18 @@ class Trainer:
             config.objectives,
             config.model.separate_teacher,
         )
-        expected = self.dataset.manifest["fingerprint"]
-        wrong = difference(expected, self.student.transformer)
-        if wrong:
-            raise ValueError(
-                f"the set in {config.data.folder} was made with another model than "
-                f"{config.model.path}: {wrong}"
-            )
+        for dataset in self.sets:
+            if dataset.process != self.process:
+                raise ValueError(
+                    f"the set in {dataset.folder} was made for another noise process than the one "
+                    f"in {config.data.folder}; prepare both with one scheduler"
+                )
+            wrong = difference(dataset.manifest["fingerprint"], self.student.transformer)
+            if wrong:
+                raise ValueError(
+                    f"the set in {dataset.folder} was made with another model than "
+                    f"{config.model.path}: {wrong}"
+                )
         if config.student.start is not None:
             self._start_weights(config.student.start)
         if config.train.gradient_checkpointing:
@@ -174,7 +182,7 @@ class Trainer:
     def _micros(self, step: int) -> list[Micro]:
         """This process's part of a step. Everything random follows from the seed and the step."""
         train, rank = self.config.train, self.accelerator.process_index
-        indices = next(self._order)
+        which, indices = next(self._order)
         count = len(indices)
         t = sample_times(
             count,
@@ -189,7 +197,11 @@ class Trainer:
         for index in range(train.accumulation):
             first = (index * self.accelerator.num_processes + rank) * train.batch_size
             slots = range(first, first + train.batch_size)
-            batch = self.dataset.batch([indices[s] for s in slots], [dropped[s] for s in slots])
+            batch = self.sets[which].batch([indices[s] for s in slots], [dropped[s] for s in slots])
+            if train.crop is not None:
+                # One place for all processes, so that it depends on the step alone.
+                place = generator("window", train.seed, step, index)
+                batch = window(batch, train.crop, place)
             shape = batch.latents.shape[1:]
             noise = [sample_noise(shape, train.seed, step, s) for s in slots]
             micros.append(Micro(batch, torch.stack(noise), t[first : first + train.batch_size]))
@@ -314,7 +326,12 @@ class Trainer:
             self._rewind_metrics()
         self.checkpoints.tidy()
         self.accelerator.init_trackers("dittfast")
-        order = global_batches(self.dataset.shapes, self.global_batch, train.seed)
+        order = mixed_batches(
+            [dataset.shapes for dataset in self.sets],
+            [1.0, *self.config.data.mix.values()],
+            self.global_batch,
+            train.seed,
+        )
         self._order = itertools.islice(order, self.step, None)
         batches = Prefetch(self._micros, self.step)
         bar = tqdm(total=train.steps, initial=self.step, desc="distilling", disable=not main)
@@ -372,7 +389,11 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main or self.sharded:
             averaged = dict(self.average.values) if self.average is not None else {}
-            with self.accelerator.autocast(), swapped(self.parameters, averaged):
+            with (
+                self.accelerator.autocast(),
+                swapped(self.parameters, averaged),
+                positions_scaled(self.pipe, self.config.data.position_scale),
+            ):
                 values = self.validation.measure(self.step, self.student.teacher_pipeline, main)
             if main:
                 self._log({f"validation/{name}": x for name, x in values.items()})

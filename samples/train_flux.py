@@ -22,9 +22,10 @@ from captions import BACKGROUNDS, LABELS, caption, random_caption, tokenizer_cor
 from diffusers import AutoencoderKL
 from emoji_data import compose, save_grid
 from flux_model import SampleFlux, draw, image_ids, pack, shift_times
-from muon import Muon
 from text_encoders import build_tokenizer, tokenize
 from transformers import PreTrainedTokenizerFast
+
+from dittfast.distill.muon import Muon
 
 # Larger pictures need more noise to be hidden as well: the time shift of each size.
 TIME_SHIFT = {64: 1.0, 128: 1.7, 256: 3.0}

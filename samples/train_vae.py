@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from captions import BACKGROUNDS
 from diffusers import AutoencoderKL
 from emoji_data import compose, save_grid
-from muon import Muon
+
+from dittfast.distill.muon import Muon
 
 CROP = 64
 PEAK_LR = 4e-3

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 import train_flux
 from clips import FRAMES, MOTIONS, SIZE, Clips, caption, save_strips, tokenizer_corpus
 from diffusers import AutoencoderKLWan
-from muon import Muon
 from text_encoders import build_tokenizer
 from train_flux import CAPTION_DROP, learning_rate, random_times
 from transformers import PreTrainedTokenizerFast
 from wan_model import TIME_SHIFT, SampleWan, animate, condition_on, tokenize
 from wan_vae import Codec
+
+from dittfast.distill.muon import Muon
 
 # Loss of latents that differ from the first frame's, against 1 for the plain background and
 # FIRST for the first frame, which only has to be copied.

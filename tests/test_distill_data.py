@@ -16,9 +16,11 @@ from PIL import Image
 from dittfast.distill import prepare as preparing
 from dittfast.distill.conditioning import condition, draw, encode, unflatten
 from dittfast.distill.config import DataConfig, load_config
-from dittfast.distill.loader import Dataset, Prefetch, global_batches
+from dittfast.distill.loader import Batch, Dataset, Prefetch, global_batches, mixed_batches
+from dittfast.distill.noise import generator
 from dittfast.distill.pictures import find_pictures, read_frames
 from dittfast.distill.prepare import plan_items, prepare
+from dittfast.distill.windows import window
 from dittfast.files import save_video
 from dittfast.pipelines.runs.sources import find, load
 
@@ -327,6 +329,63 @@ def test_order():
     assert sorted(epoch) == list(range(12)) and epoch != sorted(epoch)
     small = list(islice(global_batches(["a"] * 3, 8, seed=0), 3))
     assert all(len(batch) == 8 for batch in small)
+
+
+def test_sets_take_turns_by_their_shares():
+    sets = [["a"] * 5, ["b"] * 7, ["c"] * 3]
+    batches = list(islice(mixed_batches(sets, [1.0, 2.0, 0.5], 2, seed=4), 70))
+    which = [chosen for chosen, _ in batches]
+    assert [which.count(i) for i in range(3)] == [20, 40, 10]
+    assert [which[:35].count(i) for i in range(3)] == [10, 20, 5]
+    for i, shapes in enumerate(sets):
+        own = [indices for chosen, indices in batches if chosen == i]
+        assert own == list(islice(global_batches(shapes, 2, seed=4), len(own)))
+
+
+def test_a_prepared_set_has_scaled_positions(folder, tmp_path):
+    config = make_config(folder)
+    scaled = dataclasses.replace(config.data, folder=str(tmp_path), position_scale=0.25, count=2)
+    prepare(MAKE["flux"](), "transformer", find(config.model.path), scaled)
+    plain, found = (Dataset(x).shared()["img_ids"] for x in (config.data.folder, tmp_path))
+    rows = torch.arange(8.0).repeat_interleave(12) / 4
+    columns = torch.arange(12.0).repeat(8) / 4
+    assert torch.equal(found, torch.stack([0 * rows, rows, columns], 1))
+    assert torch.equal(plain[:, 1:], 4 * found[:, 1:])
+    other = dataclasses.replace(scaled, position_scale=0.5)
+    with pytest.raises(ValueError, match=r"another training set .*position_scale"):
+        prepare(MAKE["flux"](), "transformer", find(config.model.path), other)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (1, 1), (7, 9), (20, 4)])
+def test_a_window_holds_the_tokens_of_its_positions(size):
+    height, width = 7, 9
+    latents = torch.arange(2.0 * height * width).view(2, -1, 1)
+    rows, columns = torch.meshgrid(torch.arange(7.0), torch.arange(9.0), indexing="ij")
+    ids = torch.stack([0 * rows, 0.5 * rows, 0.5 * columns], -1).view(-1, 3)
+    batch = Batch(latents, {"img_ids": ids, "txt_ids": torch.zeros(4, 3)})
+    seen = torch.zeros(height, width)
+    for turn in range(300):
+        found = window(batch, size, generator("place", turn))
+        h, w = min(size[0], height), min(size[1], width)
+        place = 2 * found.arguments["img_ids"][:, 1:]
+        top, left = place[0].tolist()
+        expected = [(top + i, left + j) for i in range(h) for j in range(w)]
+        assert place.tolist() == [list(x) for x in expected]
+        tokens = [int(row * width + column) for row, column in expected]
+        assert found.latents[0, :, 0].tolist() == tokens
+        assert found.latents[1, :, 0].tolist() == [x + height * width for x in tokens]
+        seen[int(top) : int(top) + h, int(left) : int(left) + w] += 1
+    assert found.arguments["txt_ids"] is batch.arguments["txt_ids"]
+    assert seen.min() > 0.3 * seen.median()  # corners and borders are not forgotten
+
+
+def test_windows_need_one_picture_with_positions():
+    latents = torch.zeros(1, 6, 1)
+    with pytest.raises(ValueError, match=r"makes them itself, so set train\.crop=null"):
+        window(Batch(latents, {}), (2, 2), generator(0))
+    ids = torch.tensor([(i, 0, j) for i in (0.0, 1.0) for j in range(3)])
+    with pytest.raises(ValueError, match="these have 2 grids and 6 tokens"):
+        window(Batch(latents, {"img_ids": ids}), (2, 2), generator(0))
 
 
 def test_prefetch_keeps_the_order():

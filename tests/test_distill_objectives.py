@@ -10,6 +10,7 @@ import torch
 
 from dittfast.distill import objectives
 from dittfast.distill.config import TrainConfig
+from dittfast.distill.muon import orthogonalise
 from dittfast.distill.noise import (
     NoiseProcess,
     generator,
@@ -202,8 +203,59 @@ def test_prodigy_needs_its_package():
         import prodigyopt  # noqa: F401
     except ImportError:
         with pytest.raises(ValueError, match="pip install prodigyopt"):
-            make_optimizer(TrainConfig("x", steps=1, optimizer="prodigy"), [])
+            make_optimizer(TrainConfig("x", steps=1, optimizer="prodigy"), {})
     else:
         p = torch.nn.Parameter(torch.zeros(3))
-        made = make_optimizer(TrainConfig("x", steps=1, optimizer="prodigy", lr=1.0), [p])
+        made = make_optimizer(TrainConfig("x", steps=1, optimizer="prodigy", lr=1.0), {"p": p})
         assert type(made).__name__ == "Prodigy"
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((2, 24, 64), (2, 64, 24)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_moves_matrices_of_blocks_and_adamw_the_rest():
+    """AdamW's part is torch's own; a matrix moves along U Vᵀ of its momentum's SVD."""
+    torch.manual_seed(0)
+    shapes = {
+        "transformer_blocks.0.attn.to_q.weight": (6, 6),
+        "transformer_blocks.0.ff.weight": (8, 6),
+        "transformer_blocks.0.ff.bias": (8,),
+        "x_embedder.weight": (6, 4),
+    }
+    named = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    config = TrainConfig("x", steps=9, optimizer="muon", lr=0.03, betas=(0.8, 0.9))
+    made = make_optimizer(config, named)
+    twins = {n: p.detach().clone().requires_grad_() for n, p in named.items()}
+    others = [twins[name] for name in list(shapes)[2:]]
+    adamw = torch.optim.AdamW(others, lr=0.03, betas=(0.8, 0.9), weight_decay=1e-2)
+    momentum = {name: torch.zeros(shapes[name]) for name in list(shapes)[:2]}
+    for _ in range(3):
+        before = {name: p.detach().clone() for name, p in named.items()}
+        for name, p in named.items():
+            p.grad = torch.randn(p.shape)
+            twins[name].grad = p.grad.clone()
+        made.step()
+        adamw.step()
+        for name in momentum:
+            g = named[name].grad
+            momentum[name] = 0.95 * momentum[name] + 0.05 * g
+            u, _, vt = torch.linalg.svd(0.05 * g + 0.95 * momentum[name], full_matrices=False)
+            moved = before[name] * (1 - 0.03 * 1e-2) - named[name].detach()
+            # In the basis of its singular vectors: diagonal, near 1.
+            found = u.T @ moved @ vt.T / (0.03 * 0.2 * max(shapes[name]) ** 0.5)
+            torch.testing.assert_close(found, torch.diag(found.diag()), atol=1e-3, rtol=0)
+            assert found.diag().min() > 0.3 and found.diag().max() < 1.3
+    for name in list(shapes)[2:]:
+        torch.testing.assert_close(named[name], twins[name])
+
+
+def test_muon_without_matrices_is_adamw():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.tensor([1.0, -2.0, 0.5])
+    make_optimizer(TrainConfig("x", steps=1, optimizer="muon", lr=0.1, weight_decay=0.0),
+                   {"scale": p}).step()  # fmt: skip
+    torch.testing.assert_close(p.detach(), torch.tensor([0.9, 1.1, 0.9]))

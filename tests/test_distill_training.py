@@ -19,7 +19,7 @@ from dittfast.cli import main
 from dittfast.distill import objectives
 from dittfast.distill.artifacts import read_weights
 from dittfast.distill.checkpoint import Checkpoints
-from dittfast.distill.loader import global_batches
+from dittfast.distill.loader import mixed_batches
 from dittfast.distill.trainer import Trainer, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def test_losses_are_what_their_formulas_say(folder, tmp_path):
         train={"steps": 1, "drop_prompt": 0.5, "time_shift": 2.0},
     )  # fmt: skip
     trainer = Trainer(config)
-    trainer._order = global_batches(trainer.dataset.shapes, 2, config.train.seed)
+    trainer._order = mixed_batches([trainer.dataset.shapes], [1.0], 2, config.train.seed)
     (micro,) = trainer._micros(0)
     trainer.run()
     (row,) = losses(tmp_path / "run")

@@ -83,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages.add_argument(
         "--ntk-factor", type=float, metavar="X", help="of FLUX's rotary base there (10)"
     )
+    parser.add_argument(
+        "--position-scale",
+        type=_position_scale,
+        metavar="X",
+        help="multiply the image's position ids (of FLUX and its relatives): 0.25 fits 1,024 px "
+        "into the positions of 256 px; fit does that for the size that a sample model was trained "
+        "for, or with --stages for the first stage (default: 1)",
+    )
     add_guidance_arguments(parser)
     call = add_call_arguments(parser)
     call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
@@ -143,19 +151,21 @@ def run(args) -> int:
         attention = {"method": method, "schedule": schedule, "backend": args.backend}
         done = _draw_stages(args, pipe, call, stages, guided, on_stage, attention)
         return _write_stages(args, pipe, source, call, done, guided, output)
+    position_scale = _fitted(args, source, call)
     arms = generate(
         pipe,
         call,
         method,
         schedule,
         guidance=guided,
+        position_scale=position_scale,
         backend=args.backend,
         seed=args.seed,
         compare=args.compare,
         runs=args.runs,
         on_stage=on_stage,
     )
-    data = record(pipe, source, call, args.seed, arms, guided)
+    data = record(pipe, source, call, args.seed, arms, guided, position_scale)
     if args.image is not None:
         data["image"] = args.image
     written = _write(output, arms, data, args)
@@ -163,6 +173,27 @@ def run(args) -> int:
         print(line)
     print("wrote " + ", ".join(map(str, written)))
     return 0
+
+
+def _position_scale(text: str) -> float | str:
+    """``--position-scale``: a number, or fit."""
+    return text if text == "fit" else float(text)
+
+
+def _fitted(args, source, call) -> float:
+    """The position scale of a picture that is drawn in one go.
+
+    Raises:
+        ValueError: "fit" for a model whose own size nobody has told.
+    """
+    if args.position_scale != "fit":
+        return 1.0 if args.position_scale is None else args.position_scale
+    if "height" not in source.settings:
+        raise ValueError(
+            f"--position-scale fit needs a sample model, which knows its size; for {source.name} "
+            "give the number: the trained side / the side that is drawn"
+        )
+    return source.settings["height"] / call["height"]
 
 
 def _stages(args) -> list[tuple[int, int]] | None:
@@ -191,7 +222,8 @@ def _stages(args) -> list[tuple[int, int]] | None:
 def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
     from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
-    given = {"strength": args.strength, "ntk_factor": args.ntk_factor}
+    names = ("strength", "ntk_factor", "position_scale")
+    given = {name: getattr(args, name) for name in names}
     return generate_high_resolution(
         pipe,
         args.prompt,

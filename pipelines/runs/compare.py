@@ -20,6 +20,7 @@ from ..adapter import enable
 from ..description import Description, describe
 from ..guidance.plain import guide
 from .call import check_ranges
+from .positions import check_position_scale, positions_scaled
 from .run import Run, Timing, run
 from .settings import run_settings
 from .sources import Source
@@ -72,17 +73,21 @@ def draw(
     *,
     backend: str = "auto",
     guidance: HeadGuidance | None = None,
+    position_scale: float = 1.0,
     warm_up: bool = False,
 ) -> tuple[Run, Description | None]:
     """One run with a method or, for None, with dense attention; and what ran where.
 
     Args:
+        position_scale: of the image's position ids
+            (:func:`~dittfast.pipelines.runs.positions.positions_scaled`).
         warm_up: take one step, and none that the schedule keeps dense, so that the method runs.
     """
     if warm_up:
         call = call | {"num_inference_steps": 1}
         schedule = replace(schedule or Schedule(), dense_first_steps=0, dense_last_steps=0)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(positions_scaled(pipe, position_scale))
         if method is not None:
             stack.enter_context(enable(pipe, method, schedule=schedule, backend=backend))
         if guidance is not None:
@@ -98,6 +103,7 @@ def generate(
     schedule: Schedule | None = None,
     *,
     guidance: HeadGuidance | None = None,
+    position_scale: float = 1.0,
     backend: str = "auto",
     seed: int = 0,
     compare: bool = False,
@@ -113,7 +119,7 @@ def generate(
     Args:
         call: see :func:`call_arguments`.
         method: None for dense attention alone.
-        guidance: of every run, dense and sparse.
+        guidance, position_scale: as :func:`draw`, of every run, dense and sparse.
         runs: timed runs of each arm.
         on_stage: called with the name of what comes next.
 
@@ -121,11 +127,12 @@ def generate(
         The arms: dense (with ``compare`` or without a method), then the method's.
 
     Raises:
-        ValueError: ``compare`` without a method, a seed or number of runs out of range, and as
-            :func:`~dittfast.pipelines.adapter.enable`.
+        ValueError: ``compare`` without a method, a seed or number of runs out of range, a model
+            that is given no positions, and as :func:`~dittfast.pipelines.adapter.enable`.
         FloatingPointError: as :func:`run`.
     """
     check_ranges(prompt=call["prompt"], seed=seed, runs=runs)
+    check_position_scale(position_scale)
     if compare and method is None:
         raise ValueError("there is nothing to compare dense attention with; choose a method")
     arms: list[tuple[str, Method | None]] = []
@@ -133,7 +140,7 @@ def generate(
         arms.append(("dense", None))
     if method is not None:
         arms.append((method.name, method))
-    how = {"backend": backend, "guidance": guidance}
+    how = {"backend": backend, "guidance": guidance, "position_scale": position_scale}
     if compare:
         for name, chosen in arms:
             on_stage(f"{name}, warm-up")
@@ -178,10 +185,12 @@ def record(
     seed: int,
     arms: list[Arm],
     guidance: HeadGuidance | None = None,
+    position_scale: float = 1.0,
 ) -> dict:
     """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
     last = arms[-1]
     data = describe_run(pipe, source, call, seed, guidance)
+    data["position_scale"] = position_scale
     data["attention"] = None if last.description is None else last.description.to_dict()
     if len(arms) == 1:
         data["measured"] = f"{len(last.timings)} run(s), the first not warmed up"

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ from ..description import Description, describe
 from ..guidance.plain import guide
 from ..models import is_swapped, transformers_of
 from .call import accepted, call_arguments, check_ranges, is_video
+from .positions import check_position_scale, positions_scaled
 from .run import Run, run
 
 
@@ -35,12 +37,14 @@ class Stage:
     Attributes:
         strength: how much noise was put on the picture before; None for the first stage.
         num_tokens: of the transformer's sequence.
+        position_scale: what the position ids were multiplied by.
         description: of the sparse method; None for the first stage and without a method.
     """
 
     run: Run
     strength: float | None
     num_tokens: int | None
+    position_scale: float = 1.0
     description: Description | None = None
 
     @property
@@ -104,6 +108,13 @@ def _strengths(strength: float | Sequence[float], stages: int) -> list[float]:
     return given
 
 
+def _position_scale(given: float | str, first: tuple[int, int], stage: tuple[int, int]) -> float:
+    if given != "fit":
+        check_position_scale(given)
+        return given
+    return first[0] / stage[0]
+
+
 def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
     if len(stages) < 2:
         raise ValueError(f"stages needs at least two sizes (height, width), got {list(stages)}")
@@ -153,6 +164,7 @@ def generate_high_resolution(
     schedule: Schedule | None = None,
     proportional: bool = True,
     ntk_factor: float = 10.0,
+    position_scale: float | Literal["fit"] = 1.0,
     guidance: HeadGuidance | None = None,
     backend: str = "auto",
     seed: int = 0,
@@ -179,6 +191,9 @@ def generate_high_resolution(
             4,608), unless the method has one of its own.
         ntk_factor: the base of FLUX's rotary embedding times this in the stages after the first;
             10 as in CLEAR, 1 to leave it.
+        position_scale: the position ids of the image times this in those stages; "fit" makes each
+            stage span the first one's positions
+            (:func:`~dittfast.pipelines.runs.positions.positions_scaled`; take ntk_factor=1 then).
         guidance: weakened heads that guide every stage.
         seed: stage n draws its noise from ``seed + n``.
         on_stage: called with the name of what comes next.
@@ -210,8 +225,9 @@ def generate_high_resolution(
         raise ValueError(f"there is no method for the options {sorted(options)}")
     larger = image_to_image(pipe)
     calls = _calls(pipe, larger, prompt, stages, call or {})
-    with rope_theta_scaled(pipe, ntk_factor):
-        pass  # checks it
+    scales = [_position_scale(position_scale, stages[0], stage) for stage in stages[1:]]
+    with rope_theta_scaled(pipe, ntk_factor), positions_scaled(pipe, scales[-1]):
+        pass  # checks them
 
     on_stage(f"{stages[0][1]} x {stages[0][0]}")
     own = None if swapped else "dense"  # the stages without a method; swapped runs its own
@@ -221,7 +237,7 @@ def generate_high_resolution(
     done = [Stage(first, None, tokens)]
     if proportional and isinstance(chosen, Local) and not chosen.proportional:
         chosen = replace(chosen, proportional=tokens)
-    for number, (arguments, value) in enumerate(zip(calls[1:], strengths), 1):
+    for number, (arguments, value, scale) in enumerate(zip(calls[1:], strengths, scales), 1):
         height, width = stages[number]
         on_stage(f"{width} x {height}")
         picture = done[-1].image.resize((width, height), Image.Resampling.LANCZOS)
@@ -229,12 +245,13 @@ def generate_high_resolution(
         how = {} if chosen is None else {"schedule": schedule, "backend": backend}
         with (
             rope_theta_scaled(pipe, ntk_factor),
+            positions_scaled(pipe, scale),
             _running(larger, own if chosen is None else chosen, guidance, **how),
         ):
             drawn = run(larger, arguments, seed + number)
             description = describe(larger)
         sparse = description if chosen is not None or swapped else None
-        done.append(Stage(drawn, value, description.num_tokens, sparse))
+        done.append(Stage(drawn, value, description.num_tokens, scale, sparse))
     return done
 
 
@@ -247,6 +264,7 @@ def as_record(stages: Sequence[Stage]) -> list[dict]:
             "strength": stage.strength,
             "steps": len(stage.run.timing.steps),
             "num_tokens": stage.num_tokens,
+            "position_scale": stage.position_scale,
             "seconds": stage.run.timing.total,
             "attention": None if stage.description is None else stage.description.to_dict(),
         }

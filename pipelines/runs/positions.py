@@ -1,0 +1,84 @@
+"""Position ids scaled on their way into a transformer, for pictures of another size.
+
+Position interpolation (Chen et al. 2023, arXiv:2306.15595) in two dimensions: a picture s times as
+large as those a model was trained on, its rows and columns counted in steps of 1 / s, spans the
+positions that the model knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+
+import torch
+
+from ..models import bind_arguments, stock_class, transformers_of
+
+# Arguments of ``forward`` that hold the image's position ids: image, row, column, and in some
+# models more.
+IDS = "img_ids"
+_ROW_AND_COLUMN = (1, 2)
+
+
+def scaled(ids: torch.Tensor, scale: float) -> torch.Tensor:
+    """Position ids with their rows and columns times ``scale``.
+
+    Args:
+        ids: ``[..., N, k]``, k of at least 3: which image, row, column, and what else a model has.
+
+    Returns:
+        fp32, also of integers and of half precision, which could not hold the fractions.
+    """
+    result = ids.to(torch.float32, copy=True)
+    result[..., _ROW_AND_COLUMN] *= scale
+    return result
+
+
+@contextlib.contextmanager
+def positions_scaled(pipe, scale: float):
+    """Inside, the pipeline's transformers get their image's position ids times ``scale``.
+
+    Rows and columns are scaled, text is left where it is. Layouts stay what they are, for their
+    readers look at the order of the ids alone, so this composes with any method.
+
+    Args:
+        pipe: a diffusers pipeline, or a transformer.
+        scale: 1 changes nothing; 0.25 fits a picture four times as large into the positions of
+            the small one.
+
+    Raises:
+        ValueError: a scale that is not positive, or a model that is given no position ids.
+    """
+    check_position_scale(scale)
+    if scale == 1:
+        yield
+        return
+    models = transformers_of(pipe).values()
+    for model in models:
+        if IDS not in inspect.signature(type(model).forward).parameters:
+            raise ValueError(
+                f"{stock_class(type(model)).__name__} makes its positions itself and takes no "
+                f"{IDS} that could be scaled; use position_scale=1"
+            )
+
+    def hook(model, args, kwargs):
+        arguments = bind_arguments(model, args, kwargs)
+        arguments[IDS] = scaled(arguments[IDS], scale)
+        return (), arguments
+
+    handles = [model.register_forward_pre_hook(hook, with_kwargs=True) for model in models]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_position_scale(scale: float) -> None:
+    """Raise ValueError unless ``scale`` is a finite number above 0."""
+    if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
+        raise ValueError(
+            f"position_scale must be a finite number above 0, got {scale!r}; 0.25 fits 1,024 px "
+            "into the positions of 256 px, 1 changes nothing"
+        )
