@@ -31,6 +31,8 @@ def user_step(scheduler, index: int, begin: int = 0) -> tuple[int, int]:
     its Runge-Kutta start the first steps take four.
     """
     count = len(scheduler.timesteps)
+    if len(getattr(scheduler, "sigmas", ())) == count:
+        count -= 1  # the last timestep is the end of the last step: no pass is made there
     start = getattr(scheduler, "prk_timesteps", None)
     if start is not None:
         last = _pndm_step(count - begin - 1, len(start))
