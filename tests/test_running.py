@@ -122,6 +122,21 @@ def test_a_pipeline_behind_a_wrapper():
     assert enabled_flags(first, [first, second], dense_first_steps=2) == ["DDssss", "DDssss"]
 
 
+def test_a_modular_pipeline_counts_its_own_steps(monkeypatch):
+    """It passes itself to blocks as ``components``; no method of it is on the way."""
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.modular_pipelines.wan import encoders
+    from test_guider import modular, run
+
+    monkeypatch.setattr(encoders, "prompt_clean", lambda text: text)
+    pipe = tiny.wan_pipeline()
+    other = modular(pipe, ClassifierFreeGuidance(3.0))
+    other.update_components(scheduler=copy.deepcopy(pipe.scheduler))
+    calls = [lambda: tiny.run(pipe, num_inference_steps=4), lambda: run(other, 6)]
+    found = enabled_flags(pipe, calls, dense_first_steps=2, dense_last_steps=1)
+    assert found == ["DDDDssDD", "DDDDssssssDD"]  # two passes a step
+
+
 def own_loop(pipe, scheduler, numbers=False, steps=6):
     """A user's own loop with a scheduler that is not the pipeline's."""
     scheduler.set_timesteps(steps)

@@ -7,10 +7,10 @@ for the conditional and unconditional call of a step): D dense, s sparse. The fi
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import ClassVar
 
 import diffusers
@@ -22,7 +22,16 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny_pipelines import family_of_pipeline, known_pipelines, pipeline, transformer
+from tiny_pipelines import (
+    AudioVae,
+    Connectors,
+    Features,
+    ImageEncoder,
+    family_of_pipeline,
+    known_pipelines,
+    pipeline,
+    transformer,
+)
 
 import dittfast
 from dittfast import Layout
@@ -228,6 +237,10 @@ def karras(name: str, **options) -> Callable:
     return lambda: getattr(diffusers, name)(**options)
 
 
+def second_expert(first) -> dict:
+    return dict(transformer_2=copy.deepcopy(first), boundary_ratio=0.9)
+
+
 def unguided(transformer) -> dict:
     return dict(guider=diffusers.ClassifierFreeGuidance(guidance_scale=1.0))
 
@@ -235,35 +248,6 @@ def unguided(transformer) -> dict:
 def control(name: str, **options) -> Callable:
     make = getattr(diffusers, name).from_transformer
     return lambda transformer: dict(controlnet=make(transformer, num_layers=1, **options).eval())
-
-
-class Connectors(torch.nn.Module):
-    """In place of LTX-2's text connectors."""
-
-    def forward(self, embeds, mask, **_):
-        return embeds, embeds, mask
-
-
-class AudioVae(torch.nn.Module):
-    mel_compression_ratio = temporal_compression_ratio = 4
-    latents_mean, latents_std = torch.zeros(8), torch.ones(8)
-    dtype = torch.float32
-    config = SimpleNamespace(sample_rate=16000, mel_hop_length=160, mel_bins=16, latent_channels=2)
-
-
-class Features(dict):
-    """What an image processor returns; as a processor, itself."""
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def to(self, *args):
-        return self
-
-
-class ImageEncoder(torch.nn.Module):
-    def forward(self, output_hidden_states):
-        return SimpleNamespace(hidden_states=[torch.ones(1, 9, 32)] * 2)
 
 
 def reads_text(transformer) -> dict:
@@ -426,7 +410,7 @@ ROWS = [
         "QwenImageLayeredPipeline",
         factor=64,
         parts=reads_text,
-        call=dict(image=clip(1, 1024)[0], prompt="a red cat"),
+        call=dict(image=clip(1, 1024)[0], prompt="a red cat", output_type="np"),
     ),
     row("HunyuanImagePipeline"),
     row("HunyuanImageRefinerPipeline", call=dict(image=picture())),
@@ -452,6 +436,15 @@ ROWS = [
     row("WanPipeline", calls=2, channels=16, quick=True),
     row(
         "WanImageToVideoPipeline", calls=2, call=dict(image=picture()), config=dict(in_channels=12)
+    ),
+    row(
+        "WanImageToVideoPipeline",
+        calls=2,
+        config=dict(in_channels=12),
+        call=dict(image=picture()),
+        parts=second_expert,
+        note="two-experts",
+        quick=True,
     ),
     row(
         "WanVideoToVideoPipeline",
@@ -572,8 +565,10 @@ ROWS = [
         options=dict(layout=Layout.video(3, 8, 8)),
         call=dict(num_inference_steps=10, denoise_strength=0.6, video=clip()),
     ),
+    # This pipeline leaves out the last of the steps it is asked for.
     row(
         "LTXI2VLongMultiPromptPipeline",
+        "DDsss",
         channels=8,
         options=dict(layout=Layout.video(3, 8, 8)),
         parts=reads_text,
@@ -586,15 +581,14 @@ ROWS = [
     row("LTX2ConditionPipeline", channels=8, parts=ltx2),
     row("LTX2InContextPipeline", channels=8, parts=ltx2),
     row("LTX2HDRPipeline", channels=8, parts=ltx2),
-    row("LTX2DFRPipeline", channels=8, parts=ltx2),
     row("Kandinsky5T2VPipeline", calls=2),
-    row("Kandinsky5T2IPipeline", calls=2, factor=64, call=dict(height=1024, width=1024)),
+    row("Kandinsky5T2IPipeline", calls=2, attributes=dict(resolutions=[(64, 64)])),
     row("Kandinsky5I2VPipeline", calls=2, call=dict(image=picture())),
     row(
         "Kandinsky5I2IPipeline",
         calls=2,
-        factor=64,
-        call=dict(image=clip(1, 1024)[0], height=1024, width=1024),
+        attributes=dict(resolutions=[(64, 64)]),
+        call=dict(image=clip(1)[0]),
         config=dict(in_visual_dim=9),
     ),
     row("AllegroPipeline", scheduler=karras("DDIMScheduler")),
@@ -607,7 +601,7 @@ ROWS = [
     # Its Runge-Kutta start takes four calls in each of the first three steps.
     dit("DDDDDDDDssssssD", scheduler=karras("PNDMScheduler"), note="prk", quick=True),
     dit("DDDDssssssD", scheduler=karras("HeunDiscreteScheduler"), note="heun", quick=True),
-    dit("DDDDssssssD", scheduler=karras("KDPM2DiscreteScheduler"), note="kdpm2", quick=True),
+    dit("DDDDssssssD", scheduler=karras("KDPM2DiscreteScheduler"), note="kdpm2"),
     dit("DDDDssssssD", scheduler=karras("KDPM2AncestralDiscreteScheduler"), note="kdpm2-a"),
     *(
         dit(scheduler=karras(f"{name}Scheduler"), note=name)

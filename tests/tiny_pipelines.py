@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from dittfast.pipelines.families import FAMILIES
@@ -18,6 +19,10 @@ from dittfast.pipelines.parity import TINY
 class Encoded(SimpleNamespace):
     def __getitem__(self, index):
         return self.latent_dist
+
+
+class Decoded(NamedTuple):
+    sample: torch.Tensor
 
 
 class Allows:
@@ -30,10 +35,42 @@ class Allows:
         return self if not name.startswith("__") else object.__getattribute__(self, name)
 
 
-class StandInVae(torch.nn.Module):
+class StandIn(torch.nn.Module):
+    dtype, device = torch.float32, torch.device("cpu")
+
+
+class Connectors(StandIn):
+    """In place of LTX-2's text connectors."""
+
+    def forward(self, embeds, mask, **_):
+        return embeds, embeds, mask
+
+
+class AudioVae(StandIn):
+    mel_compression_ratio = temporal_compression_ratio = 4
+    latents_mean, latents_std = torch.zeros(8), torch.ones(8)
+    dtype = torch.float32
+    config = SimpleNamespace(sample_rate=16000, mel_hop_length=160, mel_bins=16, latent_channels=2)
+
+
+class Features(dict):
+    """What an image processor returns; as a processor, itself."""
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def to(self, *args):
+        return self
+
+
+class ImageEncoder(StandIn):
+    def forward(self, output_hidden_states):
+        return SimpleNamespace(hidden_states=[torch.ones(1, 9, 32)] * 2)
+
+
+class Vae(StandIn):
     """Latents of zeros in the shape the real one would give, and every name pipelines ask for."""
 
-    dtype, device = torch.float32, torch.device("cpu")
     temporal_compression_ratio = 4
     use_slicing = use_tiling = False
 
@@ -65,6 +102,11 @@ class StandInVae(torch.nn.Module):
         again = lambda *_, **__: latents  # noqa: E731
         spread = SimpleNamespace(sample=again, mode=again, mean=latents, parameters=latents)
         return Encoded(latent_dist=spread, latents=latents)
+
+    def decode(self, latents, **kwargs):
+        size = [n * self.spatial_compression_ratio for n in latents.shape[-2:]]
+        frames = latents.shape[2:-2]
+        return Decoded(latents.new_zeros(latents.shape[0], 3, *frames, *size))
 
     def enable_tiling(self):
         pass
@@ -118,7 +160,7 @@ def pipeline(name: str, channels: int = 4, factor: int = 8, **parts):
         if key in parts:
             given[key] = parts[key]
         elif key == "vae":
-            given[key] = StandInVae(channels, factor)
+            given[key] = Vae(channels, factor)
         elif key == "safety_checker":
             given[key] = Allows()
         elif key != "self" and part.default is inspect.Parameter.empty:
