@@ -84,6 +84,16 @@ def test_help_is_quick(arguments):
     assert float(seconds) < 1
 
 
+def test_listing_published_models_and_refusing_sizes_needs_no_diffusers():
+    python(
+        "import sys\n"
+        "from dittfast.cli import main\n"
+        "assert main(['estimate']) == 0\n"
+        "assert main(['estimate', 'wan2.1-14b', '--height', '100']) == 2\n"
+        "assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    )
+
+
 # What diffusers and transformers do to find Hugging Face's `kernels`, and what they make of it.
 PROBE = """
 import sys

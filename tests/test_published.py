@@ -237,7 +237,7 @@ def test_sizes_a_model_cannot_make():
 def test_command(capsys, tmp_path):
     size = ["--height", "480", "--width", "832", "--num-frames", "81"]
     path = tmp_path / "plan.json"
-    asked = ["plan", "--model", "wan2.1-14b", *size, "--method", "local", "--set", "window=4"]
+    asked = ["estimate", "wan2.1-14b", *size, "--method", "local", "--set", "window=4"]
     assert main([*asked, "--json", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "32,760: 21 x 30 x 52, 0 text" in shown
@@ -246,18 +246,42 @@ def test_command(capsys, tmp_path):
     (local,) = data["methods"]
     assert local["density"] == pytest.approx(disc_pairs(30, 52, 4) / (30 * 52) ** 2)
     assert data["cost"]["attention_share"] == pytest.approx(0.527, abs=0.02)
-    assert main(["plan", "--model", "list"]) == 0
+    assert main(["estimate"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in published_models())
     for wrong, message in [
-        (["--model", "wann"], "Did you mean"),
-        (["--model", "wan2.1-14b", "--frames", "21"], "--num-frames"),
-        (["--model", "wan2.1-14b", "--set", "window=4"], "needs a method"),
-        (["--num-frames", "81", "--height", "4", "--width", "4"], "--model"),
-        (["--height", "4", "--method", "local"], "--width is missing; give"),
+        (["estimate", "wann"], "Did you mean"),
+        (["estimate", "wan2.1-14b", "--set", "window=4"], "needs a method"),
+        (["plan", "--height", "4", "--method", "local"], "--width is missing; give"),
     ]:
-        assert main(["plan", *wrong]) == 2
+        assert main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("--model list", "estimate"),
+        ("--model wan2.1-14b --height 720", "estimate wan2.1-14b --height 720"),
+        ("--text 7 --model=flux.1-dev", "estimate flux.1-dev --text 7"),
+        ("--method local --probe --layers 0", "probe --method local --layers 0"),
+        ("--probe sample-video --method local", "probe --model sample-video --method local"),
+        ("--method local --height 4", "plan --method local --height 4"),
+    ],
+)
+def test_old_spellings_of_plan(capsys, old, new):
+    from dittfast.cli import _modern
+
+    assert _modern(["plan", *old.split()]) == new.split()
+    hint = capsys.readouterr().err
+    assert ("is now `dittfast" in hint) == (new.split()[0] != "plan")
+
+
+def test_an_old_spelling_runs(capsys):
+    assert main(["plan", "--model", "list"]) == 0
+    shown = capsys.readouterr()
+    assert "wan2.1-14b" in shown.out
+    assert shown.err.startswith("dittfast: `dittfast plan --model` is now `dittfast estimate`")
 
 
 def test_unknown_keys_are_named(monkeypatch, tmp_path):

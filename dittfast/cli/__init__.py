@@ -17,7 +17,10 @@ from dittfast import __version__
 COMMANDS = {
     "generate": "draw a picture with a pipeline, dense and sparse",
     "hunt": "search the attention heads that guide a model best",
-    "plan": "draw a method's block mask, with its density and FLOPs",
+    "plan": "draw a method's block mask for a grid of tokens, with its density and FLOPs",
+    "probe": "show what a method keeps of a real run's attention, head by head",
+    "estimate": "compute what every method would save on a published model at its real size",
+    "methods": "list the methods with all their options",
     "evaluate": "compare a model's pictures and speed with dense attention's",
     "report": "turn an evaluation into one HTML page",
     "distill": "train a model to work with sparse attention",
@@ -26,6 +29,8 @@ COMMANDS = {
     "doctor": "show what runs on this machine, and why the rest does not",
 }
 INTERRUPTED = 130
+# What `dittfast plan` did before these were commands of their own: option -> command.
+_MOVED = {"--probe": "probe", "--model": "estimate"}
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -52,6 +57,32 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _modern(argv: list[str]) -> list[str]:
+    """``argv`` in today's spelling; an old one is answered with a hint."""
+    if argv[:1] != ["plan"]:
+        return argv
+    for at, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option not in _MOVED:
+            continue
+        before, after = argv[1:at], argv[at + 1 :]
+        if not equals and after and not after[0].startswith("-"):
+            value, after = after[0], after[1:]
+        model = [value] if value else []
+        if option == "--probe" and model:
+            model = ["--model", *model]
+        elif model == ["list"]:
+            model = []
+        command = _MOVED[option]
+        print(
+            f"dittfast: `dittfast plan {option}` is now `dittfast {command}`; dittfast {command} "
+            "--help shows its options",
+            file=sys.stderr,
+        )
+        return [command, *model, *before, *after]
+    return argv
+
+
 class _OnStderr(logging.StreamHandler):
     """The package's log messages for people: each once."""
 
@@ -72,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: a check failed; 2: bad input, said in one line; 130: interrupted by Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _modern(list(sys.argv[1:] if argv is None else argv))
     command = next((a for a in argv if not a.startswith("-")), None)
     parser = _parser(command)
     args, rest = parser.parse_known_args(argv)

@@ -7,16 +7,15 @@ from pathlib import Path
 
 from dittfast.files import check_output, write_image, write_json
 
-from . import probe, published
 from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
 
 EXAMPLE = """\
 examples:
   dittfast plan --method radial --frames 21 --height 45 --width 80 -o radial.png
   dittfast plan --method local --set window=8 --height 64 --width 64 --text 512 -o local.png
-  dittfast plan --method rectified --set block_size=64 --probe --layers 0,3 -o rectified.png
-  dittfast plan --model wan2.1-14b --height 720 --width 1280 --num-frames 81
-  dittfast plan --model list
+
+A method that chooses blocks from q and k has no mask of its own: see dittfast probe.
+For a published model's real size in frames and pixels see dittfast estimate.
 """
 
 
@@ -24,12 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dittfast plan``."""
     parser.epilog = EXAMPLE
     grid = parser.add_argument_group("layout, in tokens (a FLUX token is 16 pixels wide)")
-    grid.add_argument("--frames", type=int, metavar="N", help="(default: 1, an image)")
+    grid.add_argument("--frames", type=int, default=1, metavar="N", help="(default: 1, an image)")
     grid.add_argument("--height", type=int, metavar="N")
     grid.add_argument("--width", type=int, metavar="N")
-    grid.add_argument(
-        "--text", type=int, metavar="N", help="text tokens (default: 0, or the model's)"
-    )
+    grid.add_argument("--text", type=int, default=0, metavar="N", help="text tokens (default: 0)")
     where = grid.add_mutually_exclusive_group()
     where.add_argument(
         "--text-first",
@@ -44,8 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text after the grid, as in HunyuanVideo (the default for videos)",
     )
     add_method_arguments(parser)
-    probe.add_arguments(parser)
-    published.add_arguments(parser)
     work = parser.add_argument_group("work")
     work.add_argument("--head-dim", type=int, default=128, metavar="N", help="(default: 128)")
     work.add_argument("--heads", type=int, default=24, metavar="N", help="(default: 24)")
@@ -59,12 +54,6 @@ def run(args) -> int:
     for path, endings in ((args.output, (".png",)), (args.json, None)):
         if path is not None:
             check_output(path, endings)
-    if args.model is not None:
-        return published.run(args)
-    if args.num_frames is not None:
-        raise ValueError("--num-frames is for --model; give --frames in tokens without it")
-    args.frames = 1 if args.frames is None else args.frames
-    args.text = args.text or 0
     for name in ("head_dim", "heads"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
@@ -72,13 +61,9 @@ def run(args) -> int:
     asked, options = chosen_method(args), parse_options(args.options)
     if asked is None:
         raise ValueError("the method is missing; add --method radial, or --config FILE")
-    if args.probe is not None:
-        return probe.run(args, asked, options)
     for name in ("height", "width"):
         if getattr(args, name) is None:
-            raise ValueError(
-                f"--{name} is missing; give the grid in tokens, --probe for a run, or --model NAME"
-            )
+            raise ValueError(f"--{name} is missing; give the grid in tokens")
 
     from dittfast.config import SCHEDULE_FIELDS, resolve
     from dittfast.layout import Layout
@@ -90,7 +75,7 @@ def run(args) -> int:
     if not method.static:
         raise ValueError(
             f"{method.name} chooses blocks from q and k at every call, so it has no mask of its "
-            "own; add --probe instead of a grid to draw what it does to the q and k of a model"
+            f"own; dittfast probe --method {method.name} draws what it does to a model's q and k"
         )
     text_first = args.frames == 1 if args.text_first is None else args.text_first
     layout = Layout.video(args.frames, args.height, args.width, args.text, text_first)

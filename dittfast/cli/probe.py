@@ -1,36 +1,46 @@
-"""``dittfast plan --probe``: what a method keeps of the attention of a real run, head by head."""
+"""``dittfast probe``: what a method keeps of the attention of a real run, head by head."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from dittfast.files import write_image, write_json
+from dittfast.files import check_output, write_image, write_json
 
+from .options import add_method_arguments, add_model_argument, chosen_method, parse_options
+
+EXAMPLE = """\
+examples:
+  dittfast probe --method rectified --set block_size=64 --layers 0,3 -o rectified.png
+  dittfast probe --method local --set window=8 --model sample-video --step 5 --json local.json
+"""
 DEFAULT_PROMPT = "a 3d emoji of a lion, blue background"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that go with ``--probe``."""
-    group = parser.add_argument_group(
-        "probe", "plan on the q and k of a dense run instead of on a grid; any method"
-    )
-    group.add_argument(
-        "--probe",
-        nargs="?",
-        const="sample-flux",
-        metavar="MODEL",
-        help="a sample model, a diffusers folder or a hub id (default: sample-flux)",
-    )
+    """The options of ``dittfast probe``."""
+    parser.epilog = EXAMPLE
+    add_model_argument(parser)
+    add_method_arguments(parser)
+    group = parser.add_argument_group("run", "the dense run whose q and k are planned on")
     group.add_argument("--prompt", default=DEFAULT_PROMPT, help='(default: "%(default)s")')
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps of the run")
     group.add_argument("--step", type=int, metavar="N", help="the step to look at, from 0")
     group.add_argument("--layers", metavar="N,N", help="self-attention layers (default: all)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", metavar="FILE", help="write the picture here, as .png")
+    out.add_argument("--json", metavar="FILE", help="write the numbers here")
 
 
-def run(args, asked: str, options: dict) -> int:
+def run(args) -> int:
     """Draw the kept and the dropped attention of every head, and print the numbers."""
+    for path, endings in ((args.output, (".png",)), (args.json, None)):
+        if path is not None:
+            check_output(path, endings)
+    asked, options = chosen_method(args), parse_options(args.options)
+    if asked is None:
+        raise ValueError("the method is missing; add --method rectified, or --config FILE")
     layers = None
     if args.layers is not None:
         try:
@@ -48,7 +58,7 @@ def run(args, asked: str, options: dict) -> int:
 
     from .options import quiet_libraries
 
-    source = sources.find(args.probe)
+    source = sources.find(args.model)
     device = sources.choose_device("auto")
     quiet_libraries()
     pipe = sources.load(source, device, sources.choose_dtype("auto", device))

@@ -42,11 +42,12 @@ class Local(Method):
         downsample: side c of a patch, from 2 to the shorter side of the grid; None for none.
         tile: tokens of a block as (frames, height, width), at most 256 together; None chooses.
             It changes the speed, not the result.
-        frame_window: frames nearer than this are visible; None for all.
+        frame_window: frames nearer than this are visible, at least 1; None for all.
         proportional: scale the logits by ``sqrt(log(n) / log(4608) / head_dim)`` for n tokens,
             text included (10 n with ``downsample``, as published), to keep attention as sharp on
-            images larger than the training size as on it. A number stands for 4608, the tokens
-            of FLUX at 1024 px, where a model was trained on sequences of another length.
+            images larger than the training size as on it. A number, at least 2, stands for 4608,
+            the tokens of FLUX at 1024 px, where a model was trained on sequences of another
+            length.
 
     Raises:
         ValueError: an option out of range; a layout without a grid.

@@ -58,7 +58,7 @@ class Radial(Method):
     Args:
         decay_factor: factor of the band's half-width, above 0; 1.0 for "paper".
         block_size: tokens in a block, 1 to 256.
-        variant: one of the five above.
+        variant: "wan", "hunyuan", "paper", "wan_corrected" or "hunyuan_corrected".
 
     Raises:
         ValueError: an option out of range; a layout without a grid.

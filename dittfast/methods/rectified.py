@@ -49,10 +49,10 @@ class Rectified(DynamicMethod):
 
     Args:
         block_size: tokens in a block, 8 to 256.
-        topk: key blocks of image tokens each query block keeps at least; clamped to those there
-            are. Give this or ``drop``.
+        topk: at least 1: key blocks of image tokens each query block keeps, or more; clamped to
+            those there are. Give this or ``drop``.
         drop: share of the image's key blocks to drop, in [0, 1):
-            ``topk = floor((1 - drop) · blocks)``, at least 1. Default 0.8.
+            ``topk = max(1, floor((1 - drop) · blocks))``. Default 0.8.
         top_p: blocks are kept until their P, in falling order, sums to more than this; in [0, 1].
         order: "hilbert", "morton" or "raster".
         neighbors: keep key blocks that hold a spatial neighbour (26 in a video, 8 in an image) of

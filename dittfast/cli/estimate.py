@@ -1,39 +1,45 @@
-"""``dittfast plan --model``: every method at a published model's real size, computed."""
+"""``dittfast estimate``: every method at a published model's real size, computed."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from dittfast.files import write_json
+from dittfast.files import check_output, write_json
 
-from .options import chosen_method, compact, parse_options, seconds
+from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
+
+EXAMPLE = """\
+examples:
+  dittfast estimate
+  dittfast estimate wan2.1-14b --height 720 --width 1280 --num-frames 81
+  dittfast estimate flux.1-dev --method local --set window=16
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that go with ``--model``."""
-    group = parser.add_argument_group("a published model at its real size, without weights")
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help='such as wan2.1-14b, or "list": prints tokens, FLOPs and every method; height and '
-        "width are then in pixels, and sizes default to the model's usual ones",
+    """The options of ``dittfast estimate``."""
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "model", nargs="?", metavar="NAME", help="such as wan2.1-14b; without it, all are listed"
     )
-    group.add_argument("--num-frames", type=int, metavar="N", help="frames of the video")
+    size = parser.add_argument_group("size", "without these the model's usual ones")
+    size.add_argument("--num-frames", type=int, metavar="N", help="frames of the video")
+    size.add_argument("--height", type=int, metavar="PX")
+    size.add_argument("--width", type=int, metavar="PX")
+    size.add_argument("--text", type=int, metavar="N", help="text tokens")
+    add_method_arguments(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", metavar="FILE", help="write the numbers here")
 
 
 def run(args) -> int:
     """Print the table of a published model."""
-    for name in ("frames", "output", "text_first", "probe"):
-        if getattr(args, name) is not None:
-            flag = "--text-first or --text-last" if name == "text_first" else f"--{name}"
-            raise ValueError(
-                f"{flag} does not go with --model, which knows the layout; frames are "
-                "--num-frames, and pictures and probes are made without --model"
-            )
+    if args.json is not None:
+        check_output(args.json)
     from dittfast.pipelines.families.published import published_model, published_models
 
-    if args.model == "list":
+    if args.model is None:
         for name in published_models():
             print(f"{name.ljust(14)}  {published_model(name).source}")
         return 0
@@ -83,7 +89,8 @@ def _lines(found) -> list[str]:
                 settings,
                 f"{'at least ' if x.at_least else ''}{x.density:.3g}",
                 compact(x.attention),
-                f"{compact(cost.total / x.fewer_flops)}, {x.fewer_flops:.2f} x fewer",
+                f"{compact(cost.total / x.fewer_flops)}, "
+                f"{'at most ' if x.at_least else ''}{x.fewer_flops:.2f} x fewer",
                 compact(x.plan_bytes, "B"),
                 seconds(x.build_seconds),
             ]
