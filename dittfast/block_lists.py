@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+# List entries worked on together: bounds memory.
+_ENTRIES_AT_ONCE = 1 << 22
 
 
 def run_lengths(kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor) -> torch.Tensor:
@@ -43,6 +47,124 @@ def block_states(
     return state.masked_fill_(torch.arange(num_kv_blocks, device=device) < runs, 2)
 
 
+def entry_range(kv_indices: torch.Tensor, listed: torch.Tensor):
+    """``(least, greatest, repeated)`` of the first ``listed [B|1, H|1, nQ]`` entries of each row.
+
+    ``repeated`` is the first block listed twice, ``(batch, head, row, block)``, or None. Looks at a
+    few rows at a time.
+    """
+    width = kv_indices.shape[-1]
+    rows, counts = kv_indices.detach().cpu().numpy().reshape(-1, width), listed.cpu().numpy()
+    counts, slot = counts.reshape(-1, 1), np.arange(width, dtype=np.int32)
+    low, high, repeated = 0, 0, None
+    for start in range(0, len(rows), max(1, _ENTRIES_AT_ONCE // width)):
+        part = slice(start, start + max(1, _ENTRIES_AT_ONCE // width))
+        used = slot < counts[part]
+        low = min(low, int(rows[part].min(where=used, initial=0)))
+        high = max(high, int(rows[part].max(where=used, initial=0)))
+        # Unused slots get distinct negative values, so that only real duplicates collide.
+        ordered = np.sort(np.where(used, rows[part], np.iinfo(np.int32).min + slot), -1)
+        same = ordered[:, 1:] == ordered[:, :-1]
+        if repeated is None and same.any():
+            row, at = np.argwhere(same)[0]
+            place = np.unravel_index(start + row, listed.shape)
+            repeated = *(int(x) for x in place), int(ordered[row, at])
+    return low, high, repeated
+
+
+class ListBuilder:
+    """The lists of a plan for all batch rows and heads, from block pairs that come in parts.
+
+    Beside the finished lists there is memory for one part. A row that sees key blocks 0 ... n - 1
+    in full is kept as n alone, and becomes a run where n is more than any other row lists.
+    """
+
+    def __init__(self, num_q_blocks: int, num_kv_blocks: int):
+        self._num_kv_blocks = num_kv_blocks
+        self._count = np.zeros(num_q_blocks, dtype=np.int32)
+        self._full = np.zeros(num_q_blocks, dtype=np.int32)
+        self._listed = np.zeros(num_q_blocks, dtype=np.int32)
+        self._parts: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def add(self, *pairs: tuple) -> None:
+        """All pairs of some rows: ``(rows, cols, full)`` arrays, once or several times.
+
+        Raises:
+            ValueError: a block out of range, or a row that has been added before.
+        """
+        rows, cols = (np.concatenate([np.asarray(p[n]).ravel() for p in pairs]) for n in (0, 1))
+        full = np.concatenate([np.broadcast_to(np.asarray(p[2]), np.shape(p[0])) for p in pairs])
+        if not rows.size:
+            return
+        for name, x, count in (
+            ("query blocks", rows, self._count.size),
+            ("kv_indices", cols, self._num_kv_blocks),
+        ):
+            if x.min() < 0 or x.max() >= count:
+                raise ValueError(f"{name} must lie in 0..{count - 1}, found {x.min()}..{x.max()}")
+        first, end = int(rows.min()), int(rows.max()) + 1
+        # One integer orders pairs by row, full before partial, then by key block.
+        n_k, lines = self._num_kv_blocks, 2 * (end - first)
+        dtype = np.int32 if lines * n_k < 1 << 31 else np.int64
+        key = (rows - first).astype(dtype)
+        key *= 2
+        key += ~full.astype(bool)
+        key *= n_k
+        key += cols.astype(dtype)
+        key = np.sort(key)
+        edges = np.searchsorted(key, np.arange(lines + 1, dtype=np.int64) * n_k)
+        line = key // n_k
+        cols = (key - line * n_k).astype(np.int32, copy=False)
+        full, count = edges[1::2] - edges[:-1:2], edges[2::2] - edges[:-1:2]
+        # Rising and as many as the last one says: then nothing is left out, unless one is repeated.
+        last = cols[np.maximum(edges[2::2] - 1, 0)]
+        prefix = (count > 0) & (full == count) & (last == count - 1)
+        prefix[line[1:][key[1:] == key[:-1]] >> 1] = False
+        self._take(first, count, full, np.where(prefix, 0, count))
+        if prefix.any():
+            cols = cols[~np.repeat(prefix, count)]
+        if cols.size:
+            self._parts.append((first, np.where(prefix, 0, count), cols))
+
+    def add_runs(self, rows: np.ndarray, length: int) -> None:
+        """Rows that see key blocks 0 ... length - 1, all in full."""
+        first = int(rows.min()) if rows.size else 0
+        count = np.bincount(rows - first) * length
+        self._take(first, count, count, np.zeros_like(count))
+
+    def _take(self, first: int, count, full, listed) -> None:
+        own = slice(first, first + count.size)
+        again = np.flatnonzero((self._count[own] > 0) & (count > 0))
+        if again.size:
+            raise ValueError(f"query block {first + int(again[0])} was added twice")
+        for total, part in ((self._count, count), (self._full, full), (self._listed, listed)):
+            total[own] += part.astype(np.int32)
+
+    def lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``kv_indices [1, 1, nQ, maxK]``, ``kv_num_blocks`` and ``kv_num_full_blocks``; once."""
+        width = max(1, int(self._listed.max()))
+        # From the system page by page, as parts are filled in and dropped.
+        indices = np.zeros((self._count.size, width), dtype=np.int32)
+        slot = np.arange(width, dtype=np.int32)
+        for _ in range(len(self._parts)):
+            first, listed, cols = self._parts.pop(0)
+            indices[first : first + listed.size][slot < listed[:, None]] = cols
+        short = np.flatnonzero((self._listed == 0) & (self._count <= width))
+        for rows in np.array_split(short, -(-short.size * width // _ENTRIES_AT_ONCE) or 1):
+            indices[rows] = np.where(slot < self._count[rows, None], slot, 0)
+        return tuple(torch.from_numpy(x)[None, None] for x in (indices, self._count, self._full))
+
+
+def lists_of_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(kv_indices, kv_num_blocks)`` of a bool mask ``[B|1, H|1, nQ, nK]``, with runs."""
+    count = mask.sum(-1, dtype=torch.int32)
+    place = torch.arange(mask.shape[-1], device=mask.device)
+    prefix = (mask == (place < count[..., None])).all(-1)
+    width = max(1, int(count.masked_fill(prefix, 0).max()))
+    indices = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)[..., :width].int()
+    return indices.masked_fill_((count > width)[..., None], 0), count
+
+
 class Transpose(NamedTuple):
     """For each key block the query blocks that see it: :class:`Plan` seen from the keys.
 
@@ -50,7 +172,8 @@ class Transpose(NamedTuple):
     a rectangle of lists would grow with the square of the sequence.
 
     Attributes:
-        q_indices: ``[T]`` int32 query blocks, T the listed blocks of all batch rows and heads.
+        q_indices: ``[T]`` int32 query blocks of all batch rows and heads. T is what ``kv_indices``
+            has room for, so that nobody waits for a count; entries in no list stand at the end.
         q_first: ``[B|1, H|1, nK]`` int64, where the list of each key block begins.
         q_num_blocks, q_num_full_blocks: ``[B|1, H|1, nK]`` int32, its length and how many of the
             blocks, which come first, are full.
@@ -67,34 +190,51 @@ class Transpose(NamedTuple):
         return self.q_indices[first : first + int(self.q_num_blocks[batch, head, key_block])]
 
 
-def transpose_lists(kv_indices, kv_num_blocks, kv_num_full_blocks, num_kv_blocks: int) -> Transpose:
+def rows_of_runs(kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor) -> torch.Tensor:
+    """``[r]`` int64, the query blocks whose row is a run in some list. Waits for the device."""
+    return (run_lengths(kv_indices, kv_num_blocks) > 0).flatten(0, 1).any(0).nonzero()[:, 0]
+
+
+def transpose_lists(
+    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor,
+    kv_num_full_blocks: torch.Tensor,
+    num_kv_blocks: int,
+    run_rows: torch.Tensor | None = None,
+) -> Transpose:
     """Invert block lists: which query blocks see each key block, full ones first.
 
     Example: query block 0 sees [2], 1 sees [0, 2] -> key block 0 is seen by [1], 1 by [], 2 by
-    [0, 1]. Deterministic, O(n log n) in the number of listed blocks, and no atomics later.
+    [0, 1]. Deterministic, O(n log n) in the number of list entries, and no atomics later.
+
+    Args:
+        run_rows: ``[r]`` int64, a superset of :func:`rows_of_runs`. With it nothing here waits for
+            the device; None: looked up.
     """
+    if run_rows is None:
+        run_rows = rows_of_runs(kv_indices, kv_num_blocks)
     batch, heads, n_q, width = kv_indices.shape
-    device = kv_indices.device
-    slot = torch.arange(width, device=device)
-    used = used_entries(kv_indices, kv_num_blocks)
-    partial = slot >= kv_num_full_blocks[..., None]
-    lists, rows = batch * heads, torch.arange(n_q, device=device)[:, None]
-    owner = torch.arange(lists, device=device).view(batch, heads, 1, 1)
-    cell = owner * num_kv_blocks + kv_indices
-    cell, row, partial = (x.expand(kv_indices.shape)[used] for x in (cell, rows, partial))
-    runs = run_lengths(kv_indices, kv_num_blocks)
-    at = runs.nonzero(as_tuple=True)
-    length = runs[at].long()
-    block = torch.arange(int(length.sum()), device=device)
-    block -= torch.repeat_interleave(length.cumsum(0) - length, length)
-    list_ = torch.repeat_interleave(at[0] * heads + at[1], length)
-    cell = torch.cat([cell, list_ * num_kv_blocks + block])
-    row = torch.cat([row, torch.repeat_interleave(at[2], length)])
-    partial = torch.cat([partial, torch.zeros_like(block, dtype=torch.bool)])
-    by = torch.argsort((cell * 2 + partial) * n_q + row)
-    cell, row, partial = cell[by], row[by], partial[by]
-    count = torch.bincount(cell, minlength=lists * num_kv_blocks)
-    full = torch.bincount(cell[~partial], minlength=lists * num_kv_blocks)
+    device, lists = kv_indices.device, batch * heads
+    owner = torch.arange(lists, device=device).view(batch, heads, 1, 1) * num_kv_blocks
+    # One integer orders pairs by list and key block, full before partial, then by query block.
+    key = (owner + kv_indices).mul_(2)
+    key += torch.arange(width, device=device) >= kv_num_full_blocks[..., None]
+    key.mul_(n_q).add_(torch.arange(n_q, device=device)[:, None])
+    end = 2 * lists * num_kv_blocks
+    key.masked_fill_(~used_entries(kv_indices, kv_num_blocks), end * n_q)
+    if run_rows.numel():
+        block = torch.arange(num_kv_blocks, device=device)
+        runs = (owner + block) * (2 * n_q) + run_rows[:, None]
+        length = run_lengths(kv_indices, kv_num_blocks).index_select(-1, run_rows)
+        runs = runs.masked_fill(block >= length[..., None], end * n_q)
+        key = torch.cat([key.flatten(), runs.flatten()])
+    key = key.flatten().sort().values
+    edges = torch.searchsorted(key, torch.arange(end + 1, device=device) * n_q)
+    first, full, last = edges[:-1:2], edges[1::2], edges[2::2]
     shape = (batch, heads, num_kv_blocks)
-    first = (count.cumsum(0) - count).view(shape)
-    return Transpose(row.int(), first, count.int().view(shape), full.int().view(shape))
+    return Transpose(
+        (key % n_q).int(),
+        first.reshape(shape),
+        (last - first).int().view(shape),
+        (full - first).int().view(shape),
+    )

@@ -181,6 +181,18 @@ class Layout:
         return replace(self, context_lengths=tuple((int(n),) for n in text_lengths))
 
     @property
+    def key(self) -> str:
+        """A short text, the same for equal layouts and different for others."""
+        parts = [
+            f"{s.length}" if isinstance(s, Context) else f"{s.frames}x{s.height}x{s.width}"
+            for s in self.segments
+        ]
+        rows = self.context_lengths
+        if rows is not None:
+            parts += ["valid", *("+".join([f"{n}" for n in row]) for row in rows)]
+        return ",".join(parts)
+
+    @property
     def num_tokens(self) -> int:
         return sum(s.length for s in self.segments)
 

@@ -9,9 +9,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .block_lists import Transpose, block_states, run_lengths, transpose_lists, used_entries
+from .block_lists import (
+    ListBuilder,
+    Transpose,
+    block_states,
+    entry_range,
+    lists_of_mask,
+    run_lengths,
+    transpose_lists,
+    used_entries,
+)
+from .cache import nbytes
 from .layout import Blocks, Layout, make_blocks, split_evenly
 
 METRICS = ("disc", "raster")
@@ -143,10 +154,31 @@ class PlanTensors(NamedTuple):
     q_num_blocks: torch.Tensor | None
     q_num_full_blocks: torch.Tensor | None
     worklist: torch.Tensor | None  # a backend's own; see Plan.worklist
+    run_rows: torch.Tensor | None  # [r] int64 rows that may be runs; None: not known
     metric: int  # 0: no rule, 1: disc, 2: raster
     sink_frames: int
     q_block_size: int
     kv_block_size: int
+
+
+def for_training(value):
+    """``value`` without inference tensors: plans are kept, and training may meet them later.
+
+    Takes tensors, blocks and rules, and leaves anything else as it is.
+    """
+    if isinstance(value, torch.Tensor):
+        if not value.is_inference():
+            return value
+        with torch.inference_mode(False):
+            return value.clone()
+    if isinstance(value, Blocks):
+        changed = [for_training(x) for x in value]
+        return value if all(a is b for a, b in zip(changed, value)) else Blocks(*changed)
+    if isinstance(value, TokenRule):
+        changed = {name: for_training(x) for name, x in vars(value).items()}
+        same = all(x is getattr(value, name) for name, x in changed.items())
+        return value if same else TokenRule(**changed)
+    return value
 
 
 def _range_error(name: str, x: torch.Tensor, low: int, high: int) -> str | None:
@@ -201,6 +233,8 @@ class Plan:
 
     def __post_init__(self, validate: bool):
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for field in dataclasses.fields(self):
+            set_(field.name, for_training(getattr(self, field.name)))
         for blocks, side in ((self.q_blocks, "q"), (self.kv_blocks, "kv")):
             # Python ints, read once: later use must not synchronise with a device.
             set_(f"num_{'queries' if side == 'q' else 'keys'}", _covered(blocks, side))
@@ -211,6 +245,7 @@ class Plan:
             set_("num_real_keys", self.num_keys)
         set_("_transpose", None)
         set_("_worklists", {})
+        set_("_run_rows", None)
         if validate:
             self._validate()
         bare = self.kv_log_weight is None and self.out_scale is None and self.out_residual is None
@@ -225,36 +260,17 @@ class Plan:
             rows, cols: integer arrays of equal length: the visible (query block, key block) pairs.
             full: bool array: whether every token pair of the block pair is kept.
         """
-        rows, cols = (torch.as_tensor(x, dtype=torch.int64) for x in (rows, cols))
-        full = torch.as_tensor(full, dtype=torch.bool).expand(rows.shape)
-        n_q, n_k = q_blocks.count, kv_blocks.count
-        # Full blocks first, then by key block.
-        by = torch.argsort((rows * 2 + (~full).long()) * n_k + cols)
-        rows, cols, full = rows[by], cols[by], full[by]
-        count = torch.bincount(rows, minlength=n_q)
-        width = max(1, int(count.max())) if rows.numel() else 1
-        slot = torch.arange(rows.numel()) - (torch.cumsum(count, 0) - count)[rows]
-        indices = torch.zeros(n_q, width, dtype=torch.int32)
-        indices[rows, slot] = cols.int()
-        full_count = torch.bincount(rows[full], minlength=n_q)
-        return cls(
-            indices[None, None],
-            count.int()[None, None],
-            full_count.int()[None, None],
-            q_blocks,
-            kv_blocks,
-            **fields,
-        )
+        lists = ListBuilder(q_blocks.count, kv_blocks.count)
+        lists.add((rows, cols, full))
+        return cls(*lists.lists(), q_blocks, kv_blocks, **fields)
 
     @classmethod
     def from_block_mask(cls, mask: torch.Tensor, q_blocks: Blocks, kv_blocks: Blocks, **fields):
         """A plan of full blocks from a bool mask ``[(B|1), (H|1), nQ, nK]``."""
         while mask.ndim < 4:
             mask = mask[None]
-        count = mask.sum(-1, dtype=torch.int32)
-        width = max(1, int(count.max()))
-        indices = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)[..., :width].int()
-        return cls(indices.contiguous(), count, count.clone(), q_blocks, kv_blocks, **fields)
+        indices, count = lists_of_mask(mask)
+        return cls(indices, count, count.clone(), q_blocks, kv_blocks, **fields)
 
     @classmethod
     def full(cls, num_queries: int, num_keys: int | None = None, block_size: int = 128, **fields):
@@ -263,8 +279,9 @@ class Plan:
             make_blocks(*split_evenly(0, n, block_size))
             for n in (num_queries, num_keys or num_queries)
         ]
-        mask = torch.ones(blocks[0].count, blocks[1].count, dtype=torch.bool)
-        return cls.from_block_mask(mask, *blocks, **fields)
+        lists = ListBuilder(*(x.count for x in blocks))
+        lists.add_runs(np.arange(blocks[0].count), blocks[1].count)
+        return cls(*lists.lists(), *blocks, **fields)
 
     def _validate(self) -> None:
         shape = tuple(self.kv_indices.shape)
@@ -281,9 +298,11 @@ class Plan:
         for name in ("kv_indices", "kv_num_blocks", "kv_num_full_blocks"):
             if getattr(self, name).dtype != torch.int32:
                 raise ValueError(f"{name} must be int32, got {getattr(self, name).dtype}")
-        runs = run_lengths(self.kv_indices, self.kv_num_blocks)
         # Only zeros mark a run: a count that is merely wrong does not pass for one.
-        runs = torch.where((self.kv_indices != 0).any(-1) | (runs > n_k), 0, runs)
+        longer = self.kv_num_blocks > shape[3]
+        is_run = longer & (self.kv_num_blocks <= n_k)
+        is_run[longer] &= ~(self.kv_indices[longer] != 0).any(-1)
+        runs = torch.where(is_run, self.kv_num_blocks, 0)
         listed = torch.where(runs > 0, 1, self.kv_num_blocks)
         errors.append(_range_error("kv_num_blocks", listed, 0, shape[3]))
         if bool(((runs > 0) & (self.kv_num_full_blocks < runs)).any()):
@@ -301,18 +320,12 @@ class Plan:
             errors.append(f"kv_num_full_blocks must be at least 0, found {least}")
         if self.rule is None and bool((self.kv_num_full_blocks < self.kv_num_blocks).any()):
             errors.append("partial blocks need a rule; list them as full, or give rule=TokenRule")
-        slot = torch.arange(shape[3], device=self.kv_indices.device)
-        used = slot < listed[..., None]
-        errors.append(_range_error("kv_indices", self.kv_indices[used], 0, n_k - 1))
-        # Unused slots get distinct negative values, so that only real duplicates collide.
-        ordered = torch.where(used, self.kv_indices, -1 - slot.int()).sort(-1).values
-        if shape[3] > 1 and bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-            where = (ordered[..., 1:] == ordered[..., :-1]).nonzero()[0]
-            b, h, row, at = (int(x) for x in where)
-            errors.append(
-                f"query block {row} (batch {b}, head {h}) lists key block "
-                f"{int(ordered[b, h, row, at])} twice"
-            )
+        low, high, repeated = entry_range(self.kv_indices, listed)
+        if low < 0 or high >= n_k:
+            errors.append(f"kv_indices must lie in 0..{n_k - 1}, found {low}..{high}")
+        if repeated is not None:
+            b, h, row, block = repeated
+            errors.append(f"query block {row} (batch {b}, head {h}) lists key block {block} twice")
         errors.append(self._shape_error("kv_log_weight", (self.num_keys,)))
         errors.append(self._shape_error("out_scale", (n_q,)))
         if self.out_residual is not None:
@@ -335,6 +348,11 @@ class Plan:
     def device(self) -> torch.device:
         return self.kv_indices.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors, with the transposed lists and work lists made so far."""
+        return nbytes(vars(self))
+
     def to(self, device) -> Plan:
         """The same plan on ``device``; itself where it is there already."""
         device = torch.device(device)
@@ -354,19 +372,29 @@ class Plan:
         return dataclasses.replace(self, validate=True, **changes)
 
     def with_lists(
-        self, kv_indices: torch.Tensor, kv_num_blocks: torch.Tensor, **fields: torch.Tensor | None
+        self,
+        kv_indices: torch.Tensor,
+        kv_num_blocks: torch.Tensor,
+        run_rows: torch.Tensor | None = None,
+        **fields: torch.Tensor | None,
     ) -> Plan:
         """This partition with other lists, all of them full blocks; *not* validated.
 
         For methods that make lists at every call: nothing is checked and nothing waits for a
-        device. ``fields`` may set ``kv_log_weight``, ``out_scale`` and ``out_residual``.
-        :meth:`replace` validates the result.
+        device, here and later. ``fields`` may set ``kv_log_weight``, ``out_scale`` and
+        ``out_residual``. :meth:`replace` validates the result.
+
+        Args:
+            run_rows: ``[r]`` int64, every row that may be a run; None where none is. Gradients
+                miss a run that is not among them.
         """
+        if run_rows is None:
+            run_rows = kv_indices.new_empty(0, dtype=torch.int64)
         count = _plain(kv_num_blocks)
         lists = {"kv_indices": _plain(kv_indices), "kv_num_blocks": count}
         lists["kv_num_full_blocks"] = count
         # Whether it is dense is not looked at: that would wait for the device.
-        none = {"rule": None, "num_partial_pairs": None, "is_dense": False}
+        none = {"rule": None, "num_partial_pairs": None, "is_dense": False, "_run_rows": run_rows}
         return self._copy(lists | none | fields)
 
     def select_heads(self, heads: slice) -> Plan:
@@ -384,7 +412,8 @@ class Plan:
         """Unchecked, and without what was computed from the lists: names with an underscore."""
         plan = object.__new__(Plan)
         kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
-        plan.__dict__.update(kept | {"_transpose": None, "_worklists": {}} | changes)
+        made = {"_transpose": None, "_worklists": {}, "_run_rows": self._run_rows}
+        plan.__dict__.update(kept | made | changes)
         return plan
 
     def tensors(
@@ -417,6 +446,7 @@ class Plan:
             *(() if rule is None else (rule.kv_frame, rule.kv_place)),
             *back,
             self._worklists.get(backend),
+            self._run_rows,
             0 if rule is None else 1 + METRICS.index(rule.metric),
             0 if rule is None else rule.sink_frames,
             self.q_block_size,
@@ -426,14 +456,16 @@ class Plan:
     def transpose(self) -> Transpose:
         """For each key block the query blocks that see it, full ones first; computed once."""
         if self._transpose is None:
-            found = transpose_lists(*self._lists, self.kv_blocks.count)
+            with torch.inference_mode(False):
+                found = transpose_lists(*self._lists, self.kv_blocks.count, self._run_rows)
             object.__setattr__(self, "_transpose", found)
         return self._transpose
 
     def worklist(self, backend: str, make: Callable[[PlanTensors], torch.Tensor]) -> torch.Tensor:
         """How ``backend`` goes about this plan, an int32 tensor from ``make``; computed once."""
         if backend not in self._worklists:
-            self._worklists[backend] = make(self.tensors())
+            with torch.inference_mode(False):
+                self._worklists[backend] = make(self.tensors())
         return self._worklists[backend]
 
     def to_block_mask(self) -> torch.Tensor:

@@ -192,7 +192,8 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
     """Gradients of q, k, v and, where the plan has them, of out_scale and out_residual."""
     if t.q_indices is None:
         lists = t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks
-        t = t._replace(**transpose_lists(*lists, t.kv_starts.numel())._asdict())
+        back = transpose_lists(*lists, t.kv_starts.numel(), t.run_rows)
+        t = t._replace(**back._asdict())
     blocks = (*q.shape[:2], t.q_starts.numel())
     like = dict(device=q.device, dtype=torch.float32)
     grads = (

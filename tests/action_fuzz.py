@@ -26,11 +26,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from dittfast.pipelines.parity import TINY, Full, distance
 
 import dittfast
 from dittfast.layout import make_blocks
 from dittfast.methods.base import Method
+from dittfast.pipelines.parity import TINY, Full, distance
 from dittfast.plan import Plan
 
 FAMILIES = ("flux", "wan", "sd3")

@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from dittfast.pipelines.running import running, running_pipeline
-from dittfast.pipelines.steps import Steps, place_in, user_step
 from test_steps_table import Seen
 
 import dittfast
+from dittfast.pipelines.running import running, running_pipeline
+from dittfast.pipelines.steps import Steps, place_in, user_step
 
 
 class Loop:

@@ -17,11 +17,11 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     attention_backend,
 )
-from dittfast.pipelines.parity import METHODS, TINY, distance
 from patterns import Band
 
 import dittfast
 from dittfast import Layout
+from dittfast.pipelines.parity import METHODS, TINY, distance
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIONS = dict(backend="cpu", min_tokens=0)

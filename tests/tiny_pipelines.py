@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+
 from dittfast.pipelines.families import FAMILIES
 from dittfast.pipelines.parity import TINY
 

@@ -35,12 +35,6 @@ def growing_layout(tokens: int, frame: tuple[int, int] | None = None) -> Layout:
     return Layout.video(tokens // math.prod(frame), *frame)
 
 
-def plan_bytes(plan: Plan) -> int:
-    """Bytes of everything the plan hands to a kernel."""
-    tensors = [x for x in plan.tensors() if isinstance(x, torch.Tensor)]
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 def exponent(tokens: Sequence[int], values: Sequence[float]) -> float | None:
     """The least-squares slope of log(values) over log(tokens); None for fewer than two sizes."""
     if len(tokens) < 2:
@@ -118,7 +112,7 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
         "grid": list(layout.grid.shape),
         "density": density,
         "pairs": plan.flops(1) / 4,
-        "plan_bytes": plan_bytes(plan),
+        "plan_bytes": plan.nbytes,
         "seconds": percentiles(times["attend"]),
         "dense_seconds": percentiles(times["dense"]) if "dense" in times else None,
         "rounds": repeats,

@@ -61,7 +61,8 @@ class Method(ABC):
     def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 (optional)
         """Compute and keep what a plan made from q and k needs of the layout alone.
 
-        Once it ran for a layout and device, planning can be traced by ``torch.compile``.
+        Once it ran for a layout and device, planning can be traced by ``torch.compile``. What is
+        kept is bounded, so call it before every pass: it costs little where nothing is missing.
         """
 
     def extend(

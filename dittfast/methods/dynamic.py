@@ -9,12 +9,15 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from ..cache import BytesLRU
 from ..layout import Blocks, Layout
 from ..plan import to_be_kept
 from .base import Method
 
-# Geometries (and paddings) a method keeps: a pipeline has a few resolutions and prompt lengths.
-_CACHE_SIZE = 8
+# What a method keeps of layouts: a server sees many sizes and prompt lengths. The number is far
+# above what a pipeline holds, so that bytes are what bounds it.
+_MOST_KEPT = 256
+_MOST_BYTES = 256 << 20
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -137,40 +140,49 @@ class DynamicMethod(Method):
     """A method whose plan is made from q and k at every call.
 
     Everything that depends on the layout alone is computed once per (layout, device) and kept in
-    the method object, so hold on to one object per model; at most a few layouts are kept.
+    the method object, so hold on to one object per model. At most 256 MB are kept, and what was
+    used longest ago is dropped first.
     """
 
     static: ClassVar[bool] = False
 
     def __post_init__(self):
-        object.__setattr__(self, "_cache", {})
+        object.__setattr__(self, "_cache", BytesLRU(_MOST_KEPT, _MOST_BYTES))
 
-    def _cached(self, key: tuple, make: Callable):
-        found = self._cache.get(key)
-        if found is None:
+    def _cached(self, kind: str, layout: Layout, device: torch.device, make: Callable):
+        # A text, because torch.compile guards a graph by all keys of a dict unless they are texts.
+        key = f"{kind} {layout.key} {device.type}:{device.index}"
+        if torch.compiler.is_compiling():
+            found = self._cache.peek(key)
+            if found is None:
+                raise RuntimeError(
+                    f"{self.name} has nothing prepared for {layout.key}; call "
+                    "method.prepare(layout, device) before each pass through compiled code"
+                )
+            return found
+
+        def lasting():
             with to_be_kept():
-                found = make()
-            while len(self._cache) >= 2 * _CACHE_SIZE:
-                self._cache.pop(next(iter(self._cache)), None)
-            self._cache[key] = found
-        return found
+                return make()
+
+        return self._cache.get(key, lasting)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:
+        """See :meth:`Method.prepare`; microseconds where nothing is missing."""
         self._padding(layout, self._geometry(layout, device).partition, device)
 
     def _geometry(self, layout: Layout, device: torch.device):
         # Text lengths change with every prompt; the geometry does not.
         bare = replace(layout, context_lengths=None)
-        return self._cached(("geometry", bare, device), lambda: self._make_geometry(bare, device))
+        return self._cached("geometry", bare, device, lambda: self._make_geometry(bare, device))
 
     @abstractmethod
     def _make_geometry(self, layout: Layout, device: torch.device):
         """Everything planning needs that depends on the layout alone."""
 
     def _padding(self, layout: Layout, partition: Partition, device: torch.device) -> Padding:
-        return self._cached(
-            ("padding", layout, device), lambda: Padding.of(layout, partition, device)
-        )
+        make = lambda: Padding.of(layout, partition, device)  # noqa: E731
+        return self._cached("padding", layout, device, make)
 
     def _check(self, layout: Layout, **tensors: torch.Tensor | None) -> None:
         """Raise ValueError where q, k or v are missing or do not fit the layout."""

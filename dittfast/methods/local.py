@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from ..layout import Blocks, Context, Grid, Layout, split_evenly, tile_lengths
-from ..plan import Plan, TokenRule
+from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
 from .checks import MAX_BLOCK_SIZE, check_integer, check_positive
-from .pairs import close_pairs, expand_ranges, product
+from .pairs import chunks, close_pairs, expand_ranges, product
 
+# Pairs of blocks worked on together: bounds memory, not the result.
+_AT_ONCE = 1 << 20
 # Tokens at which CLEAR's proportional scale equals the usual one: 64 * 64 of image, 512 of text.
 _TRAINED_TOKENS = 4608
 
@@ -85,15 +88,13 @@ class Local(Method):
         extra = self._patches(layout)
         kv_blocks = _append_blocks(blocks, layout.num_tokens, extra, math.prod(tile))
         limits = self._limits(layout)
-        rows, cols, full, partial = self._pairs(layout, tile, blocks.count, kv_blocks.count, limits)
+        lists, partial = self._lists(layout, tile, blocks.count, kv_blocks.count, limits)
         weight = layout.kv_log_weight()
         if weight is not None:
             weight = F.pad(weight, (0, extra))
         rule = TokenRule.from_layout(layout, "disc", limits, blocks.order, extra_keys=extra)
-        return Plan.from_lists(
-            rows,
-            cols,
-            full,
+        return Plan(
+            *lists.lists(),
             blocks,
             kv_blocks,
             rule=rule,
@@ -173,29 +174,27 @@ class Local(Method):
             )
         return grid.frames * -(-grid.height // c) * -(-grid.width // c)
 
-    def _pairs(self, layout: Layout, tile, num_blocks: int, num_kv_blocks: int, limits):
+    def _lists(self, layout: Layout, tile, num_blocks: int, num_kv_blocks: int, limits):
+        """The lists, and how many token pairs of partial blocks are kept."""
         every, summaries = np.arange(num_blocks), np.arange(num_blocks, num_kv_blocks)
-        parts, first, partial = [], 0, 0
+        lists, first, partial = ListBuilder(num_blocks, num_kv_blocks), 0, 0
         for start, segment in layout.spans():
             if isinstance(segment, Context):
                 count = -(-segment.length // math.prod(tile))
-                parts.append((*product(every[first : first + count], every), True))
+                lists.add_runs(every[first : first + count], num_blocks)
             else:
-                rows, cols, full = _tile_pairs(segment, tile, limits)
-                parts.append((rows + first, cols + first, full))
                 lengths = tile_lengths(segment, tile).reshape(-1)
-                whole = lengths[rows[full]] * lengths[cols[full]]
-                partial += _kept_pairs(segment, limits) - int(whole.sum())
-                count = math.prod(-(-n // b) for n, b in zip(segment.shape, tile))
-                own = every[first : first + count]
-                others = np.delete(every, own)
+                count = lengths.size
+                others = np.delete(every, every[first : first + count])
                 if start == layout.grid_start:
                     others = np.concatenate([others, summaries])
-                parts.append((*product(own, others), True))
+                partial += _kept_pairs(segment, limits)
+                for own, rows, cols, full in _tile_pairs(segment, tile, limits, others.size):
+                    partial -= int((lengths[rows[full]] * lengths[cols[full]]).sum())
+                    pairs = rows + first, cols + first, full
+                    lists.add(pairs, (*product(own + first, others), True))
             first += count
-        rows, cols = (np.concatenate([p[n] for p in parts]) for n in (0, 1))
-        full = np.concatenate([np.broadcast_to(p[2], p[0].shape) for p in parts])
-        return rows, cols, full, partial
+        return lists, partial
 
 
 def _append_blocks(blocks: Blocks, start: int, extra: int, block_size: int) -> Blocks:
@@ -224,9 +223,12 @@ def _patch_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> torch.
     return sums.flatten(2, 4).to(x.dtype)
 
 
-def _tile_pairs(grid: Grid, tile: tuple[int, int, int], limits: np.ndarray):
-    """``(rows, cols, full)`` of a grid's tiles that hold a visible token pair.
+def _tile_pairs(
+    grid: Grid, tile: tuple[int, int, int], limits: np.ndarray, others: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Pairs of a grid's tiles that hold a visible token pair: ``(own, rows, cols, full)``.
 
+    A few whole rows ``own`` at a time; ``others`` blocks more of each row are made by the caller.
     ``limits`` is one value up to some frame distance and -1 beyond, so space and time separate.
     A pair of tiles is full if its farthest tokens see each other, absent if its nearest do not.
     """
@@ -235,18 +237,23 @@ def _tile_pairs(grid: Grid, tile: tuple[int, int, int], limits: np.ndarray):
     t, y, x = (
         _axis_pairs(n, b, r) for n, b, r in zip(grid.shape, tile, (frames - 1, reach, reach))
     )
-    near = y.near[:, None] ** 2 + x.near**2
-    at_y, at_x = np.nonzero(near <= limit)
-    full = y.far[at_y] ** 2 + x.far[at_x] ** 2 <= limit
-    columns = -(-grid.width // tile[2])
-    per_frame = columns * -(-grid.height // tile[1])
-    rows = y.query[at_y] * columns + x.query[at_x]
-    cols = y.key[at_y] * columns + x.key[at_x]
-    return (
-        (t.query[:, None] * per_frame + rows).reshape(-1),
-        (t.key[:, None] * per_frame + cols).reshape(-1),
-        ((t.far < frames)[:, None] & full).reshape(-1),
-    )
+    lines, columns = (-(-n // b) for n, b in zip(grid.shape[1:], tile[1:]))
+    for line in chunks(y.count * x.query.size + columns * others, _AT_ONCE):
+        near_y = y.rows(line)
+        at_y, at_x = np.nonzero(near_y.near[:, None] ** 2 + x.near**2 <= limit)
+        full = near_y.far[at_y] ** 2 + x.far[at_x] ** 2 <= limit
+        rows = near_y.query[at_y] * columns + x.query[at_x]
+        cols = near_y.key[at_y] * columns + x.key[at_x]
+        own = np.arange(line.start * columns, line.stop * columns)
+        per_frame = lines * columns
+        for frame in chunks(t.count * rows.size + own.size * others, _AT_ONCE):
+            near_t = t.rows(frame)
+            yield (
+                (np.arange(frame.start, frame.stop)[:, None] * per_frame + own).reshape(-1),
+                (near_t.query[:, None] * per_frame + rows).reshape(-1),
+                (near_t.key[:, None] * per_frame + cols).reshape(-1),
+                ((near_t.far < frames)[:, None] & full).reshape(-1),
+            )
 
 
 def _kept_pairs(grid: Grid, limits: np.ndarray) -> int:
@@ -262,12 +269,23 @@ def _kept_pairs(grid: Grid, limits: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class _AxisPairs:
-    """Tiles along one axis that come within reach, and the extreme distances of their tokens."""
+    """Tiles along one axis that come within reach, and the extreme distances of their tokens.
+
+    Sorted by ``query``, each of which has ``count[query]`` of them.
+    """
 
     query: np.ndarray
     key: np.ndarray
     near: np.ndarray
     far: np.ndarray
+    count: np.ndarray
+
+    def rows(self, queries: slice) -> _AxisPairs:
+        """The pairs of some queries, which keep their numbers."""
+        ends = np.concatenate([[0], np.cumsum(self.count)])
+        part = slice(ends[queries.start], ends[queries.stop])
+        fields = (self.query, self.key, self.near, self.far)
+        return _AxisPairs(*(x[part] for x in fields), self.count[queries])
 
 
 def _axis_pairs(size: int, tile: int, reach: int) -> _AxisPairs:
@@ -278,4 +296,4 @@ def _axis_pairs(size: int, tile: int, reach: int) -> _AxisPairs:
     query, key = expand_ranges(first, last - first + 1)
     near = np.maximum(0, np.maximum(starts[key] - ends[query], starts[query] - ends[key]))
     far = np.maximum(ends[key] - starts[query], ends[query] - starts[key])
-    return _AxisPairs(query, key, near, far)
+    return _AxisPairs(query, key, near, far, last - first + 1)

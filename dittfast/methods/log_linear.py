@@ -187,7 +187,8 @@ class LogLinear(DynamicMethod):
         counts = count.new_zeros(len(count), n_q)
         counts[:, grid] = count[:, None]
         counts[:, context] = context_count.to(count)[:, None]
-        return self._finish(geometry, padding, merged, counts, q.dtype)
+        runs = context if n_q > width and self.text_queries == "dense" else None
+        return self._finish(geometry, padding, merged, counts, q.dtype, runs)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:
         super().prepare(layout, device)
@@ -201,9 +202,9 @@ class LogLinear(DynamicMethod):
                 device
             )
 
-        return self._cached(("context", layout, device), make)
+        return self._cached("context", layout, device, make)
 
-    def _finish(self, geometry: _Geometry, padding, lists, count, dtype) -> Plan:
+    def _finish(self, geometry: _Geometry, padding, lists, count, dtype, run_rows=None) -> Plan:
         batch, heads, n_q, _ = lists.shape
         if count.ndim == 1:
             count = count[:, None]
@@ -216,7 +217,7 @@ class LogLinear(DynamicMethod):
                 weight = torch.cat([padding.log_weight, extra], -1)
         if not self.enrich and padding.log_weight is None:
             weight = None
-        return geometry.template.with_lists(lists, count, kv_log_weight=weight)
+        return geometry.template.with_lists(lists, count, run_rows, kv_log_weight=weight)
 
     def _choose(self, queries: list[torch.Tensor], keys: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hierarchical top-k: ``[B, H, query blocks, topk]`` chosen key blocks of each level."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 Pairs = tuple[np.ndarray, np.ndarray]
@@ -23,12 +25,18 @@ def product(rows: np.ndarray, cols: np.ndarray) -> Pairs:
     return np.repeat(rows, cols.size), np.tile(cols, rows.size)
 
 
-def dense_outside(count: int, low: int, high: int) -> Pairs:
-    """Pairs of ``count`` blocks where one of the two lies outside ``low ... high - 1``."""
-    blocks = np.arange(count)
-    outside = blocks[(blocks < low) | (blocks >= high)]
-    by_row, by_col = product(outside, blocks), product(blocks[low:high], outside)
-    return np.concatenate([by_row[0], by_col[0]]), np.concatenate([by_row[1], by_col[1]])
+def chunks(cost: np.ndarray, most: int) -> Iterator[slice]:
+    """Consecutive slices of the items, each of total cost ``most`` or less where one item allows.
+
+    Example: ``chunks([2, 2, 9, 1], 4)`` gives ``0:2, 2:3, 3:4``.
+    """
+    ends = np.cumsum(cost)
+    start = 0
+    while start < ends.size:
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + most, "right")))
+        yield slice(start, end)
+        start = end
 
 
 def sorted_unique(keys: np.ndarray) -> np.ndarray:

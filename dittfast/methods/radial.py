@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from ..layout import Blocks, Layout, make_blocks, split_evenly
-from ..plan import Plan, TokenRule
+from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
 from .checks import check_block_size, check_choice, check_positive
-from .pairs import Pairs, close_pairs, dense_outside, expand_ranges, sorted_unique
+from .pairs import Pairs, chunks, close_pairs, expand_ranges, product, sorted_unique
 
 VARIANTS = ("wan", "hunyuan", "paper", "wan_corrected", "hunyuan_corrected")
 
@@ -87,7 +87,7 @@ class Radial(Method):
         grid, size = layout.grid, self.block_size
         blocks, first = _blocks_from_video(layout, size)
         regular = grid.length // size
-        rows, cols = _code_pairs(
+        parts = _code_pairs(
             grid.frames,
             grid.tokens_per_frame,
             size,
@@ -95,11 +95,12 @@ class Radial(Method):
             sink=self.variant.startswith("wan"),
             spill=self.variant.endswith("_corrected"),
         )
-        other = dense_outside(blocks.count, first, first + regular)
-        rows = np.concatenate([rows + first, other[0]])
-        cols = np.concatenate([cols + first, other[1]])
+        lists = ListBuilder(blocks.count, blocks.count)
+        outside = _see_everything(lists, blocks.count, first, first + regular)
+        for rows, cols in parts:
+            lists.add((rows + first, cols + first, True), _columns(rows + first, outside))
         weight = layout.kv_log_weight()
-        return Plan.from_lists(rows, cols, True, blocks, blocks, kv_log_weight=weight)
+        return Plan(*lists.lists(), blocks, blocks, kv_log_weight=weight)
 
     def _paper_plan(self, layout: Layout) -> Plan:
         grid = layout.grid
@@ -109,23 +110,37 @@ class Radial(Method):
         first = int(np.searchsorted(blocks.starts.numpy(), layout.grid_start))
         last = first + -(-grid.length // self.block_size)
         limits = paper_limits(grid.frames, grid.tokens_per_frame)
-        rows, cols, full = _banded_pairs(
-            grid.frames, grid.tokens_per_frame, self.block_size, limits, sink_frames=1
-        )
-        other = dense_outside(blocks.count, first, last)
-        rule = TokenRule.from_layout(layout, "raster", limits, sink_frames=1)
         lengths = blocks.lengths.numpy()[first:last].astype(np.int64)
-        kept = paper_pairs(grid.frames, grid.tokens_per_frame)
-        return Plan.from_lists(
-            np.concatenate([rows + first, other[0]]),
-            np.concatenate([cols + first, other[1]]),
-            np.concatenate([full, np.ones(other[0].size, dtype=bool)]),
+        partial = paper_pairs(grid.frames, grid.tokens_per_frame)
+        lists = ListBuilder(blocks.count, blocks.count)
+        outside = _see_everything(lists, blocks.count, first, last)
+        for rows, cols, full in _banded_pairs(
+            grid.frames, grid.tokens_per_frame, self.block_size, limits, sink_frames=1
+        ):
+            partial -= int((lengths[rows[full]] * lengths[cols[full]]).sum())
+            lists.add((rows + first, cols + first, full), _columns(rows + first, outside))
+        return Plan(
+            *lists.lists(),
             blocks,
             blocks,
-            rule=rule,
+            rule=TokenRule.from_layout(layout, "raster", limits, sink_frames=1),
             kv_log_weight=layout.kv_log_weight(),
-            num_partial_pairs=kept - int((lengths[rows] * lengths[cols])[full].sum()),
+            num_partial_pairs=partial,
         )
+
+
+def _see_everything(lists: ListBuilder, count: int, low: int, high: int) -> np.ndarray:
+    """Blocks outside ``low ... high - 1``, entered as rows that see all ``count`` blocks."""
+    blocks = np.arange(count)
+    outside = blocks[(blocks < low) | (blocks >= high)]
+    lists.add_runs(outside, count)
+    return outside
+
+
+def _columns(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Full pairs of every row from the least to the greatest of ``rows`` with all ``columns``."""
+    own = np.arange(rows.min(), rows.max() + 1) if rows.size else rows
+    return *product(own, columns), True
 
 
 def _blocks_from_video(layout: Layout, block_size: int) -> tuple[Blocks, int]:
@@ -178,17 +193,10 @@ def paper_pairs(frames: int, tokens_per_frame: int) -> int:
     return int((times * per_frame_pair).sum()) + frames * tokens_per_frame**2
 
 
-def _frame_chunks(frames: int, cost: int) -> Iterator[np.ndarray]:
-    """Consecutive query frames, few enough that their pairs with all frames fit in memory."""
-    step = max(1, _AT_ONCE // (frames * cost))
-    for start in range(0, frames, step):
-        yield np.arange(start, min(start + step, frames))
-
-
 def _code_pairs(
     frames: int, tokens: int, block: int, decay_factor: float, sink: bool, spill: bool
-) -> Pairs:
-    """Listed blocks among the ``frames * tokens // block`` whole blocks of the video, sorted.
+) -> Iterator[Pairs]:
+    """Listed blocks among the ``frames * tokens // block`` whole blocks, whole rows at a time.
 
     In tile t of a frame pair, column l sees the rows of the tile (frame indices ``top..bottom``)
     inside ``l - width .. l + width``. The columns that see any row, and those that see at least
@@ -202,8 +210,9 @@ def _code_pairs(
     # rho > 1/3 and ratio > 0.6 in exact integers; fp32 and fp64 agree with them for every block
     # size up to 256, ties included (1/3 and 3/5 round like the constants).
     least = block // 3 + 1
-    found = []
-    for queries in _frame_chunks(frames, tiles):
+    done, open_keys = 0, np.empty(0, dtype=np.int64)
+    for chunk in chunks(np.full(frames, frames * tiles), _AT_ONCE):
+        queries = np.arange(frames)[chunk]
         width = widths[np.abs(queries[:, None] - np.arange(frames))]
         if sink:
             width[:, 0] = tokens - 1
@@ -237,19 +246,22 @@ def _code_pairs(
         owner, cols = expand_ranges(kv_tile, (last - first + 1)[some])
         rows = q_tile[owner]
         inside = (rows < regular) & (cols < regular)
-        found.append(sorted_unique(rows[inside] * regular + cols[inside]))
-    keys = sorted_unique(np.concatenate(found))
-    rows, cols = np.divmod(keys, max(regular, 1))
-    lonely = np.flatnonzero(np.bincount(rows, minlength=regular) == 0)
-    return np.concatenate([rows, lonely]), np.concatenate([cols, lonely])
+        keys = rows[inside] * regular + cols[inside]
+        keys = sorted_unique(np.concatenate([open_keys, keys]))
+        # Later frames may add to the block that this chunk's last frame shares with the next.
+        before, done = done, regular if chunk.stop == frames else chunk.stop * tokens // block
+        keys, open_keys = np.split(keys, [np.searchsorted(keys, done * regular)])
+        rows, cols = np.divmod(keys, max(regular, 1))
+        lonely = before + np.flatnonzero(np.bincount(rows - before, minlength=done - before) == 0)
+        yield np.concatenate([rows, lonely]), np.concatenate([cols, lonely])
 
 
 def _banded_pairs(frames: int, tokens: int, block: int, limits: np.ndarray, sink_frames: int):
     """``(rows, cols, full)`` of the blocks in which ``|k - l| <= limits[D]`` keeps a token pair.
 
-    The video is cut at block and frame borders into pieces of one frame and one block each. Two
-    pieces see each other wholly, partly or not at all by interval arithmetic, and a block is full
-    if all its pairs of pieces are.
+    Whole rows at a time. The video is cut at block and frame borders into pieces of one frame and
+    one block each. Two pieces see each other wholly, partly or not at all by interval arithmetic,
+    and a block is full if all its pairs of pieces are.
     """
     total = frames * tokens
     starts = np.union1d(np.arange(0, total, block), np.arange(0, total, tokens))
@@ -259,10 +271,10 @@ def _banded_pairs(frames: int, tokens: int, block: int, limits: np.ndarray, sink
     count = -(-total // block)
     pieces = np.bincount(owner, minlength=count)
     key_frames = np.arange(frames)
-    keys, whole = [], []
-    step = max(1, _AT_ONCE // frames)
-    for start in range(0, starts.size, step):
-        piece = np.arange(start, min(start + step, starts.size))
+    bounds = np.concatenate([[0], np.cumsum(pieces)])
+    for chunk in chunks(pieces * frames, _AT_ONCE):
+        top = chunk.start
+        piece = np.arange(bounds[top], bounds[chunk.stop])
         limit = limits[np.abs(frame[piece][:, None] - key_frames)]
         limit[:, :sink_frames] = tokens - 1
         at, j = np.nonzero(limit >= 0)
@@ -273,9 +285,9 @@ def _banded_pairs(frames: int, tokens: int, block: int, limits: np.ndarray, sink
         last = np.searchsorted(starts, right, "right") - 1
         pair, other = expand_ranges(first, last - first + 1)
         piece, limit = piece[pair], limit[pair]
-        keys.append(owner[piece] * count + owner[other])
-        whole.append(np.maximum(high[piece] - low[other], high[other] - low[piece]) <= limit)
-    keys, slot = np.unique(np.concatenate(keys), return_inverse=True)
-    wholly = np.bincount(slot[np.concatenate(whole)], minlength=keys.size)
-    rows, cols = keys // count, keys % count
-    return rows, cols, wholly == pieces[rows] * pieces[cols]
+        wholly = np.maximum(high[piece] - low[other], high[other] - low[piece]) <= limit
+        keys = np.sort(((owner[piece] - top) * count + owner[other]) * 2 + wholly)
+        begins = np.flatnonzero(np.concatenate([[True], keys[1:] >> 1 != keys[:-1] >> 1]))
+        wholly = np.add.reduceat(keys & 1, begins)
+        rows, cols = np.divmod(keys[begins] >> 1, count)
+        yield rows + top, cols, wholly == pieces[rows + top] * pieces[cols]
