@@ -243,7 +243,9 @@ class _Problem:
             tokens = self.kv_order[positions]
         elif call.count == 1:
             first, last = int(tokens[0, 0]), int(tokens[0, -1])
-            run = first if last - first == tokens.numel() - 1 else None
+            # Lists need not rise: 0, 5, 2 has the ends of a run and is none.
+            if last - first == tokens.numel() - 1 and bool((tokens.diff() == 1).all()):
+                run = first
         if call.partial:
             bias = self.rule.bias(call.start, (call.count, call.rows), positions)[:, None]
         if weight is not None:

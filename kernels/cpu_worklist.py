@@ -99,7 +99,8 @@ class Worklist(NamedTuple):
 def make_worklist(t: PlanTensors) -> torch.Tensor:
     """The packed :class:`Worklist` of a plan."""
     rows = _arrange(t)
-    calls, positions, scattered, at = [], [], [torch.empty(0, dtype=torch.int64)], 0
+    none = torch.empty(0, dtype=torch.int64)
+    calls, positions, scattered, at = [], [none], [none], 0
     for batch in range(t.kv_indices.shape[0]):
         for head in range(t.kv_indices.shape[1]):
             for call, keys, own_rows in _list_calls(t, rows, batch, head):

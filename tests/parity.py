@@ -1,5 +1,6 @@
 """Random plans of every kind, and the comparison of a backend with the dense fp64 oracle."""
 
+import oracle
 import torch
 
 from dittfast.attention import attend
@@ -59,9 +60,13 @@ def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, s
 
 
 def random_plan(
-    q_blocks: Blocks, kv_blocks: Blocks, lists=(1, 1), rule=None, density=0.5, seed=0, **fields
-) -> Plan:
-    """Random lists; with a rule about half of the blocks are partial. Every row keeps a block."""
+    q_blocks: Blocks, kv_blocks: Blocks, lists=(1, 1), rule=None, density=0.5, seed=0, runs=True,
+    **fields,
+) -> Plan:  # fmt: skip
+    """Random lists in random order, some of them ``runs``. Every row keeps a block.
+
+    With a rule about half of the blocks are partial, so that some queries may see nothing.
+    """
     draw = _generator(seed)
     shape = (*lists, q_blocks.count, kv_blocks.count)
     # 0: not listed, 1: partial, 2: full.
@@ -71,10 +76,17 @@ def random_plan(
     if rule is not None:
         state[(torch.rand(shape, generator=draw) < 0.5) & (state == 2)] = 1
     count = (state > 0).sum(-1, dtype=torch.int32)
-    indices = torch.argsort(state, dim=-1, descending=True, stable=True).int()
-    indices = indices[..., : int(count.max())].contiguous()
-    indices[torch.arange(indices.shape[-1]) >= count[..., None]] = _UNUSED
+    # Full blocks first, and each kind in any order.
+    indices = torch.argsort(state + torch.rand(shape, generator=draw), dim=-1, descending=True)
+    indices = indices.int()[..., : int(count.max())].contiguous()
+    width = indices.shape[-1]
+    indices[torch.arange(width) >= count[..., None]] = _UNUSED
     full = (state == 2).sum(-1, dtype=torch.int32)
+    if runs and width < shape[-1]:
+        rows = torch.rand(shape[:-1], generator=draw) < 0.2
+        length = torch.randint(width + 1, shape[-1] + 1, shape[:-1], generator=draw).int()
+        indices[rows] = 0
+        count, full = (torch.where(rows, length, x) for x in (count, full))
     return Plan(indices, count, full, q_blocks, kv_blocks, rule=rule, **fields)
 
 
@@ -104,7 +116,7 @@ def results(q, k, v, grad_out, grad_lse, plan: Plan, backend: str, **options) ->
 
 def eager_results(q, k, v, grad_out, grad_lse, plan: Plan, weight, scale) -> dict:
     """out, lse, dq, dk and dv of plain attention in the dtype of q; the epilogue left out."""
-    mask = plan.to_dense_mask()
+    mask = oracle.mask(plan)
     if weight is not None:
         mask = mask & torch.isfinite(weight)[..., None, :]
         weight = weight.clamp_min(-1e3)
@@ -140,7 +152,7 @@ def assert_parity(
     if with_lse:
         grad_lse = torch.randn(inputs[3].shape[:3], generator=_generator(1))
     options = {"kv_log_weight": kv_log_weight, "scale": scale}
-    exact = results(*(x.double() for x in inputs), grad_lse, plan, "reference", **options)
+    exact = oracle.results(*inputs, grad_lse, plan, kv_log_weight, scale)
     actual = results(*(view(x) for x in inputs), grad_lse, plan, backend, **options)
     weight = plan.kv_log_weight
     if kv_log_weight is not None:

@@ -2,6 +2,7 @@
 
 import re
 
+import oracle
 import pytest
 import torch
 from parity import even_blocks, ragged_blocks, random_plan, random_rule, results
@@ -15,35 +16,6 @@ SIZES = [1, 63, 111, 390]
 BLOCKS = even_blocks(8, 4)
 
 
-def row_values(x, plan):
-    """``[..., nQ, D]`` per block as ``[..., num_queries, D]`` per token, one token at a time."""
-    order = plan.q_blocks.order
-    rows = torch.empty(*x.shape[:-2], plan.num_queries, x.shape[-1], dtype=x.dtype)
-    for block, (start, length) in enumerate(zip(plan.q_blocks.starts, plan.q_blocks.lengths)):
-        for position in range(start, start + length):
-            token = position if order is None else int(order[position])
-            rows[..., token, :] = x[..., block, :]
-    return rows
-
-
-def formula(q, k, v, plan, weight, scale):
-    """``softmax(scale q kᵀ + weight) v`` over the kept keys, out of autograd's primitives."""
-    logits = scale * torch.einsum("bhid,bhjd->bhij", q, k)
-    if weight is not None:
-        logits = logits + weight[:, :, None, :].to(logits)
-    logits = torch.where(plan.to_dense_mask(), logits, -torch.inf)
-    unseen = (logits == -torch.inf).all(-1, keepdim=True)
-    logits = logits.masked_fill(unseen, 0)
-    lse = torch.logsumexp(logits, -1)
-    p = torch.exp(logits - lse[..., None]).masked_fill(unseen, 0)
-    out = torch.einsum("bhij,bhjd->bhid", p, v)
-    if plan.out_scale is not None:
-        out = out * row_values(plan.out_scale[..., None], plan)
-    if plan.out_residual is not None:
-        out = out + row_values(plan.out_residual, plan)
-    return out, lse.masked_fill(unseen[..., 0], -torch.inf)
-
-
 def check_reference(plan, batch=2, heads=3, head_dim=8, weight=None, scale=0.3):
     inputs = attention_inputs(
         batch, heads, plan.num_queries, head_dim, plan.num_keys, torch.float64
@@ -51,7 +23,7 @@ def check_reference(plan, batch=2, heads=3, head_dim=8, weight=None, scale=0.3):
     leaves = [x.requires_grad_() for x in inputs[:3]]
     epilogue = [x for x in (plan.out_scale, plan.out_residual) if x is not None]
     leaves += [x.requires_grad_() for x in epilogue]
-    out, lse = formula(*leaves[:3], plan, weight, scale)
+    out, lse = oracle.attention(*leaves[:3], plan, weight, scale)
     found, found_lse = attend(
         *leaves[:3], plan, kv_log_weight=weight, scale=scale, return_lse=True, backend="reference"
     )
@@ -78,12 +50,13 @@ def test_reference_is_the_formula(num_tokens):
 @pytest.mark.parametrize("lists", [(1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
 def test_reference_takes_lists_weights_and_epilogue_of_any_shape(lists):
     q_blocks = ragged_blocks(30, 8, 2, shuffle=True)
-    weight = torch.randn(*lists, 41)
+    weight = torch.randn(*lists, 41, dtype=torch.float64)
     weight[..., ::5] = -torch.inf
     fields = {
         "out_scale": torch.rand(*lists, q_blocks.count, dtype=torch.float64) + 0.5,
         "out_residual": torch.randn(*lists, q_blocks.count, 8, dtype=torch.float64),
     }
+    fields["kv_log_weight"] = torch.randn(*lists, 41)  # the sum is not rounded to fp32
     plan = random_plan(q_blocks, ragged_blocks(41, 8, 3), lists, random_rule(30, 41), **fields)
     check_reference(plan, weight=weight)
 
@@ -120,13 +93,46 @@ def test_a_full_plan_is_dense_attention(backend, dtype):
     assert_within_budget("out", out, exact, eager)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_a_rule_that_hides_everything(backend, epilogue):
+    """No query sees a key: out is 0, or the residual, lse is -inf and nothing has a gradient."""
+    blocks = even_blocks(20, 8)
+    fields = {"out_scale": torch.full((1, 1, 3), 2.0), "out_residual": torch.randn(1, 1, 3, 16)}
+    some = torch.ones(3, 3, dtype=torch.bool)
+    plan = Plan.from_block_mask(some, blocks, blocks, **(fields if epilogue else {}))
+    plan = plan.replace(
+        rule=random_rule(20, 20, keeps=False),
+        kv_num_full_blocks=torch.zeros(1, 1, 3, dtype=torch.int32),
+    )
+    found = results(*attention_inputs(1, 2, 20, 16), torch.ones(1, 2, 20), plan, backend)
+    expected = torch.zeros(1, 2, 20, 16)
+    if epilogue:
+        expected = expected + oracle.row_values(plan.out_residual, plan.q_blocks)
+    assert torch.equal(found["out"], expected)
+    assert bool((found["lse"] == -torch.inf).all())
+    assert all(float(found[name].abs().max()) == 0 for name in ("dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_an_empty_batch(backend):
+    leaves = [torch.zeros(0, 2, 20, 16, requires_grad=True) for _ in range(3)]
+    blocks = even_blocks(20, 8)
+    out, lse = attend(*leaves, random_plan(blocks, blocks), return_lse=True, backend=backend)
+    assert out.shape == (0, 2, 20, 16) and lse.shape == (0, 2, 20)
+    (out.sum() + lse.sum()).backward()
+    assert all(x.grad.shape == x.shape for x in leaves)
+    run = lambda q: attend(q, q, q, Plan.full(20), backend=backend)  # noqa: E731
+    assert torch.func.jvp(run, (leaves[0].detach(),), (leaves[0].detach(),))[1].shape == out.shape
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_grouped_query_attention(backend):
     q, _, _, grad = attention_inputs(2, 6, 63, 16)
     k, v, _, _ = attention_inputs(2, 2, 63, 16, seed=1)
     blocks = ragged_blocks(63, 16, 5)
     plan = random_plan(blocks, blocks, (1, 6))
-    mask = plan.to_dense_mask()
+    mask = oracle.mask(plan)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     wide = leaves[0], *(x.repeat_interleave(3, 1) for x in leaves[1:])
     exact = eager_attention(*wide, mask, 0.25)
@@ -136,6 +142,17 @@ def test_grouped_query_attention(backend):
     actual = [out, *torch.autograd.grad(out, leaves, grad)]
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_plan_with_a_weight_is_not_dense():
+    """What the plan hides stays hidden where PyTorch's own attention could run a full plan."""
+    q, k, v, _ = attention_inputs(1, 2, 8, 16)
+    weight = torch.tensor([0.0, 1, -torch.inf, 2, 0, -torch.inf, 3, 0])[None, None]
+    plan = Plan.full(8, block_size=4).replace(kv_log_weight=weight)
+    expected, _ = oracle.attention(q.double(), k.double(), v.double(), plan)
+    torch.testing.assert_close(attend(q, k, v, plan), expected.float())
+    assert not plan.is_dense
+    assert Plan.full(8, block_size=4).is_dense
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -204,6 +221,13 @@ BAD_CALLS = [
         {},
         "q, k, v must agree in dtype and device: q is torch.float32 on cpu, k is torch.float64",
     ),
+    (
+        tensors(k=(1, 0, 8, 16)),
+        PLAN,
+        {},
+        "k needs at least one head, token and channel, got shape [1, 0, 8, 16]",
+    ),
+    (tensors(q=(1, 2, 8, 0)), PLAN, {}, "q needs at least one head, token and channel"),
     (tensors(dtype=torch.int32), PLAN, {}, "needs floating-point tensors, got torch.int32"),
     (
         tensors(v=(1, 2, 8, 8)),
@@ -274,7 +298,7 @@ def test_forms_of_results_agree_with_each_other():
     plan = random_plan(BLOCKS, BLOCKS, rule=random_rule(8, 8))
     inputs = attention_inputs(1, 1, 8, 4, dtype=torch.float64)
     found = results(*inputs, None, plan, "reference")
-    out, lse = formula(*inputs[:3], plan, None, 0.5)
+    out, lse = oracle.attention(*inputs[:3], plan, None, 0.5)
     torch.testing.assert_close(found["out"], out)
     torch.testing.assert_close(found["lse"], lse)
 

@@ -14,6 +14,7 @@ from parity import (
 from dittfast import Layout, attend, methods
 from dittfast.kernels import cpu, cpu_worklist
 from dittfast.kernels.cpu_worklist import Worklist, make_worklist
+from dittfast.layout import make_blocks
 from dittfast.plan import Plan, TokenRule, dense_mask
 from dittfast.testing import attention_inputs
 
@@ -85,6 +86,17 @@ def test_token_rule_anywhere(metric, frames):
     assert_parity(random_plan(*blocks, rule=rule), "cpu")
 
 
+def test_a_block_over_more_frames_than_are_looked_at():
+    """Blocks of 12 frames; a key of the twelfth is seen by the last frames of its block alone."""
+    layout = Layout.video(24, 1, 2)
+    rule = TokenRule.from_layout(layout, "disc", [1, 1, -1])
+    blocks = layout.blocks(24)
+    assert cpu_worklist._MOST_FRAMES < 12
+    whole = Plan.from_block_mask(torch.ones(2, 2, dtype=torch.bool), blocks, blocks)
+    partial = torch.zeros_like(whole.kv_num_full_blocks)
+    assert_parity(whole.replace(rule=rule, kv_num_full_blocks=partial), "cpu")
+
+
 def test_rule_of_distances_beyond_what_fp32_counts_exactly():
     # 70000² is no fp32 number, and neighbours in distance lie on both sides of the limit.
     place = torch.arange(0, 70_001, 350, dtype=torch.int32)
@@ -93,6 +105,18 @@ def test_rule_of_distances_beyond_what_fp32_counts_exactly():
     rule = TokenRule("raster", limit, frame, place, frame, place + 1)
     blocks = even_blocks(place.numel(), 32)
     assert_parity(random_plan(blocks, blocks, rule=rule), "cpu")
+
+
+def test_lists_that_do_not_rise():
+    """Key blocks 0, 5, 2 of one key each: the ends of a run, and none."""
+    one = lambda *rows: torch.tensor([[rows]], dtype=torch.int32)  # noqa: E731
+    blocks = even_blocks(6, 1)
+    lists, count = one(*([0, 5, 2],) * 6), one(*(3,) * 6)
+    assert_parity(Plan(lists, count, count, blocks, blocks), "cpu")
+    # Blocks of two keys, listed back to front: 4 5, 0 1, 2 3, 6 7.
+    kv_blocks = make_blocks([4, 0, 2, 6], [2, 2, 2, 2])
+    plan = Plan(one([0, 1, 2, 3]), one(4), one(4), even_blocks(8, 8), kv_blocks)
+    assert_parity(plan, "cpu")
 
 
 PATTERNS = {

@@ -4,13 +4,14 @@ import dataclasses
 import re
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import even_blocks, ragged_blocks, random_plan, random_rule
 
-from dittfast.layout import Blocks, Layout, make_blocks
+from dittfast.layout import Layout, make_blocks
 from dittfast.plan import METRICS, Plan, TokenRule, transpose_lists
 
 seeds = st.integers(0, 10_000)
@@ -45,60 +46,15 @@ def plans(draw, with_weight=False):
     return random_plan(q_blocks, kv_blocks, lists, rule, density, seed, **fields)
 
 
-def keep_by_hand(rule: TokenRule, query: int, key: int) -> bool:
-    """TokenRule's docstring for one pair."""
-    q_frame, kv_frame = int(rule.q_frame[query]), int(rule.kv_frame[key])
-    if q_frame < 0 or kv_frame < 0 or q_frame >> 16 != kv_frame >> 16:
-        return True
-    if kv_frame & 0xFFFF < rule.sink_frames:
-        return True
-    apart = abs((q_frame & 0xFFFF) - (kv_frame & 0xFFFF))
-    limit = int(rule.limits[min(apart, len(rule.limits) - 1)])
-    a, b = int(rule.q_place[query]), int(rule.kv_place[key])
-    if rule.metric == "raster":
-        return abs(a - b) <= limit
-    (ya, xa), (yb, xb) = divmod(a, 1 << 16), divmod(b, 1 << 16)
-    return (ya - yb) ** 2 + (xa - xb) ** 2 <= limit
-
-
-def tokens_of(blocks: Blocks, block: int):
-    """``(position, token)`` of every token in a block."""
-    start, length = int(blocks.starts[block]), int(blocks.lengths[block])
-    order = range(start + length) if blocks.order is None else blocks.order.tolist()
-    return [(p, order[p]) for p in range(start, start + length)]
-
-
-def mask_by_hand(plan: Plan) -> torch.Tensor:
-    """The dense mask from the lists, pair by pair."""
-    lists = plan.kv_indices.shape[:2]
-    mask = torch.zeros(*lists, plan.num_queries, plan.num_keys, dtype=torch.bool)
-    for batch in range(lists[0]):
-        for head in range(lists[1]):
-            for row in range(plan.q_blocks.count):
-                for slot in range(int(plan.kv_num_blocks[batch, head, row])):
-                    col = int(plan.kv_indices[batch, head, row, slot])
-                    full = slot < int(plan.kv_num_full_blocks[batch, head, row])
-                    for q_at, query in tokens_of(plan.q_blocks, row):
-                        for kv_at, key in tokens_of(plan.kv_blocks, col):
-                            mask[batch, head, query, key] = full or keep_by_hand(
-                                plan.rule, q_at, kv_at
-                            )
-    return mask
-
-
 @given(plans())
 def test_dense_mask(plan):
-    assert torch.equal(plan.to_dense_mask(), mask_by_hand(plan))
+    assert torch.equal(plan.to_dense_mask(), oracle.mask(plan))
 
 
 @given(plans())
 def test_block_mask_and_back(plan):
     mask = plan.to_block_mask()
-    expected = torch.zeros_like(mask)
-    for b, h, row, slot in np.ndindex(*plan.kv_indices.shape):
-        if slot < plan.kv_num_blocks[b, h, row]:
-            expected[b, h, row, plan.kv_indices[b, h, row, slot]] = True
-    assert torch.equal(mask, expected)
+    assert torch.equal(mask, oracle.block_mask(plan))
     again = Plan.from_block_mask(mask, plan.q_blocks, plan.kv_blocks)
     assert torch.equal(again.to_block_mask(), mask)
     assert torch.equal(again.kv_num_full_blocks, again.kv_num_blocks)
@@ -114,10 +70,9 @@ def test_transpose(plan):
         for col in range(plan.kv_blocks.count):
             full, partial = [], []
             for row in range(plan.q_blocks.count):
-                used = plan.kv_indices[b, h, row, : plan.kv_num_blocks[b, h, row]].tolist()
+                used = dict(oracle.listed(plan, b, h, row))
                 if col in used:
-                    is_full = used.index(col) < plan.kv_num_full_blocks[b, h, row]
-                    (full if is_full else partial).append(row)
+                    (full if used[col] else partial).append(row)
             assert t.rows(b, h, col).tolist() == full + partial
             assert int(t.q_num_full_blocks[b, h, col]) == len(full)
 
@@ -137,10 +92,8 @@ def test_transposing_twice_gives_the_lists_back(plan):
     assert torch.equal(twice.q_num_blocks, plan.kv_num_blocks)
     assert torch.equal(twice.q_num_full_blocks, plan.kv_num_full_blocks)
     for b, h, row in np.ndindex(*plan.kv_indices.shape[:3]):
-        full, used = (int(x[b, h, row]) for x in (plan.kv_num_full_blocks, plan.kv_num_blocks))
-        found = twice.rows(b, h, row).tolist()
-        for part in (slice(0, full), slice(full, used)):
-            assert found[part] == sorted(plan.kv_indices[b, h, row, part].tolist())
+        by_kind = sorted(oracle.listed(plan, b, h, row), key=lambda x: (not x[1], x[0]))
+        assert twice.rows(b, h, row).tolist() == [block for block, _ in by_kind]
 
 
 def test_transpose_of_a_key_that_all_see_is_linear():
@@ -156,15 +109,8 @@ def test_transpose_of_a_key_that_all_see_is_linear():
 
 @given(plans(with_weight=True))
 def test_density_and_flops(plan):
-    shown = torch.ones(1, 1, plan.num_keys, dtype=torch.bool)
-    if plan.kv_log_weight is not None:
-        shown = torch.isfinite(plan.kv_log_weight)
-    seen = (mask_by_hand(plan) & shown[..., None, :]).double()
-    seen = seen.expand(*(max(a, b) for a, b in zip(seen.shape[:2], (2, 3))), -1, -1)
-    real = shown[..., : plan.num_real_keys].double().sum(-1).mean()
-    kept = seen[..., : plan.num_real_keys].sum((-2, -1)).mean()
-    assert plan.density == pytest.approx(float(kept / (plan.num_queries * real)))
-    pairs = float(seen.sum((-2, -1)).mean())
+    density, pairs = oracle.pairs(plan, plan.num_real_keys)
+    assert plan.density == pytest.approx(density)
     assert plan.flops(64, heads=3, batch=2) == pytest.approx(4 * 64 * 6 * pairs)
     assert plan.flops(64, backward=True) == pytest.approx(14 * 64 * pairs)
 
@@ -174,8 +120,8 @@ def test_density_and_flops(plan):
 def test_a_planner_may_count_partial_pairs_itself(seed):
     blocks = ragged_blocks(40, 8, seed)
     plan = random_plan(blocks, blocks, rule=random_rule(40, 40, seed=seed), seed=seed)
-    only_full = mask_by_hand(plan.replace(rule=random_rule(40, 40, seed=seed, keeps=False)))
-    partial = int((mask_by_hand(plan) & ~only_full).sum())
+    only_full = oracle.mask(plan.replace(rule=random_rule(40, 40, seed=seed, keeps=False)))
+    partial = int((oracle.mask(plan) & ~only_full).sum())
     assert plan.replace(num_partial_pairs=partial).density == pytest.approx(plan.density)
     assert plan.replace(num_partial_pairs=partial + 16).density == pytest.approx(
         plan.density + 0.01
@@ -215,8 +161,7 @@ def test_full_plan(num_queries, num_keys):
 def test_rule(seed, metric, frames, sink_frames):
     rule = random_rule(15, 17, metric, frames, sink_frames, seed)
     kept = rule.keep(torch.arange(15)[:, None], torch.arange(17))
-    expected = [[keep_by_hand(rule, q, k) for k in range(17)] for q in range(15)]
-    assert kept.tolist() == expected
+    assert kept.tolist() == oracle.rule_keeps(rule, np.arange(15)[:, None], np.arange(17)).tolist()
 
 
 @pytest.mark.parametrize("metric", METRICS)

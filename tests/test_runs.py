@@ -21,7 +21,7 @@ def with_runs(rule=False, lists=(1, 2), seed=0, block_size=16, sizes=(111, 143),
     q_blocks = ragged_blocks(sizes[0], block_size, seed, shuffle=True)
     kv_blocks = ragged_blocks(sizes[1], block_size, seed + 1, shuffle=seed % 2 == 0)
     rule = random_rule(*sizes, seed=seed) if rule else None
-    plan = random_plan(q_blocks, kv_blocks, lists, rule, density=0.2, seed=seed, **fields)
+    plan = random_plan(q_blocks, kv_blocks, lists, rule, 0.2, seed, runs=False, **fields)
     width = plan.kv_indices.shape[-1]
     n_k = kv_blocks.count
     assert width < n_k - 1
