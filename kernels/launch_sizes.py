@@ -111,13 +111,44 @@ _TABLE = {
 }
 
 
+# Which row a device takes. Consumer GPUs share one, for their shared memory.
+_ROWS = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_86",
+    (8, 7): "sm_86",
+    (8, 9): "sm_86",
+    (9, 0): "sm_90",
+    (10, 0): "sm_100",
+    (10, 3): "sm_100",
+    (12, 0): "sm_86",
+    (12, 1): "sm_86",
+    "gfx90a": "gfx942",
+    "gfx942": "gfx942",
+}
+
+
+def not_supported_reason(capability: tuple[int, int] | str) -> str | None:
+    """Why no launch sizes fit a device; None where some do."""
+    if capability in _ROWS:
+        return None
+    name = lambda c: c if isinstance(c, str) else f"{c[0]}.{c[1]}"  # noqa: E731
+    return (
+        f"no launch sizes are known to fit compute capability {name(capability)} (they are for "
+        f"{', '.join(map(name, _ROWS))}). "
+        "Use backend='cpu' with CPU tensors, or backend='reference' for small sizes"
+    )
+
+
 def architecture_class(capability: tuple[int, int] | str) -> str:
-    """The row of the table for a device; consumer GPUs share one, for their shared memory."""
-    if isinstance(capability, str):
-        return "gfx942"
-    if capability == (8, 0):
-        return "sm_80"
-    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_86")
+    """The row of the table for a device.
+
+    Raises:
+        ValueError: none fits.
+    """
+    reason = not_supported_reason(capability)
+    if reason:
+        raise ValueError(reason)
+    return _ROWS[capability]
 
 
 def launch_config(
@@ -128,6 +159,9 @@ def launch_config(
     Args:
         head_dim: up to 256.
         capability: (major, minor) on NVIDIA, the architecture's name on AMD.
+
+    Raises:
+        ValueError: no launch sizes fit the device.
     """
     name = architecture_class(capability)
     rows = _TABLE[name, dtype.itemsize]

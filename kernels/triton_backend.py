@@ -10,11 +10,13 @@ import torch
 
 from dittfast.plan import PlanTensors, transpose_lists
 
-from .launch_sizes import KernelConfig, launch_config
+from .launch_sizes import KernelConfig, launch_config, not_supported_reason
 from .op import define_backend, empty_outputs
 
 try:
     import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
 
     from . import block_sparse
@@ -89,7 +91,8 @@ def _walk(side: str, block_size: int, count: int, total: int, tile: int, rule_ti
 def _common(q, k, v, t: PlanTensors, scale: float) -> dict:
     """Every argument the kernels share, by name."""
     fp32 = lambda x: None if x is None else x.float()  # noqa: E731
-    t = t._replace(out_scale=fp32(t.out_scale), out_residual=fp32(t.out_residual))
+    names = "kv_log_weight", "out_scale", "out_residual"
+    t = t._replace(**{name: fp32(getattr(t, name)) for name in names})
     tensors = {
         name: x if x is None else x.contiguous()
         for name, x in t._asdict().items()
@@ -215,6 +218,14 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
 attend = define_backend("triton", forward, backward)
 
 
+def _interprets_bfloat16() -> bool:
+    """Whether the interpreter's matrix product knows bfloat16: 1 times 1 is 1."""
+    bits = torch.ones(1, 1, dtype=torch.bfloat16).view(torch.uint16)
+    one = interpreter.TensorHandle(bits.numpy(), tl.bfloat16)
+    zero = interpreter.TensorHandle(torch.zeros(1, 1).numpy(), tl.float32)
+    return interpreter.interpreter_builder.create_dot(one, one, zero, 0, 0).data.item() == 1
+
+
 def not_supported_reasons(q, k, v) -> list[str]:
     """Why the kernels cannot run these tensors, with what to do; empty where they can."""
     if block_sparse is None:
@@ -229,6 +240,19 @@ def not_supported_reasons(q, k, v) -> list[str]:
     if q.dtype not in DTYPES:
         reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
     interpreted = isinstance(block_sparse.forward_kernel, InterpretedFunction)
+    tracing = torch.compiler.is_compiling()  # the op itself refuses an unknown device too
+    reason = (
+        None
+        if tracing or q.device.type != "cuda"
+        else not_supported_reason(capability_of(q.device))
+    )
+    if reason:
+        reasons.append(reason)
+    if interpreted and q.dtype == torch.bfloat16 and not (tracing or _interprets_bfloat16()):
+        reasons.append(
+            "Triton's interpreter multiplies the bits of bfloat16 as integers; use float32 or "
+            "float16 here, or unset TRITON_INTERPRET on a GPU"
+        )
     if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
         reasons.append(f"it needs a CUDA or ROCm device, got {q.device}; use backend='cpu'")
     return reasons

@@ -38,6 +38,7 @@ def assert_all_fit(count, *arguments):
     return found["kernels"]
 
 
+@pytest.mark.compile
 def test_a_rule_fits_every_target():
     rows = assert_all_fit(
         4, "--kernels", "dkv", "--head-dims", "64", "--dtypes", "bf16", "--features", "video_rule"
@@ -60,6 +61,7 @@ for sizes in (128, 128, 4, 2), (64, 64, 4, 16):
 """
 
 
+@pytest.mark.compile
 def test_sizes_that_do_not_fit_are_found():
     done = python("-c", TOO_LARGE)
     assert done.returncode == 0, done.stderr
@@ -108,6 +110,25 @@ def test_launch_sizes_are_sizes_that_triton_takes(capability, dtype):
             assert not (is_amd and kernel.max_registers)
         rounded_up = next(size for size in (64, 128, 256) if size >= head_dim)
         assert config == launch_config(rounded_up, dtype, capability)
+
+
+@pytest.mark.parametrize(
+    "capability, name", [((7, 5), "7.5"), ((11, 0), "11.0"), ("gfx1100", "gfx1100")], ids=str
+)
+def test_devices_that_no_sizes_fit_are_refused(capability, name):
+    """compute capability 7.5 has a third less shared memory; gfx1100 spills kilobytes."""
+    with pytest.raises(ValueError, match=f"to fit compute capability {name} .*backend='cpu'"):
+        launch_config(64, torch.float16, capability)
+
+
+def test_attend_says_why_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (7, 5))
+    device = torch.device("cuda")
+    q = SimpleNamespace(shape=(1, 1, 8, 64), dtype=torch.float16, device=device)
+    (reason,) = triton_backend.not_supported_reasons(q, q, q)
+    assert "no launch sizes are known to fit compute capability 7.5" in reason
+    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (9, 0))
+    assert triton_backend.not_supported_reasons(q, q, q) == []
 
 
 def test_launch_sizes_differ_by_architecture_and_dtype():

@@ -1,5 +1,6 @@
 """The Triton kernels against the dense fp64 oracle; in Triton's interpreter without a GPU."""
 
+import oracle
 import pytest
 import torch
 
@@ -12,28 +13,8 @@ from dittfast.plan import Plan, TokenRule
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("nan_empty")
+pytestmark = pytest.mark.usefixtures("nan_empty", "quick_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def patch_triton_language_once(monkeypatch):
-    """The interpreter patches it at every call of a device function: most of a test's time."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn):
-        if interpreter.tl.core.is_builtin(interpreter.tl.load):
-            patched.clear()
-        if id(fn.__globals__) in patched:
-            return interpreter._LangPatchScope()
-        patched.add(id(fn.__globals__))
-        return patch(fn)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
 def ragged(num_tokens: int, block_size: int, seed: int, shuffled: bool = False) -> Blocks:
@@ -116,7 +97,7 @@ def per_row(x, plan):
 
 def run_eager(q, k, v, grads, plan, log_weight, scale):
     """What plain attention makes of the same inputs in their own dtype."""
-    mask = plan.to_dense_mask()
+    mask = oracle.mask(plan)
     shown = torch.ones(1, 1, plan.num_keys) if log_weight is None else torch.isfinite(log_weight)
     dead = ~(mask & shown[..., None, :].bool()).any(-1, keepdim=True)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -149,7 +130,7 @@ def check(plan, batch=1, heads=1, head_dim=16, dtype=torch.float32, size=1.0, lo
     if log_weight is not None:
         total = log_weight if total is None else total + log_weight
     options = {"kv_log_weight": log_weight, "scale": scale}
-    exact = run(*(x.double() for x in (q, k, v)), grads, plan, "reference", **options)
+    exact = oracle.results(q, k, v, *grads, plan, log_weight, scale)
     if log_weight is not None:
         options["kv_log_weight"] = log_weight.to(DEVICE)
     inputs = (view(x.to(DEVICE)) for x in (q, k, v))
@@ -327,8 +308,10 @@ def test_everything_at_once():
     check(plan, batch=2, heads=2, head_dim=80, dtype=torch.float16, log_weight=weight)
 
 
-def test_negative_scale():
-    check(random_plan(even(64, 32), even(64, 32)), scale=-2.0)
+@pytest.mark.parametrize("scale, size", [(-2.0, 1.0), (-0.7, 4.0)])
+def test_negative_scale(scale, size):
+    """Large logits too: the largest product is the smallest logit, and exp would overflow."""
+    check(random_plan(even(64, 32), even(64, 32)), scale=scale, size=size)
 
 
 VIEWS = {
@@ -482,8 +465,27 @@ def test_refuses_without_triton(monkeypatch):
         attend(q, q, q, Plan.full(8, block_size=8), backend="triton")
 
 
+@pytest.mark.usefixtures("interpreted_bfloat16")
+@pytest.mark.parametrize("size", [1.0, 16.0])
+def test_bfloat16_of_everything(size):
+    rule = random_rule("disc", 23, 37, 4, sink_frames=1)
+    weight = torch.randn(2, 1, 37, generator=torch.Generator().manual_seed(19))
+    weight[..., 30:] = -torch.inf
+    blocks = ragged(23, 16, seed=20, shuffled=True), ragged(37, 32, seed=21, shuffled=True)
+    plan = random_plan(
+        *blocks, (2, 1), rule=rule, out_scale=torch.rand(1, 1, blocks[0].count) + 0.5
+    )
+    check(plan, 2, 1, 32, torch.bfloat16, size, weight)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted")
+def test_bfloat16_is_refused_where_the_interpreter_gets_it_wrong():
+    q = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="the bits of bfloat16 as integers; use float32"):
+        attend(q, q, q, Plan.full(8, block_size=8), backend="triton")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's bf16 dot is wrong")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
 def test_bfloat16(head_dim, size):
