@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from distill_run import fresh_accelerate, make_config, one_thread, write_config 
 from safetensors.torch import load_file
 
 from dittfast.cli import main
-from dittfast.distill import objectives
+from dittfast.distill import checkpoint, objectives
 from dittfast.distill.artifacts import read_weights
 from dittfast.distill.checkpoint import Checkpoints
 from dittfast.distill.loader import mixed_batches
@@ -492,6 +493,35 @@ def test_checkpoints_rotate(tmp_path):
     made.write(600, lambda part: (part / "a").write_text("x"))
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000500", "step-00000600"]
     made.write(600, lambda part: pytest.fail("it is there"))
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """Killed while an old one is removed: no folder of that name is left, whole or not."""
+    made = Checkpoints(tmp_path / "c", keep=1)
+    made.write(1, lambda part: (part / "a").write_text("x"))
+
+    def killed(folder):
+        (folder / "a").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.write(2, lambda part: (part / "a").write_text("x"))
+    assert [p.name for p in made.all()] == ["step-00000002"]
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    """In the middle of their blocks of numbers too, and with half of a pair of normal ones kept."""
+    np.random.random(5), np.random.standard_normal(), random.random(), torch.rand(3)
+    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+
+    def draw():
+        numpy = np.random.standard_normal(3), np.random.random(3)
+        return [*numpy[0], *numpy[1], random.random(), random.gauss(0, 1), *torch.rand(3).tolist()]
+
+    expected = draw()
+    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == expected
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):

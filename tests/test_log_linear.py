@@ -190,6 +190,25 @@ def test_any_length_matches_the_oracle(n, options, backend):
     check(LogLinear(**options), line(n), backend=backend)
 
 
+def test_text_lists_that_just_fit():
+    """8 image blocks and 1 of text: lists of the image are exactly as wide as those of text."""
+    layout, method = Layout.image(8, 8, text=5), LogLinear(block_size=8, topk=7, levels=1)
+    plan = method.plan(layout, *torch.randn(2, 1, 1, layout.num_tokens, 32))
+    assert plan.kv_indices.shape[-1] == plan.q_blocks.count == 9
+    check(method, layout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_precision_throughout(backend):
+    """No constant, such as the log of a count, is rounded to single precision."""
+    layout = Layout.image(9, 10, text=21, text_lengths=[5])
+    method = LogLinear(block_size=8, topk=3, levels=2)
+    q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 32, dtype=torch.float64)
+    expected, _ = oracle(q, k, v, layout, method)
+    found = run(method, layout, q, k, v, backend)
+    assert float((found - expected).abs().max()) < 1e-13 * float(expected.abs().max())
+
+
 def test_a_single_token_attends_to_itself():
     q, k, v, grad = leaves(*attention_inputs(1, 1, 1, 32))
     out = run(LogLinear(levels=1), line(1), q, k, v)

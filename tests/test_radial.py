@@ -97,6 +97,10 @@ CODE_CASES = [
     (12, 48, 96, 1.0),
     (11, 60, 30, 0.5),
     (3, 1, 1, 1.0),
+    # Blocks of which exactly a third of the rows see a column.
+    (3, 40, 48, 0.3),
+    (4, 80, 96, 0.2),
+    (6, 128, 192, 0.2),
 ]
 
 

@@ -161,6 +161,33 @@ def check(method, layout, batch=1, heads=1, head_dim=32, dtype=torch.float32, sc
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_double_precision_throughout(backend):
+    """No constant, such as the log of a count, is rounded to single precision."""
+    layout = Layout.image(9, 10, text=21)
+    method = Rectified(block_size=16, topk=2, neighbors=False)
+    q, k, v, _ = blocky_inputs(layout, method, dtype=torch.float64)
+    expected, _ = oracle(q, k, v, layout, method)
+    found = run(method, layout, q, k, v, backend)
+    assert float((found - expected).abs().max()) < 1e-13 * float(expected.abs().max())
+
+
+def test_what_the_call_hides_comes_on_top_of_padding():
+    """A mask of the call hides two words; the layout's padding stays hidden in the shares too."""
+    layout = Layout.image(9, 10, text=21, text_lengths=[15])
+    method = Rectified(block_size=16, topk=2, neighbors=False)
+    q, k, v, _ = blocky_inputs(layout, method, dtype=torch.float64)
+    start = next(at for at, segment in layout.spans() if isinstance(segment, Context))
+    hidden = torch.zeros(1, 1, layout.num_tokens)
+    hidden[..., [start + 3, start + 4]] = -torch.inf
+    valid = set(layout.valid()[0].nonzero()[:, 0].tolist()) - {start + 3, start + 4}
+    expected, _ = oracle_head(q[0, 0], k[0, 0], v[0, 0], layout, method, valid)
+    plan = method.plan(layout, q, k, v, kv_log_weight=hidden)
+    found = attend(q, k, v, plan, kv_log_weight=hidden, backend="reference")[0, 0]
+    seen = layout.valid()[0]
+    torch.testing.assert_close(found[seen], expected[seen])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "layout, options",
     [

@@ -147,12 +147,13 @@ def soft_pag(
             raise ValueError(f"strength must be [{num_heads}], got {list(strength.shape)}")
     elif not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in 0..1, got {strength!r}")
-    u = torch.as_tensor(strength, dtype=torch.float32, device=out.device).expand(num_heads)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    u = torch.as_tensor(strength, dtype=wide, device=out.device).expand(num_heads)
     if heads is not None:
         for head in heads:
             if not 0 <= head < num_heads:
                 raise ValueError(f"head {head} does not exist; heads are 0..{num_heads - 1}")
-        chosen = torch.zeros(num_heads, device=out.device)
+        chosen = torch.zeros_like(u)
         chosen[list(heads)] = 1
         u = u * chosen
     u = u.view(1, -1, 1, 1).to(out.dtype)

@@ -122,7 +122,8 @@ class Local(Method):
                 f"got {list(k.shape)} and {list(v.shape)}"
             )
         if spatial_weight is None:
-            spatial_weight = torch.full((c, c), c**-2.0, device=k.device)
+            wide = torch.promote_types(k.dtype, torch.float32)
+            spatial_weight = torch.full((c, c), c**-2.0, dtype=wide, device=k.device)
         if tuple(spatial_weight.shape) != (c, c):
             raise ValueError(
                 f"spatial_weight must be [{c}, {c}] for downsample={c}, "

@@ -151,7 +151,7 @@ class Rectified(DynamicMethod):
         if kv_log_weight is not None:
             weight = kv_log_weight if weight is None else weight + kv_log_weight
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.rectify):
-            logits = q_mean @ k_mean.transpose(-1, -2) * scale + pool.count[..., 0].log()
+            logits = q_mean @ k_mean.transpose(-1, -2) * scale + pool.count[..., 0].to(q_mean).log()
             shares, scores = isolated_shares(logits, q_mean, k, text, weight, scale)
         n = pool.token.shape[0]
         with torch.no_grad():
