@@ -247,7 +247,8 @@ class Plan:
         set_("_worklists", {})
         set_("_run_rows", None)
         if validate:
-            self._validate()
+            with to_be_kept():  # reads values, which torch.func's tensors do not have
+                self._validate()
         bare = self.kv_log_weight is None and self.out_scale is None and self.out_residual is None
         least = int(self.kv_num_full_blocks.min()) if bare else 0
         set_("is_dense", least == self.kv_blocks.count)

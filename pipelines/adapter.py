@@ -123,6 +123,8 @@ class _Handle:
         for model, state in self._states.values():
             if is_swapped(model) and model._dittfast is state:
                 _uninstall(model)
+                if state.below is not None and state.guidance is state.below.guidance:
+                    _install(model, state.below)  # guided before the method came, and still
 
 
 class Enabled(_Handle):
@@ -211,8 +213,12 @@ def enable(
     session = Session(owner, method, schedule, backend)
     states = {}
     for name, model in models.items():
-        if is_swapped(model):
-            raise ValueError(_already(model._dittfast))
+        below = model._dittfast if is_swapped(model) else None
+        if below is not None and not below.only_guided:
+            raise ValueError(
+                "dittfast is already enabled on this pipeline with "
+                f"{below.session.method}; call dittfast.disable(pipe) first"
+            )
         family = family_of(model, layout)
         layers = attention_layers(model, family)
         if not layers:
@@ -220,27 +226,19 @@ def enable(
                 f"{type(model).__name__} has no self-attention layer that dittfast knows"
             )
         own = {n: _layer_parameters(method, m) for n, m in layers.items()}
-        states[name] = model, ModelState(session, family, own)
+        state = ModelState(session, family, own)
+        if below is not None:
+            state.guidance, state.below = below.guidance, below
+        states[name] = model, state
     for name, (model, state) in states.items():
+        if is_swapped(model):
+            _uninstall(model)
         _install(model, state)
         _log(name, model, state)
     _remember(pipe, models.values())
     for sentence in other_models(pipe):
         logger.info(sentence)
     return Enabled(pipe, states)
-
-
-def _already(state: ModelState) -> str:
-    if getattr(state.guidance, "implicit", False):
-        return (
-            "this pipeline is guided (dittfast.guide) without a method, and the method goes first: "
-            "call dittfast.unguide(pipe), dittfast.enable(pipe, ...), then dittfast.guide(pipe, "
-            "...) again"
-        )
-    return (
-        f"dittfast is already enabled on this pipeline with {state.session.method}; call "
-        "dittfast.disable(pipe) first"
-    )
 
 
 def _remember(pipe, models) -> None:

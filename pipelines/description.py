@@ -107,7 +107,8 @@ def describe(pipe) -> Description:
         main = None
         if state.layout is not None:
             num_tokens = state.layout.num_tokens
-            main = next((p for (at, _), p in state.parts.items() if at == state.layout), None)
+            keys = [key for key in state.parts if key[0] == state.layout]
+            main = state.parts.peek(keys[-1]) if keys else None
             if main is not None:
                 density = main.density
         for name in state.layers:
@@ -115,7 +116,7 @@ def describe(pipe) -> Description:
         notes.extend(prefix + note for note in other_attention(model, state))
         if state.sequences is not None and state.sequences.rows_differ:
             notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
-        planned = state.parts or state.session.method.name == "dense"
+        planned = len(state.parts) or state.session.method.name == "dense"
         if state.num_passes and not state.num_sparse and not planned:
             notes.append(
                 f"{prefix}none of the {state.num_passes} passes so far ran the method: all belong "
@@ -142,7 +143,7 @@ def _why_dense(state: ModelState, name: str, main: PlannedLayout | None) -> str 
         return "dense_layers of the schedule"
     if state.session.method.name == "dense":
         return "the method is dense"
-    if main is None and state.parts and state.layout is not None:
+    if main is None and len(state.parts) and state.layout is not None:
         tokens = f"{state.layout.num_tokens:,}"
         return f"{tokens} tokens are below min_tokens {state.break_even:,}"
     done = state.last

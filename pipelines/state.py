@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from dittfast import break_even
+from dittfast.cache import BytesLRU
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.plan import to_be_kept
@@ -28,6 +29,9 @@ from .seam import put_back
 from .steps import Steps
 
 logger = logging.getLogger(__name__)
+
+# Plans that a transformer keeps. A plan of a long video is hundreds of megabytes.
+_MOST_KEPT, _MOST_BYTES = 32, 2**30
 
 
 class _Forced(threading.local):
@@ -162,6 +166,8 @@ class ModelState:
         dense_layers: names of layers that the schedule keeps dense.
         recorders: transforms that stand in layers for every pass, by name.
         guidance: what guides the predictions; None where nothing does.
+        only_guided: whether guidance alone put dittfast into the transformer.
+        below: the state of a transformer that was only guided before its method came.
         last: the last pass of any thread; None before the first.
         num_passes, num_sparse: how many passes there were, and how many ran the method.
     """
@@ -175,13 +181,16 @@ class ModelState:
         self.dense_layers = session.schedule.dense_layer_names(names) if names else set()
         self.recorders: dict = {}
         self.guidance: Guidance | None = None
+        self.only_guided = False
+        self.below: ModelState | None = None
         self.last: Pass | None = None
         self.num_passes = self.num_sparse = 0
         self.break_even: int | None = None
-        self.cores: dict[tuple[Sequences, torch.device], AttentionCore | None] = {}
-        self.parts: dict[tuple[Layout, torch.device], PlannedLayout | None] = {}
+        # By (Sequences, device) and by (Layout, device): every prompt length and size is an entry.
+        self.cores = BytesLRU(_MOST_KEPT, _MOST_BYTES)
+        self.parts = BytesLRU(_MOST_KEPT, _MOST_BYTES)
         self._here = _Here()
-        self._planning = threading.RLock()
+        self._counting = threading.Lock()
 
     def __deepcopy__(self, memo):
         twin = memo[id(self)] = ModelState.__new__(ModelState)
@@ -190,6 +199,7 @@ class ModelState:
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.dense_layers = set(self.dense_layers)
         twin.guidance = copy.deepcopy(self.guidance, memo)
+        twin.only_guided = self.only_guided
         return twin
 
     @property
@@ -282,7 +292,7 @@ class ModelState:
             current = self.weakening.weakened(model, current)
         if differentiable:
             self.passes.note(current, sys._getframe())
-        with self._planning:
+        with self._counting:
             self.last = current
             self.num_passes += 1
             self.num_sparse += core is not None
@@ -328,12 +338,14 @@ class ModelState:
 
     def core(self, sequences: Sequences, device: torch.device) -> AttentionCore | None:
         """What runs on these sequences; None where they stay dense."""
-        key = (sequences, device)
-        with self._planning:
-            if key not in self.cores:
-                _keep_newest(self.cores)
-                self.cores[key] = self._make_core(sequences, device)
-            return self.cores[key]
+        make = lambda: self._make_core(sequences, device)  # noqa: E731
+        core = self.cores.get((sequences, device), make)
+        if core is not None:
+            for rows in core.planned:
+                for planned in rows:
+                    # Its own cache may have dropped what a compiled pass cannot make.
+                    core.method.prepare(planned.layout, device)
+        return core
 
     def _make_core(self, sequences: Sequences, device: torch.device) -> AttentionCore | None:
         session, family = self.session, self.family
@@ -353,9 +365,9 @@ class ModelState:
 
     def part(self, layout: Layout, device: torch.device) -> PlannedLayout | None:
         """One layout and its plan; None where it stays dense. Static plans are made once."""
-        key = (layout, device)
-        if key in self.parts:
-            return self.parts[key]
+        return self.parts.get((layout, device), lambda: self._make_part(layout, device))
+
+    def _make_part(self, layout: Layout, device: torch.device) -> PlannedLayout | None:
         session, method = self.session, self.session.method
         if method.needs_grid:
             layout.grid  # noqa: B018 (raises on a text-only layout)
@@ -365,21 +377,16 @@ class ModelState:
             measured = break_even.is_measured(method.name, device.type)
             source = "measured" if measured else "an estimate"
         self.break_even = least
-        part = None
         if layout.num_tokens < least:
             logger.warning(
                 "dense: %s tokens are fewer than the %s from which %s pays on %s, %s "
                 "(min_tokens=0 runs it anyway)",
                 f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type, source,
             )  # fmt: skip
-        else:
-            with to_be_kept():
-                plan = method.plan(layout).to(device) if method.static else None
-                method.prepare(layout, device)
-            part = PlannedLayout(layout, plan)
-        _keep_newest(self.parts)
-        self.parts[key] = part
-        return part
+            return None
+        with to_be_kept():
+            plan = method.plan(layout).to(device) if method.static else None
+        return PlannedLayout(layout, plan)
 
     def _check_reached(self, current: Pass) -> None:
         """Raise if no layer of a model that is not strict met its sequence in this pass."""
@@ -391,12 +398,6 @@ class ModelState:
                 "tokens, the length of its layout, so dittfast had no effect. If the layout was "
                 "passed to dittfast.enable, count its text and grid again"
             )
-
-
-def _keep_newest(cache: dict, count: int = 32) -> None:
-    """Make room: every new prompt length and size is another entry, and a server runs for long."""
-    while len(cache) >= count:
-        del cache[next(iter(cache))]
 
 
 def device_of(arguments) -> torch.device:

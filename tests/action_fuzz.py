@@ -30,7 +30,7 @@ import torch
 import dittfast
 from dittfast.layout import make_blocks
 from dittfast.methods.base import Method
-from dittfast.pipelines.parity import TINY, Full, distance
+from dittfast.pipelines.measure.parity import TINY, Full, distance
 from dittfast.plan import Plan
 
 FAMILIES = ("flux", "wan", "sd3")

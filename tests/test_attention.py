@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -99,12 +100,9 @@ def test_a_rule_that_hides_everything(backend, epilogue):
     """No query sees a key: out is 0, or the residual, lse is -inf and nothing has a gradient."""
     blocks = even_blocks(20, 8)
     fields = {"out_scale": torch.full((1, 1, 3), 2.0), "out_residual": torch.randn(1, 1, 3, 16)}
-    some = torch.ones(3, 3, dtype=torch.bool)
-    plan = Plan.from_block_mask(some, blocks, blocks, **(fields if epilogue else {}))
-    plan = plan.replace(
-        rule=random_rule(20, 20, keeps=False),
-        kv_num_full_blocks=torch.zeros(1, 1, 3, dtype=torch.int32),
-    )
+    fields = {"rule": random_rule(20, 20, keeps=False), **(fields if epilogue else {})}
+    rows, cols = np.indices((3, 3)).reshape(2, -1)
+    plan = Plan.from_lists(rows, cols, np.zeros(9, dtype=bool), blocks, blocks, **fields)
     found = results(*attention_inputs(1, 2, 20, 16), torch.ones(1, 2, 20), plan, backend)
     expected = torch.zeros(1, 2, 20, 16)
     if epilogue:

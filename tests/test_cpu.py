@@ -1,5 +1,6 @@
 """The CPU backend against the dense fp64 oracle."""
 
+import numpy as np
 import pytest
 import torch
 from parity import (
@@ -92,9 +93,9 @@ def test_a_block_over_more_frames_than_are_looked_at():
     rule = TokenRule.from_layout(layout, "disc", [1, 1, -1])
     blocks = layout.blocks(24)
     assert cpu_worklist._MOST_FRAMES < 12
-    whole = Plan.from_block_mask(torch.ones(2, 2, dtype=torch.bool), blocks, blocks)
-    partial = torch.zeros_like(whole.kv_num_full_blocks)
-    assert_parity(whole.replace(rule=rule, kv_num_full_blocks=partial), "cpu")
+    rows, cols = np.indices((2, 2)).reshape(2, -1)
+    partial = np.zeros(4, dtype=bool)
+    assert_parity(Plan.from_lists(rows, cols, partial, blocks, blocks, rule=rule), "cpu")
 
 
 def test_rule_of_distances_beyond_what_fp32_counts_exactly():

@@ -117,7 +117,8 @@ def test_dynamic_density_is_the_mean_over_calls():
     with dittfast.enable(pipe, method, min_tokens=0) as enabled:
         assert enabled.describe().density is None
         pipe(**CALL, output_type="latent")
-        part = next(iter(pipe.transformer._dittfast.parts.values()))
+        parts = pipe.transformer._dittfast.parts
+        part = parts.peek(next(iter(parts)))
         q = torch.randn(1, 2, part.num_tokens, 16)
         plan = method.plan(part.layout, q, q, q)
         before = enabled.describe().density

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from dittfast.pipelines.families import FAMILIES
-from dittfast.pipelines.parity import TINY
+from dittfast.pipelines.measure.parity import TINY
 
 
 class Encoded(SimpleNamespace):

@@ -29,15 +29,13 @@ class _Here(threading.local):
 class GuidanceState:
     """The guidance of one transformer: what it weakens, and each thread's last difference."""
 
-    def __init__(self, weakening: HeadWeakening, implicit: bool):
+    def __init__(self, weakening: HeadWeakening):
         self.weakening = weakening
         self.config = weakening.config
-        # Whether guide() enabled the pipeline itself, so that unguide() has to disable it.
-        self.implicit = implicit
         self._here = _Here()
 
     def __deepcopy__(self, memo):
-        return GuidanceState(copy.deepcopy(self.weakening, memo), self.implicit)
+        return GuidanceState(copy.deepcopy(self.weakening, memo))
 
     def describe(self) -> str:
         heads = len(self.config.heads)
@@ -161,14 +159,28 @@ def head_counts(pipe) -> list[int]:
 class Guided:
     """What :func:`guide` returns; as a context manager it stops guiding on exit."""
 
-    def __init__(self, pipe):
-        self._pipe = pipe
+    def __init__(self, guided: list[tuple[torch.nn.Module, GuidanceState]]):
+        self._guided = guided
+        self._depth = 0
 
     def __enter__(self):
+        self._depth += 1
         return self
 
     def __exit__(self, *error):
-        unguide(self._pipe)
+        self._depth -= 1
+        if self._depth:
+            return
+        for model, guidance in self._guided:
+            if is_swapped(model) and model._dittfast.guidance is guidance:
+                _stop(model)
+
+
+def _stop(model: torch.nn.Module) -> None:
+    """Take the guidance off a transformer, and dittfast with it where that is all there was."""
+    model._dittfast.guidance = None
+    if model._dittfast.only_guided:
+        disable(model)
 
 
 def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
@@ -177,7 +189,7 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
     Costs one more conditional pass at every guided step, with classifier-free guidance or without.
 
     Args:
-        pipe: a pipeline or transformer, enabled (:func:`dittfast.enable`, call it first) or not.
+        pipe: a pipeline or transformer, enabled (:func:`dittfast.enable`) or not.
         config: a HeadGuidance, or its fields as ``options``; ``heads`` may be the path of a file
             that :func:`dittfast.hunt` wrote, whose settings hold where no option says otherwise.
 
@@ -195,18 +207,19 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
     elif options:
         raise ValueError(f"give a HeadGuidance or its fields, not both; got {sorted(options)} too")
     models = transformers_of(pipe)
-    implicit = not any(is_swapped(model) for model in models.values())
-    found = {}
-    for name, model in models.items():
+    plain = not any(is_swapped(model) for model in models.values())
+    guided = []
+    for model in models.values():
         if is_swapped(model) and model._dittfast.guidance is not None:
             raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
         weakening = HeadWeakening(config, head_strengths(heads_by_layer(model), config))
-        found[name] = GuidanceState(weakening, implicit)
-    if implicit:
+        guided.append((model, GuidanceState(weakening)))
+    if plain:
         enable(pipe, Dense())
-    for name, model in models.items():
-        model._dittfast.guidance = found[name]
-    return Guided(pipe)
+    for model, guidance in guided:
+        model._dittfast.guidance = guidance
+        model._dittfast.only_guided = plain
+    return Guided(guided)
 
 
 def unguide(pipe) -> None:
@@ -215,12 +228,9 @@ def unguide(pipe) -> None:
     Raises:
         ValueError: the pipeline is not guided.
     """
-    states = [m._dittfast for m in transformers_of(pipe).values() if is_swapped(m)]
-    guided = [state for state in states if state.guidance is not None]
+    models = [m for m in transformers_of(pipe).values() if is_swapped(m)]
+    guided = [model for model in models if model._dittfast.guidance is not None]
     if not guided:
         raise ValueError("this pipeline is not guided; there is nothing to undo")
-    implicit = guided[0].guidance.implicit
-    for state in guided:
-        state.guidance = None
-    if implicit:
-        disable(pipe)
+    for model in guided:
+        _stop(model)
