@@ -11,7 +11,7 @@ from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .layer import PlannedLayout
-from .models import exchanged, is_swapped, transformers_of
+from .models import attention_backend, exchanged, is_swapped, transformers_of
 from .state import ModelState
 
 
@@ -33,6 +33,7 @@ class Description:
         density: kept fraction of token pairs in the sparse layers, averaged over all calls so far
             where the method chooses from q and k at every call. None before the first pass, and
             for such a method under torch.compile, which leaves the counting out.
+        dense_attention: the attention backend of diffusers on which dense layers and steps run.
         layers: every self-attention layer, and why it is dense.
         notes: what else stays dense.
     """
@@ -42,6 +43,7 @@ class Description:
     backend: str
     num_tokens: int | None
     density: float | None
+    dense_attention: str
     layers: tuple[LayerDescription, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -51,6 +53,7 @@ class Description:
             "method": {"name": self.method.name, **asdict(self.method)},
             "schedule": asdict(self.schedule),
             "backend": self.backend,
+            "dense_attention": self.dense_attention,
             "num_tokens": self.num_tokens,
             "density": self.density,
             "sparse_layers": [x.name for x in self.layers if x.dense is None],
@@ -60,7 +63,7 @@ class Description:
 
     def __str__(self) -> str:
         lines = [f"method    {self.method}", f"schedule  {self.schedule}"]
-        lines.append(f"backend   {self.backend}")
+        lines.append(f"backend   {self.backend}; dense layers and steps on {self.dense_attention}")
         if self.num_tokens is None:
             lines.append("tokens    known after the first forward pass")
         else:
@@ -133,6 +136,7 @@ def describe(pipe) -> Description:
         session.backend,
         num_tokens,
         density,
+        ", ".join(sorted({attention_backend(model) for model in models.values()})),
         tuple(layers),
         tuple(notes),
     )

@@ -119,6 +119,22 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.
     }
 
 
+def backend_of(processor) -> str:
+    """The attention backend of diffusers that a processor runs on, by its name there."""
+    chosen = getattr(processor, "_attention_backend", "native")
+    if chosen is None:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        chosen = _AttentionBackendRegistry.get_active_backend()[0]
+    return str(getattr(chosen, "value", chosen))
+
+
+def attention_backend(model: torch.nn.Module) -> str:
+    """The attention backends that a transformer's processors run on; mostly one."""
+    processors = getattr(model, "attn_processors", None) or {}
+    return ", ".join(sorted({backend_of(x) for x in processors.values()})) or "native"
+
+
 def bind_arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of ``model.forward`` by name; absent ones are left out."""
     names = list(inspect.signature(stock_class(type(model)).forward).parameters)[1:]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from .layer import LayerRun, attend_call
-from .models import stock_class
+from .models import backend_of, stock_class
 from .passes import LayerState
 
 _SDPA = F.scaled_dot_product_attention
@@ -160,14 +160,7 @@ def native_backend():
 
 def _bypasses(processor) -> bool:
     """Whether the user chose a backend that does not call scaled_dot_product_attention."""
-    if not hasattr(processor, "_attention_backend"):
-        return False
-    chosen = processor._attention_backend
-    if chosen is None:
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-        chosen = _AttentionBackendRegistry.get_active_backend()[0]
-    return chosen != native_backend()
+    return backend_of(processor) != "native"
 
 
 @contextlib.contextmanager

@@ -290,7 +290,8 @@ def _frames(arms, data):
     height, width = dense.run.frames.shape[1:3]
     footer = (
         f"{data['model']}, {width} x {height}, {len(dense.timings[0].steps)} steps, "
-        f"seed {data['seed']}, {data['device']['name']}, {data['dtype']}"
+        f"seed {data['seed']}, {data['device']['name']}, {data['dtype']}, "
+        f"dense by {data['dense_attention']} attention"
     )
     pages = []
     for frames in zip(dense.run.frames, sparse.run.frames, apart):

@@ -56,7 +56,9 @@ def setting_of(data: dict) -> str:
     )
     known = ", ".join(f"{k} {v}" for k, v in data["versions"].items() if v)
     parts = [data["model"], f"weights {data['weights']}", size and f"{size} px"]
-    parts += [f"{steps} steps" if steps else "", data["dtype"], device, known]
+    dense = data.get("dense_attention")  # records of earlier versions do not say
+    parts += [f"{steps} steps" if steps else "", data["dtype"], device]
+    parts += [f"dense attention by diffusers' {dense} backend" if dense else "", known]
     return "; ".join(p for p in parts if p)
 
 

@@ -50,7 +50,9 @@ class Drawings:
         if not manifest.exists():
             write_json(manifest, self.settings)
             return
-        differing = difference_of_settings(self.settings, _read_json(manifest))
+        # Folders of earlier versions do not say on which attention backend they were drawn.
+        found = {"dense_attention": self.settings.get("dense_attention"), **_read_json(manifest)}
+        differing = difference_of_settings(self.settings, found)
         if differing:
             raise ValueError(
                 f"{self.folder} holds pictures drawn with other settings ({'; '.join(differing)}); "

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dittfast.environment import describe_device, versions
 
-from ..models import transformers_of
+from ..models import attention_backend, transformers_of
 from .call import call_record
 from .sources import Source
 
 
 def run_settings(pipe, source: Source, call: dict) -> dict:
-    """All that a picture depends on but its prompt, seed, method and weights."""
+    """All that a picture depends on but its prompt, seed, method and weights.
+
+    ``dense_attention`` is the user's attention backend in diffusers, on which dense arms, dense
+    steps and dense layers run.
+    """
     model = next(iter(transformers_of(pipe).values()))
     return {
         "model": source.name,
@@ -18,5 +22,6 @@ def run_settings(pipe, source: Source, call: dict) -> dict:
         "call": call_record(call),
         "device": describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "dense_attention": attention_backend(model),
         "versions": versions(),
     }
