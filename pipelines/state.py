@@ -232,7 +232,11 @@ class ModelState:
 
     # A pass.
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(
+        recursive=False,
+        reason="dittfast reads layout and step outside of the graph. For a graph without a break "
+        "compile with pipe.transformer.compile() or pipe.transformer.compile_repeated_blocks()",
+    )
     def run(self, model: torch.nn.Module, call: Callable, args: tuple, kwargs: dict):
         """One call of the transformer: ``call(model, *args, **kwargs)`` as a pass, guided or not.
 

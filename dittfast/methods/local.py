@@ -150,7 +150,8 @@ class Local(Method):
         # Small squares waste least of their neighbours on a circle; larger blocks compute faster.
         # Frames that share the circle fill a block without widening the square.
         if grid.frames > 1 and (self.frame_window is None or self.frame_window >= 8):
-            return 2, 8, 8
+            # Every block lists its place in all frames: in minutes of video deeper ones save much.
+            return (4 if grid.frames >= 512 and self.frame_window is None else 2), 8, 8
         return (1, 8, 8) if self.window < 16 else (1, 8, 16)
 
     def _limits(self, layout: Layout) -> np.ndarray:

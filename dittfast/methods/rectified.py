@@ -17,6 +17,8 @@ ORDERS = ("hilbert", "morton", "raster")
 DEFAULT_DROP = 0.8
 # Elements of fp32 workspace for the deviation statistics.
 _WORKSPACE = 1 << 26
+# Pairs of blocks scored together, over all batch rows and heads: bounds memory.
+_PAIRS_AT_ONCE = 1 << 22
 
 
 class _Geometry(NamedTuple):
@@ -145,34 +147,45 @@ class Rectified(DynamicMethod):
         geometry = self._geometry(layout, q.device)
         pool, padding = geometry.pool, self._padding(layout, geometry.partition, q.device)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        q_mean, k_mean_own = pool.mean(q), pool.mean(k)
-        k_mean = match_heads(k_mean_own, q.shape[1])
-        text, weight = geometry.context_tokens, padding.log_weight
+        weight = padding.log_weight
         if kv_log_weight is not None:
             weight = kv_log_weight if weight is None else weight + kv_log_weight
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.rectify):
-            logits = q_mean @ k_mean.transpose(-1, -2) * scale + pool.count[..., 0].to(q_mean).log()
-            shares, scores = isolated_shares(logits, q_mean, k, text, weight, scale)
-        n = pool.token.shape[0]
-        with torch.no_grad():
-            seen = self._select(shares, scores, self.num_kept(layout), n)
-            if geometry.always is not None:
-                seen |= geometry.always
-        fields = {"kv_log_weight": padding.log_weight, "out_scale": None, "out_residual": None}
+        q_mean, k_mean_own = pool.mean(q), pool.mean(k)
+        k_mean = match_heads(k_mean_own, q.shape[1])
+        words = _text_keys(k, geometry.context_tokens, weight, q_mean)
+        v_mean = q_off = k_off = None
         if self.rectify:
+            v_mean = match_heads(pool.mean(v), q.shape[1])
             with torch.no_grad():
                 q_off = mean_deviation(q, q_mean, pool)
                 k_off = match_heads(mean_deviation(k, k_mean_own, pool), q.shape[1])
-                gain = (q_mean @ k_mean.transpose(-1, -2)).abs_()
-                error = (q_off @ k_mean.transpose(-1, -2)).abs_()
-                error += (q_mean @ k_off.transpose(-1, -2)).abs_()
-                moved = ~seen & (gain > error)
-            moved_shares = shares[..., :n] * moved
-            v_mean = match_heads(pool.mean(v), q.shape[1])
-            kept = (shares[..., :n] * ~moved).sum(-1) + shares[..., n:].sum(-1)
-            fields |= _epilogue(geometry.partition, kept, moved_shares @ v_mean)
-        lists, count = _lists(seen, geometry.partition, padding)
-        return geometry.template.with_lists(lists, count, **fields)
+        n, topk = pool.token.shape[0], self.num_kept(layout)
+        step = max(1, _PAIRS_AT_ONCE // (q.shape[0] * q.shape[1] * n))
+        log_counts = pool.count[..., 0].to(q_mean).log()
+        lists, kept, residual = _Lists(geometry.partition, padding, q), [], []
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            means = q_mean[:, :, rows]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.rectify):
+                logits = means @ k_mean.transpose(-1, -2) * scale + log_counts
+                shares, scores = isolated_shares(logits, means, words, scale)
+            with torch.no_grad():
+                seen = self._select(shares, scores, topk, n)
+                if geometry.always is not None:
+                    seen |= geometry.always[rows]
+                lists.add(rows, seen)
+            if self.rectify:
+                with torch.no_grad():
+                    gain = (means @ k_mean.transpose(-1, -2)).abs_()
+                    error = (q_off[:, :, rows] @ k_mean.transpose(-1, -2)).abs_()
+                    error += (means @ k_off.transpose(-1, -2)).abs_()
+                    moved = ~seen & (gain > error)
+                kept.append((shares[..., :n] * ~moved).sum(-1) + shares[..., n:].sum(-1))
+                residual.append((shares[..., :n] * moved) @ v_mean)
+        fields = {"kv_log_weight": padding.log_weight, "out_scale": None, "out_residual": None}
+        if self.rectify:
+            fields |= _epilogue(geometry.partition, torch.cat(kept, 2), torch.cat(residual, 2))
+        return geometry.template.with_lists(lists.lists, lists.count, **fields)
 
     def _select(self, shares, scores, topk: int, n: int) -> torch.Tensor:
         """``[B, H, n, n]`` bool: the pairs that top-k or top-p keep; of equals, the first ones."""
@@ -184,27 +197,39 @@ class Rectified(DynamicMethod):
         return torch.zeros_like(keep).scatter_(-1, by, keep)[..., :n]
 
 
-def isolated_shares(logits, q_mean, k, text, log_weight, scale: float):
-    """Attention shares of the image blocks and, in one last column, of all text together.
+def _text_keys(k, text, log_weight, like):
+    """``(keys [B, H, t, D], log weights [B|1, H|1, t] or None)`` of the text, or None without any.
 
     Args:
-        logits: ``[B, H, n, n]``, image block scores plus the log of the keys' token counts.
-        q_mean: ``[B, H, n, D]``.
-        k: ``[B, Hk, N, D]``.
-        text: ``[t]`` indices of the context tokens; without any there is no last column.
+        k: ``[B, Hk, N, D]``. text: ``[t]`` indices of the context tokens.
         log_weight: ``[B|1, H|1, N]``, -inf on padding, or None.
-
-    Returns:
-        ``(shares, scores)``, both ``[B, H, n, n + 1]`` (or n): rows of shares add up to 1 and are
-        proportional to exp(scores); scores carry no gradient.
+        like: a tensor ``[B, H, ...]`` in the dtype wanted.
     """
     if text.numel() == 0:
-        return torch.softmax(logits, -1), logits.detach()
-    keys = match_heads(k.index_select(2, text).to(logits.dtype), q_mean.shape[1])
+        return None
+    keys = match_heads(k.index_select(2, text).to(like.dtype), like.shape[1])
     if log_weight is not None:
         log_weight = log_weight.index_select(-1, text)
         # Padding may hold anything, also NaN.
         keys = keys.masked_fill((log_weight == -torch.inf)[..., None], 0)
+    return keys, log_weight
+
+
+def isolated_shares(logits, q_mean, words, scale: float):
+    """Attention shares of the image blocks and, in one last column, of all text together.
+
+    Args:
+        logits: ``[B, H, r, n]``, image block scores plus the log of the keys' token counts.
+        q_mean: ``[B, H, r, D]``, the means of r query blocks.
+        words: text keys and their log weights; None without text: then there is no last column.
+
+    Returns:
+        ``(shares, scores)``, both ``[B, H, r, n + 1]`` (or n): rows of shares add up to 1 and are
+        proportional to exp(scores); scores carry no gradient.
+    """
+    if words is None:
+        return torch.softmax(logits, -1), logits.detach()
+    keys, log_weight = words
     words = q_mean @ keys.transpose(-1, -2) * scale
     if log_weight is not None:
         words = words + log_weight[:, :, None]
@@ -258,25 +283,42 @@ def _epilogue(partition: Partition, kept: torch.Tensor, residual: torch.Tensor) 
     return {"out_scale": scale, "out_residual": empty.index_copy(2, partition.grid, residual)}
 
 
-def _lists(seen: torch.Tensor, partition: Partition, padding):
-    """Block lists ``[B, H, nQ, nK]`` int32 and their counts from the image part's choice.
+class _Lists:
+    """Block lists ``[B, H, nQ, nK]`` int32 and their counts, from a few rows' choice at a time.
 
     Lists are as wide as there are key blocks: finding a smaller width would wait for the device.
+    Rows of context see every block that holds a valid token.
     """
-    batch, heads = seen.shape[:2]
-    n = partition.blocks.count
-    mask = seen.new_ones(batch, heads, n, n)
-    if padding.context.numel():
-        slot = torch.arange(padding.context.shape[1], device=seen.device)
-        used = torch.zeros(len(padding.count), n, dtype=torch.bool, device=seen.device)
-        used.scatter_(1, padding.context, slot < padding.count[:, None])
-        used[:, partition.grid] = True
-        mask &= used[:, None, None]
-    rows = mask.index_select(2, partition.grid)
-    rows[..., partition.grid] = seen
-    mask.index_copy_(2, partition.grid, rows)
-    place = torch.where(mask, mask.cumsum(-1) - 1, n)
-    lists = torch.zeros(batch, heads, n, n + 1, dtype=torch.int32, device=seen.device)
-    blocks = torch.arange(n, dtype=torch.int32, device=seen.device).expand(mask.shape)
-    lists.scatter_(-1, place, blocks)
-    return lists[..., :n].contiguous(), mask.sum(-1, dtype=torch.int32)
+
+    def __init__(self, partition: Partition, padding, q: torch.Tensor):
+        n, context = partition.blocks.count, padding.context
+        self.grid = partition.grid
+        self.used = torch.ones(1, 1, 1, n, dtype=torch.bool, device=q.device)
+        if context.numel():
+            used = torch.zeros(len(padding.count), n, dtype=torch.bool, device=q.device)
+            slot = torch.arange(context.shape[1], device=q.device)
+            used.scatter_(1, context, slot < padding.count[:, None])
+            used[:, self.grid] = True
+            self.used = used[:, None, None]
+        self.blocks = torch.arange(n, dtype=torch.int32, device=q.device)
+        shape = (*q.shape[:2], n)
+        self.lists = torch.zeros(*shape, n, dtype=torch.int32, device=q.device)
+        self.count = torch.zeros(shape, dtype=torch.int32, device=q.device)
+        if partition.context.numel():
+            self._put(partition.context, self.used.expand(*q.shape[:2], 1, n))
+
+    def add(self, rows: slice, seen: torch.Tensor) -> None:
+        """``seen [B, H, r, grid blocks]`` bool: what the image blocks ``rows`` see of the image."""
+        mask = self.used.expand(*seen.shape[:3], -1).clone()
+        mask[..., self.grid] = seen
+        self._put(self.grid[rows], mask)
+
+    def _put(self, rows: torch.Tensor, mask: torch.Tensor) -> None:
+        n = self.blocks.numel()
+        place = torch.where(mask, mask.cumsum(-1) - 1, n)
+        lists = self.lists.new_zeros(*mask.shape[:3], n + 1)
+        lists = lists.scatter_(-1, place, self.blocks.expand(mask.shape))[..., :n]
+        count = mask.sum(-1, dtype=torch.int32)
+        shape = (*mask.shape[:2], rows.numel())
+        self.lists.index_copy_(2, rows, lists.expand(*shape, n))
+        self.count.index_copy_(2, rows, count.expand(shape))
