@@ -130,7 +130,8 @@ def attend(
 ):
     """Attention restricted to ``plan``: ``softmax(scale * q kᵀ + kv_log_weight) v``.
 
-    Differentiable in q, k and v, and in the plan's ``out_scale`` and ``out_residual``; works under
+    Differentiable in q, k and v, and in the plan's ``out_scale`` and ``out_residual``, backwards
+    and in forward mode (``torch.func.jvp``, ``torch.autograd.forward_ad``); works under
     ``torch.compile(fullgraph=True)``.
 
     Args:
@@ -148,8 +149,11 @@ def attend(
         ``out [B, H, Nq, D]`` in q's dtype, or ``(out, lse [B, H, Nq] fp32)``.
 
     Raises:
-        ValueError: an unknown backend, shapes that do not fit each other or the plan, or a
-            named backend that cannot run these inputs (all reasons are listed).
+        ValueError: an unknown backend, shapes that do not fit each other or the plan, a log weight
+            with a derivative of its own, or a named backend that cannot run these inputs (all
+            reasons are listed).
+        NotImplementedError: under ``torch.vmap``, and when a derivative is differentiated again;
+            the reference backend allows ``backward`` of ``backward``.
     """
     check_inputs(q, k, v, plan, kv_log_weight)
     name = choose_backend(q.device, q.dtype) if backend == "auto" else backend
