@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import inspect
 import sys
-from types import FrameType
+from types import FrameType, FunctionType, MethodType, NoneType
 from typing import NamedTuple
 
 import torch
+
+_OWN = f"{__package__}."
+# Before Python 3.13 a function's frame keeps the copy of its variables that it gave, while it runs.
+_COPIES = sys.version_info < (3, 13)
+# Types of most variables, which are neither pipelines nor schedulers.
+_PLAIN = frozenset(
+    {NoneType, bool, int, float, str, list, tuple, dict, set, FunctionType, MethodType}
+    | {torch.Tensor, torch.dtype, torch.device, torch.Size, torch.Generator, type}
+)
 
 
 class Running(NamedTuple):
@@ -19,7 +28,7 @@ class Running(NamedTuple):
 
     Attributes:
         pipelines: objects with a scheduler that hold the transformer, of the nearest frame that
-            has any; the one whose method runs comes first.
+            has any: the one whose method runs, or all that are its local variables.
         schedulers: schedulers that are local variables on the way there.
         times: tensors named ``t`` on the way there, as diffusers' loops call the timestep.
     """
@@ -47,14 +56,14 @@ def running(model: torch.nn.Module) -> Running:
         return found
     called, owner = [model], None
     frame = sys._getframe(1)
-    while frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+    while frame.f_globals.get("__name__", "").startswith(_OWN):
         frame = frame.f_back  # our own, which know the pipeline that was enabled
     while frame is not None:
         first = _look(frame, called, found, only_times=owner is not None)
         if owner is not None and first is not owner:
             break
         if found.pipelines:
-            if first is None:
+            if first is None or found.times:
                 break
             owner = first  # the loop may stand in another method of it, further out
         if callable(first):
@@ -70,21 +79,22 @@ def _look(frame: FrameType, called: list, found: Running, only_times: bool) -> o
     if isinstance(t := variables.get("t"), torch.Tensor):
         found.times.append(t)
     if not only_times:
-        _sort(first, called, found)
-        for value in variables.values():
-            _sort(value, called, found)
-    if sys.version_info < (3, 13) and code.co_flags & inspect.CO_OPTIMIZED:
-        # Before Python 3.13 a function's frame keeps this copy of its variables while it runs.
-        # Empty it, unless somebody else holds it too, who called locals() there: of the three
-        # references one is the frame's, one ours, and one getrefcount's.
-        if sys.getrefcount(variables) <= 3:
-            variables.clear()
+        if type(first) not in _PLAIN:
+            _sort(first, called, found)
+        if not found.pipelines:
+            for value in variables.values():
+                if type(value) not in _PLAIN:
+                    _sort(value, called, found)
+    if _COPIES and code.co_flags & inspect.CO_OPTIMIZED and sys.getrefcount(variables) <= 3:
+        # Nobody in that function called locals() and holds the copy: of the three references one
+        # is the frame's, one ours, and one getrefcount's.
+        variables.clear()
     return first
 
 
 def _sort(value, called: list, found: Running) -> None:
     """Enter ``value`` if it is a scheduler, or a pipeline that holds what was called."""
-    if value is None or isinstance(value, (torch.Tensor, type)):
+    if isinstance(value, (torch.Tensor, type)):
         return
     try:
         parts = value.__dict__

@@ -413,7 +413,11 @@ ROWS = [
         call=dict(image=clip(1, 1024)[0], prompt="a red cat", output_type="np"),
     ),
     row("HunyuanImagePipeline"),
-    row("HunyuanImageRefinerPipeline", call=dict(image=picture())),
+    row(
+        "HunyuanImageRefinerPipeline",
+        call=dict(image=picture()),
+        config=dict(in_channels=16, out_channels=8, patch_size=(1, 1, 1), rope_axes_dim=(4, 4, 8)),
+    ),
     row("ZImagePipeline", quick=True),
     row("ZImageImg2ImgPipeline", call=dict(TEN_AT_SIX, image=picture())),
     row("ZImageInpaintPipeline", call=dict(TEN_AT_SIX, **FILL)),
@@ -574,12 +578,16 @@ ROWS = [
         parts=reads_text,
         call=dict(prompt="a red cat"),
     ),
-    row("LTX2Pipeline", channels=8, parts=ltx2),
+    row("LTX2Pipeline", calls=2, channels=8, parts=ltx2),
     row(
-        "LTX2ImageToVideoPipeline", channels=8, parts=ltx2, call=dict(image=picture(), image_crf=0)
+        "LTX2ImageToVideoPipeline",
+        channels=8,
+        calls=2,
+        parts=ltx2,
+        call=dict(image=picture(), image_crf=0),
     ),
-    row("LTX2ConditionPipeline", channels=8, parts=ltx2),
-    row("LTX2InContextPipeline", channels=8, parts=ltx2),
+    row("LTX2ConditionPipeline", calls=2, channels=8, parts=ltx2),
+    row("LTX2InContextPipeline", calls=2, channels=8, parts=ltx2),
     row("LTX2HDRPipeline", channels=8, parts=ltx2),
     row("Kandinsky5T2VPipeline", calls=2),
     row("Kandinsky5T2IPipeline", calls=2, attributes=dict(resolutions=[(64, 64)])),
@@ -589,7 +597,7 @@ ROWS = [
         calls=2,
         attributes=dict(resolutions=[(64, 64)]),
         call=dict(image=clip(1)[0]),
-        config=dict(in_visual_dim=9),
+        config=dict(visual_cond=True),
     ),
     row("AllegroPipeline", scheduler=karras("DDIMScheduler")),
     row("LattePipeline", scheduler=karras("DDIMScheduler"), config=dict(out_channels=8)),
@@ -638,9 +646,18 @@ def dense_and_sparse(row: Row) -> str:
     return record(pipe, lambda: pipe(**call), row.calls, **options)
 
 
-# Classes without a row, and why.
+# Classes without a row, and why. Their loops are those of a class that has one.
 UNBUILT = {
-    "ChromaInpaintPipeline": "asks for a configuration value that its transformer does not have",
+    "ChromaInpaintPipeline": "asks its transformer for guidance_embeds, which Chroma's has not",
+    "Cosmos2_5_TransferPipeline": "needs a controlnet; the loop of Cosmos2_5_PredictBase",
+    "HunyuanVideo15ImageToVideoPipeline": "needs a vision tower; the loop of HunyuanVideo15",
+    "LTX2DFRPipeline": "needs keyframe embeddings and a second stage with fixed sigmas",
+    "LTX2DFRTemporalRefinePipeline": "refines what LTX2DFR made",
+    "VisualClozeGenerationPipeline": "needs text encoders for grids of tasks; the loop of Flux",
+    "VisualClozePipeline": "VisualClozeGeneration and FluxFill, one after the other",
+    "ZImageControlNetInpaintPipeline": "needs a controlnet; the loop of ZImage",
+    "ZImageControlNetPipeline": "needs a controlnet; the loop of ZImage",
+    "ZImageOmniPipeline": "refused: several images and captions in one sequence",
 }
 
 
