@@ -75,13 +75,14 @@ def running(model: torch.nn.Module) -> Running:
 def _look(frame: FrameType, called: list, found: Running, only_times: bool) -> object:
     """Enter what one frame holds into ``found``; returns its first argument, mostly ``self``."""
     code, variables = frame.f_code, frame.f_locals
-    first = variables.get(code.co_varnames[0]) if code.co_argcount else None
+    name = code.co_varnames[0] if code.co_argcount else None
+    first = variables.get(name)
     if isinstance(t := variables.get("t"), torch.Tensor):
         found.times.append(t)
     if not only_times:
         if type(first) not in _PLAIN:
             _sort(first, called, found)
-        if not found.pipelines:
+        if not (found.pipelines and name == "self"):  # a pipeline's own method: it runs
             for value in variables.values():
                 if type(value) not in _PLAIN:
                     _sort(value, called, found)

@@ -31,7 +31,8 @@ def user_step(scheduler, index: int, begin: int = 0) -> tuple[int, int]:
     its Runge-Kutta start the first steps take four.
     """
     count = len(scheduler.timesteps)
-    if len(getattr(scheduler, "sigmas", ())) == count:
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) == count:
         count -= 1  # the last timestep is the end of the last step: no pass is made there
     start = getattr(scheduler, "prk_timesteps", None)
     if start is not None:
@@ -183,7 +184,7 @@ class Steps:
         found = running(model)
         pipes = found.pipelines or [enabled]
         pairs = [(pipe, getattr(pipe, "scheduler", None)) for pipe in pipes]
-        pairs += [(pipes[0], scheduler) for scheduler in found.schedulers]
+        pairs += [(None, scheduler) for scheduler in found.schedulers]
         given = [timestep] if isinstance(timestep, torch.Tensor) else []
         for pipe, scheduler in pairs:
             timesteps = getattr(scheduler, "timesteps", None)
@@ -198,7 +199,8 @@ class Steps:
             place = place_in_own_table(pipes[0], t)
             if place is not None:
                 return place
-        return self._count(pipes[0], timestep)
+        pipe = next((pipe for pipe in pipes if pipe is enabled), pipes[0])
+        return self._count(pipe, timestep)
 
     def _run(self, timesteps) -> _Run:
         if timesteps is None:

@@ -669,6 +669,15 @@ def test_dense_first_and_last_steps(row):
     assert dense_and_sparse(row) == row.flags
 
 
+def test_a_method_that_never_runs_is_told_in_the_users_steps(caplog):
+    """Three steps of a second-order scheduler are five calls, all of them dense."""
+    steps = dit(
+        "DDDDD", scheduler=karras("HeunDiscreteScheduler"), call=dict(num_inference_steps=3)
+    )
+    assert dense_and_sparse(steps) == steps.flags
+    assert [r.message for r in caplog.records if "leave none of 3 steps to seen" in r.message]
+
+
 @pytest.mark.slow
 def test_every_pipeline_with_a_family_has_a_row():
     known, rows = set(known_pipelines()), {row.pipeline for row in ROWS}
