@@ -535,12 +535,6 @@ ROWS = [
         config=dict(in_channels=8),
     ),
     row("HunyuanVideo15Pipeline", parts=unguided, config=dict(in_channels=9)),
-    row(
-        "HunyuanVideo15ImageToVideoPipeline",
-        parts=unguided,
-        config=dict(in_channels=9),
-        call=dict(image=clip(1)[0]),
-    ),
     row("MochiPipeline"),
     row("CogVideoXPipeline", scheduler=karras("CogVideoXDPMScheduler"), quick=True),
     row(
