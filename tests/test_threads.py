@@ -65,7 +65,7 @@ def lockstep(models, threads):
             hook.remove()
 
 
-def side_by_side(models, jobs, repeats=2):
+def side_by_side(models, jobs, repeats=1):
     """What every job, a function, returned in a thread of its own: ``[jobs][repeats]``."""
     with (
         lockstep(models, len(jobs)) as barrier,
@@ -178,7 +178,7 @@ def test_two_pipelines_with_two_methods_and_one_that_comes_and_goes():
 
 PIPELINES = {"flux": tiny.flux_pipeline, "wan": tiny.wan_pipeline, "sd3": tiny.sd3_pipeline}
 # Steps and size of each pipeline of a pool: with one and the same number of tokens, and not.
-POOL = ((4, (64, 96)), (3, (96, 64)), (5, (64, 64)))
+POOL = ((3, (48, 64)), (2, (64, 48)), (4, (48, 48)))
 
 
 def embedded(name, pipe):
