@@ -8,12 +8,12 @@ import contextlib
 
 import pytest
 import torch
-from dittfast.kernels import triton_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dittfast.attention import method_attention
 from dittfast.block_lists import transpose_lists
+from dittfast.kernels import triton_backend
 from dittfast.layout import Layout
 from dittfast.methods import LogLinear, Rectified
 from dittfast.testing import attention_inputs
