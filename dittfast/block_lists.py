@@ -156,13 +156,15 @@ class ListBuilder:
 
 
 def lists_of_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(kv_indices, kv_num_blocks)`` of a bool mask ``[B|1, H|1, nQ, nK]``, with runs."""
+    """``(kv_indices, kv_num_blocks)`` of a bool mask ``[B|1, H|1, nQ, nK]``.
+
+    Every block is listed: whoever has such a mask may go on to make some of them partial, and
+    lists as wide as it take no more room than it does.
+    """
     count = mask.sum(-1, dtype=torch.int32)
-    place = torch.arange(mask.shape[-1], device=mask.device)
-    prefix = (mask == (place < count[..., None])).all(-1)
-    width = max(1, int(count.masked_fill(prefix, 0).max()))
-    indices = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)[..., :width].int()
-    return indices.masked_fill_((count > width)[..., None], 0), count
+    width = max(1, int(count.max()))
+    indices = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)[..., :width]
+    return indices.int().contiguous(), count
 
 
 class Transpose(NamedTuple):
