@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -186,7 +187,17 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def method_attention(
+class MethodCall(NamedTuple):
+    """What :func:`attend` gets where a method runs: see :func:`method_call`."""
+
+    plan: Plan
+    k: torch.Tensor
+    v: torch.Tensor
+    kv_log_weight: torch.Tensor | None
+    scale: float
+
+
+def method_call(
     method: Method,
     layout: Layout,
     q: torch.Tensor,
@@ -196,12 +207,9 @@ def method_attention(
     plan: Plan | None = None,
     kv_log_weight: torch.Tensor | None = None,
     scale: float | None = None,
-    return_lse: bool = False,
-    backend: str = "auto",
-    on_plan: Callable[[Plan], None] | None = None,
     **parameters: torch.Tensor,
-):
-    """Self-attention over ``layout`` by ``method``: plan, append its summary tokens, attend.
+) -> MethodCall:
+    """A method applied to q, k and v over ``layout``: everything but the attention itself.
 
     Args:
         q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
@@ -209,44 +217,66 @@ def method_attention(
         kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
         scale: default ``1/sqrt(D)``. A method that departs from that (proportional attention)
             departs from any scale by the same factor.
-        on_plan: called with a plan that is made from q and k; not while torch.compile traces.
         parameters: the method's trainable parameters; missing ones take their initial values.
 
-    Returns and raises: as :func:`attend`; ValueError too if N is not the layout's length.
+    Returns:
+        The plan; k and v ``[B, H, N + extra, D]`` with the method's summary tokens; the log weights
+        of those keys; and the scale.
+
+    Raises:
+        ValueError: N is not the layout's length.
     """
     if q.shape[-2] != layout.num_tokens or k.shape[-2] != layout.num_tokens:
         raise ValueError(
             f"the layout describes {layout.num_tokens} tokens, got q with {q.shape[-2]} and k with "
             f"{k.shape[-2]}; check its text length and grid (q, k, v are [B, H, N, D])"
         )
-    own = method.scale(layout, q.shape[-1])
+    head_dim = q.shape[-1]
+    usual, own = head_dim**-0.5, method.scale(layout, head_dim)
+    scale = usual if scale is None else scale
     if own is not None:
         # What a model asks for stays, times the factor by which the method departs from 1/sqrt(D).
-        scale = own if scale is None else scale * own * q.shape[-1] ** 0.5
+        scale *= own / usual
     from .kernels.op import own_precision
 
     with own_precision(q):  # the scores that choose blocks are fp32
-        if plan is None:
-            given = {"scale": scale, "kv_log_weight": kv_log_weight}
-            if method.static:
-                with to_be_kept():
-                    plan = method.plan(layout)
-            else:
-                plan = method.plan(layout, q, k, v, **given)
-            if on_plan is not None and not method.static and not torch.compiler.is_compiling():
-                with to_be_kept():
-                    on_plan(plan)
+        if plan is None and method.static:
+            with to_be_kept():
+                plan = method.plan(layout).to(q.device)
+        elif plan is None:
+            plan = method.plan(layout, q, k, v, scale=scale, kv_log_weight=kv_log_weight)
         k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
     if kv_log_weight is not None and extra:
         kv_log_weight = torch.nn.functional.pad(kv_log_weight, (0, extra))
+    return MethodCall(plan, k, v, kv_log_weight, scale)
+
+
+def method_attention(
+    method: Method,
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: bool = False,
+    backend: str = "auto",
+    on_plan: Callable[[Plan], None] | None = None,
+    **given,
+):
+    """Self-attention over ``layout`` by ``method``: plan, append its summary tokens, attend.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
+        on_plan: called with a plan that is made from q and k; not while torch.compile traces.
+        given: ``plan``, ``kv_log_weight``, ``scale`` and parameters, as in :func:`method_call`.
+
+    Returns and raises: as :func:`attend` and :func:`method_call`.
+    """
+    plan, k, v, weight, scale = method_call(method, layout, q, k, v, **given)
+    if on_plan is not None and not method.static and not torch.compiler.is_compiling():
+        with to_be_kept():
+            on_plan(plan)
     return attend(
-        q,
-        k,
-        v,
-        plan,
-        kv_log_weight=kv_log_weight,
-        scale=scale,
-        return_lse=return_lse,
-        backend=backend,
+        q, k, v, plan, kv_log_weight=weight, scale=scale, return_lse=return_lse, backend=backend
     )

@@ -9,10 +9,9 @@ from functools import partial
 
 import torch
 
-from ..attention import method_attention
+from ..attention import method_attention, method_call
 from ..layout import Layout
 from ..methods.base import Method
-from ..plan import Plan
 from .bench import Workload
 from .check import check_parity, detached
 from .timing import interleaved_seconds, percentiles
@@ -97,11 +96,9 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     layout = work.layout
     q, k, v, grad_out = work.inputs()
     method.prepare(layout, q.device)
-    scale = method.scale(layout, work.head_dim) or work.head_dim**-0.5
-    plan = _plan(method, layout, q, k, v)
-    near_k, near_v = method.extend(layout, k, v)
+    plan, near_k, near_v, _, scale = method_call(method, layout, q, k, v)
     check_parity(q, near_k, near_v, grad_out, detached(plan), scale)
-    functions = {"attend": partial(_plan_and_attend, method, layout, q, k, v)}
+    functions = {"attend": partial(method_attention, method, layout, q, k, v)}
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention
         functions["dense"] = partial(dense, q, k, v)
@@ -117,12 +114,3 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
         "dense_seconds": percentiles(times["dense"]) if "dense" in times else None,
         "rounds": repeats,
     }
-
-
-def _plan(method: Method, layout: Layout, q, k, v) -> Plan:
-    plan = method.plan(layout) if method.static else method.plan(layout, q, k, v)
-    return plan.to(q.device)
-
-
-def _plan_and_attend(method: Method, layout: Layout, q, k, v) -> torch.Tensor:
-    return method_attention(method, layout, q, k, v, plan=_plan(method, layout, q, k, v))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dittfast.attention import choose_backend
+from dittfast.attention import choose_backend, method_call
 from dittfast.measure.check import ParityError, check_parity, detached
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
@@ -47,22 +47,16 @@ class Checked:
 def method_plan(method: Method, captured: Captured) -> tuple[Plan, tuple, float]:
     """The plan, ``(q, k, v)`` with summary tokens and the scale that a call gets by ``method``."""
     c = captured
-    own = method.scale(c.layout, c.q.shape[-1])
-    scale = c.scale if own is None else c.scale * own * c.q.shape[-1] ** 0.5
-    if method.static:
-        plan = method.plan(c.layout).to(c.q.device)
-    else:
-        method.prepare(c.layout, c.q.device)
-        plan = method.plan(c.layout, c.q, c.k, c.v, scale=scale, kv_log_weight=c.kv_log_weight)
-    k, v = method.extend(c.layout, c.k, c.v)
-    plan = detached(plan)
-    if c.kv_log_weight is not None:
-        missing = plan.num_keys - c.kv_log_weight.shape[-1]
-        weight = torch.nn.functional.pad(c.kv_log_weight, (0, missing))
+    method.prepare(c.layout, c.q.device)
+    call = method_call(
+        method, c.layout, c.q, c.k, c.v, scale=c.scale, kv_log_weight=c.kv_log_weight
+    )
+    plan, weight = detached(call.plan), call.kv_log_weight
+    if weight is not None:
         if plan.kv_log_weight is not None:
             weight = weight + plan.kv_log_weight
         plan = plan.replace(kv_log_weight=weight)
-    return plan, (c.q, k, v), scale
+    return plan, (c.q, call.k, call.v), call.scale
 
 
 def layer_names(pipe) -> list[str]:

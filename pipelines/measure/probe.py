@@ -168,16 +168,12 @@ class CallReport:
 
 def measure(method: Method, captured: Captured, backend: str = "auto") -> CallReport:
     """Plan ``method`` on captured q, k and v, and compare with dense attention."""
-    from dittfast.attention import method_attention
+    from dittfast.attention import attend, method_call
 
     c = captured
     given = {"scale": c.scale, "kv_log_weight": c.kv_log_weight}
-    plan = method.plan(c.layout) if method.static else method.plan(c.layout, c.q, c.k, c.v, **given)
-    plan = plan.to(c.q.device)
-    out = method_attention(
-        method, c.layout, c.q, c.k, c.v, plan=plan, scale=c.scale, backend=backend,
-        kv_log_weight=c.kv_log_weight,
-    )  # fmt: skip
+    plan, near_k, near_v, weight, scale = method_call(method, c.layout, c.q, c.k, c.v, **given)
+    out = attend(c.q, near_k, near_v, plan, kv_log_weight=weight, scale=scale, backend=backend)
     is_grid = torch.from_numpy(c.layout.coordinates()[:, 0] >= 0)
     if not is_grid.any():
         is_grid = torch.ones_like(is_grid)
