@@ -329,7 +329,8 @@ class ModelState:
         Reading values of a tensor waits for the device, so a family that does is read once per
         tensor: pipelines pass the same position ids at every step.
         """
-        sources = [arguments[name] for name in self.family.reads_values]
+        given = (arguments.get(name) for name in self.family.reads_values)
+        sources = [x for x in given if torch.is_tensor(x)]
         shapes = [x.shape for x in arguments.values() if torch.is_tensor(x)]
         state = shapes, [0 if x.is_inference() else x._version for x in sources]
         if sources and self._here.read is not None:

@@ -13,7 +13,7 @@ from dittfast import Layout
 from dittfast.layout import Context, Grid
 from dittfast.pipelines import layer
 from dittfast.pipelines.families import FAMILIES
-from dittfast.pipelines.families.sequences import Sequences, joint, patches
+from dittfast.pipelines.families.sequences import Sequences, joint, last_grid, patches
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.measure.parity import COLUMNS, METHODS, TINY, Full
 from dittfast.pipelines.models import attention_layers, bind_arguments
@@ -182,6 +182,30 @@ def test_gradients_where_sequences_or_masks_are_special(name):
     for key, grad in stock.items():
         scale = max(float(grad.abs().max()), 1e-5)
         assert float((ours[key] - grad).abs().max()) < 2e-3 * scale, key
+
+
+def test_the_grid_at_the_end_of_places():
+    """LTX's condition pipeline gives places of pixels and no size: conditions, then the video."""
+
+    def places(frames, height, width, start=0.0):
+        t, y, x = torch.meshgrid(*map(torch.arange, (frames, height, width)), indexing="ij")
+        return torch.stack([start + 8.0 * t, 32.0 * y, 32.0 * x]).view(3, -1)
+
+    video = places(3, 4, 5)
+    for before in ([], [places(1, 4, 5)], [places(1, 4, 5, 16.0), places(2, 4, 5, 8.0)]):
+        assert last_grid(torch.cat([*before, video], 1)) == Grid(3, 4, 5)
+    assert last_grid(places(1, 1, 1)) == Grid(1, 1, 1)
+    assert last_grid(places(2, 1, 3)) == Grid(2, 1, 3)
+    with pytest.raises(ValueError, match=r"3 frames of 4 x 5 .*layout=Layout\.video"):
+        last_grid(video[:, [1, 0, *range(2, 60)]])
+    model, inputs = TINY["ltx"].build()
+    stock = parity.output(model, inputs)
+    coords = places(*(inputs.pop(name) for name in ("num_frames", "height", "width")))
+    inputs["video_coords"] = (coords / 8)[None].expand(len(inputs["hidden_states"]), -1, -1)
+    given = parity.output(model, inputs)
+    with dittfast.enable(model, Full(), backend="cpu", min_tokens=0) as enabled:
+        assert parity.distance(parity.output(model, inputs), given) < 2e-5
+        assert enabled.describe().num_tokens == coords.shape[1] != len(stock)
 
 
 def test_batch_rows_with_texts_of_different_length():

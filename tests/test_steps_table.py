@@ -34,7 +34,6 @@ from tiny_pipelines import (
 )
 
 import dittfast
-from dittfast import Layout
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
@@ -560,7 +559,6 @@ ROWS = [
     row(
         "LTXConditionPipeline",
         channels=8,
-        options=dict(layout=Layout.video(3, 8, 8)),
         call=dict(num_inference_steps=10, denoise_strength=0.6, video=clip()),
     ),
     # This pipeline leaves out the last of the steps it is asked for.
@@ -568,7 +566,6 @@ ROWS = [
         "LTXI2VLongMultiPromptPipeline",
         "DDsss",
         channels=8,
-        options=dict(layout=Layout.video(3, 8, 8)),
         parts=reads_text,
         call=dict(prompt="a red cat"),
     ),

@@ -26,7 +26,8 @@ class Family:
             whose sequence the reader describes. Text refiners and cross-attention do not match.
         read: ``(model, arguments of its forward by name) -> Layout``, or Sequences where batch
             rows or layers differ.
-        reads_values: names of tensor arguments whose values (not only shapes) ``read`` looks at.
+        reads_values: names of tensor arguments whose values (not only shapes) ``read`` looks at,
+            where they are given.
         strict: whether every selected layer must meet the layout's sequence; False where layers
             may be skipped, or where the user described an unknown model, whose other layers then
             stay dense.
@@ -138,7 +139,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "CogVideoXTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", video.cogvideox),
     "LTXVideoTransformer3DModel": Family(
-        r"transformer_blocks\.\d+\.attn1", video.ltx, dense=_CROSS2
+        r"transformer_blocks\.\d+\.attn1",
+        video.ltx,
+        reads_values=("video_coords",),
+        dense=_CROSS2,
     ),
     "LTX2VideoTransformer3DModel": Family(
         r"transformer_blocks\.\d+\.attn1",

@@ -119,6 +119,37 @@ def grids_from_ids(ids: torch.Tensor, axes: tuple[int, int] = (1, 2)) -> list[Gr
     return grids
 
 
+def last_grid(coordinates: torch.Tensor) -> Grid:
+    """The grid that ends a sequence, from the places of its tokens ``[3, N]``: frame, row, column.
+
+    Only their order is used. What stands before the grid (conditioning frames, which begin
+    somewhere else in time) is not part of it.
+
+    Raises:
+        ValueError: the last tokens are not frames of one size in raster order.
+    """
+    frame, row, column = coordinates.detach().to("cpu", torch.float64).flip(1)
+    same_row = (frame == frame[0]) & (row == row[0])
+    width = int(same_row.cumprod(0).sum())
+    height = int((frame == frame[0]).cumprod(0).sum()) // width
+    size = height * width
+    whole = len(frame) // size
+    starts = frame[: whole * size].view(whole, size)
+    earlier = starts[1:, 0] < starts[:-1, 0]
+    frames = 1 + int(earlier.cumprod(0).sum())
+    raster = True
+    for place, axis in ((frame, 0), (row, 1), (column, 2)):
+        view = place[: frames * size].view(frames, height, width)
+        first = view[tuple(slice(None) if i == axis else slice(1) for i in range(3))]
+        raster &= bool((view == first).all())
+    if not raster:
+        raise ValueError(
+            f"the last {frames * size} places of the video's tokens are not {frames} frames of "
+            f"{height} x {width} in raster order; pass layout=Layout.video(...) to dittfast.enable"
+        )
+    return Grid(frames, height, width)
+
+
 def text_lengths(mask: torch.Tensor) -> list[int]:
     """Valid tokens in each row of a text mask ``[B, tokens]`` of ones and zeros."""
     return [int(n) for n in mask.detach().bool().sum(1).tolist()]

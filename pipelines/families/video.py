@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dittfast.layout import Grid, Layout
 
-from .sequences import Sequences, joint, patches, text_lengths
+from .sequences import Sequences, joint, last_grid, patches, text_lengths
 
 
 def video(model, arguments: dict) -> Layout:
@@ -73,7 +73,11 @@ def _packed(arguments: dict) -> tuple[Grid, int]:
 
 def ltx(model, arguments: dict) -> Layout:
     # Conditioning frames, then the video. Conditions may lie at any place and stride: context.
-    grid, conditions = _packed(arguments)
+    if arguments.get("num_frames") is None and arguments.get("video_coords") is not None:
+        grid = last_grid(arguments["video_coords"][0])
+        conditions = arguments["hidden_states"].shape[1] - grid.length
+    else:
+        grid, conditions = _packed(arguments)
     return joint(conditions, grid)
 
 
