@@ -21,8 +21,14 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.
 
 
 def stock_class(cls: type) -> type:
-    """The class a swapped class was made from; the class itself where it was not swapped."""
-    return getattr(cls, "_dittfast_stock", cls)
+    """The model's own class, below those that dittfast and FSDP2 (fully_shard) put over it."""
+    while True:
+        if "_dittfast_stock" in cls.__dict__:
+            cls = cls._dittfast_stock
+        elif any(base.__name__ == "FSDPModule" for base in cls.__bases__):
+            cls = next(base for base in cls.__bases__ if base.__name__ != "FSDPModule")
+        else:
+            return cls
 
 
 def is_swapped(module: torch.nn.Module) -> bool:

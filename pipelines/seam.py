@@ -248,8 +248,20 @@ def swap(module: torch.nn.Module, state, **members) -> None:
 
 def restore(module: torch.nn.Module) -> None:
     """Undo :func:`swap`."""
-    module.__class__ = stock_class(type(module))
+    module.__class__ = _without_swap(type(module))
     del module._dittfast
+
+
+@functools.cache
+def _without_swap(cls: type) -> type:
+    """The class below a swapped one; of a class that FSDP2 put over one, the same over that."""
+    if "_dittfast_stock" in cls.__dict__:
+        return cls._dittfast_stock
+    bases = tuple(
+        _without_swap(base) if hasattr(base, "_dittfast_stock") else base for base in cls.__bases__
+    )
+    own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
 
 
 @contextlib.contextmanager
