@@ -192,10 +192,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     wanted = {
         name if name.startswith("dittfast/") else f"dittfast/{name}"
         for name in tracked()
-        if name.endswith((".py", ".yaml", "py.typed", "native.c"))
+        if name.endswith((".py", ".pyi", ".yaml", "py.typed", "native.c"))
         or name.startswith(("samples/models/", "configs/evaluations/"))
     }
-    assert "dittfast/py.typed" in wanted
+    assert {"dittfast/py.typed", "dittfast/__init__.pyi"} <= wanted
     assert inside == wanted
 
 

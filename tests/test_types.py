@@ -1,0 +1,106 @@
+"""What type checkers see: the stub of the public names, and wrong calls that they find."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dittfast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_stub_names_what_is_resolved_on_first_use():
+    """``__init__.pyi`` is for type checkers what ``_EXPORTS`` is for Python."""
+    tree = ast.parse((ROOT / "dittfast" / "__init__.pyi").read_text(encoding="utf-8"))
+    stated, modules, typed = {}, set(), set()
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign):
+            typed.add(node.target.id)
+        elif node.module == "dittfast":
+            modules |= {alias.asname for alias in node.names}
+        else:
+            # `as` with the same name says that a stub hands the name on.
+            stated |= {alias.asname: node.module for alias in node.names}
+    assert stated == dittfast._EXPORTS
+    assert modules == set(dittfast._MODULES)
+    assert typed == {"__version__", "__all__"}
+
+
+RIGHT = """
+import torch
+import dittfast
+from dittfast import Layout, attend, methods
+from dittfast.kernels.op import define_backend
+from dittfast.pipelines.families import FAMILIES
+
+layout = Layout.image(4, 4)
+with dittfast.enable(torch.nn.Module(), "local", window=3) as enabled:
+    density: float | None = enabled.describe().density
+q = torch.randn(1, 1, 16, 8)
+out: torch.Tensor = attend(q, q, q, methods.Local(window=2).plan(layout))
+both: tuple[torch.Tensor, torch.Tensor] = attend(
+    q, q, q, dittfast.Plan.full(16), return_lse=True
+)
+"""
+WRONG = """
+import dittfast
+from dittfast import Layout, Plan, attend
+
+dittfast.nonexistent(1)
+Layout.image("four", 4)
+attend(1, 2, 3, "no plan")
+Plan.full("sixteen")
+"""
+
+
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    """The code folders inside dittfast/, as a strict editable install has them."""
+    package = tmp_path / "site" / "dittfast"
+    package.mkdir(parents=True)
+    for path in (ROOT / "dittfast").iterdir():
+        (package / path.name).symlink_to(path)
+    for name in ("kernels", "pipelines", "distill", "configs", "samples"):
+        (package / name).symlink_to(ROOT / name)
+    return package.parent
+
+
+# The libraries take minutes to read and are not what is tested.
+CONFIG = """
+[mypy]
+ignore_missing_imports = True
+follow_imports = silent
+[mypy-torch.*,diffusers.*,transformers.*,numpy.*,PIL.*,accelerate.*,tqdm.*,safetensors.*]
+follow_imports = skip
+"""
+
+
+def errors(source: str, installed: Path, tmp_path: Path) -> list[str]:
+    file, config = tmp_path / "use.py", tmp_path / "mypy.ini"
+    file.write_text(source)
+    config.write_text(CONFIG)
+    options = ["--config-file", str(config), "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "--no-error-summary", str(file)],
+        env={**os.environ, "MYPYPATH": str(installed)}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_mypy_finds_wrong_calls_and_only_those(installed, tmp_path):
+    pytest.importorskip("mypy")
+    assert errors(RIGHT, installed, tmp_path) == []
+    found = errors(WRONG, installed, tmp_path)
+    assert 'no attribute "nonexistent"' in found[0]
+    lines = WRONG.splitlines()
+    for line in range(5, 9):
+        assert any(f"use.py:{line}:" in text and "error" in text for text in found), lines[line - 1]
