@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
 from dittfast import break_even
+from dittfast.attention import choose_backend
 from dittfast.cache import BytesLRU
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
@@ -185,8 +187,8 @@ class ModelState:
         self.below: ModelState | None = None
         self.last: Pass | None = None
         self.num_passes = self.num_sparse = 0
-        self.break_even: int | None = None
-        # By (Sequences, device) and by (Layout, device): every prompt length and size is an entry.
+        self.break_even: float | None = None
+        # By (Sequences or Layout, device, dtype): every prompt length and size is an entry.
         self.cores = BytesLRU(_MOST_KEPT, _MOST_BYTES)
         self.parts = BytesLRU(_MOST_KEPT, _MOST_BYTES)
         self._here = _Here()
@@ -281,7 +283,9 @@ class ModelState:
             step = self.session.step(model, self.family, arguments)
         if self.session.needs_steps and not stock:
             dense = self.session.is_dense_step(*step)
-        core = None if dense else self.core(sequences, device_of(arguments))
+        core = None
+        if not dense:
+            core = self.core(sequences, device_of(arguments), dtype_of(arguments))
         if core is not None and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
@@ -341,10 +345,12 @@ class ModelState:
         self._here.read = [weakref.ref(x) for x in sources], state, found
         return found
 
-    def core(self, sequences: Sequences, device: torch.device) -> AttentionCore | None:
-        """What runs on these sequences; None where they stay dense."""
-        make = lambda: self._make_core(sequences, device)  # noqa: E731
-        core = self.cores.get((sequences, device), make)
+    def core(
+        self, sequences: Sequences, device: torch.device, dtype: torch.dtype
+    ) -> AttentionCore | None:
+        """What runs on these sequences in ``dtype``; None where they stay dense."""
+        make = lambda: self._make_core(sequences, device, dtype)  # noqa: E731
+        core = self.cores.get((sequences, device, dtype), make)
         if core is not None:
             for rows in core.planned:
                 for planned in rows:
@@ -352,14 +358,16 @@ class ModelState:
                     core.method.prepare(planned.layout, device)
         return core
 
-    def _make_core(self, sequences: Sequences, device: torch.device) -> AttentionCore | None:
+    def _make_core(
+        self, sequences: Sequences, device: torch.device, dtype: torch.dtype
+    ) -> AttentionCore | None:
         session, family = self.session, self.family
         if session.method.name == "dense":
             # The stock attention, not a plan that lists every block.
             return None
         planned = []
         for rows in sequences.by_length():
-            parts = tuple(self.part(layout, device) for layout in rows)
+            parts = tuple(self.part(layout, device, dtype) for layout in rows)
             if None not in parts:
                 planned.append(parts)
         if not planned:
@@ -368,25 +376,33 @@ class ModelState:
             session.method, tuple(planned), session.backend, family.strict, family.outer_mask
         )
 
-    def part(self, layout: Layout, device: torch.device) -> PlannedLayout | None:
+    def part(
+        self, layout: Layout, device: torch.device, dtype: torch.dtype
+    ) -> PlannedLayout | None:
         """One layout and its plan; None where it stays dense. Static plans are made once."""
-        return self.parts.get((layout, device), lambda: self._make_part(layout, device))
+        make = lambda: self._make_part(layout, device, dtype)  # noqa: E731
+        return self.parts.get((layout, device, dtype), make)
 
-    def _make_part(self, layout: Layout, device: torch.device) -> PlannedLayout | None:
+    def _make_part(
+        self, layout: Layout, device: torch.device, dtype: torch.dtype
+    ) -> PlannedLayout | None:
         session, method = self.session, self.session.method
         if method.needs_grid:
             layout.grid  # noqa: B018 (raises on a text-only layout)
         least, source = session.schedule.min_tokens, "as asked for"
         if least is None:
-            least = break_even.min_tokens(method.name, device.type)
-            measured = break_even.is_measured(method.name, device.type)
+            backend = session.backend
+            backend = choose_backend(device, dtype) if backend == "auto" else backend
+            least = break_even.min_tokens(method.name, backend, dtype)
+            measured = break_even.is_measured(method.name, backend, dtype)
             source = "measured" if measured else "an estimate"
         self.break_even = least
         if layout.num_tokens < least:
+            why = f"{layout.num_tokens:,} tokens are fewer than the {least:,} from which "
+            why = f"in {dtype} at no length " if least == math.inf else why
             logger.warning(
-                "dense: %s tokens are fewer than the %s from which %s pays on %s, %s "
-                "(min_tokens=0 runs it anyway)",
-                f"{layout.num_tokens:,}", f"{least:,}", method.name, device.type, source,
+                "dense: %s%s pays on %s, %s (min_tokens=0 runs it anyway)",
+                why, method.name, device.type, source,
             )  # fmt: skip
             return None
         with to_be_kept():
@@ -413,10 +429,23 @@ def device_of(arguments) -> torch.device:
     Raises:
         ValueError: there is no tensor.
     """
+    for value in _tensors(arguments):
+        return value.device
+    raise ValueError("the transformer was called without any tensor")
+
+
+def dtype_of(arguments) -> torch.dtype:
+    """What attention will compute in: autocast's dtype, or that of the first such argument."""
+    device = device_of(arguments).type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    found = (x.dtype for x in _tensors(arguments) if x.is_floating_point())
+    return next(found, torch.get_default_dtype())
+
+
+def _tensors(arguments) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, those in lists and tuples after the others."""
     values = list(arguments.values()) if isinstance(arguments, dict) else list(arguments)
     while values:
-        for value in values:
-            if torch.is_tensor(value):
-                return value.device
+        yield from (value for value in values if torch.is_tensor(value))
         values = [x for value in values if isinstance(value, (list, tuple)) for x in value]
-    raise ValueError("the transformer was called without any tensor")

@@ -64,6 +64,7 @@ def tiny_models_run_sparse(monkeypatch):
 
     monkeypatch.setattr(break_even, "MEASURED", {})
     monkeypatch.setattr(break_even, "ESTIMATED", {})
+    monkeypatch.setattr(break_even, "FAST_HALF", {})
 
 
 @pytest.fixture

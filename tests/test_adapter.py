@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from patterns import Band, FirstKeys, Full
 
 import dittfast
 from dittfast import Layout, break_even
+from dittfast.attention import choose_backend
 from dittfast.pipelines import layer, models, seam
 from dittfast.pipelines.adapter import force_dense, method_parameters
 
@@ -176,8 +178,9 @@ def test_min_tokens_runs_dense_and_says_so(pipe, caplog):
 
 @pytest.mark.parametrize("table", ["MEASURED", "ESTIMATED"])
 def test_the_break_even_is_the_default(pipe, caplog, monkeypatch, table):
-    device = "cpu" if table == "MEASURED" else "cuda"
-    monkeypatch.setattr(break_even, table, {("local", device): 1000})
+    measured = "local", choose_backend(torch.device("cpu")), "float32"
+    key = measured if table == "MEASURED" else ("local", "triton")
+    monkeypatch.setattr(break_even, table, {key: 1000})
     caplog.set_level(logging.WARNING, logger="dittfast")
     stock = tiny.run(pipe)
     with dittfast.enable(pipe, "local", window=1) as enabled:
@@ -189,17 +192,50 @@ def test_the_break_even_is_the_default(pipe, caplog, monkeypatch, table):
         assert not torch.equal(tiny.run(pipe), stock)
 
 
-def test_every_method_has_a_break_even():
+@pytest.mark.parametrize("multiplies", [False, True], ids=["widened half", "fast half"])
+def test_every_method_has_a_break_even(multiplies):
     """Read from a fresh interpreter: the fixture of these tests empties the tables."""
     code = (
-        "from dittfast.break_even import min_tokens as least\n"
-        "methods = 'radial', 'local', 'log_linear', 'rectified', 'own'\n"
-        "print({m: [least(m, d) for d in ('cpu', 'cuda', 'xpu')] for m in methods})"
+        "import torch\n"
+        "from dittfast import break_even as b\n"
+        f"b.multiplies_half = lambda: {multiplies}\n"
+        "methods, backends = ('radial', 'local', 'log_linear', 'rectified', 'own'), "
+        "('native', 'cpu', 'triton')\n"
+        "kinds = torch.float32, torch.float16, torch.bfloat16\n"
+        "print([(m, n, str(d), str(b.min_tokens(m, n, d)), b.is_measured(m, n, d))"
+        " for m in methods for n in backends for d in kinds])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = ast.literal_eval(done.stdout)
-    assert found.pop("own") == [0, 0, 0]
-    assert all(min(values) >= 1024 for values in found.values())
+    for method, backend, dtype, least, measured in ast.literal_eval(done.stdout):
+        half = dtype != "torch.float32" and backend != "triton"
+        if method == "own":
+            assert least == "0"
+        elif half and multiplies and method in ("radial", "rectified"):
+            assert least == "inf" and not measured
+        else:
+            assert float(least) >= 512
+        if backend == "triton" or (half and multiplies):
+            assert not measured
+
+
+def test_a_method_that_never_pays_stays_dense(model_and_inputs, caplog, monkeypatch):
+    monkeypatch.setattr(break_even, "FAST_HALF", {"local": math.inf})
+    monkeypatch.setattr(break_even, "multiplies_half", lambda: True)
+    caplog.set_level(logging.WARNING, logger="dittfast")
+    model, inputs = model_and_inputs
+    stock = forward(model, inputs)
+    with dittfast.enable(model, "local", window=1):
+        assert not torch.equal(forward(model, inputs), stock)
+    model = model.bfloat16()
+    inputs = {
+        name: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    stock = forward(model, inputs)
+    with dittfast.enable(model, "local", window=1) as enabled:
+        assert torch.equal(forward(model, inputs), stock)
+        assert "below min_tokens inf" in str(enabled.describe())
+    assert "dense: in torch.bfloat16 at no length local pays on cpu, an estimate" in caplog.text
 
 
 def test_describe(pipe):
