@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from parity import even_blocks, ragged_blocks, random_plan, random_rule
 
 from dittfast import Layout, attend, methods
+from dittfast.attention import choose_backend
 from dittfast.cli import main
 from dittfast.measure import bench, check, flex, timing
 from dittfast.measure.bench import Workload
@@ -246,6 +247,42 @@ def test_command_prints_a_table_and_ends_in_json(tmp_path, capsys):
     table = "\n".join(lines[:-1])
     for part in ("101 tokens", "forward and backward", f"density {row['density']:.4f}", "not run"):
         assert part in table
+
+
+def test_command_compares_the_backends_of_a_cpu_in_both_dtypes_and_directions(capsys):
+    words = "attention --method log_linear --tokens 512 --heads 1 --head-dim 16 --repeats 3"
+    assert run(words, "--no-flex --table --set topk=2 --set block_size=16") == 0
+    *lines, data = capsys.readouterr().out.strip().splitlines()
+    rows = json.loads(data)["rows"]
+    found = [(row["dtype"], row["backward"]) for row in rows]
+    assert found == [(d, b) for d in ("float32", "bfloat16") for b in (False, True)]
+    for row in rows:
+        assert {row["backend"], *row["others"]} == {"cpu", choose_backend(torch.device("cpu"))}
+        # Pooled keys are work.
+        assert row["work"] > row["density"] > 0
+        assert f"work {row['work']:.4f}" in "\n".join(lines)
+        for other in row["others"].values():
+            assert other["useful_efficiency"]["p50"] > 0 and other["seconds"]["p20"] > 0
+
+
+def test_a_backend_that_is_compared_must_be_right(monkeypatch):
+    right = check.attend
+
+    def wrong(*arguments, backend="auto", **options):
+        found = right(*arguments, backend=backend, **options)
+        return found * 1.01 if backend == "cpu" else found
+
+    monkeypatch.setattr(check, "attend", wrong)
+    work = Workload(Layout.image(4, 4), heads=1, head_dim=16)
+    options = dict(repeats=1, flex=False, backend="reference")
+    bench.bench_attention(methods.Local(2), work, **options)
+    with pytest.raises(bench.ParityError):
+        bench.bench_attention(methods.Local(2), work, compare=("cpu",), **options)
+
+
+def test_rounds_end_early_after_two():
+    seconds = bench.interleaved_seconds({"a": lambda: None}, 9, "cpu", most_seconds=0)
+    assert len(seconds["a"]) == 2
 
 
 def test_command_takes_options_for_one_of_several_methods(capsys):

@@ -14,10 +14,13 @@ EXAMPLE = """\
 examples:
   dittfast bench attention --method local --set window=16 --height 64 --width 64
   dittfast bench attention --method radial --method local --tokens 16384 --json attention.json
+  dittfast bench attention --method local --tokens 4096 --table
   dittfast bench break-even --method local
   dittfast bench growth --method log_linear --method radial --plot growth.png
   dittfast bench overhead --model wan --heads 2
 """
+# Of rounds; compiling flex_attention and checking the results take as long again.
+TABLE_SECONDS = 240
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -41,7 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="time compiled flex_attention too (default: yes)",
     )
-    attention.add_argument("--backend", default="auto", help="auto, triton, cpu or reference")
+    attention.add_argument(
+        "--backend", default="auto", help="auto, triton, native, cpu or reference"
+    )
+    attention.add_argument(
+        "--table",
+        action="store_true",
+        help="float32 and bfloat16, forward and with backward; ends rounds early, so that one "
+        f"method takes {TABLE_SECONDS // 60} minutes or so",
+    )
     even = tasks.add_parser(
         "break-even", help="the number of tokens from which a method is faster than dense"
     )
@@ -189,14 +200,21 @@ def _layout(args, method: str):
 def _attention(args, methods, work) -> dict:
     from dataclasses import replace
 
+    import torch
+
     from dittfast.measure.bench import bench_attention
 
-    works = [replace(work, layout=_layout(args, m.name)) for m in methods]
+    cases = [(m, replace(work, layout=_layout(args, m.name))) for m in methods]
+    options = dict(repeats=args.repeats, flex=args.flex, backend=args.backend)
+    if args.backend == "auto" and work.device == "cpu":
+        options["compare"] = ("native", "cpu")
+    if args.table:
+        kinds = [(d, b) for d in (torch.float32, torch.bfloat16) for b in (False, True)]
+        cases = [(m, replace(w, dtype=d, backward=b)) for m, w in cases for d, b in kinds]
+        options["most_seconds"] = TABLE_SECONDS / len(kinds)
     rows = []
-    for method, case in zip(methods, works):
-        row = bench_attention(
-            method, case, repeats=args.repeats, flex=args.flex, backend=args.backend
-        )
+    for method, case in cases:
+        row = bench_attention(method, case, **options)
         rows.append(row)
         _print_attention(row)
     return {"rows": rows}
@@ -209,8 +227,8 @@ def _print_attention(row: dict) -> None:
     print(f"{attention_words(row)}, {what}")
     planned = "kept" if row["static"] else "in every call"
     print(
-        f"density {row['density']:.4f}, plan {seconds(row['plan_seconds'])} ({planned}); "
-        "results agree with dense fp64 attention"
+        f"density {row['density']:.4f}, work {row['work']:.4f}, "
+        f"plan {seconds(row['plan_seconds'])} ({planned}); results agree with dense fp64 attention"
     )
     head = ("", "p20", "p50", "p80", "useful GFLOP/s", "efficiency", "speed-up")
     print("{:<16}{:>9}{:>9}{:>9}{:>16}{:>12}{:>10}".format(*head))
@@ -225,10 +243,13 @@ def _print_attention(row: dict) -> None:
         )
     )
     flex = row["flex"]
+    compared = {f"attend {name}": found for name, found in row["others"].items()}
     if "seconds" in flex:
-        efficiency = flex["useful_efficiency"]["p50"]
+        compared["flex_attention"] = flex
+    for name, found in compared.items():
+        efficiency = found["useful_efficiency"]["p50"]
         speedup = efficiency / row["density"]
-        lines.append(("flex_attention", flex["seconds"], flex["gflops"], efficiency, speedup))
+        lines.append((name, found["seconds"], found["gflops"], efficiency, speedup))
     for name, times, gflops, efficiency, speedup in lines:
         cells = [f"{1e3 * times[p]:.4g} ms" for p in ("p20", "p50", "p80")]
         print(

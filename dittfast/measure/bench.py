@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
-from ..attention import attend, choose_backend
+from ..attention import BACKENDS, choose_backend, method_attention, method_call
 from ..layout import Layout
 from ..methods.base import Method
 from ..plan import Plan
@@ -75,17 +76,30 @@ def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layo
 
 
 def bench_attention(
-    method: Method, work: Workload, *, repeats: int = 10, flex: bool = True, backend: str = "auto"
+    method: Method,
+    work: Workload,
+    *,
+    repeats: int = 10,
+    flex: bool = True,
+    backend: str = "auto",
+    compare: tuple[str, ...] = (),
+    most_seconds: float | None = None,
 ) -> dict:
     """Check, then time dense attention, ``method`` and compiled flex_attention in turns.
 
     A static method's plan is made before the timing, as in a pipeline, where all layers and steps
     share it; ``plan_seconds`` says how long that took. A dynamic method plans in every timed call.
 
+    Args:
+        compare: more backends to check and time with the same plans, where they can run.
+        most_seconds: as for :func:`~dittfast.measure.timing.interleaved_seconds`.
+
     Returns:
-        A row of plain values. ``useful_efficiency`` is the median over rounds of (dense seconds *
-        density / attend seconds): 1 means that every pair kept costs what it costs in dense
-        attention. ``flex`` holds seconds, or under ``not_run`` why there are none.
+        A row of plain values. ``work`` is the part of dense attention's pairs that is computed:
+        pooled and appended keys count there, not in ``density``. ``useful_efficiency`` is the
+        median over rounds of (dense seconds * density / attend seconds): 1 means that every pair
+        kept costs what it costs in dense attention. ``flex`` holds seconds, or under ``not_run``
+        why there are none; ``others`` has the same for each backend of ``compare``.
 
     Raises:
         ParityError: the method's result is wrong; nothing is timed.
@@ -96,34 +110,33 @@ def bench_attention(
     q, k, v, grad_out = work.inputs()
     if work.backward:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-    scale = method.scale(layout, work.head_dim)
-    scale = work.head_dim**-0.5 if scale is None else scale
-
     method.prepare(layout, q.device)
-
-    def make_plan() -> Plan:
-        if method.static:
-            return method.plan(layout).to(q.device)
-        return method.plan(layout, q, k, v, scale=scale)
-
     synchronize(work.device)
     start = perf_counter()
-    plan = make_plan()
+    plan, near_k, near_v, _, scale = method_call(method, layout, q, k, v)
     synchronize(work.device)
     plan_seconds = perf_counter() - start
-    with torch.no_grad():
-        inputs = q.detach(), *method.extend(layout, k, v)
+    inputs = q.detach(), near_k.detach(), near_v.detach()
     # A plan made from q, k and v may carry gradients to them; here it is held fixed.
-    check_parity(*inputs, grad_out, detached(plan), scale, backend, work.backward)
+    chosen = choose_backend(q.device, q.dtype) if backend == "auto" else backend
+    others = [
+        name
+        for name in compare
+        if name != chosen and not BACKENDS[name]().not_supported_reasons(*inputs)
+    ]
+    for name in (backend, *others):
+        check_parity(*inputs, grad_out, detached(plan), scale, name, work.backward)
 
     def dense():
         return F.scaled_dot_product_attention(q, k, v)
 
-    def sparse():
-        used = plan if method.static else make_plan()
-        return attend(q, *method.extend(layout, k, v), used, scale=scale, backend=backend)
+    kept = {"plan": plan} if method.static else {}
 
-    functions = {"dense": dense, "attend": sparse}
+    def sparse(backend):
+        return method_attention(method, layout, q, k, v, backend=backend, **kept)
+
+    functions = {"dense": dense, "attend": partial(sparse, backend)}
+    functions |= {name: partial(sparse, name) for name in others}
     flex_row = {"not_run": "not asked for"}
     if flex:
         try:
@@ -134,14 +147,14 @@ def bench_attention(
         except Exception as error:  # whatever a compiler throws belongs in the table
             flex_row = {"not_run": _reason(error)}
     if work.backward:
-        for name in ("dense", "attend"):
+        for name in ("dense", "attend", *others):
             functions[name] = with_gradient(functions[name], (q, k, v), grad_out)
     with torch.set_grad_enabled(work.backward):
-        seconds = interleaved_seconds(functions, repeats, work.device)
-    return _row(method, work, plan, plan_seconds, seconds, flex_row, backend)
+        seconds = interleaved_seconds(functions, repeats, work.device, most_seconds=most_seconds)
+    return _row(method, work, plan, plan_seconds, seconds, flex_row, chosen, others)
 
 
-def _row(method, work: Workload, plan: Plan, plan_seconds, seconds, flex_row, backend) -> dict:
+def _row(method, work, plan: Plan, plan_seconds, seconds, flex_row, backend, others) -> dict:
     layout = work.layout
     density = plan.density
     useful = plan.flops(work.head_dim, work.heads, work.batch, work.backward)
@@ -160,9 +173,10 @@ def _row(method, work: Workload, plan: Plan, plan_seconds, seconds, flex_row, ba
         "head_dim": work.head_dim,
         "dtype": str(work.dtype).removeprefix("torch."),
         "backward": work.backward,
-        "backend": choose_backend(torch.device(work.device)) if backend == "auto" else backend,
+        "backend": backend,
         "rounds": len(speedups),
         "density": density,
+        "work": useful / dense_flops,
         "useful_flops": useful,
         "dense_flops": dense_flops,
         "plan_seconds": plan_seconds,
@@ -173,12 +187,15 @@ def _row(method, work: Workload, plan: Plan, plan_seconds, seconds, flex_row, ba
     }
     row["attend_gflops"] = useful / row["attend_seconds"]["p50"] / 1e9
     row["dense_gflops"] = dense_flops / row["dense_seconds"]["p50"] / 1e9
+
+    def compared(name) -> dict:
+        ratios = [d / s * density for d, s in zip(seconds["dense"], seconds[name])]
+        found = {"seconds": percentiles(seconds[name]), "useful_efficiency": percentiles(ratios)}
+        return found | {"gflops": useful / found["seconds"]["p50"] / 1e9}
+
     if "flex" in seconds:
-        ratios = [d / s * density for d, s in zip(seconds["dense"], seconds["flex"])]
-        flex_row = {"seconds": percentiles(seconds["flex"])}
-        flex_row["useful_efficiency"] = percentiles(ratios)
-        flex_row["gflops"] = useful / flex_row["seconds"]["p50"] / 1e9
-    return row | {"flex": flex_row}
+        flex_row = compared("flex")
+    return row | {"flex": flex_row, "others": {name: compared(name) for name in others}}
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import TypeVar
@@ -36,15 +37,26 @@ def in_turns(names: Iterable[_T], rounds: int) -> Iterator[tuple[int, _T]]:
 
 
 def interleaved_seconds(
-    functions: dict[str, Callable], repeats: int, device, warmup: int = 1
+    functions: dict[str, Callable],
+    repeats: int,
+    device,
+    warmup: int = 1,
+    most_seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of each function in ``repeats`` rounds, :func:`in_turns`."""
+    """Wall-clock seconds of each function in ``repeats`` rounds, :func:`in_turns`.
+
+    No round begins after ``most_seconds``, but two always run where ``repeats`` allows it.
+    """
     check_repeats(repeats)
     for function in functions.values():
         for _ in range(warmup):
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _, name in in_turns(functions, repeats):
+    end = math.inf if most_seconds is None else perf_counter() + most_seconds
+    for round_, name in in_turns(functions, repeats):
+        begins = all(len(found) == round_ for found in seconds.values())
+        if begins and round_ > 1 and perf_counter() > end:
+            break
         synchronize(device)
         start = perf_counter()
         functions[name]()
