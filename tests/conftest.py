@@ -18,6 +18,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 
 import pytest  # noqa: E402
+from foreign_backend import foreign  # noqa: E402, F401 (a fixture)
 from hypothesis import settings  # noqa: E402
 
 # A busy machine is no failure.

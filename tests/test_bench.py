@@ -276,7 +276,7 @@ def test_a_backend_that_is_compared_must_be_right(monkeypatch):
     work = Workload(Layout.image(4, 4), heads=1, head_dim=16)
     options = dict(repeats=1, flex=False, backend="reference")
     bench.bench_attention(methods.Local(2), work, **options)
-    with pytest.raises(bench.ParityError):
+    with pytest.raises(check.ParityError):
         bench.bench_attention(methods.Local(2), work, compare=("cpu",), **options)
 
 

@@ -12,6 +12,7 @@ import threading
 import pytest
 import tiny
 import torch
+from foreign_backend import backends_of
 from patterns import Band, FirstKeys
 
 import dittfast
@@ -40,14 +41,16 @@ def one_core():
     sys.setswitchinterval(interval)
 
 
-def blocks_of(model):
+def meeting_places(model):
+    """Blocks, and the inside of each attention module."""
     lists = [x for x in model.children() if isinstance(x, torch.nn.ModuleList)]
-    return [block for blocks in lists for block in blocks if hasattr(block, "forward")]
+    inside = [module for name, module in model.named_modules() if name.endswith("to_q")]
+    return [block for blocks in lists for block in blocks] + inside
 
 
 @contextlib.contextmanager
 def lockstep(models, threads):
-    """Passes meet before every block, so each block runs while all others are in the same place.
+    """Passes meet before every block and in every attention: all are in the same place at once.
 
     Who ends, fails or waits for the others' pass to end lets all go on by themselves.
     """
@@ -57,7 +60,8 @@ def lockstep(models, threads):
         with contextlib.suppress(threading.BrokenBarrierError):
             barrier.wait(0.2)
 
-    hooks = [b.register_forward_pre_hook(meet) for m in models for b in blocks_of(m)]
+    places = [place for model in models for place in meeting_places(model)]
+    hooks = [place.register_forward_pre_hook(meet) for place in places]
     try:
         yield barrier
     finally:
@@ -136,6 +140,21 @@ def test_a_pass_with_gradients_beside_one_without():
     with dittfast.enable(model, METHODS["local"], backend="cpu", min_tokens=0):
         alone = [step(), predict(model, draw)]
         assert_as_alone(side_by_side([model], [step, lambda: predict(model, draw)]), alone)
+
+
+def test_the_users_backend_side_by_side(foreign):
+    """A sparse pass takes no other thread's dense layers away from the user's kernel."""
+    model, sizes = tiny.flux_transformer(1, 1), ((6, 10), (4, 9), (10, 6))
+    model.set_attention_backend("flex")
+    chosen = backends_of(model)
+    with dittfast.enable(model, METHODS["local"], backend="cpu", min_tokens=50):
+        jobs = [lambda size=size: predict(model, inputs("flux", size)) for size in sizes]
+        alone = [job() for job in jobs]
+        assert foreign == [(41, 41)] * 2
+        foreign.clear()
+        assert_as_alone(side_by_side([model], jobs), alone)
+    assert foreign == [(41, 41)] * 2
+    assert backends_of(model) == chosen
 
 
 def test_more_requests_than_threads():

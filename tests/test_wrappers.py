@@ -12,11 +12,8 @@ import re
 import pytest
 import tiny
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-)
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from foreign_backend import backends_of
 from patterns import Band
 
 import dittfast
@@ -477,30 +474,6 @@ def test_a_refused_enable_leaves_both_transformers_alone():
 # The user's attention backend
 
 
-@pytest.fixture
-def foreign(monkeypatch):
-    """Stands under flex's name for a kernel that PyTorch does not know; its (queries, keys)."""
-    calls = []
-
-    def attention(query, key, value, attn_mask=None, scale=None, _parallel_config=None):
-        calls.append((query.shape[1], key.shape[1]))
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        return (logits.softmax(-1) @ v).transpose(1, 2)
-
-    registry, name = _AttentionBackendRegistry, AttentionBackendName.FLEX
-    arguments = {"query", "key", "value", "attn_mask", "scale", "_parallel_config"}
-    monkeypatch.setitem(registry._backends, name, attention)
-    monkeypatch.setitem(registry._supported_arg_names, name, arguments)
-    # set_attention_backend changes the process-wide choice, too.
-    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
-    return calls
-
-
-def backends_of(model):
-    return [m.processor._attention_backend for m in model.modules() if hasattr(m, "processor")]
-
-
 @pytest.fixture(params=["flux", "wan"])
 def model_and_inputs(request):
     if request.param == "flux":
@@ -508,7 +481,7 @@ def model_and_inputs(request):
     return tiny.wan_transformer(), tiny.wan_inputs(3, 12, 20, batch=1)
 
 
-def self_attention(calls, model):
+def self_attention(calls):
     """Calls over the whole sequence; Wan's text has 12 tokens."""
     return [c for c in calls if c[1] != 12]
 
@@ -547,13 +520,13 @@ def test_sparse_layers_whatever_the_backend(foreign, model_and_inputs, choose, f
     chosen = backends_of(model)
     foreign.clear()
     assert near(output(model, arguments), sparse)
-    assert self_attention(foreign, model) == []
+    assert self_attention(foreign) == []
     assert len(foreign) == (LAYERS if hasattr(model, "blocks") else 0)  # Wan's cross-attention
     assert backends_of(model) == chosen
     dittfast.disable(model)
     foreign.clear()
     output(model, arguments)
-    assert len(self_attention(foreign, model)) == LAYERS
+    assert len(self_attention(foreign)) == LAYERS
     assert backends_of(model) == chosen
 
 
@@ -562,14 +535,14 @@ def test_dense_steps_run_the_users_backend(foreign, model_and_inputs):
     _set(model)
     foreign.clear()
     dense = output(model, arguments)
-    assert len(self_attention(foreign, model)) == LAYERS
+    assert len(self_attention(foreign)) == LAYERS
     seen = []
     with dittfast.enable(model, LOCAL, dense_first_steps=2, **OPTIONS):
         for time in (900, 700, 500, 300):
             foreign.clear()
             like = arguments["timestep"]
             found = output(model, {**arguments, "timestep": torch.full_like(like, time)})
-            seen.append(len(self_attention(foreign, model)))
+            seen.append(len(self_attention(foreign)))
         assert seen == [LAYERS, LAYERS, 0, 0]
         assert distance(found, dense) > 1e-3
     with dittfast.enable(model, LOCAL, dense_layers=["0-1"], **OPTIONS):
@@ -583,7 +556,7 @@ def test_dense_layers_run_the_users_backend(foreign, model_and_inputs):
         _set(model)
         foreign.clear()
         assert near(output(model, arguments), native)
-        assert len(self_attention(foreign, model)) == 1
+        assert len(self_attention(foreign)) == 1
 
 
 def test_below_min_tokens_the_users_backend_runs(foreign, model_and_inputs):
@@ -592,7 +565,7 @@ def test_below_min_tokens_the_users_backend_runs(foreign, model_and_inputs):
     with dittfast.enable(model, LOCAL, backend="cpu", min_tokens=1000):
         foreign.clear()
         output(model, arguments)
-        assert len(self_attention(foreign, model)) == LAYERS
+        assert len(self_attention(foreign)) == LAYERS
 
 
 def test_a_backend_for_a_while(foreign, model_and_inputs):
@@ -602,10 +575,10 @@ def test_a_backend_for_a_while(foreign, model_and_inputs):
     with dittfast.enable(model, LOCAL, **OPTIONS):
         with attention_backend("flex"):
             assert near(output(model, arguments), sparse)
-            assert self_attention(foreign, model) == []
+            assert self_attention(foreign) == []
             with dittfast.disable(model):
                 assert near(output(model, arguments), dense)
-            assert len(self_attention(foreign, model)) == LAYERS
+            assert len(self_attention(foreign)) == LAYERS
         assert torch.equal(output(model, arguments), sparse)
     assert torch.equal(output(model, arguments), dense)
 
@@ -636,7 +609,7 @@ def test_a_failed_pass_gives_the_backend_back(foreign, model_and_inputs):
     dittfast.disable(model)
     foreign.clear()
     output(model, arguments)
-    assert len(self_attention(foreign, model)) == LAYERS
+    assert len(self_attention(foreign)) == LAYERS
 
 
 def test_guidance_with_the_users_backend(foreign):
