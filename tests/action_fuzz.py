@@ -616,6 +616,8 @@ def possible(world, name, arguments):
         return arguments["name"] in world.flags
     if name == "lora_set":
         return world.flags >= set(arguments["names"])
+    if name == "cache_on" and world.handles:
+        return False  # leaving one may bring guidance back, whose passes a cache would count
     if name in ("cache_on", "cache_off"):
         return hasattr(world.twin.transformer, "enable_cache")
     if name in ("deepcopy", "save_and_load"):
