@@ -388,7 +388,7 @@ def unfuse_qkv(world):
 def compile_(world, blocks=True):
     """PyTorch's tracing without code generation; the twin stays as it is."""
     model = world.pipe.transformer
-    if blocks:
+    if blocks and model._repeated_blocks:  # SD3 names none
         model.compile_repeated_blocks(backend="eager", fullgraph=True)
     else:
         model.compile(backend="eager")
@@ -688,13 +688,13 @@ def failure(family, actions):
 
 
 def shrink(family, actions):
-    """The shortest sequence found that fails, by leaving out ever smaller parts."""
-    size = len(actions) // 2
+    """The shortest sequence found that fails alike, by leaving out ever smaller parts."""
+    kind, size = type(failure(family, actions)), len(actions) // 2
     while size:
         start = 0
         while start < len(actions):
             shorter = actions[:start] + actions[start + size :]
-            if failure(family, shorter) is not None:
+            if type(failure(family, shorter)) is kind:
                 actions = shorter
             else:
                 start += size
