@@ -73,8 +73,20 @@ def snapshot(model):
 # Compiled models
 
 
-@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
-@pytest.mark.parametrize("wrapped", [False, True], ids=["transformer", "pipeline"])
+def slow(*values, name):
+    """Tracing a model takes seconds: one of each kind is in the default run."""
+    return pytest.param(*values, marks=pytest.mark.slow, id=name)
+
+
+@pytest.mark.parametrize(
+    "called, wrapped",
+    [
+        pytest.param(False, True, id="pipeline"),
+        slow(False, False, name="transformer"),
+        slow(True, True, name="called-pipeline"),
+        slow(True, False, name="called-transformer"),
+    ],
+)
 def test_compiled_before_enable(called, wrapped):
     """torch.compile(transformer), then enable: the order of diffusers' documentation."""
     model, arguments = flux()
@@ -96,7 +108,7 @@ def test_compiled_before_enable(called, wrapped):
     assert torch.equal(output(model, arguments), dense)
 
 
-@pytest.mark.parametrize("target", ["compiled", "inner"])
+@pytest.mark.parametrize("target", ["compiled", slow("inner", name="inner")])
 def test_compiled_after_enable_and_disabled(target):
     model, arguments = flux()
     dense, sparse = both(model, arguments)
@@ -117,8 +129,15 @@ def _compile_blocks(model):
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("compile_", [_compile, _compile_blocks], ids=["whole", "blocks"])
-@pytest.mark.parametrize("first", ["enable", "compile"])
+@pytest.mark.parametrize(
+    "compile_, first",
+    [
+        pytest.param(_compile_blocks, "compile", id="blocks-first"),
+        slow(_compile_blocks, "enable", name="blocks-last"),
+        slow(_compile, "compile", name="whole-first"),
+        slow(_compile, "enable", name="whole-last"),
+    ],
+)
 def test_compiled_in_place(compile_, first):
     """Sparse, dense after disable, and sparse by another method, whichever came first."""
     model, arguments = flux()
