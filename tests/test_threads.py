@@ -259,7 +259,7 @@ def pool_of(name, change):
 
 SCHEDULES = {
     "flux": (METHODS["local"], dict(dense_first_steps=1, dense_last_steps=1)),
-    "wan": (METHODS["rectified"], dict(dense_first_steps=1)),
+    "wan": (METHODS["log_linear"], dict(dense_first_steps=1)),
     "sd3": (FirstKeys(), dict(dense_last_steps=1)),
 }
 
