@@ -98,6 +98,7 @@ def compare_positions(args):
     choices = {
         "FLUX's own": (own, 1),
         "FLUX's own, rotary base times 10 (CLEAR)": (own, 10),
+        "FLUX's own, rotary base times 100": (own, 100),
         f"times {scale:g}": (lambda ids: ids, 1),
         f"times {scale:g}, at the middle": (lambda ids: shifted(ids, scale), 1),
         f"times {scale**0.5:.3g}": (lambda ids: own(ids) * scale**0.5, 1),
@@ -209,7 +210,7 @@ def draw_one(args, pipe, source, prompt, stages, seed):
         )
         with contextlib.ExitStack() as stack:
             scale = source.settings["height"] / stages[0][0]
-            stack.enter_context(positions_scaled(pipe, scale))
+            stack.enter_context(positions_scaled(pipe, scale, args.until))
             stack.enter_context(dittfast.enable(pipe, args.method, min_tokens=0, **method))
             return Image.fromarray(run(pipe, call, seed).frames[0])
     call = call_arguments(pipe, prompt, source.settings, **settings)
@@ -217,7 +218,7 @@ def draw_one(args, pipe, source, prompt, stages, seed):
     return generate_high_resolution(
         pipe, prompt, stages, call=call, strength=args.strength, method=args.method,
         schedule=dittfast.Schedule(min_tokens=0), proportional=False, ntk_factor=1,
-        position_scale="fit", seed=seed, **method,
+        position_scale="fit", position_until=args.until, seed=seed, **method,
     )[-1].image  # fmt: skip
 
 
@@ -251,6 +252,7 @@ def main():
     command.add_argument("--steps", type=int, default=20, help="of a whole schedule")
     command.add_argument("--guidance", type=float, default=3.0, help="true_cfg_scale")
     command.add_argument("--method", default="local", choices=("local", "dense"))
+    command.add_argument("--until", type=float, default=0.0, help="time at which scaling ends")
     command.add_argument("--window", type=float, default=16, help="of local")
     command.add_argument("--count", type=int, default=len(PICTURES), help="prompts")
     command.add_argument("--cell", type=int, default=512, help="px of a picture in sheet.png")

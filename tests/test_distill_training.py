@@ -20,7 +20,7 @@ from dittfast.cli import main
 from dittfast.distill import checkpoint, objectives
 from dittfast.distill.artifacts import read_weights
 from dittfast.distill.checkpoint import Checkpoints
-from dittfast.distill.loader import mixed_batches
+from dittfast.distill.loader import Dataset, mixed_batches
 from dittfast.distill.trainer import Trainer, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +160,56 @@ def test_a_resumed_run_is_the_same_to_the_bit(folder, tmp_path, options):
         read_weights(tmp_path / n / "adapter") for n in ("half", "whole")
     )
     assert_same(half_adapter, whole_adapter)
+
+
+def test_windows_of_mixed_sets(folder, tmp_path):
+    """Each step shows one set's pictures in part, at their places; a resumed run shows the same."""
+    data = {"folder": str(tmp_path / "scaled"), "position_scale": 0.5, "count": 3}
+    make_config(folder, data=data)
+    plain = make_config(folder).data.folder
+    data["mix"] = {plain: 2.0}
+    settings = dict(steps=6, checkpoint_every=2, crop=[3, 4], optimizer="muon")
+    sections = dict(data=data, train=settings, student={"trainable": "all"})
+    seen = []
+
+    class Watched(Trainer):
+        def losses(self, micro):
+            seen.append(micro)
+            return super().losses(micro)
+
+    Watched(run_config(folder, tmp_path / "whole", **sections)).run()
+    steps = torch.tensor(
+        [m.batch.arguments["img_ids"][:, 1:].diff(dim=0).abs().max() for m in seen]
+    )
+    assert sorted((steps // 1).tolist()) == [1, 1, 3, 3, 3, 3]  # 4 columns back, in halves or ones
+    whole = {scale: Dataset(f) for scale, f in ((0.5, tmp_path / "scaled"), (1.0, plain))}
+    for micro in seen:
+        ids = micro.batch.arguments["img_ids"]
+        scale = float(ids[1, 2] - ids[0, 2])
+        rows, columns = (ids[:, 1:] / scale).long().unbind(1)
+        pictures = [whole[scale].batch([i]).latents[0] for i in range(len(whole[scale]))]
+        parts = [picture.view(8, 12, -1)[rows, columns] for picture in pictures]
+        for latents, noise in zip(micro.batch.latents, micro.noise):
+            assert latents.shape == noise.shape == (12, 16)
+            assert any(torch.equal(latents, part) for part in parts)
+    places = {tuple(m.batch.arguments["img_ids"][0].tolist()) for m in seen}
+    assert len(places) > 3
+    train(run_config(folder, tmp_path / "half", **sections | {"train": settings | {"steps": 4}}))
+    train(run_config(folder, tmp_path / "half", **sections), "latest")
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    assert_same(state(tmp_path / "half"), state(tmp_path / "whole"))
+
+
+def test_mixed_sets_must_be_of_one_model(folder, tmp_path):
+    config = make_config(folder)
+    other = tmp_path / "other"
+    shutil.copytree(config.data.folder, other)
+    manifest = json.loads((other / "data.json").read_text())
+    manifest["process"]["time_scale"] = 7.0
+    (other / "data.json").write_text(json.dumps(manifest))
+    mixed = run_config(folder, tmp_path / "run", data={"mix": {str(other): 1.0}})
+    with pytest.raises(ValueError, match="other was made for another noise process"):
+        Trainer(mixed)
 
 
 KILLED = """

@@ -89,6 +89,22 @@ def test_both_arms_of_a_comparison_get_them(pipe):
     assert not np.array_equal(stock.run.frames, arms[0].run.frames)
 
 
+def test_the_scale_can_end_at_a_time(pipe):
+    seen, handle = received(pipe)
+    times = []
+    watch = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: times.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    call = dict(prompt="a red cat", height=64, width=96) | CALL | {"num_inference_steps": 6}
+    generate(pipe, call, position_scale=0.25, position_until=0.6)
+    handle.remove()
+    watch.remove()
+    assert len(times) == 6 and times[0] == 1 and times == sorted(times, reverse=True)
+    assert 0 < sum(t > 0.6 for t in times) < 6
+    for ids, t in zip(seen, times):
+        assert torch.equal(ids[12:], grid_ids(8, 12, 0.25 if t > 0.6 else 1.0))
+
+
 def test_stages_fit_the_first_ones_positions(pipe):
     seen, handle = received(pipe)
     stages = [(48, 64), (96, 128), (144, 192)]
@@ -101,13 +117,19 @@ def test_stages_fit_the_first_ones_positions(pipe):
     for ids, wanted in zip(seen, [expected[0], *expected]):
         torch.testing.assert_close(ids[12:], wanted)
     assert [row["position_scale"] for row in as_record(done)] == [1, 1 / 2, 1 / 3]
+    assert {row["position_until"] for row in as_record(done)} == {0}
 
 
 def test_one_number_for_all_further_stages(pipe):
     seen, handle = received(pipe)
-    generate_high_resolution(pipe, "a red cat", [(48, 64), (96, 128)], call=CALL, strength=0.5,
-                             ntk_factor=1, position_scale=0.4, **LOCAL)  # fmt: skip
+    for until in (0, 0.99):
+        done = generate_high_resolution(pipe, "a red cat", [(48, 64), (96, 128)], call=CALL,
+                                        strength=0.5, ntk_factor=1, position_scale=0.4,
+                                        position_until=until, **LOCAL)  # fmt: skip
+    assert done[1].position_until == 0.99
     handle.remove()
+    torch.testing.assert_close(seen.pop()[12:], grid_ids(12, 16, 1))
+    seen = seen[:3]
     torch.testing.assert_close(seen[-1][12:], grid_ids(12, 16, 0.4))
     torch.testing.assert_close(seen[0][12:], grid_ids(6, 8, 1))
 
@@ -123,12 +145,15 @@ def test_command(tmp_path, pipe, capsys):
         "plain": one,
         "fit": [*one, "--position-scale", "fit"],
         "half": [*one, "--position-scale", "0.5"],
+        "until": [*one, "--position-scale", "0.5", "--position-until", "0.99"],
         "stages": [*common, "--stages", "32,64", "--position-scale", "fit", "--ntk-factor", "1"],
     }.items():
         assert main([*options, "-o", str(tmp_path / f"{name}.png")]) == 0, capsys.readouterr()
         records[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert [records[n]["position_scale"] for n in ("plain", "fit", "half")] == [1, 0.5, 0.5]
     assert [s["position_scale"] for s in records["stages"]["stages"]] == [1, 0.5]
+    assert [records[n]["position_until"] for n in ("half", "until")] == [0, 0.99]
+    assert (tmp_path / "until.png").read_bytes() != (tmp_path / "half.png").read_bytes()
     half, fit, plain = ((tmp_path / f"{n}.png").read_bytes() for n in ("half", "fit", "plain"))
     assert half == fit != plain
 
@@ -138,6 +163,9 @@ def test_refusals(pipe, tmp_path, capsys):
         refused = pytest.raises(ValueError, match="position_scale must be a finite number above 0")
         with refused, positions_scaled(pipe, wrong):
             pass
+    refused = pytest.raises(ValueError, match=r"position_until must lie in 0\.\.1")
+    with refused, positions_scaled(pipe, 0.5, 1.0):
+        pass
     video = tiny.wan_transformer(1)
     refused = pytest.raises(ValueError, match="WanTransformer3DModel makes its positions itself")
     with refused, positions_scaled(video, 0.5):

@@ -91,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "into the positions of 256 px; fit does that for the size that a sample model was trained "
         "for, or with --stages for the first stage (default: 1)",
     )
+    parser.add_argument(
+        "--position-until",
+        type=float,
+        metavar="T",
+        help="scale them while the time is above T, from 1, pure noise, down to 0 (default: 0)",
+    )
     add_guidance_arguments(parser)
     call = add_call_arguments(parser)
     call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
@@ -151,21 +157,24 @@ def run(args) -> int:
         attention = {"method": method, "schedule": schedule, "backend": args.backend}
         done = _draw_stages(args, pipe, call, stages, guided, on_stage, attention)
         return _write_stages(args, pipe, source, call, done, guided, output)
-    position_scale = _fitted(args, source, call)
+    positions = {
+        "position_scale": _fitted(args, source, call),
+        "position_until": args.position_until or 0.0,
+    }
     arms = generate(
         pipe,
         call,
         method,
         schedule,
         guidance=guided,
-        position_scale=position_scale,
+        **positions,
         backend=args.backend,
         seed=args.seed,
         compare=args.compare,
         runs=args.runs,
         on_stage=on_stage,
     )
-    data = record(pipe, source, call, args.seed, arms, guided, position_scale)
+    data = record(pipe, source, call, args.seed, arms, guided, **positions)
     if args.image is not None:
         data["image"] = args.image
     written = _write(output, arms, data, args)
@@ -222,7 +231,7 @@ def _stages(args) -> list[tuple[int, int]] | None:
 def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
     from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
-    names = ("strength", "ntk_factor", "position_scale")
+    names = ("strength", "ntk_factor", "position_scale", "position_until")
     given = {name: getattr(args, name) for name in names}
     return generate_high_resolution(
         pipe,

@@ -74,12 +74,13 @@ def draw(
     backend: str = "auto",
     guidance: HeadGuidance | None = None,
     position_scale: float = 1.0,
+    position_until: float = 0.0,
     warm_up: bool = False,
 ) -> tuple[Run, Description | None]:
     """One run with a method or, for None, with dense attention; and what ran where.
 
     Args:
-        position_scale: of the image's position ids
+        position_scale, position_until: of the image's position ids
             (:func:`~dittfast.pipelines.runs.positions.positions_scaled`).
         warm_up: take one step, and none that the schedule keeps dense, so that the method runs.
     """
@@ -87,7 +88,7 @@ def draw(
         call = call | {"num_inference_steps": 1}
         schedule = replace(schedule or Schedule(), dense_first_steps=0, dense_last_steps=0)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(positions_scaled(pipe, position_scale))
+        stack.enter_context(positions_scaled(pipe, position_scale, position_until))
         if method is not None:
             stack.enter_context(enable(pipe, method, schedule=schedule, backend=backend))
         if guidance is not None:
@@ -104,6 +105,7 @@ def generate(
     *,
     guidance: HeadGuidance | None = None,
     position_scale: float = 1.0,
+    position_until: float = 0.0,
     backend: str = "auto",
     seed: int = 0,
     compare: bool = False,
@@ -119,7 +121,7 @@ def generate(
     Args:
         call: see :func:`call_arguments`.
         method: None for dense attention alone.
-        guidance, position_scale: as :func:`draw`, of every run, dense and sparse.
+        guidance, position_scale, position_until: as :func:`draw`, of every run, dense and sparse.
         runs: timed runs of each arm.
         on_stage: called with the name of what comes next.
 
@@ -132,7 +134,7 @@ def generate(
         FloatingPointError: as :func:`run`.
     """
     check_ranges(prompt=call["prompt"], seed=seed, runs=runs)
-    check_position_scale(position_scale)
+    check_position_scale(position_scale, position_until)
     if compare and method is None:
         raise ValueError("there is nothing to compare dense attention with; choose a method")
     arms: list[tuple[str, Method | None]] = []
@@ -140,7 +142,12 @@ def generate(
         arms.append(("dense", None))
     if method is not None:
         arms.append((method.name, method))
-    how = {"backend": backend, "guidance": guidance, "position_scale": position_scale}
+    how = {
+        "backend": backend,
+        "guidance": guidance,
+        "position_scale": position_scale,
+        "position_until": position_until,
+    }
     if compare:
         for name, chosen in arms:
             on_stage(f"{name}, warm-up")
@@ -186,11 +193,12 @@ def record(
     arms: list[Arm],
     guidance: HeadGuidance | None = None,
     position_scale: float = 1.0,
+    position_until: float = 0.0,
 ) -> dict:
     """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
     last = arms[-1]
     data = describe_run(pipe, source, call, seed, guidance)
-    data["position_scale"] = position_scale
+    data |= {"position_scale": position_scale, "position_until": position_until}
     data["attention"] = None if last.description is None else last.description.to_dict()
     if len(arms) == 1:
         data["measured"] = f"{len(last.timings)} run(s), the first not warmed up"

@@ -37,7 +37,8 @@ class Stage:
     Attributes:
         strength: how much noise was put on the picture before; None for the first stage.
         num_tokens: of the transformer's sequence.
-        position_scale: what the position ids were multiplied by.
+        position_scale, position_until: what the position ids were multiplied by, and the time at
+            which that ended.
         description: of the sparse method; None for the first stage and without a method.
     """
 
@@ -45,6 +46,7 @@ class Stage:
     strength: float | None
     num_tokens: int | None
     position_scale: float = 1.0
+    position_until: float = 0.0
     description: Description | None = None
 
     @property
@@ -165,6 +167,7 @@ def generate_high_resolution(
     proportional: bool = True,
     ntk_factor: float = 10.0,
     position_scale: float | Literal["fit"] = 1.0,
+    position_until: float = 0.0,
     guidance: HeadGuidance | None = None,
     backend: str = "auto",
     seed: int = 0,
@@ -194,6 +197,7 @@ def generate_high_resolution(
         position_scale: the position ids of the image times this in those stages; "fit" makes each
             stage span the first one's positions
             (:func:`~dittfast.pipelines.runs.positions.positions_scaled`; take ntk_factor=1 then).
+        position_until: they are scaled while the time is above this.
         guidance: weakened heads that guide every stage.
         seed: stage n draws its noise from ``seed + n``.
         on_stage: called with the name of what comes next.
@@ -226,7 +230,7 @@ def generate_high_resolution(
     larger = image_to_image(pipe)
     calls = _calls(pipe, larger, prompt, stages, call or {})
     scales = [_position_scale(position_scale, stages[0], stage) for stage in stages[1:]]
-    with rope_theta_scaled(pipe, ntk_factor), positions_scaled(pipe, scales[-1]):
+    with rope_theta_scaled(pipe, ntk_factor), positions_scaled(pipe, scales[-1], position_until):
         pass  # checks them
 
     on_stage(f"{stages[0][1]} x {stages[0][0]}")
@@ -245,13 +249,13 @@ def generate_high_resolution(
         how = {} if chosen is None else {"schedule": schedule, "backend": backend}
         with (
             rope_theta_scaled(pipe, ntk_factor),
-            positions_scaled(pipe, scale),
+            positions_scaled(pipe, scale, position_until),
             _running(larger, own if chosen is None else chosen, guidance, **how),
         ):
             drawn = run(larger, arguments, seed + number)
             description = describe(larger)
         sparse = description if chosen is not None or swapped else None
-        done.append(Stage(drawn, value, description.num_tokens, scale, sparse))
+        done.append(Stage(drawn, value, description.num_tokens, scale, position_until, sparse))
     return done
 
 
@@ -265,6 +269,7 @@ def as_record(stages: Sequence[Stage]) -> list[dict]:
             "steps": len(stage.run.timing.steps),
             "num_tokens": stage.num_tokens,
             "position_scale": stage.position_scale,
+            "position_until": stage.position_until,
             "seconds": stage.run.timing.total,
             "attention": None if stage.description is None else stage.description.to_dict(),
         }

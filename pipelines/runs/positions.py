@@ -21,11 +21,12 @@ IDS = "img_ids"
 _ROW_AND_COLUMN = (1, 2)
 
 
-def scaled(ids: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled(ids: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """Position ids with their rows and columns times ``scale``.
 
     Args:
         ids: ``[..., N, k]``, k of at least 3: which image, row, column, and what else a model has.
+        scale: a number, or a tensor of one.
 
     Returns:
         fp32, also of integers and of half precision, which could not hold the fractions.
@@ -36,7 +37,7 @@ def scaled(ids: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def positions_scaled(pipe, scale: float):
+def positions_scaled(pipe, scale: float, until: float = 0.0):
     """Inside, the pipeline's transformers get their image's position ids times ``scale``.
 
     Rows and columns are scaled, text is left where it is. Layouts stay what they are, for their
@@ -46,11 +47,13 @@ def positions_scaled(pipe, scale: float):
         pipe: a diffusers pipeline, or a transformer.
         scale: 1 changes nothing; 0.25 fits a picture four times as large into the positions of
             the small one.
+        until: only in passes with a time above this: 1 is pure noise, and at 0 all passes scale.
 
     Raises:
-        ValueError: a scale that is not positive, or a model that is given no position ids.
+        ValueError: a scale that is not positive, a time outside 0..1, or a model that is given no
+            position ids.
     """
-    check_position_scale(scale)
+    check_position_scale(scale, until)
     if scale == 1:
         yield
         return
@@ -64,7 +67,9 @@ def positions_scaled(pipe, scale: float):
 
     def hook(model, args, kwargs):
         arguments = bind_arguments(model, args, kwargs)
-        arguments[IDS] = scaled(arguments[IDS], scale)
+        # Not a branch: looking at the time would make the host wait for the device.
+        noisy = arguments["timestep"].flatten()[0] > until
+        arguments[IDS] = scaled(arguments[IDS], torch.where(noisy, scale, 1.0))
         return (), arguments
 
     handles = [model.register_forward_pre_hook(hook, with_kwargs=True) for model in models]
@@ -75,8 +80,12 @@ def positions_scaled(pipe, scale: float):
             handle.remove()
 
 
-def check_position_scale(scale: float) -> None:
-    """Raise ValueError unless ``scale`` is a finite number above 0."""
+def check_position_scale(scale: float, until: float = 0.0) -> None:
+    """Raise ValueError unless ``scale`` is a finite number above 0 and ``until`` lies in 0..1."""
+    if not 0 <= until < 1:
+        raise ValueError(
+            f"position_until must lie in 0..1, 1 excluded, got {until!r}; 0 scales at all times"
+        )
     if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
         raise ValueError(
             f"position_scale must be a finite number above 0, got {scale!r}; 0.25 fits 1,024 px "
