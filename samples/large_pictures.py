@@ -1,6 +1,6 @@
 """Measure the sample image model at sizes above its own: loss by positions, sharpness, pictures.
 
-    python samples/large_pictures.py positions --set data/large_sample/512 --scale 0.5
+    python samples/large_pictures.py positions --set data/large_sample/512
     python samples/large_pictures.py vae --packages work/packages --size 1024
     python samples/large_pictures.py export --adapter runs/large_sample/adapter --out work/sample
     python samples/large_pictures.py draw --model work/sample --packages work/packages \\
@@ -89,42 +89,51 @@ def shifted(ids, scale):
 
 
 def compare_positions(args):
-    """The flow-matching loss of windows of a prepared set, whose ids are scaled, by positions."""
-    dataset = Dataset(args.set)
-    scale = dataset.manifest["position_scale"]
+    """The flow-matching loss of windows of prepared sets, by what is done about positions."""
     pipe = load(find(args.model), "cpu", torch.float32)
-    model = pipe.transformer
+    found = {str(folder): position_losses(pipe, folder, args) for folder in args.set}
+    for folder, losses in found.items():
+        for name, by_time in losses.items():
+            means = "".join(f"  t={t}: {np.mean(x):.4f}" for t, x in by_time.items())
+            print(f"{folder}  {name:15}{means}")
+    if args.out:
+        write_json(args.out, {"model": args.model, "count": args.count, "losses": found})
+
+
+def position_losses(pipe, folder, args):
+    """Choice -> time -> the loss of each window."""
+    dataset = Dataset(folder)
+    scale = dataset.manifest["position_scale"]
     own = lambda ids: torch.cat([ids[..., :1], ids[..., 1:] / scale], -1)  # noqa: E731
-    choices = {
-        "FLUX's own": (own, 1),
-        "FLUX's own, rotary base times 10 (CLEAR)": (own, 10),
-        "FLUX's own, rotary base times 100": (own, 100),
-        f"times {scale:g}": (lambda ids: ids, 1),
-        f"times {scale:g}, at the middle": (lambda ids: shifted(ids, scale), 1),
-        f"times {scale**0.5:.3g}": (lambda ids: own(ids) * scale**0.5, 1),
+    choices = {  # what becomes of the set's scaled ids, and of the rotary base
+        "own": (own, 1),
+        "own-base-10": (own, 10),  # CLEAR's
+        "own-base-100": (own, 100),
+        "scaled": (lambda ids: ids, 1),
+        "scaled-middle": (lambda ids: shifted(ids, scale), 1),
+        "half-scaled": (lambda ids: own(ids) * scale**0.5, 1),
     }
-    losses = {name: {t: [] for t in TIMES} for name in choices}
+    losses = {name: {t: [] for t in TIMES} for name in args.choices or choices}
     for number in range(args.count):
         index = number * len(dataset) // args.count
         batch = window(dataset.batch([index]), WINDOW, generator("window", number))
-        noise = sample_noise(batch.latents.shape, 0, number, 0)
+        noise = sample_noise(batch.latents.shape[1:], 0, number, 0)
         for t in TIMES:
-            noisy = dataset.process.noisy(batch.latents, noise, torch.tensor([t]))
-            for name, (positions, theta) in choices.items():
+            time_of = torch.tensor([t])
+            noisy = dataset.process.noisy(batch.latents, noise, time_of)
+            for name, values in losses.items():
+                positions, theta = choices[name]
                 arguments = {**batch.arguments, IDS: positions(batch.arguments[IDS])}
                 with torch.no_grad(), rope_theta_scaled(pipe, theta):
-                    found = model(
+                    velocity = pipe.transformer(
                         hidden_states=noisy,
-                        timestep=dataset.process.timestep(torch.tensor([t])),
+                        timestep=dataset.process.timestep(time_of),
                         **arguments,
                         return_dict=False,
                     )[0]
-                losses[name][t].append(float((found - noise + batch.latents).square().mean()))
-    for name, by_time in losses.items():
-        means = {t: float(np.mean(x)) for t, x in by_time.items()}
-        print(f"{name:45}" + "".join(f"  t={t}: {x:.4f}" for t, x in means.items()))
-    if args.out:
-        write_json(args.out, {"set": str(args.set), "count": args.count, "losses": losses})
+                target = dataset.process.target(batch.latents, noise, time_of)
+                values[t].append(float((velocity - target).square().mean()))
+    return losses
 
 
 def measure_vae(args):
@@ -234,7 +243,8 @@ def main():
         return command
 
     command = add("positions", compare_positions, "the loss by what is done about positions")
-    command.add_argument("--set", type=Path, required=True, help="prepared with scaled positions")
+    command.add_argument("--set", type=Path, nargs="+", required=True, help="prepared sets")
+    command.add_argument("--choices", nargs="+", help="some of them (default: all)")
     command.add_argument("--count", type=int, default=16, help="windows")
     command.add_argument("--out", type=Path, help="JSON with every loss")
     command = add("vae", measure_vae, "how sharp the VAE leaves the art")
