@@ -128,6 +128,8 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.
 def backend_of(processor) -> str:
     """The attention backend of diffusers that a processor runs on, by its name there."""
     chosen = getattr(processor, "_attention_backend", "native")
+    # While another thread runs the layer on a backend that can be watched, that holds the user's.
+    chosen = getattr(chosen, "users_own", chosen)
     if chosen is None:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 

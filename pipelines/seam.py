@@ -164,13 +164,24 @@ def _bypasses(processor) -> bool:
 
 
 @contextlib.contextmanager
-def _switched(processor, backend):
-    with _SWITCHING:
-        before, processor._attention_backend = processor._attention_backend, backend
+def _switched(processor):
+    """Inside, ``processor`` runs the native backend; others see that this is not the user's."""
+    compiling = torch.compiler.is_compiling()
+    with contextlib.nullcontext() if compiling else _SWITCHING:
+        before = processor._attention_backend
+        processor._attention_backend = native_backend() if compiling else _stand_in(before)
         try:
             yield
         finally:
             processor._attention_backend = before
+
+
+def _stand_in(users_own):
+    """The native backend, with the one that it stands in for."""
+    native = native_backend()
+    name = str.__new__(type(native), native.value)
+    name._name_, name._value_, name.users_own = native.name, native.value, users_own
+    return name
 
 
 def _others_wait(module: torch.nn.Module):
@@ -193,7 +204,7 @@ def _watchable_backend(module: torch.nn.Module, run: LayerRun, state: LayerState
             return parallel.running(module, run, state)
     if not _bypasses(processor):
         return contextlib.nullcontext()
-    return _switched(processor, native_backend())
+    return _switched(processor)
 
 
 def check_reached(run: LayerRun, ran: bool, reached: bool, module: torch.nn.Module) -> None:

@@ -90,19 +90,6 @@ def test_lists_refuse_what_they_cannot_hold():
         Plan.from_lists([0, 1, 1, 1, 2, 3], [0, 0, 0, 1, 2, 3], True, blocks, blocks)
 
 
-@given(st.integers(0, 10_000), st.sampled_from([(1, 1), (2, 3)]))
-def test_block_masks_make_runs(seed, lists):
-    draw = torch.Generator().manual_seed(seed)
-    mask = torch.rand(*lists, 9, 30, generator=draw) < 0.1
-    mask[..., 0] = True
-    mask[:, :, 4], mask[0, 0, 7, :11] = True, True
-    blocks = even_blocks(36, 4), even_blocks(90, 3)
-    plan = Plan.from_block_mask(mask, *blocks)
-    assert plan.kv_indices.shape[-1] < 20 and int(plan.kv_num_blocks[0, 0, 4]) == 30
-    for b, h in np.ndindex(*lists):
-        assert np.array_equal(states(plan, b, h) == 2, mask[b, h].numpy())
-
-
 def test_dense_plans_are_linear():
     plan = Dense(block_size=16).plan(Layout.image(512, 512, text=3))
     assert plan.q_blocks.count == 16385 and plan.nbytes < 1 << 20 and plan.is_dense
