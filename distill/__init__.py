@@ -1,1 +1,1 @@
-"""Teacher-student training of sparse and linear attention."""
+"""Teacher-student training of sparse attention."""

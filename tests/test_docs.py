@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -126,7 +127,7 @@ def test_examples_run(document, title, restored, tiny_wan, monkeypatch):
 
 
 def test_every_way_to_contribute_has_an_example():
-    wanted = {"Adding a method", "Adding a model family", "Adding a kernel"}
+    wanted = {"Adding a method", "Adding a model family", "Adding a kernel", "Adding an objective"}
     assert wanted <= set(sections("CONTRIBUTING.md"))
 
 
@@ -134,7 +135,8 @@ def test_every_way_to_contribute_has_an_example():
     "document",
     (
         *DOCUMENTS,
-        *("samples/README.md", "docs/sample-model.md", "docs/head-guidance.md", "docs/distill.md"),
+        "samples/README.md",
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")),
     ),
 )
 def test_links_lead_somewhere(document):
@@ -151,3 +153,26 @@ def test_ci_runs_the_readme_test_command():
     ci = text_of(".ci/run").splitlines()
     assert "pip install --quiet -c .ci/constraints.txt -e '.[dev]'" in ci
     assert ci[-1] == command
+
+
+# A number in prose with its source behind it, unseen in the page: file, path in it, format.
+NUMBER = re.compile(r"([\d.,]+)<!-- (\S+\.json) (\S+) (\S+) -->")
+
+
+def value_at(data, path: str):
+    for key in path.split("."):
+        data = data[int(key)] if isinstance(data, list) else data[key]
+    return data
+
+
+def test_numbers_are_those_of_the_files_beside_them():
+    documents = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+    found = [(d, *groups) for d in documents for groups in NUMBER.findall(text_of(d))]
+    assert {d for d, *_ in found} >= {"README.md", "docs/performance.md"}
+    for document, number, file, path, form in found:
+        value = value_at(json.loads((ROOT / file).read_text(encoding="utf-8")), path)
+        assert number == format(value, form), f"{document}: {number}, but {file} {path} is {value}"
+
+
+def test_the_readme_fits_on_two_screens():
+    assert len(text_of("README.md").splitlines()) <= 140

@@ -41,7 +41,7 @@ def run(args, methods, work) -> dict:
         _pyplot()
     found = []
     for method in methods:
-        frame = tuple(args.frame) if method.name == "radial" else None
+        frame = tuple(args.frame) if method.for_videos else None
         print(f"\n{method!r}")
         print(f"{'tokens':>8}{'density':>9}{'plan':>10}{'time':>10}{'dense':>10}")
         result = growth(

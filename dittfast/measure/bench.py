@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..attention import BACKENDS, choose_backend, method_attention, method_call
 from ..layout import Layout
+from ..methods import METHODS
 from ..methods.base import Method
 from ..plan import Plan
 from ..testing import attention_inputs
@@ -20,8 +21,7 @@ from .check import check_parity, detached
 from .flex import flex_function
 from .timing import check_repeats, interleaved_seconds, percentiles, synchronize, with_gradient
 
-# Methods that tell frames apart: with only a number of tokens given they get a video.
-_VIDEO_METHODS = ("radial",)
+# Of a method that tells frames apart, where only a number of tokens is given.
 _DEFAULT_FRAMES = 16
 
 
@@ -67,7 +67,11 @@ def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layo
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if frames is None:
-        frames = math.gcd(tokens, _DEFAULT_FRAMES) if method in _VIDEO_METHODS else 1
+        frames = (
+            math.gcd(tokens, _DEFAULT_FRAMES)
+            if method in METHODS and METHODS[method].for_videos
+            else 1
+        )
     if frames < 1 or tokens % frames:
         raise ValueError(f"{tokens} tokens do not fill {frames} frames; give height and width")
     area = tokens // frames

@@ -24,12 +24,14 @@ class Method(ABC):
         static: True if the plan depends on the layout alone, so that it can be cached; False if
             it is made from q and k at every call.
         needs_grid: True if the method has no meaning for a text-only layout.
+        for_videos: True if the method tells frames apart, so that benchmarks give it a video.
         dense: True if every token sees every valid one, so that the model's own attention does.
     """
 
     name: ClassVar[str]
     static: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
+    for_videos: ClassVar[bool] = False
     dense: ClassVar[bool] = False
 
     @abstractmethod
@@ -64,6 +66,13 @@ class Method(ABC):
         Once it ran for a layout and device, planning can be traced by ``torch.compile``. What is
         kept is bounded, so call it before every pass: it costs little where nothing is missing.
         """
+
+    def least(self) -> Method:
+        """The method without what it keeps for the values of q and k on top of a fixed number.
+
+        Estimates plan it on random q and k: its density is then the least there can be.
+        """
+        return self
 
     def extend(
         self, layout: Layout, k: torch.Tensor, v: torch.Tensor, **parameters: torch.Tensor

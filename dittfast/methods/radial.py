@@ -65,6 +65,7 @@ class Radial(Method):
     """
 
     name: ClassVar[str] = "radial"
+    for_videos: ClassVar[bool] = True
 
     decay_factor: float = 1.0
     block_size: int = 128

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar, NamedTuple
 
@@ -93,6 +93,10 @@ class Rectified(DynamicMethod):
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must lie in [0, 1], a share of the mass; got {self.top_p!r}")
         check_choice("order", self.order, ORDERS)
+
+    def least(self) -> Rectified:
+        """The best blocks alone: neighbours and probable blocks depend on q and k."""
+        return replace(self, neighbors=False, top_p=0.0)
 
     def num_kept(self, layout: Layout) -> int:
         """Least number of key blocks of image tokens that a query block keeps by its scores."""

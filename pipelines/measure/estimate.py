@@ -144,7 +144,7 @@ def method_estimate(
         method.name,
         settings,
         density=plan.density,
-        at_least=method.name == "rectified",
+        at_least=method.least() != method,
         dense_layers=dense_layers,
         attention=attention,
         fewer_flops=cost.speedup(attention / cost.attention),
@@ -157,9 +157,7 @@ def _plan(method: Method, layout: Layout) -> Plan:
     """The plan; where it is chosen from q and k, that of random ones, which has as many blocks."""
     if method.static:
         return method.plan(layout)
-    if method.name == "rectified":
-        # Its least: the best blocks alone. Neighbours and probable blocks depend on q and k.
-        method = dataclasses.replace(method, neighbors=False, top_p=0.0)
+    method = method.least()
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
     with torch.no_grad():
