@@ -86,6 +86,15 @@ def _install(model: torch.nn.Module, state: ModelState) -> None:
     swap(model, state, **members)
 
 
+def _join(model: torch.nn.Module, state: ModelState) -> None:
+    """Install a state, beside the guidance of a transformer that is only guided."""
+    if is_swapped(model):
+        below = model._dittfast
+        state.guidance, state.below = below.guidance, below
+        _uninstall(model)
+    _install(model, state)
+
+
 def _uninstall(model: torch.nn.Module) -> None:
     layers = list(model._dittfast.layers.values())
     for module in model.modules():
@@ -108,7 +117,8 @@ class _Handle:
     def _check(self, what: str) -> None:
         """Raise ValueError where a transformer is enabled by somebody else's call."""
         for model, state in self._states.values():
-            if is_swapped(model) and model._dittfast is not state:
+            other = model._dittfast if is_swapped(model) else None
+            if other is not None and other is not state and not other.only_guided:
                 raise ValueError(
                     f"{what}: dittfast has been enabled on this pipeline by another call, with "
                     f"{model._dittfast.session.method}; call dittfast.disable(pipe) first"
@@ -116,8 +126,8 @@ class _Handle:
 
     def _put_in(self) -> None:
         for model, state in self._states.values():
-            if not is_swapped(model):
-                _install(model, state)
+            if not is_swapped(model) or model._dittfast.only_guided:
+                _join(model, state)
 
     def _take_out(self) -> None:
         for model, state in self._states.values():
@@ -162,14 +172,11 @@ class Disabled(_Handle):
             return
         if error is None:
             self._check("cannot enable again what `with dittfast.disable(...)` took out")
-        mine = transformers_of(self._pipe).values()
-        free = {
-            name: (model, state)
-            for name, (model, state) in self._states.items()
-            if not is_swapped(model) and any(model is m for m in mine)
-        }
-        for model, state in free.values():
-            _install(model, state)
+        mine = list(transformers_of(self._pipe).values())
+        for model, state in self._states.values():
+            is_free = not is_swapped(model) or model._dittfast.only_guided
+            if is_free and any(model is m for m in mine):
+                _join(model, state)
 
 
 def enable(
@@ -227,13 +234,9 @@ def enable(
             )
         own = {n: _layer_parameters(method, m) for n, m in layers.items()}
         state = ModelState(session, family, own)
-        if below is not None:
-            state.guidance, state.below = below.guidance, below
         states[name] = model, state
     for name, (model, state) in states.items():
-        if is_swapped(model):
-            _uninstall(model)
-        _install(model, state)
+        _join(model, state)
         _log(name, model, state)
     _remember(pipe, models.values())
     for sentence in other_models(pipe):

@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
-import torch.utils.checkpoint
 
 from .families.sequences import Sequences
 from .layer import AttentionCore, LayerRun
 
-_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 _NOTE = "_dittfast_passes"
 
 
@@ -230,16 +228,23 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _checkpoint_file() -> str | None:
+    """Where PyTorch's checkpointing is written; None while nobody has imported it."""
+    module = sys.modules.get("torch.utils.checkpoint")
+    return None if module is None else module.__file__
+
+
 def _checkpointed_calls(frame: FrameType | None) -> Iterator[object]:
     """What PyTorch keeps for each checkpointed call that ``frame`` runs in, on the way forward."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    file = _checkpoint_file()
+    hooks = None if file is None else torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None:  # without a frame of its own: torch.distributed's composable form
         inside = dict(zip(hooks[0].__code__.co_freevars, hooks[0].__closure__ or ()))
-        if hooks[0].__code__.co_filename == _CHECKPOINT_FILE and "frame" in inside:
+        if hooks[0].__code__.co_filename == file and "frame" in inside:
             yield inside["frame"].cell_contents
-    while frame is not None:
+    while file is not None and frame is not None:
         code = frame.f_code
-        if code.co_filename == _CHECKPOINT_FILE:
+        if code.co_filename == file:
             if code.co_name == "forward":  # reentrant
                 yield frame.f_locals["ctx"]
             elif code.co_name == "checkpoint" and "gen" in frame.f_locals:
@@ -249,9 +254,10 @@ def _checkpointed_calls(frame: FrameType | None) -> Iterator[object]:
 
 def _calls_run_again(frame: FrameType | None) -> Iterator[object]:
     """The same objects, where the calls are computed again."""
-    while frame is not None:
+    file = _checkpoint_file()
+    while file is not None and frame is not None:
         code = frame.f_code
-        if code.co_filename == _CHECKPOINT_FILE:
+        if code.co_filename == file:
             if code.co_name == "backward":  # reentrant
                 yield frame.f_locals["ctx"]
             elif code.co_name == "unpack_hook":

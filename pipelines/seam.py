@@ -220,8 +220,16 @@ def check_reached(run: LayerRun, ran: bool, reached: bool, module: torch.nn.Modu
     )
 
 
+def _new(cls, *args, **kwargs):
+    """Whoever calls the class of an enabled model gets a stock one: from_pretrained, for one."""
+    stock = stock_class(cls)
+    made = stock.__new__(stock)
+    made.__init__(*args, **kwargs)
+    return made
+
+
 def _deepcopy(self, memo):
-    twin = type(self).__new__(type(self))
+    twin = object.__new__(type(self))
     memo[id(self)] = twin
     twin.__dict__ = copy.deepcopy(self.__dict__, memo)
     return twin
@@ -237,6 +245,7 @@ def _reduce(self, protocol):
 def _subclass(cls: type, members: tuple) -> type:
     fields = {
         **{name: make(cls) if name == "forward" else make for name, make in members},
+        "__new__": _new,
         "__deepcopy__": _deepcopy,
         "__reduce_ex__": _reduce,
         "__module__": cls.__module__,

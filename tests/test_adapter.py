@@ -433,6 +433,43 @@ def test_not_a_pipeline():
         dittfast.enable("pipe", Band())
 
 
+def test_the_class_of_an_enabled_model_makes_stock_ones(tmp_path):
+    """from_pretrained, from_config and EMA call type(model)."""
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+    stock, kind = forward(model, inputs), type(model)
+    with dittfast.enable(model, Band(), backend="reference"):
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert type(loaded) is type(type(model).from_config(model.config)) is kind
+        assert torch.equal(forward(loaded.eval(), inputs), stock)
+        twin = copy.deepcopy(model)
+        assert type(twin) is type(model) is not kind
+        assert torch.equal(forward(twin, inputs), forward(model, inputs))
+
+
+def test_one_of_two_experts_is_enabled_and_both_are_guided():
+    pipe = tiny.wan_pipeline()
+    pipe.register_modules(transformer_2=tiny.wan_transformer())
+    before = {n: type(m) for n, m in pipe.transformer_2.named_modules()}
+    dittfast.enable(pipe.transformer, Band(), backend="reference")
+    with dittfast.guide(pipe, heads=[(0, 0)]):
+        assert all(models.is_swapped(m) for m in (pipe.transformer, pipe.transformer_2))
+    assert models.is_swapped(pipe.transformer)
+    assert {n: type(m) for n, m in pipe.transformer_2.named_modules()} == before
+
+
+def test_guided_inside_a_block_of_disable():
+    """Leaving the block puts the method beside the guidance."""
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+    with dittfast.enable(model, Band(), backend="reference"):
+        with dittfast.guide(model, heads=[(0, 0)]):
+            both = forward(model, inputs)
+        with dittfast.disable(model):
+            dittfast.guide(model, heads=[(0, 0)])
+        assert torch.equal(forward(model, inputs), both)
+        dittfast.unguide(model)
+
+
 def test_a_method_that_never_ran_is_said(pipe):
     with dittfast.enable(pipe, Band(), backend="reference", dense_first_steps=99) as enabled:
         tiny.run(pipe, num_inference_steps=2)

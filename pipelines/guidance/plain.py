@@ -207,18 +207,21 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
     elif options:
         raise ValueError(f"give a HeadGuidance or its fields, not both; got {sorted(options)} too")
     models = transformers_of(pipe)
-    plain = not any(is_swapped(model) for model in models.values())
+    plain = [model for model in models.values() if not is_swapped(model)]
     guided = []
     for model in models.values():
         if is_swapped(model) and model._dittfast.guidance is not None:
             raise ValueError("this pipeline is guided already; call dittfast.unguide(pipe) first")
         weakening = HeadWeakening(config, head_strengths(heads_by_layer(model), config))
         guided.append((model, GuidanceState(weakening)))
-    if plain:
+    if len(plain) == len(models):
         enable(pipe, Dense())
+    else:
+        for model in plain:
+            enable(model, Dense())
     for model, guidance in guided:
         model._dittfast.guidance = guidance
-        model._dittfast.only_guided = plain
+        model._dittfast.only_guided = any(model is m for m in plain)
     return Guided(guided)
 
 
