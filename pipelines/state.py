@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -193,6 +194,7 @@ class ModelState:
         self.parts = BytesLRU(_MOST_KEPT, _MOST_BYTES)
         self._here = _Here()
         self._counting = threading.Lock()
+        self._untraced = _untraced()
 
     def __deepcopy__(self, memo):
         twin = memo[id(self)] = ModelState.__new__(ModelState)
@@ -234,42 +236,12 @@ class ModelState:
 
     # A pass.
 
-    @torch.compiler.disable(
-        recursive=False,
-        reason="dittfast reads layout and step outside of the graph. For a graph without a break "
-        "compile with pipe.transformer.compile() or pipe.transformer.compile_repeated_blocks()",
-    )
     def run(self, model: torch.nn.Module, call: Callable, args: tuple, kwargs: dict):
         """One call of the transformer: ``call(model, *args, **kwargs)`` as a pass, guided or not.
 
         Not traced by torch.compile, which then starts at the model's own forward.
         """
-        current, leave = self._begin(model, args, kwargs)
-        try:
-            out = call(model, *args, **kwargs)
-        finally:
-            leave()
-        return self._end(model, current, args, kwargs, out)
-
-    @torch.compiler.disable
-    def _begin(self, model: torch.nn.Module, args: tuple, kwargs: dict):
-        again, current = self.passes.run_again()
-        if current is None:
-            current = self.begin(model, bind_arguments(model, args, kwargs), stock=again)
-        elif self.guidance is not None:
-            raise RuntimeError(
-                "a checkpoint around the whole transformer cannot run guidance again in the "
-                "backward pass; checkpoint with transformer.enable_gradient_checkpointing()"
-            )
-        return current, self.passes.enter(current)
-
-    @torch.compiler.disable
-    def _end(self, model: torch.nn.Module, current: Pass, args: tuple, kwargs: dict, out):
-        self._check_reached(current)
-        if self.guidance is not None and self.weakening is None and not in_backward():
-            arguments = bind_arguments(model, args, kwargs)
-            out = self.guidance.guide(model, self, current, arguments, out)
-        return out
+        return self._untraced.run(self, model, call, args, kwargs)
 
     def begin(self, model: torch.nn.Module, arguments: dict, stock: bool = False) -> Pass:
         """Decide, before a forward pass, what each layer runs in it.
@@ -419,6 +391,58 @@ class ModelState:
                 "tokens, the length of its layout, so dittfast had no effect. If the layout was "
                 "passed to dittfast.enable, count its text and grid again"
             )
+
+
+def _run(state: ModelState, model, call: Callable, args: tuple, kwargs: dict):
+    current, leave = state._untraced.begin(state, model, args, kwargs)
+    try:
+        out = call(model, *args, **kwargs)
+    finally:
+        leave()
+    return state._untraced.end(state, model, current, args, kwargs, out)
+
+
+def _begin(state: ModelState, model, args: tuple, kwargs: dict):
+    again, current = state.passes.run_again()
+    if current is None:
+        current = state.begin(model, bind_arguments(model, args, kwargs), stock=again)
+    elif state.guidance is not None:
+        raise RuntimeError(
+            "a checkpoint around the whole transformer cannot run guidance again in the backward "
+            "pass; checkpoint with transformer.enable_gradient_checkpointing()"
+        )
+    return current, state.passes.enter(current)
+
+
+def _end(state: ModelState, model, current: Pass, args: tuple, kwargs: dict, out):
+    state._check_reached(current)
+    if state.guidance is not None and state.weakening is None and not in_backward():
+        arguments = bind_arguments(model, args, kwargs)
+        out = state.guidance.guide(model, state, current, arguments, out)
+    return out
+
+
+class _Untraced(NamedTuple):
+    run: Callable
+    begin: Callable
+    end: Callable
+
+
+@functools.cache
+def _untraced() -> _Untraced:
+    """The parts of a pass that torch.compile leaves alone; it still compiles what ``run`` calls.
+
+    Not decorators: those import the compiler, which ``import dittfast`` does without.
+    """
+    reason = (
+        "dittfast reads layout and step outside of the graph. For a graph without a break compile "
+        "with pipe.transformer.compile() or pipe.transformer.compile_repeated_blocks()"
+    )
+    return _Untraced(
+        torch.compiler.disable(_run, recursive=False, reason=reason),
+        torch.compiler.disable(_begin),
+        torch.compiler.disable(_end),
+    )
 
 
 def device_of(arguments) -> torch.device:
