@@ -241,13 +241,10 @@ def not_supported_reasons(q, k, v) -> list[str]:
         reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
     interpreted = isinstance(block_sparse.forward_kernel, InterpretedFunction)
     tracing = torch.compiler.is_compiling()  # the op itself refuses an unknown device too
-    reason = (
-        None
-        if tracing or q.device.type != "cuda"
-        else not_supported_reason(capability_of(q.device))
-    )
-    if reason:
-        reasons.append(reason)
+    # A fake tensor on "cuda" has no device where there is none.
+    if not tracing and q.device.type == "cuda" and torch.cuda.is_available():
+        reason = not_supported_reason(capability_of(q.device))
+        reasons += [reason] if reason else []
     if interpreted and q.dtype == torch.bfloat16 and not (tracing or _interprets_bfloat16()):
         reasons.append(
             "Triton's interpreter multiplies the bits of bfloat16 as integers; use float32 or "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +15,7 @@ import tiny
 import torch
 
 from dittfast.attention import BACKENDS
+from dittfast.kernels import native
 from dittfast.pipelines.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +175,22 @@ def test_numbers_are_those_of_the_files_beside_them():
     for document, number, file, path, form in found:
         value = value_at(json.loads((ROOT / file).read_text(encoding="utf-8")), path)
         assert number == format(value, form), f"{document}: {number}, but {file} {path} is {value}"
+
+
+def test_the_backends_say_what_they_take():
+    """``dittfast doctor --markdown docs/backends.md`` writes it again; not in the interpreter."""
+    table = text_of("docs/backends.md")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "from dittfast.cli.doctor import backends_markdown; print(backends_markdown(), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    lines, printed = table.splitlines(), done.stdout.splitlines()
+    if native.unavailable() is not None:  # without a compiler it takes nothing here
+        lines, printed = ([x for x in y if "| `native` |" not in x] for y in (lines, printed))
+    assert printed == lines
+    assert "| `triton` | cuda | float32, float16, bfloat16 | 16 to 256 in steps of 16 |" in table
 
 
 def test_the_readme_fits_on_two_screens():

@@ -25,7 +25,7 @@ def named_files(title: str) -> set[str]:
     """The files below ``Files:`` in a section of CONTRIBUTING.md; NAME stands for any name."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
-    paragraph = re.search(r"^Files: (.*?)\n\n", section, re.MULTILINE | re.DOTALL)[1]
+    paragraph = re.search(r"^Files: (.*?)(?:\n\n|\Z)", section, re.MULTILINE | re.DOTALL)[1]
     return set(re.findall(r"`([\w/]+\.py)`", paragraph))
 
 

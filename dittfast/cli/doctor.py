@@ -6,14 +6,24 @@ import argparse
 import platform
 import shutil
 
+from dittfast.files import check_output, write_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``dittfast doctor`` has no options."""
+    """The options of ``dittfast doctor``."""
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="only write a table of what the backends take, here"
+    )
     parser.epilog = "exit code: 0 if attention runs and is right on every device here, else 1"
 
 
 def run(args) -> int:
     """Print the findings; 1 if a device has no backend that runs and agrees with the oracle."""
+    if args.markdown is not None:
+        check_output(args.markdown, (".md",))
+        write_text(args.markdown, backends_markdown())
+        print(f"wrote {args.markdown}")
+        return 0
     _print_versions()
     healthy = _print_devices()
     _print_native()
@@ -138,6 +148,56 @@ def _print_native() -> None:
     _row("built with", found.compiler)
     _row("instructions", found.instructions)
     _row("kept in", str(found.folder or "no folder: every process compiles it again (see above)"))
+
+
+def backends_markdown() -> str:
+    """docs/backends.md: what each backend takes, as its own checks answer."""
+    from dittfast.attention import BACKENDS
+
+    rows = [
+        "# Backends",
+        "",
+        "Printed by `dittfast doctor --markdown docs/backends.md` from the checks that refuse",
+        "tensors. All run forward and backward, under any plan, at any length.",
+        '`backend="auto"` takes `triton` on GPUs and `native` on CPUs (`cpu` where there is no C',
+        "compiler, and for fp64), and PyTorch's own attention where the plan leaves nothing out. A",
+        "backend that is named runs or raises.",
+        "",
+        "| backend | devices | dtypes | head dims up to 512 |",
+        "|---|---|---|---|",
+    ]
+    for name, load in BACKENDS.items():
+        devices, dtypes, dims = _taken(load())
+        rows.append(f"| `{name}` | {devices} | {dtypes} | {dims} |")
+    return "\n".join(rows) + "\n"
+
+
+def _taken(backend) -> tuple[str, str, str]:
+    """Devices, dtypes and head dims that a backend does not refuse, tried on fake tensors."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def takes(device="cpu", dtype=torch.float32, dim=64) -> bool:
+        q = torch.empty(1, 1, 8, dim, dtype=dtype, device=device)
+        return not backend.not_supported_reasons(q, q, q)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        devices = [d for d in ("cuda", "cpu") if takes(d)]
+        if not devices:
+            return "none here", "", ""
+        on = devices[0]
+        dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        names = [str(d).removeprefix("torch.") for d in dtypes if takes(on, d)]
+        dims = [dim for dim in range(1, 513) if takes(on, torch.float32, dim)]
+    return ", ".join(devices), ", ".join(names), _span(dims)
+
+
+def _span(numbers: list[int]) -> str:
+    """``[16, 32, 48]`` as ``16 to 48 in steps of 16``."""
+    step = numbers[1] - numbers[0]
+    if numbers != list(range(numbers[0], numbers[-1] + 1, step)):
+        return ", ".join(map(str, numbers))
+    return f"{numbers[0]} to {numbers[-1]}" + (f" in steps of {step}" if step > 1 else "")
 
 
 def _print_triton() -> None:
