@@ -6,11 +6,23 @@ import math
 
 import torch
 
-# `dittfast bench break-even` and, for half precision, the same measurement with one thread: 4 heads
-# of 64, forward, planning included, default options, images (radial: up to 16 frames): the smallest
-# power of two from which the median was faster than dense attention. AMD Zen 3, AVX2, which has no
-# instruction that multiplies half precision; see docs/performance.md.
+# 4 heads of 64, forward, the planning of dynamic methods included, default options, images (radial:
+# up to 16 frames): the smallest power of two, from 512 on, from which the median was faster than
+# dense attention. AMD Zen 3, AVX2, which has no instruction that multiplies half precision: what
+# holds there is no measurement for CPUs that do. See docs/performance.md.
 MEASURED = {
+    ("local", "native", "float32"): 512,
+    ("log_linear", "native", "float32"): 1024,
+    ("radial", "native", "float32"): 512,
+    ("rectified", "native", "float32"): 2048,
+    ("local", "native", "bfloat16"): 512,
+    ("log_linear", "native", "bfloat16"): 1024,
+    ("radial", "native", "bfloat16"): 512,
+    ("rectified", "native", "bfloat16"): 2048,
+    ("local", "native", "float16"): 512,
+    ("log_linear", "native", "float16"): 512,
+    ("radial", "native", "float16"): 512,
+    ("rectified", "native", "float16"): 512,
     ("local", "cpu", "float32"): 4096,
     ("log_linear", "cpu", "float32"): 4096,
     ("radial", "cpu", "float32"): 16384,

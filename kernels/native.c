@@ -362,6 +362,8 @@ static int cull_block(const Problem *p, Scratch *s, int tile, int32_t block)
         if (column[i] < x0) x0 = column[i];
         if (column[i] > x1) x1 = column[i];
     }
+    /* Context alone has no box, and sees everything. */
+    if (y0 > y1) y0 = y1 = x0 = x1 = 0;
     const int32_t start = p->walked.starts[block], end = start + p->walked.lengths[block];
     if (!append(&s->seen, NULL, end - start) || !append(&s->undecided, NULL, end - start)) return 0;
     int32_t frame = 0;

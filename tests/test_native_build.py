@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import assert_parity, ragged_blocks, random_plan, random_rule
 
 from dittfast import attend, methods
 from dittfast.attention import choose_backend
@@ -70,6 +71,19 @@ def test_it_is_compiled_once_and_only_for_its_user(compiles, tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (file,) = folder.iterdir()
     assert file.suffix == ".so"
+
+
+@pytest.mark.parametrize("width", ["-DLANES=16", "-DLANES=4 -DVECTORS=4"])
+def test_vectors_of_other_widths_are_right(width, compiles, monkeypatch):
+    """As on CPUs with AVX-512 and NEON, though this one may have neither."""
+    flags = [*native_build._flags(), *width.split()]
+    monkeypatch.setattr(native_build, "_flags", lambda: flags)
+    library = fresh()
+    monkeypatch.setattr(native, "library", lambda: library)
+    blocks = ragged_blocks(111, 70, 3, shuffle=True)
+    plan = random_plan(blocks, blocks, (1, 2), random_rule(111, 111))
+    assert_parity(plan, "native", head_dim=20)
+    assert_parity(plan, "native", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("change", ["source", "flags", "cpu"])
