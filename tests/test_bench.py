@@ -306,9 +306,10 @@ def test_command_shows_no_speed_of_a_wrong_result(monkeypatch, capsys):
 
 
 def test_command_finds_the_break_even(capsys):
-    assert run("break-even --method local --tokens 16 64 --heads 1 --repeats 1") == 0
+    assert run("break-even --method local --tokens 16 64 --heads 1 --repeats 1 --backend cpu") == 0
     (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]
     assert [r["tokens"] for r in found["rows"]] == [16, 64]
+    assert [r["backend"] for r in found["rows"]] == ["cpu", "cpu"]
     assert found["min_tokens"] == bench.least_faster(found["rows"])
 
 

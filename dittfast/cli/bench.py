@@ -45,9 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time compiled flex_attention too (default: yes)",
     )
     attention.add_argument(
-        "--backend", default="auto", help="auto, triton, native, cpu or reference"
-    )
-    attention.add_argument(
         "--table",
         action="store_true",
         help="float32 and bfloat16, forward and with backward; ends rounds early, so that one "
@@ -66,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"numbers of tokens to try (default: {' '.join(map(str, TOKENS))})",
     )
     even.add_argument("--frames", type=int, metavar="N", help="(default: 1; 16 for radial)")
+    for task in (attention, even):
+        task.add_argument(
+            "--backend", default="auto", help="auto, triton, native, cpu or reference"
+        )
     grows = tasks.add_parser("growth", help="time and plan memory over the number of tokens")
     _add_common(grows)
     growth.add_arguments(grows)
@@ -273,8 +274,8 @@ def _break_even(args, methods, work) -> dict:
         print(f"\n{method!r}")
         print(f"{'tokens':>8}{'density':>9}{'dense':>11}{'attend':>11}{'speed-up':>10}")
         rows = []
-        tokens, frames = args.tokens, args.frames
-        for row in break_even(method, tokens, work, repeats=args.repeats, frames=frames):
+        options = dict(repeats=args.repeats, frames=args.frames, backend=args.backend)
+        for row in break_even(method, args.tokens, work, **options):
             rows.append(row)
             times = (seconds(row[f"{name}_seconds"]["p50"]) for name in ("dense", "attend"))
             cells = "".join(f"{t:>11}" for t in times)

@@ -48,7 +48,7 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bfloat16 on accelerators, float32 on CPUs",
     )
     where.add_argument(
-        "--backend", default="auto", metavar="NAME", help="auto, triton, cpu or reference"
+        "--backend", default="auto", metavar="NAME", help="auto, triton, native, cpu or reference"
     )
 
 

@@ -210,7 +210,13 @@ def _reason(error: BaseException) -> str:
 
 
 def break_even(
-    method: Method, tokens: list[int], work: Workload, *, repeats: int = 10, frames=None
+    method: Method,
+    tokens: list[int],
+    work: Workload,
+    *,
+    repeats: int = 10,
+    frames=None,
+    backend: str = "auto",
 ) -> Iterator[dict]:
     """Rows of :func:`bench_attention` without flex, for growing numbers of tokens.
 
@@ -219,7 +225,8 @@ def break_even(
     """
     for count in sorted(tokens):
         layout = layout_for(count, method.name, frames)
-        yield bench_attention(method, replace(work, layout=layout), repeats=repeats, flex=False)
+        case = replace(work, layout=layout)
+        yield bench_attention(method, case, repeats=repeats, flex=False, backend=backend)
 
 
 def least_faster(rows: list[dict]) -> int | None:

@@ -108,7 +108,9 @@ def check_captured(
     """
     if not captured:
         return Checked(backend, 0, None, None), None
-    backend = choose_backend(captured[0].q.device) if backend == "auto" else backend
+    backend = (
+        choose_backend(captured[0].q.device, captured[0].q.dtype) if backend == "auto" else backend
+    )
     found = [_check(method, c, backend) for c in captured]
     density, work = (statistics.fmean(x) for x in list(zip(*found))[:2])
     return Checked(backend, len(found), density, work), found[0][2]
