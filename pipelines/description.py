@@ -119,7 +119,7 @@ def describe(pipe) -> Description:
         notes.extend(prefix + note for note in other_attention(model, state))
         if state.sequences is not None and state.sequences.rows_differ:
             notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
-        planned = len(state.parts) or state.session.method.name == "dense"
+        planned = len(state.parts) or state.session.method.dense
         if state.num_passes and not state.num_sparse and not planned:
             notes.append(
                 f"{prefix}none of the {state.num_passes} passes so far ran the method: all belong "
@@ -145,7 +145,7 @@ def describe(pipe) -> Description:
 def _why_dense(state: ModelState, name: str, main: PlannedLayout | None) -> str | None:
     if name in state.dense_layers:
         return "dense_layers of the schedule"
-    if state.session.method.name == "dense":
+    if state.session.method.dense:
         return "the method is dense"
     if main is None and len(state.parts) and state.layout is not None:
         tokens = f"{state.layout.num_tokens:,}"

@@ -334,7 +334,7 @@ class ModelState:
         self, sequences: Sequences, device: torch.device, dtype: torch.dtype
     ) -> AttentionCore | None:
         session, family = self.session, self.family
-        if session.method.name == "dense":
+        if session.method.dense:
             # The stock attention, not a plan that lists every block.
             return None
         planned = []
