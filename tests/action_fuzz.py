@@ -275,6 +275,8 @@ def leave(world):
 
 def run_pass(world, size, mode="no_grad"):
     exact, mask, schedule = world.expectation(size)
+    if schedule and schedule.dense_last_steps:
+        return  # a pass outside of a pipeline belongs to no number of steps
     arguments = inputs(world.family, size)  # made outside of inference mode
     with getattr(torch, mode)():
         found = world.pipe.transformer(**arguments)[0]
@@ -301,6 +303,10 @@ def generate(world, size, steps=3):
 def train(world, sizes, update=False):
     """One backward of one or two passes; both models take the twin's step."""
     exact, mask, schedule = world.expectation(sizes[0])
+    if schedule and schedule.dense_last_steps:
+        return  # a pass outside of a pipeline belongs to no number of steps
+    if not any(p.requires_grad for p in world.twin.transformer.parameters()):
+        return  # PEFT freezes the model, and leaves it frozen
     exact = exact and "guided" not in world.flags  # a sum of one more term
     if mask is not None:
         if schedule.dense_first_steps or schedule.dense_last_steps:
