@@ -6,6 +6,11 @@ from pathlib import Path
 
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core. Threads beyond that wait for each other, also in what tests start.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 if not torch.cuda.is_available():
     # Must be set before the first kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
