@@ -11,9 +11,9 @@ from dittfast.methods.head_guidance import HeadGuidance as HeadGuidance
 from dittfast.pipelines.adapter import disable as disable
 from dittfast.pipelines.adapter import enable as enable
 from dittfast.pipelines.description import describe as describe
-from dittfast.pipelines.guidance import guide as guide
-from dittfast.pipelines.guidance import unguide as unguide
-from dittfast.pipelines.guider import HeadGuider as HeadGuider
+from dittfast.pipelines.guidance.guider import HeadGuider as HeadGuider
+from dittfast.pipelines.guidance.plain import guide as guide
+from dittfast.pipelines.guidance.plain import unguide as unguide
 from dittfast.pipelines.headhunter.hunt import hunt as hunt
 from dittfast.pipelines.processors import HeadGuidanceAttnProcessor as HeadGuidanceAttnProcessor
 from dittfast.pipelines.processors import LocalAttnProcessor as LocalAttnProcessor

@@ -228,6 +228,16 @@ def _interprets_bfloat16() -> bool:
 
 def not_supported_reasons(q, k, v) -> list[str]:
     """Why the kernels cannot run these tensors, with what to do; empty where they can."""
+    reasons = tensor_reasons(q, k, v)
+    # The op itself refuses an unknown device, so tracing need not look.
+    if block_sparse is None or q.device.type != "cuda" or torch.compiler.is_compiling():
+        return reasons
+    reason = not_supported_reason(capability_of(q.device))
+    return [*reasons, reason] if reason else reasons
+
+
+def tensor_reasons(q, k, v) -> list[str]:
+    """The reasons that lie in the tensors, whichever GPU they are on."""
     if block_sparse is None:
         return ["Triton is not installed (pip install triton, Linux only); use backend='cpu'"]
     reasons = []
@@ -240,11 +250,7 @@ def not_supported_reasons(q, k, v) -> list[str]:
     if q.dtype not in DTYPES:
         reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
     interpreted = isinstance(block_sparse.forward_kernel, InterpretedFunction)
-    tracing = torch.compiler.is_compiling()  # the op itself refuses an unknown device too
-    # A fake tensor on "cuda" has no device where there is none.
-    if not tracing and q.device.type == "cuda" and torch.cuda.is_available():
-        reason = not_supported_reason(capability_of(q.device))
-        reasons += [reason] if reason else []
+    tracing = torch.compiler.is_compiling()
     if interpreted and q.dtype == torch.bfloat16 and not (tracing or _interprets_bfloat16()):
         reasons.append(
             "Triton's interpreter multiplies the bits of bfloat16 as integers; use float32 or "

@@ -27,7 +27,7 @@ import dittfast.measure.tables, accelerate
 import diffusers.pipelines.flux.pipeline_flux
 from dittfast import break_even, files
 from dittfast.cli import main
-from dittfast.pipelines import sources
+from dittfast.pipelines.runs import sources
 break_even.MEASURED = break_even.ESTIMATED = {}
 
 arguments, output, every = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])

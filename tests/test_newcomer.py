@@ -45,7 +45,7 @@ def words_of(node: ast.AST) -> list[str]:
 def mentions() -> dict[str, set[str]]:
     """Word -> files of the code that mention it."""
     found = defaultdict(set)
-    for path in tracked_files():
+    for path in tracked_files(".py"):
         if path.split("/")[0] in CODE:
             for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
                 for word in words_of(node):

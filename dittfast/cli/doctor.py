@@ -179,7 +179,9 @@ def _taken(backend) -> tuple[str, str, str]:
 
     def takes(device="cpu", dtype=torch.float32, dim=64) -> bool:
         q = torch.empty(1, 1, 8, dim, dtype=dtype, device=device)
-        return not backend.not_supported_reasons(q, q, q)
+        # Triton asks the GPU, too, which a fake tensor does not have.
+        refuses = getattr(backend, "tensor_reasons", backend.not_supported_reasons)
+        return not refuses(q, q, q)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         devices = [d for d in ("cuda", "cpu") if takes(d)]
