@@ -38,12 +38,14 @@ def _call(self, *args, **kwargs):
 
 
 def _make_forward(cls: type):
-    @functools.wraps(cls.forward)
+    stock = cls.forward  # the function: Dynamo refuses classes that diffusers allows in the graph
+
+    @functools.wraps(stock)
     def forward(self, *args, **kwargs):
         state = self.__dict__.get("_dittfast")
         if state is None or state.passes.current is not None:
-            return cls.forward(self, *args, **kwargs)
-        return state.run(self, cls.forward, args, kwargs)
+            return stock(self, *args, **kwargs)
+        return state.run(self, stock, args, kwargs)
 
     return forward
 

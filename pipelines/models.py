@@ -127,7 +127,9 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.
 
 def backend_of(processor) -> str:
     """The attention backend of diffusers that a processor runs on, by its name there."""
-    chosen = getattr(processor, "_attention_backend", "native")
+    if not hasattr(processor, "_attention_backend"):
+        return "native"
+    chosen = processor._attention_backend
     # While another thread runs the layer on a backend that can be watched, that holds the user's.
     chosen = getattr(chosen, "users_own", chosen)
     if chosen is None:

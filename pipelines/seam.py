@@ -102,16 +102,18 @@ def _call(self, *args, **kwargs):
 
 
 def _make_forward(cls: type):
-    @functools.wraps(cls.forward)
+    stock = cls.forward  # the function: Dynamo refuses classes that diffusers allows in the graph
+
+    @functools.wraps(stock)
     def forward(self, *args, **kwargs):
         state = self.__dict__.get("_dittfast")
         if state is None or torch.compiler.is_compiling():
-            return cls.forward(self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
         if state.watching:
             state.passes.note_current(sys._getframe())
-            return cls.forward(self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
         # Called without __call__: by somebody's own checkpoint around it, for one.
-        return _watch(self, state, cls.forward, args, kwargs)
+        return _watch(self, state, stock, args, kwargs)
 
     return forward
 

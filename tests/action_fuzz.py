@@ -305,8 +305,6 @@ def train(world, sizes, update=False):
     exact, mask, schedule = world.expectation(sizes[0])
     if schedule and schedule.dense_last_steps:
         return  # a pass outside of a pipeline belongs to no number of steps
-    if not any(p.requires_grad for p in world.twin.transformer.parameters()):
-        return  # PEFT freezes the model, and leaves it frozen
     exact = exact and "guided" not in world.flags  # a sum of one more term
     if mask is not None:
         if schedule.dense_first_steps or schedule.dense_last_steps:
@@ -318,6 +316,8 @@ def train(world, sizes, update=False):
         model.zero_grad()
         with mode or contextlib.nullcontext():
             calls = [model(**inputs(world.family, n))[0] for n in sizes]
+            if not any(out.requires_grad for out in calls):
+                return  # PEFT freezes the model, and leaves it frozen
             sum(out.square().mean() for out in calls).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         model.eval()

@@ -7,6 +7,8 @@ from patterns import Band
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dittfast
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.measure.parity import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,28 @@ def test_repeated_blocks_share_their_graphs():
     model = tiny.flux_transformer(4, 5)
     dittfast.enable(model, Band(), backend="reference")
     assert graphs(model) == stock
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "sd3" else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
+)
+def test_no_more_graphs_than_the_stock_model(name):
+    """Also where diffusers lets Dynamo take the attention class whole (SD3)."""
+
+    def graphs(model):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        model.compile(backend=counter)
+        return parity.output(model, inputs), counter.frame_count
+
+    model, inputs = TINY[name].build()
+    stock = graphs(model)[1]
+    model, inputs = TINY[name].build()
+    with dittfast.enable(model, parity.METHODS["local"], backend="cpu", min_tokens=0):
+        eager = parity.output(model, inputs)
+        found, count = graphs(model)
+    assert parity.distance(found, eager) < 1e-4
+    assert count == stock
 
 
 def test_compiling_around_the_reading_of_the_layout():
