@@ -115,18 +115,9 @@ class AttentionCore:
         self.backend = backend
         self.strict = strict
         self.outer_mask = outer_mask
-
-    @property
-    def main(self) -> PlannedLayout:
-        return self.planned[0][0]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.main.num_tokens
-
-    @property
-    def text_before(self) -> int:
-        return self.main.layout.grid_start
+        # Numbers, because Dynamo does not look into a layout's properties.
+        main = planned[0][0].layout
+        self.num_tokens, self.text_before = main.num_tokens, main.grid_start
 
     def rows_of(self, num_tokens) -> tuple[PlannedLayout, ...] | None:
         """The plans for a sequence of this length; None where no layout has it."""

@@ -68,6 +68,7 @@ class Pass:
     Attributes:
         sequences: the layouts that were read.
         step: the 0-based denoising step and the number of steps, where somebody needs it.
+        device: of its tensors; an offloaded model's parameters are elsewhere until it runs.
         runs: what each selected layer runs, by name. Never changed once the pass is made.
         differentiable: whether a backward pass may come back to it.
         ran, reached: names of layers that did their projections, and that met attention over the
@@ -78,12 +79,14 @@ class Pass:
         self,
         sequences: Sequences,
         step: tuple[int, int | None] | None,
+        device: torch.device,
         layers: dict[str, LayerState],
         runs: dict[str, LayerRun],
         differentiable: bool,
     ):
         self.sequences = sequences
         self.step = step
+        self.device = device
         self.layers = layers
         self.runs = runs
         self.differentiable = differentiable
@@ -100,7 +103,8 @@ class Pass:
     def changed(self, runs: dict[str, LayerRun]) -> Pass:
         """The pass in which some layers run something else."""
         runs = {**self.runs, **runs}
-        return Pass(self.sequences, self.step, self.layers, runs, self.differentiable)
+        own = self.sequences, self.step, self.device, self.layers
+        return Pass(*own, runs, self.differentiable)
 
     def saw(self, name: str, ran: bool, reached: bool) -> None:
         """What the call of a layer came to."""

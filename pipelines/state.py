@@ -249,7 +249,7 @@ class ModelState:
         Args:
             stock: whether all layers run the stock attention, whatever the schedule says.
         """
-        sequences = self.read_sequences(model, arguments)
+        sequences, device = self.read_sequences(model, arguments), device_of(arguments)
         step, dense = None, stock or bool(self.session.forced)
         if self.session.needs_steps or self.guidance is not None or self.recorders:
             step = self.session.step(model, self.family, arguments)
@@ -257,7 +257,7 @@ class ModelState:
             dense = self.session.is_dense_step(*step)
         core = None
         if not dense:
-            core = self.core(sequences, device_of(arguments), dtype_of(arguments))
+            core = self.core(sequences, device, dtype_of(arguments))
         if core is not None and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
@@ -267,7 +267,7 @@ class ModelState:
         runs = {name: plain if name in self.dense_layers else sparse for name in self.layers}
         for name, recorder in self.recorders.items():
             runs[name] = LayerRun(runs[name].core, recorder)
-        current = Pass(sequences, step, self.layers, runs, differentiable)
+        current = Pass(sequences, step, device, self.layers, runs, differentiable)
         if self.weakening is not None:
             current = self.weakening.weakened(model, current)
         if differentiable:

@@ -88,6 +88,19 @@ def test_every_family(name):
         assert all(map(torch.equal, parts(model(**inputs)), plain))
 
 
+def test_an_offloaded_model():
+    """Its parameters are on the meta device until a layer runs."""
+    from accelerate import cpu_offload
+
+    model, inputs = TINY["wan"].build()
+    with guide(model, heads=[(0, 0)]), torch.no_grad():
+        (expected,) = parts(model(**inputs))
+        cpu_offload(model, execution_device="cpu")
+        assert next(model.parameters()).device.type == "meta"
+        (found,) = parts(model(**inputs))
+    assert torch.equal(found, expected)
+
+
 class HalvesTurned:
     """Z-Image's pipeline: lists, [cond, uncond], and steps that run without the second half."""
 

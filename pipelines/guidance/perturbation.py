@@ -102,7 +102,7 @@ class HeadWeakening:
 
     def weakened(self, model: torch.nn.Module, current: Pass) -> Pass:
         """The pass ``current`` with the chosen heads weakened."""
-        device = next(model.parameters()).device
+        device = current.device
         with self._lock:
             if device not in self._moved:
                 moved = {name: x.to(device) for name, x in self._strengths.items()}
