@@ -174,5 +174,7 @@ def test_refusals(pipe, tmp_path, capsys):
         pass
     pipe.save_pretrained(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png")]
+    assert main(["generate", "a", *arguments, "--position-until", "0.5"]) == 2
+    assert "add --position-scale 0.5, or fit" in capsys.readouterr().err
     assert main(["generate", "a", *arguments, "--position-scale", "fit"]) == 2
     assert "fit needs a sample model" in capsys.readouterr().err

@@ -118,6 +118,11 @@ def run(args) -> int:
     check_output(output.with_suffix(".json"))
     if output.suffix.lower() == ".mp4":
         check_ffmpeg(output)
+    if args.position_until is not None and args.position_scale is None:
+        raise ValueError(
+            f"--position-until {args.position_until:g} ends what --position-scale does, and that "
+            "is not given; add --position-scale 0.5, or fit"
+        )
     given = {name: getattr(args, name) for name in CALL}
 
     from dittfast.pipelines.runs.call import check_ranges
