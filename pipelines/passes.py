@@ -26,8 +26,8 @@ _NOTE = "_dittfast_passes"
 class LayerState(threading.local):
     """State of one attention layer: each thread has a ``running`` of its own.
 
-    A thread-local object and no ContextVar: torch.compile traces it in every version we support,
-    with a guard that looks at the thread that runs.
+    A thread-local object: torch.compile traces that, with a guard that looks at the thread that
+    runs. Attributes are set in ``__init__``: those of the class it would take for constant.
 
     Attributes:
         name: the module's.
