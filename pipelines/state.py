@@ -71,10 +71,6 @@ class Session:
         self._forced.dense = dense
 
     @property
-    def scheduler(self):
-        return getattr(self._pipe(), "scheduler", None)
-
-    @property
     def pipe(self):
         """The pipeline (or transformer) this session was enabled on; None once it is gone."""
         return self._pipe()

@@ -261,7 +261,7 @@ def test_deepcopy_is_independent(pipe):
     sparse = tiny.run(pipe)
     twin = copy.deepcopy(pipe)
     assert torch.equal(tiny.run(twin), sparse)
-    assert twin.transformer._dittfast.session.scheduler is twin.scheduler
+    assert twin.transformer._dittfast.session.pipe.scheduler is twin.scheduler
     dittfast.disable(pipe)
     assert torch.equal(tiny.run(twin), sparse)
     dittfast.disable(twin)
