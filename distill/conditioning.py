@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dittfast.pipelines.models import bind_arguments, stock_class
+from dittfast.pipelines.models import bind_arguments, known_family
 from dittfast.pipelines.runs.run import without_rounding_by_one
 
 # Given by the training step, not by the recording.
 _INPUTS = ("hidden_states", "timestep")
-# Transformers whose pipelines append channels that stay the same to the noisy latents: a first
-# frame and a mask (WanImageToVideoPipeline).
-_APPENDED_CHANNELS = ("WanTransformer3DModel",)
 
 
 class _Enough(Exception):
@@ -81,14 +78,15 @@ def _read(model: torch.nn.Module, args: tuple, kwargs: dict) -> Conditioning:
             )
     latents = arguments["hidden_states"]
     batch, channels = latents.shape[:2]
-    appended = stock_class(type(model)).__name__ in _APPENDED_CHANNELS
-    noisy = model.config.out_channels if appended else channels
-    # Guidance in one batch puts the prompt's pass last.
+    family = known_family(model)
+    noisy = model.config.out_channels if family and family.appended_channels else channels
+    # Of a batch for guidance, the row of the prompt.
+    row = slice(1) if family and family.cond_first else slice(-1, None)
     found = Conditioning(
         latent_shape=(1, noisy, *latents.shape[2:]), timestep=float(arguments["timestep"].max())
     )
     if noisy < channels:
-        found.own["hidden_states"] = latents[-1:, noisy:].detach().clone()
+        found.own["hidden_states"] = latents[row, noisy:].detach().clone()
     for key, argument in arguments.items():
         if key in _INPUTS or key == "return_dict" or argument is None:
             continue
@@ -98,7 +96,7 @@ def _read(model: torch.nn.Module, args: tuple, kwargs: dict) -> Conditioning:
                 if value not in ({}, [], None):
                     found.constants[name] = value
             elif value.ndim and value.shape[0] == batch:
-                found.own[name] = value[-1:].detach().clone()
+                found.own[name] = value[row].detach().clone()
             else:
                 found.shared[name] = value.detach().clone()
     return found

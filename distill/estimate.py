@@ -12,7 +12,7 @@ from dittfast.pipelines.runs.sources import Source, choose_dtype, find
 
 from .config import DistillConfig
 from .loader import Dataset
-from .student import ADAPTER, add_lora, attention_weights
+from .student import ADAPTER, add_lora
 
 # Bytes that an optimiser keeps for each trained value; Prodigy has two more tensors than AdamW,
 # Muon one less for a matrix.
@@ -77,7 +77,7 @@ def estimate(config: DistillConfig) -> dict:
     shapes = {name: p.numel() for name, p in model.named_parameters()}
     base = 0
     if student.trainable == "attention":
-        base = sum(shapes[name] for name in attention_weights(model, layers))
+        base = sum(shapes[name] for name in family.projection_weights(model, layers))
     elif student.trainable == "all":
         base = total
     lora = 0
@@ -103,7 +103,8 @@ def estimate(config: DistillConfig) -> dict:
         notes.append("activations are not in it: the training set is not prepared yet")
     else:
         blocks = len(layers)
-        wide = _width(model, layers) * tokens * train.batch_size * (size if size > 2 else 2) / 2
+        wide = family.query_width(model.get_submodule(layers[0])) * tokens * train.batch_size
+        wide *= max(size, 2) / 2
         if train.gradient_checkpointing:
             bytes_of["activations, roughly"] = int(wide * (2 * blocks + _SAVED_BYTES))
         else:
@@ -115,12 +116,6 @@ def estimate(config: DistillConfig) -> dict:
         "notes": notes,
         "tokens": tokens,
     }
-
-
-def _width(model: torch.nn.Module, layers: list[str]) -> int:
-    """Channels of a token."""
-    weights = attention_weights(model, layers[:1])
-    return min(model.get_parameter(weights[0]).shape)
 
 
 def _tokens(config: DistillConfig, model, family) -> int | None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dittfast.pipelines.families import FAMILIES
+
 KINDS = ("flow", "epsilon", "v_prediction", "sample")
-# PRXPixelPipeline divides by no smaller time than this.
-SMALLEST_TIME = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,15 @@ class NoiseProcess:
         time_scale: what the model is told at t: ``t * time_scale`` for flow, the index of the
             nearest training step below for the others.
         alphas_cumprod: a of each training step; empty for flow and sample.
-        noise_scale: the noise's standard deviation (PRXPixelPipeline draws with 2).
+        noise_scale: the noise's standard deviation.
+        smallest_time: that a clean picture is divided by, for "sample".
     """
 
     kind: str
     time_scale: float = 1.0
     alphas_cumprod: tuple[float, ...] = ()
     noise_scale: float = 1.0
+    smallest_time: float = 0.05
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -82,7 +84,7 @@ class NoiseProcess:
         """A prediction as the scheduler takes it; all kinds but "sample" are that already."""
         if self.kind != "sample":
             return prediction
-        t = t.to(noisy.dtype).clamp_min(SMALLEST_TIME).view(-1, *[1] * (noisy.ndim - 1))
+        t = t.to(noisy.dtype).clamp_min(self.smallest_time).view(-1, *[1] * (noisy.ndim - 1))
         return (noisy - prediction) / t
 
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
@@ -100,8 +102,11 @@ def process_of(pipe, timestep: float, num_train_timesteps: int) -> NoiseProcess:
         ValueError: a prediction type that is not supported.
     """
     scheduler, config = pipe.scheduler, pipe.scheduler.config
-    if type(pipe).__name__ == "PRXPixelPipeline":
-        return NoiseProcess("sample", 1.0, noise_scale=float(pipe.config.noise_scale))
+    clean = {k: v for f in FAMILIES.values() for k, v in f.clean_pipelines.items()}
+    smallest_time = clean.get(type(pipe).__name__)
+    if smallest_time is not None:
+        noise_scale = float(pipe.config.noise_scale)
+        return NoiseProcess("sample", 1.0, noise_scale=noise_scale, smallest_time=smallest_time)
     prediction = config.get("prediction_type")
     flow = type(scheduler).__name__.startswith("FlowMatch") or prediction == "flow_prediction"
     if flow:

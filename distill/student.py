@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 
 import torch
 
@@ -21,11 +20,6 @@ from .config import ObjectiveConfig, StudentConfig
 from .sharding import is_sharded, local, part, shard
 
 ADAPTER = "dittfast"
-# CLEAR trains these and leaves the text stream's own projections alone. FLUX.2's single blocks have
-# q, k, v and an MLP in one matrix; Kandinsky 5 writes the names out.
-_ATTENTION = re.compile(
-    r"\.(to_(q|k|v|out|query|key|value|qkv_mlp_proj)|out_layer)(\.0)?\.(base_layer\.)?(weight|bias)$"
-)
 
 
 def component_of(pipe, component: str) -> torch.nn.Module:
@@ -38,13 +32,6 @@ def component_of(pipe, component: str) -> torch.nn.Module:
     if component not in models:
         raise ValueError(f"model.component must be one of {', '.join(models)}; got {component!r}")
     return models[component]
-
-
-def attention_weights(model: torch.nn.Module, layers: list[str]) -> list[str]:
-    """Names of to_q, to_k, to_v and to_out parameters of the given attention modules."""
-    inside = tuple(f"{layer}." for layer in layers)
-    names = (name for name, _ in model.named_parameters())
-    return [n for n in names if n.startswith(inside) and _ATTENTION.search(n)]
 
 
 def add_lora(model: torch.nn.Module, rank: int, alpha: float | None, targets, dropout=0.0) -> None:
@@ -140,6 +127,7 @@ class Student(torch.nn.Module):
         enable(pipe, method, schedule=schedule)
         self.transformer = model
         state = model._dittfast
+        self._family = state.family
         self.layers = list(attention_layers(model, state.family))
         chosen = objectives.attention_layers, objectives.feature_layers
         options = "objectives.attention_layers", "objectives.feature_layers"
@@ -181,7 +169,8 @@ class Student(torch.nn.Module):
     def _model_names(self) -> list[str]:
         names = [name for name, _ in self.transformer.named_parameters()]
         if self.kind == "attention":
-            return attention_weights(self.transformer, self.layers)
+            # As CLEAR: the text stream's own projections are left alone.
+            return self._family.projection_weights(self.transformer, self.layers)
         if self.kind == "lora":
             return [name for name in names if f".{ADAPTER}." in name]
         return names if self.kind == "all" else []

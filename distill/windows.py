@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dittfast.pipelines.families import position_ids_in
 from dittfast.pipelines.families.sequences import grids_from_ids
-from dittfast.pipelines.runs.positions import IDS
 
 from .loader import Batch
 
@@ -24,12 +24,13 @@ def window(batch: Batch, size: tuple[int, int], rng: torch.Generator) -> Batch:
     Raises:
         ValueError: the model is given no position ids, or those of more than one picture.
     """
-    ids = batch.arguments.get(IDS)
-    if ids is None:
+    name = position_ids_in(batch.arguments)
+    if name is None:
         raise ValueError(
-            f"train.crop needs a model that is given its positions as {IDS}; this one makes them "
+            "train.crop needs a model that is given its positions as ids; this one makes them "
             "itself, so set train.crop=null"
         )
+    ids = batch.arguments[name]
     grids = grids_from_ids(ids)
     if len(grids) != 1 or batch.latents.shape[1] != grids[0].length:
         raise ValueError(
@@ -43,5 +44,5 @@ def window(batch: Batch, size: tuple[int, int], rng: torch.Generator) -> Batch:
     rows = torch.arange(top, top + size[0])
     columns = torch.arange(left, left + size[1])
     tokens = (rows[:, None] * whole[1] + columns).flatten().to(batch.latents.device)
-    arguments = {**batch.arguments, IDS: ids[..., tokens, :]}
+    arguments = {**batch.arguments, name: ids[..., tokens, :]}
     return Batch(batch.latents[:, tokens], arguments)

@@ -69,8 +69,8 @@ class Watched(Protocol):
         """Whether a layer that never attends over one of these sequences is an error."""
 
     @property
-    def outer_mask(self) -> bool:
-        """Whether an N x N mask is known to be m mᵀ, with all grid tokens valid."""
+    def shortcut(self) -> Callable[[Callable, tuple, dict], torch.Tensor | None] | None:
+        """What answers some other calls of PyTorch, as in :class:`Family`; None where nothing."""
 
     @property
     def num_tokens(self) -> int:
@@ -99,7 +99,8 @@ class AttentionCore:
     Args:
         planned: for each length of sequence one entry for the whole batch, or one per batch row;
             the main sequence first.
-        strict, outer_mask: as in :class:`Watched`.
+        strict, shortcut: as in :class:`Watched`.
+        outer_mask: whether an N x N mask is known to be m mᵀ, with all grid tokens valid.
     """
 
     def __init__(
@@ -109,12 +110,14 @@ class AttentionCore:
         backend: str,
         strict: bool = True,
         outer_mask: bool = False,
+        shortcut: Callable[[Callable, tuple, dict], torch.Tensor | None] | None = None,
     ):
         self.method = method
         self.planned = planned
         self.backend = backend
         self.strict = strict
         self.outer_mask = outer_mask
+        self.shortcut = shortcut
         # Numbers, because Dynamo does not look into a layout's properties.
         main = planned[0][0].layout
         self.num_tokens, self.text_before = main.num_tokens, main.grid_start

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -15,6 +16,18 @@ from .families import FAMILIES, Family
 from .families.sequences import Sequences
 
 LayoutReader = Callable[[torch.nn.Module, dict], Layout | Sequences]
+
+
+class HasComponents(Protocol):
+    """A pipeline of diffusers, plain or modular."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Models and what else it is made of, by name."""
+
+
+# What the public functions take: a pipeline, or its transformer alone.
+Pipeline: TypeAlias = torch.nn.Module | HasComponents
 
 # What wrappers put into the names of the modules they hold.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
@@ -49,7 +62,7 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             return module
 
 
-def transformers_of(pipe) -> dict[str, torch.nn.Module]:
+def transformers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
     """The diffusion transformers of a pipeline, or the model itself, by component name.
 
     Raises:
@@ -72,7 +85,7 @@ def transformers_of(pipe) -> dict[str, torch.nn.Module]:
     return found
 
 
-def exchanged(pipe) -> list[torch.nn.Module]:
+def exchanged(pipe: Pipeline) -> list[torch.nn.Module]:
     """Transformers that are enabled by a pipeline which no longer holds them."""
     try:
         mine = list(transformers_of(pipe).values())
@@ -89,6 +102,11 @@ def exchanged(pipe) -> list[torch.nn.Module]:
     ]
 
 
+def known_family(model: torch.nn.Module) -> Family | None:
+    """The family of a model's class; None where there is no entry."""
+    return FAMILIES.get(stock_class(type(model)).__name__)
+
+
 def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = None) -> Family:
     """How a model is read: as its class is known, or by the layout given.
 
@@ -96,10 +114,10 @@ def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = Non
         ValueError: an unknown class without a layout, or a layout that is neither a Layout nor a
             function.
     """
-    name = stock_class(type(model)).__name__
-    known = FAMILIES.get(name)
+    known = known_family(model)
     if layout is None:
         if known is None:
+            name = stock_class(type(model)).__name__
             raise ValueError(
                 f"no layout reader for {name}; known: {', '.join(sorted(FAMILIES))}. Pass "
                 "layout=Layout.image(height, width, text=...) in tokens, or a function "

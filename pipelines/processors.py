@@ -21,23 +21,19 @@ from dittfast.methods.checks import check_integer
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.plan import to_be_kept
 
+from .families import rotary_reader
 from .guidance.perturbation import Perturbation
 from .layer import AttentionCore, LayerRun, PlannedLayout
-from .rotary import image_layout, video_layout
 from .seam import check_reached, intercept, native_backend
 
 
 def _layout_of(attn: torch.nn.Module, encoder_hidden_states, rotary) -> Layout:
     """The layout of the modules whose rotary embedding tells it."""
     kind = type(attn).__name__
-    if kind == "FluxAttention":
-        joint = encoder_hidden_states is not None
-        return image_layout(rotary, encoder_hidden_states.shape[1] if joint else None)
-    if kind == "WanAttention":
-        head_dim = rotary[0].shape[-1]
-        side = 2 * (head_dim // 6)
-        return video_layout(rotary, head_dim - 2 * side, side)
-    raise ValueError(f"{kind} does not tell the processor its token grid")
+    read = rotary_reader(kind)
+    if read is None:
+        raise ValueError(f"{kind} does not tell the processor its token grid")
+    return read(rotary, None if encoder_hidden_states is None else encoder_hidden_states.shape[1])
 
 
 class _AttnProcessor(abc.ABC):
@@ -193,7 +189,7 @@ class _LastPart:
 
     def __init__(self, inner: Perturbation, parts: int):
         self.inner, self.parts = inner, parts
-        self.strict, self.outer_mask = inner.strict, inner.outer_mask
+        self.strict, self.shortcut = inner.strict, inner.shortcut
         self.num_tokens, self.text_before = inner.num_tokens, inner.text_before
 
     def covers(self, num_tokens: int) -> bool:

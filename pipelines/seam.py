@@ -39,7 +39,7 @@ class intercept(TorchFunctionMode):
         super().__init__()
         self.run = run
         self.parameters = parameters
-        self.outer_mask = run.watched.outer_mask
+        self.shortcut = run.watched.shortcut
         self.ran = self.reached = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -51,14 +51,16 @@ class intercept(TorchFunctionMode):
             if is_meant and watched.covers(call["key"].shape[-2]):
                 if missing == 0:
                     return self._answer(func, args, kwargs, call)
-                # Text that is seen and does not look (PRX): rows of zeros ask for it, in vain.
+                # Text that is seen and does not look: rows of zeros ask for it, in vain.
                 call["query"] = F.pad(call["query"], (0, 0, missing, 0))
                 return self._answer(func, (), call, call)[..., missing:, :]
         elif func is F.linear:
             if not torch.compiler.is_compiling():
                 self.ran = True
-        elif self.outer_mask and func in _OUTER:
-            return _without_outer_product(func, args, kwargs)
+        elif self.shortcut is not None:
+            out = self.shortcut(func, args, kwargs)
+            if out is not None:
+                return out
         return func(*args, **kwargs)
 
     def _answer(self, func, args, kwargs, call):
@@ -72,24 +74,6 @@ class intercept(TorchFunctionMode):
         if run.transform is not None:
             out = run.transform(out, run.strength, call)
         return out
-
-
-_OUTER = (torch.Tensor.repeat, torch.Tensor.__and__)
-
-
-def _without_outer_product(func, args, kwargs):
-    """HunyuanVideo 1.5 builds m mᵀ in every layer: 10 GB at 100,000 tokens. Keep m, expanded.
-
-    Its rows are only read back by :func:`~dittfast.pipelines.layer.key_log_weight`, for grid
-    tokens, where both agree.
-    """
-    mask = args[0]
-    if mask.dtype == torch.bool and mask.ndim == 4:
-        if func is torch.Tensor.repeat and args[1:] == (1, 1, mask.shape[-1], 1):
-            return mask.expand(-1, -1, mask.shape[-1], -1)
-        if func is torch.Tensor.__and__ and mask.stride(-2) == 0:
-            return mask
-    return func(*args, **kwargs)
 
 
 def _call(self, *args, **kwargs):

@@ -341,7 +341,12 @@ class ModelState:
         if not planned:
             return None
         return AttentionCore(
-            session.method, tuple(planned), session.backend, family.strict, family.outer_mask
+            session.method,
+            tuple(planned),
+            session.backend,
+            family.strict,
+            family.outer_mask,
+            family.shortcut,
         )
 
     def part(

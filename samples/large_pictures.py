@@ -33,7 +33,7 @@ from dittfast.distill.windows import window
 from dittfast.files import atomic_path, write_json
 from dittfast.pipelines.runs.call import call_arguments
 from dittfast.pipelines.runs.high_resolution import generate_high_resolution, rope_theta_scaled
-from dittfast.pipelines.runs.positions import IDS, positions_scaled
+from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.run import run
 from dittfast.pipelines.runs.sources import find, load
 
@@ -123,7 +123,7 @@ def position_losses(pipe, folder, args):
             noisy = dataset.process.noisy(batch.latents, noise, time_of)
             for name, values in losses.items():
                 positions, theta = choices[name]
-                arguments = {**batch.arguments, IDS: positions(batch.arguments[IDS])}
+                arguments = {**batch.arguments, "img_ids": positions(batch.arguments["img_ids"])}
                 with torch.no_grad(), rope_theta_scaled(pipe, theta):
                     velocity = pipe.transformer(
                         hidden_states=noisy,

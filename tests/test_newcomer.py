@@ -58,10 +58,9 @@ def is_named(path: str, allowed: set[str]) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
-# Written for one family each: the models that a benchmark builds, and Wan's first-frame condition.
+# The models that a benchmark builds.
 BEYOND_FAMILIES = {
     "pipelines/measure/overhead.py": {"FluxTransformer2DModel", "WanTransformer3DModel"},
-    "distill/conditioning.py": {"WanTransformer3DModel"},
 }
 # `local` and `dense` are ordinary words, and parts of other things are made of both methods.
 WITNESSES = {
@@ -88,6 +87,21 @@ def test_newcomers_touch_the_named_files_and_no_other(title):
     idle = {n for n in allowed if "NAME" not in n and n not in seen}
     assert not idle - {"pipelines/families/image.py", "pipelines/families/video.py"}
     assert all((ROOT / name).exists() for name in allowed if "NAME" not in name)
+
+
+def test_models_are_known_in_their_folder_alone():
+    """Neither a transformer, nor its attention or its pipelines are named anywhere else."""
+    import diffusers
+
+    classes = re.compile(r"\w+Transformer\dDModel|(?!Diffusion|Modular)\w+Pipeline|\w+Attention")
+    public = set(dir(diffusers))  # named, and not imported
+    known = {word for word in mentions() if classes.fullmatch(word) and word in public}
+    known |= {family.rotary[0] for family in FAMILIES.values() if family.rotary}
+    assert known >= {"FluxTransformer2DModel", "PRXPixelPipeline", "WanAttention"}
+    for word in known:
+        for path in mentions()[word]:
+            ours = path.startswith("pipelines/families/")
+            assert ours or word in BEYOND_FAMILIES.get(path, ()), f"{path} knows {word}"
 
 
 def test_the_witnesses_are_there():

@@ -8,6 +8,7 @@ import torch
 
 import dittfast
 from dittfast import Layout
+from dittfast.pipelines.families import rotary
 from dittfast.pipelines.guidance.plain import guide
 from dittfast.pipelines.processors import (
     HeadGuidanceAttnProcessor,
@@ -16,7 +17,6 @@ from dittfast.pipelines.processors import (
     RadialAttnProcessor,
     RectifiedAttnProcessor,
 )
-from dittfast.pipelines.rotary import image_layout, video_layout
 
 CASES = {
     "flux-local": (tiny.flux_pipeline, LocalAttnProcessor, "local", dict(window=3)),
@@ -177,14 +177,14 @@ def test_image_layout_from_rotary(height, width, text):
     model = tiny.flux_transformer()
     ids = torch.cat([torch.zeros(text, 3), tiny.flux_inputs(height, width)["img_ids"]])
     expected = Layout.image(height, width, text=text)
-    rotary = model.pos_embed(ids)
-    assert image_layout(rotary, text) == expected
-    assert image_layout(rotary, None) == expected
+    embedding = model.pos_embed(ids)
+    assert rotary.text_and_image(embedding, text) == expected
+    assert rotary.text_and_image(embedding, None) == expected
 
 
 @pytest.mark.parametrize("size", [(3, 10, 14), (1, 10, 14), (4, 4, 8), (2, 2, 2)])
 def test_video_layout_from_rotary(size):
     model = tiny.wan_transformer()
-    rotary = model.rope(torch.zeros(1, 16, *size))
+    embedding = model.rope(torch.zeros(1, 16, *size))
     frames, height, width = size
-    assert video_layout(rotary, 8, 4) == Layout.video(frames, height // 2, width // 2)
+    assert rotary.video(embedding) == Layout.video(frames, height // 2, width // 2)

@@ -1,73 +1,14 @@
 """Model families: which modules are self-attention, and where the tokens sit.
 
 A family is one entry of :data:`FAMILIES` and one short reader from the arguments of the
-transformer's ``forward`` to a :class:`~dittfast.layout.Layout`.
+transformer's ``forward`` to a :class:`~dittfast.layout.Layout`. All that the rest of dittfast
+knows about the model it takes from the entry, :class:`Family`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-
-from dittfast.layout import Layout
-
-from . import image, video
-from .sequences import Sequences
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one transformer class is read.
-
-    Attributes:
-        layers: regular expression over module names; full matches are the self-attention layers
-            whose sequence the reader describes. Text refiners and cross-attention do not match.
-        read: ``(model, arguments of its forward by name) -> Layout``, or Sequences where batch
-            rows or layers differ.
-        reads_values: names of tensor arguments whose values (not only shapes) ``read`` looks at,
-            where they are given.
-        strict: whether every selected layer must meet the layout's sequence; False where layers
-            may be skipped, or where the user described an unknown model, whose other layers then
-            stay dense.
-        dense: ``(regular expression over module names, why)`` of other attention that stays dense.
-        outer_mask: whether the model turns a mask m over keys into an N x N mask m mᵀ. All
-            tokens of a grid are valid.
-        latents: the argument with the latents: a tensor ``[B, ...]``, or a list of B tensors.
-        cond_first: whether the pipeline's batch for classifier-free guidance is [conditional,
-            unconditional] (most are the other way around).
-        heads: the attribute of an attention module that holds its number of heads.
-        timestep: the argument with the timestep.
-        time_rises: whether that grows over the steps (most count down).
-    """
-
-    layers: str
-    read: Callable[[torch.nn.Module, dict], Layout | Sequences]
-    reads_values: tuple[str, ...] = ()
-    strict: bool = True
-    dense: tuple[tuple[str, str], ...] = ()
-    outer_mask: bool = False
-    latents: str = "hidden_states"
-    cond_first: bool = False
-    heads: str = "heads"
-    timestep: str = "timestep"
-    time_rises: bool = False
-
-    def num_heads(self, module: torch.nn.Module) -> int:
-        """The number of heads of an attention module.
-
-        Raises:
-            ValueError: a module of an unknown model that does not tell.
-        """
-        found = getattr(module, self.heads, None)
-        if not isinstance(found, int):
-            raise ValueError(
-                f"{type(module).__name__} has no number of heads in .{self.heads}, so its heads "
-                "cannot be chosen; guidance needs a model family that dittfast knows"
-            )
-        return found
-
+from . import image, rotary, video
+from .family import Family
 
 CROSS = "cross-attention: its keys are another sequence"
 TEXT = "refines text alone, a short sequence without a grid"
@@ -76,10 +17,28 @@ _JOINT = r"(single_)?transformer_blocks\.\d+\.attn"
 
 FAMILIES: dict[str, Family] = {
     # Images.
-    "FluxTransformer2DModel": Family(_JOINT, image.flux, reads_values=("img_ids",)),
-    "Flux2Transformer2DModel": Family(_JOINT, image.flux2, reads_values=("img_ids",)),
+    "FluxTransformer2DModel": Family(
+        _JOINT,
+        image.flux,
+        reads_values=("img_ids",),
+        position_ids="img_ids",
+        rotary=("FluxAttention", rotary.text_and_image),
+    ),
+    "Flux2Transformer2DModel": Family(
+        _JOINT,
+        image.flux2,
+        reads_values=("img_ids",),
+        position_ids="img_ids",
+        # The single blocks have q, k, v and an MLP in one matrix.
+        projections=r"to_(q|k|v|qkv_mlp_proj)|to_out(\.0)?",
+    ),
     "ChromaTransformer2DModel": Family(
-        _JOINT, image.flux, reads_values=("img_ids",), outer_mask=True
+        _JOINT,
+        image.flux,
+        reads_values=("img_ids",),
+        outer_mask=True,
+        position_ids="img_ids",
+        rotary=("FluxAttention", rotary.text_and_image),
     ),
     "SD3Transformer2DModel": Family(r"transformer_blocks\.\d+\.attn2?", image.sd3),
     "QwenImageTransformer2DModel": Family(r"transformer_blocks\.\d+\.attn", image.qwen),
@@ -115,11 +74,31 @@ FAMILIES: dict[str, Family] = {
         r"transformer_blocks\.\d+\.attn1", image.image, dense=_CROSS2
     ),
     "DiTTransformer2DModel": Family(r"transformer_blocks\.\d+\.attn1", image.image),
-    "PRXTransformer2DModel": Family(r"blocks\.\d+\.attention", image.text_then_image),
+    "PRXTransformer2DModel": Family(
+        r"blocks\.\d+\.attention",
+        image.text_then_image,
+        projections=r"img_qkv_proj|to_out\.0",
+        clean_pipelines={"PRXPixelPipeline": 0.05},
+    ),
     # Videos.
-    "WanTransformer3DModel": Family(r"blocks\.\d+\.attn1", video.video, dense=_CROSS2),
-    "WanVACETransformer3DModel": Family(r"(vace_)?blocks\.\d+\.attn1", video.video, dense=_CROSS2),
-    "SkyReelsV2Transformer3DModel": Family(r"blocks\.\d+\.attn1", video.skyreels, dense=_CROSS2),
+    "WanTransformer3DModel": Family(
+        r"blocks\.\d+\.attn1",
+        video.video,
+        dense=_CROSS2,
+        appended_channels=True,
+        rotary=("WanAttention", rotary.video),
+        rounds_frames=True,
+    ),
+    "WanVACETransformer3DModel": Family(
+        r"(vace_)?blocks\.\d+\.attn1",
+        video.video,
+        dense=_CROSS2,
+        rotary=("WanAttention", rotary.video),
+        rounds_frames=True,
+    ),
+    "SkyReelsV2Transformer3DModel": Family(
+        r"blocks\.\d+\.attn1", video.skyreels, dense=_CROSS2, rounds_frames=True
+    ),
     "CosmosTransformer3DModel": Family(
         r"transformer_blocks\.\d+\.attn1", video.video, dense=_CROSS2
     ),
@@ -131,6 +110,7 @@ FAMILIES: dict[str, Family] = {
         video.hunyuan_video15,
         dense=((r"context_embedder\..*", TEXT),),
         outer_mask=True,
+        shortcut=video.hunyuan_video15_mask,
     ),
     "MochiTransformer3DModel": Family(
         r"transformer_blocks\.\d+\.attn1",
@@ -157,6 +137,9 @@ FAMILIES: dict[str, Family] = {
         r"visual_transformer_blocks\.\d+\.self_attention",
         video.kandinsky5,
         heads="num_heads",
+        width="to_query.out_features",
+        projections=r"to_(query|key|value)|out_layer",
+        rounds_frames=True,
         dense=(
             (r"visual_transformer_blocks\..*\.cross_attention", CROSS),
             (r"text_transformer_blocks\..*", TEXT),
@@ -174,3 +157,15 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
 }
+
+
+def rotary_reader(attention: str):
+    """The reader of a rotary embedding for attention modules of this class; None without one."""
+    readers = dict(family.rotary for family in FAMILIES.values() if family.rotary is not None)
+    return readers.get(attention)
+
+
+def position_ids_in(arguments) -> str | None:
+    """Which of a transformer's arguments, by name, are the image's position ids; None without."""
+    names = (family.position_ids for family in FAMILIES.values())
+    return next((name for name in names if name in arguments), None)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
 import torch
 
 from dittfast.config import read_mapping, unknown
-from dittfast.layout import Grid, Layout
 
 from . import FAMILIES
 from .sequences import Sequences
+from .tiny import tiny_of
+from .tiny_model import Draw
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PublishedModel:
         source: where the configuration was published.
         model: the class in diffusers.
         config: arguments of its constructor.
-        vae: frames and pixels (height, width) of one latent cell. The first frame of a video is a
-            latent frame of its own.
+        token: frames and pixels (height, width) of one token. The first frame of a video is a
+            token of its own.
         text: text tokens by default.
         num_frames, height, width: the usual size, in frames and pixels.
         presets: published settings for this model.
@@ -36,7 +36,7 @@ class PublishedModel:
     source: str
     model: str
     config: dict
-    vae: tuple[int, int, int]
+    token: tuple[int, int, int]
     text: int
     height: int
     width: int
@@ -50,101 +50,50 @@ class PublishedModel:
         with torch.device("meta"):
             return getattr(diffusers, self.model)(**self.config).eval()
 
-    def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latent cells of a size in frames and pixels.
+    def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens of a size in frames and pixels.
 
         Raises:
             ValueError: a size that the model cannot make; the nearest ones are named.
         """
-        cells = 1 + (num_frames - 1) // self.vae[0]
-        if self.vae[0] == 1 and num_frames != 1:
+        frames = self.token[0]
+        if frames == 1 and num_frames != 1:
             raise ValueError(f"{self.name} makes images, got {num_frames} frames; use 1")
-        if num_frames < 1 or (num_frames - 1) % self.vae[0]:
-            below = max(1, (cells - 1) * self.vae[0] + 1)
+        if num_frames < 1 or (num_frames - 1) % frames:
+            below = max(1, (num_frames - 1) // frames * frames + 1)
             raise ValueError(
-                f"{self.name} makes 1 + {self.vae[0]} n frames, got {num_frames}; use {below} or "
-                f"{below + self.vae[0]}"
+                f"{self.name} makes 1 + {frames} n frames, got {num_frames}; use {below} or "
+                f"{below + frames}"
             )
-        side = PIXELS[self.model](self)
-        for axis, pixels in (("height", height), ("width", width)):
+        for axis, pixels, side in zip(("height", "width"), (height, width), self.token[1:]):
             if pixels < side or pixels % side:
                 below = max(side, pixels // side * side)
                 raise ValueError(
                     f"{axis} of {self.name} must be a multiple of {side} pixels, got {pixels}; "
                     f"use {below} or {below + side}"
                 )
-        return cells, height // self.vae[1], width // self.vae[2]
+        return 1 + (num_frames - 1) // frames, height // self.token[1], width // self.token[2]
 
-    def layout(
+    def sequences(
         self, model: torch.nn.Module, num_frames: int, height: int, width: int, text: int
-    ) -> Layout:
-        """The layout of a forward pass, by the family's own reader."""
-        arguments = ARGUMENTS[self.model](model, self.latents(num_frames, height, width), text)
-        return Sequences.of(FAMILIES[self.model].read(model, arguments)).layout
+    ) -> Sequences:
+        """The sequences of a forward pass, by the family's own reader.
 
-
-def _meta(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, device="meta")
-
-
-def _flux(model, cells, text) -> dict:
-    height, width = cells[1] // 2, cells[2] // 2
-    ids = torch.zeros(height, width, 3)
-    ids[..., 1] = torch.arange(height)[:, None]
-    ids[..., 2] = torch.arange(width)
-    return {"encoder_hidden_states": _meta(1, text, 1), "img_ids": ids.view(-1, 3)}
-
-
-def _qwen(model, cells, text) -> dict:
-    shape = (1, cells[1] // 2, cells[2] // 2)
-    return {"encoder_hidden_states": _meta(1, text, 1), "img_shapes": [[shape]]}
-
-
-def _image(model, cells, text) -> dict:
-    return {"encoder_hidden_states": _meta(1, text, 1), "hidden_states": _meta(1, 1, *cells[1:])}
-
-
-def _video(model, cells, text) -> dict:
-    return {
-        "encoder_hidden_states": _meta(1, text, 1),
-        "encoder_attention_mask": torch.ones(1, text),
-        "hidden_states": _meta(1, 1, *cells),
-    }
-
-
-def _frames_first(model, cells, text) -> dict:
-    latents = _meta(1, cells[0], 1, *cells[1:])
-    return {"encoder_hidden_states": _meta(1, text, 1), "hidden_states": latents}
-
-
-def _packed(model, cells, text) -> dict:
-    sizes = dict(zip(("num_frames", "height", "width"), cells))
-    return {"hidden_states": _meta(1, Grid(*cells).length, 1), **sizes}
-
-
-# What the pipelines of these classes pass to the transformer, as far as readers look at it.
-ARGUMENTS: dict[str, Callable[..., dict]] = {
-    "FluxTransformer2DModel": _flux,
-    "QwenImageTransformer2DModel": _qwen,
-    "SD3Transformer2DModel": _image,
-    "WanTransformer3DModel": _video,
-    "HunyuanVideoTransformer3DModel": _video,
-    "MochiTransformer3DModel": _video,
-    "CogVideoXTransformer3DModel": _frames_first,
-    "LTXVideoTransformer3DModel": _packed,
-}
-
-
-def _patch(card: PublishedModel) -> int:
-    patch = card.config["patch_size"]
-    return card.vae[1] * (patch if isinstance(patch, int) else patch[-1])
-
-
-# Pixels along the side of a token.
-PIXELS: dict[str, Callable[[PublishedModel], int]] = {
-    name: (lambda card: 2 * card.vae[1]) if arguments in (_flux, _qwen) else _patch
-    for name, arguments in ARGUMENTS.items()
-}
+        Raises:
+            ValueError: a size that the model cannot make, or patches that the inputs of the
+                family's tiny model are not written for.
+        """
+        grid = self.grid(num_frames, height, width)
+        arguments = tiny_of(self.model).inputs(Draw(grid, text, device="meta"), model)
+        sequences = Sequences.of(FAMILIES[self.model].read(model, arguments))
+        made = sequences.layout.grid.shape
+        if made != grid:
+            raise ValueError(
+                f"configs/models/{self.name}.yaml: {self.model} makes {made} tokens of latents for "
+                f"{grid}: its patches are larger or smaller than the tiny model's, whose inputs "
+                "must ask model.config for them"
+            )
+        return sequences
 
 
 def published_models() -> list[str]:
@@ -164,9 +113,9 @@ def published_model(name: str) -> PublishedModel:
     file = resources.files("dittfast.configs") / "models" / f"{name}.yaml"
     known = [f.name for f in dataclasses.fields(PublishedModel) if f.name != "name"]
     data = read_mapping(file.read_text(), f"configs/models/{name}.yaml", known)
-    for key in ("vae", "presets"):
+    for key in ("token", "presets"):
         data[key] = tuple(data.get(key, ()))
     card = PublishedModel(name=name, **data)
-    if card.model not in ARGUMENTS:
-        raise unknown(f"model class in configs/models/{name}.yaml", card.model, ARGUMENTS)
+    if card.model not in FAMILIES:
+        raise unknown(f"model class in configs/models/{name}.yaml", card.model, FAMILIES)
     return card

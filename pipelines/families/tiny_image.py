@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .tiny import BATCH, HEADS, IMAGE, TEXT, Tiny, text_mask, time
+from .tiny_model import BATCH, HEADS, IMAGE, Tiny, time
 
 
 def _ids(*images: tuple[int, int], columns: int = 3) -> torch.Tensor:
@@ -22,26 +22,26 @@ def _ids(*images: tuple[int, int], columns: int = 3) -> torch.Tensor:
 _REFERENCES = ((4, 6), (3, 5))
 
 
-def _flux(draw, model, images=(IMAGE,)) -> dict:
-    ids = _ids(*images)
+def _flux(draw, model, references=()) -> dict:
+    ids = _ids(draw.image, *references)
     return dict(
         hidden_states=draw(BATCH, len(ids), 16),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         pooled_projections=draw(BATCH, 32),
         timestep=time(0.5),
         img_ids=ids,
-        txt_ids=torch.zeros(TEXT, 3),
+        txt_ids=torch.zeros(draw.text, 3),
         guidance=time(3.5),
     )
 
 
 def _flux2(draw, model) -> dict:
-    ids = _ids(IMAGE, *_REFERENCES, columns=4)
-    text = torch.zeros(TEXT, 4)
-    text[:, 3] = torch.arange(TEXT)
+    ids = _ids(draw.image, *_REFERENCES, columns=4)
+    text = torch.zeros(draw.text, 4)
+    text[:, 3] = torch.arange(draw.text)
     return dict(
         hidden_states=draw(BATCH, len(ids), 16),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         timestep=time(0.5),
         img_ids=ids.expand(BATCH, -1, -1),
         txt_ids=text.expand(BATCH, -1, -1),
@@ -53,24 +53,25 @@ def _chroma(draw, model, dtype=torch.bool) -> dict:
     inputs = _flux(draw, model)
     del inputs["pooled_projections"], inputs["guidance"]
     image = torch.ones(BATCH, inputs["hidden_states"].shape[1], dtype=dtype)
-    return {**inputs, "attention_mask": torch.cat([text_mask().to(dtype), image], 1)}
+    return {**inputs, "attention_mask": torch.cat([draw.text_mask().to(dtype), image], 1)}
 
 
 def _sd3(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        hidden_states=draw(BATCH, 4, *draw.cells),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         pooled_projections=draw(BATCH, 32),
         timestep=time(500.0),
     )
 
 
-def _qwen(draw, model, images=(IMAGE,)) -> dict:
+def _qwen(draw, model, references=()) -> dict:
+    images = (draw.image, *references)
     shapes = [(1, *image) for image in images]
     return dict(
         hidden_states=draw(BATCH, sum(h * w for h, w in images), 16),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_hidden_states_mask=text_mask().bool(),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_hidden_states_mask=draw.text_mask().bool(),
         timestep=time(0.5),
         img_shapes=[shapes] * BATCH,
     )
@@ -78,57 +79,57 @@ def _qwen(draw, model, images=(IMAGE,)) -> dict:
 
 def _hunyuan_image(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, *IMAGE),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        hidden_states=draw(BATCH, 4, *draw.image),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         encoder_hidden_states_2=draw(BATCH, 5, 16),
-        encoder_attention_mask_2=text_mask(5, 5),
+        encoder_attention_mask_2=draw.text_mask(5, 5),
         timestep=time(500.0),
     )
 
 
-def _z_image(draw, model, second=IMAGE) -> dict:
+def _z_image(draw, model, second=None) -> dict:
     return dict(
-        x=[draw(4, 1, 2 * h, 2 * w) for h, w in (IMAGE, second)],
+        x=[draw(4, 1, 2 * h, 2 * w) for h, w in (draw.image, second or draw.image)],
         t=time(0.5),
-        cap_feats=[draw(TEXT, 16), draw(40, 16)],
+        cap_feats=[draw(draw.text, 16), draw(40, 16)],
     )
 
 
 def _lumina2(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        hidden_states=draw(BATCH, 4, *draw.cells),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         timestep=time(0.5),
     )
 
 
 def _auraflow(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        hidden_states=draw(BATCH, 4, *draw.cells),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         timestep=time(0.5),
     )
 
 
 def _cogview4(draw, model) -> dict:
-    size = torch.tensor([[22.0, 18.0]]).expand(BATCH, -1)
+    size = torch.tensor([draw.cells], dtype=torch.float32).expand(BATCH, -1)
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        hidden_states=draw(BATCH, 4, *draw.cells),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         timestep=time(500.0),
         original_size=size,
         target_size=size,
         crop_coords=torch.zeros(BATCH, 2),
-        attention_mask=text_mask(),
+        attention_mask=draw.text_mask(),
     )
 
 
 def _hidream(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states_t5=draw(BATCH, TEXT, 16),
+        hidden_states=draw(BATCH, 4, *draw.cells),
+        encoder_hidden_states_t5=draw(BATCH, draw.text, 16),
         encoder_hidden_states_llama3=draw(2, BATCH, 5, 16),
         pooled_embeds=draw(BATCH, 16),
         timesteps=time(500.0),
@@ -137,9 +138,9 @@ def _hidream(draw, model) -> dict:
 
 def _pixart(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        hidden_states=draw(BATCH, 4, *draw.cells),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         timestep=time(500.0),
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     )
@@ -147,7 +148,7 @@ def _pixart(draw, model) -> dict:
 
 def _dit(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 20, 20),
+        hidden_states=draw(BATCH, 4, *draw.cells),
         timestep=time(500.0),
         class_labels=torch.tensor([1, 3]),
     )
@@ -155,10 +156,10 @@ def _dit(draw, model) -> dict:
 
 def _prx(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, 2 * IMAGE[0], 2 * IMAGE[1]),
+        hidden_states=draw(BATCH, 4, *draw.cells),
         timestep=time(0.5),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        attention_mask=text_mask().bool(),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        attention_mask=draw.text_mask().bool(),
     )
 
 
@@ -226,7 +227,7 @@ TINY_IMAGE: dict[str, Tiny] = {
     "flux-kontext": Tiny(
         "FluxTransformer2DModel",
         _FLUX1,
-        lambda draw, model: _flux(draw, model, (IMAGE, *_REFERENCES)),
+        lambda draw, model: _flux(draw, model, _REFERENCES),
         _IMAGE,
         None,
     ),
@@ -245,7 +246,7 @@ TINY_IMAGE: dict[str, Tiny] = {
     "qwen-image-edit": Tiny(
         "QwenImageTransformer2DModel",
         _QWEN_IMAGE_EDIT,
-        lambda draw, model: _qwen(draw, model, (IMAGE, *_REFERENCES)),
+        lambda draw, model: _qwen(draw, model, _REFERENCES),
         _IMAGE,
         None,
     ),

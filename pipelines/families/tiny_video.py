@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .tiny import BATCH, HEADS, IMAGE, TEXT, VIDEO, Tiny, text_mask, time
-
-_VIDEO_CELLS = (VIDEO[0], 2 * VIDEO[1], 2 * VIDEO[2])
+from .tiny_model import BATCH, HEADS, IMAGE, TEXT, VIDEO, Tiny, time
 
 
 def _wan(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, model.config.in_channels, *_VIDEO_CELLS),
+        hidden_states=draw(BATCH, model.config.in_channels, draw.grid[0], *draw.cells),
         timestep=time(500.0),
         encoder_hidden_states=draw(BATCH, 12, 32),
     )
@@ -23,7 +21,7 @@ def _wan_i2v(draw, model) -> dict:
 
 
 def _vace(draw, model) -> dict:
-    return {**_wan(draw, model), "control_hidden_states": draw(BATCH, 6, *_VIDEO_CELLS)}
+    return {**_wan(draw, model), "control_hidden_states": draw(BATCH, 6, draw.grid[0], *draw.cells)}
 
 
 def _cosmos(draw, model) -> dict:
@@ -32,10 +30,10 @@ def _cosmos(draw, model) -> dict:
 
 def _hunyuan(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, *_VIDEO_CELLS),
+        hidden_states=draw(BATCH, 4, draw.grid[0], *draw.cells),
         timestep=time(500.0),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         pooled_projections=draw(BATCH, 16),
         guidance=time(6.0),
     )
@@ -43,32 +41,32 @@ def _hunyuan(draw, model) -> dict:
 
 def _hunyuan15(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, *VIDEO),
+        hidden_states=draw(BATCH, 4, *draw.grid),
         timestep=time(500.0),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         encoder_hidden_states_2=draw(BATCH, 5, 16),
-        encoder_attention_mask_2=text_mask(5, 2),
+        encoder_attention_mask_2=draw.text_mask(5, 2),
         image_embeds=draw(BATCH, 3, 16),
     )
 
 
 def _mochi(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, *_VIDEO_CELLS),
+        hidden_states=draw(BATCH, 4, draw.grid[0], *draw.cells),
         timestep=time(500.0),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask().bool(),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask().bool(),
     )
 
 
 def _cogvideox(draw, model, patch_size_t: int | None = None) -> dict:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    frames, height, width = VIDEO
+    frames, height, width = draw.grid
     inputs = dict(
         hidden_states=draw(BATCH, frames * (patch_size_t or 1), 4, 2 * height, 2 * width),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         timestep=time(500.0),
     )
     if model.config.use_rotary_positional_embeddings:
@@ -79,11 +77,11 @@ def _cogvideox(draw, model, patch_size_t: int | None = None) -> dict:
 
 
 def _ltx(draw, model) -> dict:
-    frames, height, width = VIDEO
+    frames, height, width = draw.grid
     return dict(
         hidden_states=draw(BATCH, frames * height * width, 8),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         timestep=time(500.0),
         num_frames=frames,
         height=height,
@@ -96,8 +94,8 @@ def _ltx2(draw, model) -> dict:
     return {
         **_ltx(draw, model),
         "audio_hidden_states": draw(BATCH, audio, 8),
-        "audio_encoder_hidden_states": draw(BATCH, TEXT, 32),
-        "audio_encoder_attention_mask": text_mask(),
+        "audio_encoder_hidden_states": draw(BATCH, draw.text, 32),
+        "audio_encoder_attention_mask": draw.text_mask(),
         "audio_num_frames": audio,
         "fps": 24.0,
     }
@@ -105,27 +103,27 @@ def _ltx2(draw, model) -> dict:
 
 def _kandinsky5(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, *_VIDEO_CELLS, 4),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        hidden_states=draw(BATCH, draw.grid[0], *draw.cells, 4),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         timestep=time(500.0),
         pooled_projections=draw(BATCH, 16),
-        visual_rope_pos=[torch.arange(n) for n in VIDEO],
-        text_rope_pos=torch.arange(TEXT),
+        visual_rope_pos=[torch.arange(n) for n in draw.grid],
+        text_rope_pos=torch.arange(draw.text),
     )
 
 
 def _allegro(draw, model) -> dict:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
-    frames, height, width = VIDEO
+    frames, height, width = draw.grid
     *tables, t, y, x = get_3d_rotary_pos_embed_allegro(
         24, ((0, 0), (height, width)), (height, width), frames
     )
     places = torch.cartesian_prod(t.long(), y.long(), x.long()).T
     return dict(
-        hidden_states=draw(BATCH, 4, *_VIDEO_CELLS),
-        encoder_hidden_states=draw(BATCH, 1, TEXT, 32),
-        encoder_attention_mask=text_mask(),
+        hidden_states=draw(BATCH, 4, draw.grid[0], *draw.cells),
+        encoder_hidden_states=draw(BATCH, 1, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
         timestep=time(500.0),
         image_rotary_emb=(tables, [axis[None] for axis in places]),
     )
@@ -133,8 +131,8 @@ def _allegro(draw, model) -> dict:
 
 def _latte(draw, model) -> dict:
     return dict(
-        hidden_states=draw(BATCH, 4, VIDEO[0], 2 * IMAGE[0], 2 * IMAGE[1]),
-        encoder_hidden_states=draw(BATCH, TEXT, 32),
+        hidden_states=draw(BATCH, 4, VIDEO[0], *draw.cells),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
         timestep=time(500.0),
     )
 

@@ -6,6 +6,8 @@ Each takes ``(model, arguments by name)``. The comment says the order of the seq
 
 from __future__ import annotations
 
+import torch
+
 from dittfast.layout import Grid, Layout
 
 from .sequences import Sequences, joint, last_grid, patches, text_lengths
@@ -48,6 +50,23 @@ def hunyuan_video15(model, arguments: dict) -> Layout:
     grid = _grid(model, arguments["hidden_states"].shape[2:])
     names = ("image_embeds", "encoder_hidden_states_2", "encoder_hidden_states")
     return joint(grid, sum(arguments[name].shape[1] for name in names))
+
+
+def hunyuan_video15_mask(func, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The model builds m mᵀ in every layer: 10 GB at 100,000 tokens. Keep m, expanded.
+
+    Its rows are only read back by :func:`~dittfast.pipelines.layer.key_log_weight`, for grid
+    tokens, where both agree.
+    """
+    if func not in (torch.Tensor.repeat, torch.Tensor.__and__):
+        return None
+    mask = args[0]
+    if mask.dtype == torch.bool and mask.ndim == 4:
+        if func is torch.Tensor.repeat and args[1:] == (1, 1, mask.shape[-1], 1):
+            return mask.expand(-1, -1, mask.shape[-1], -1)
+        if func is torch.Tensor.__and__ and mask.stride(-2) == 0:
+            return mask
+    return None
 
 
 def mochi(model, arguments: dict) -> Sequences:

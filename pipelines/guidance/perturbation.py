@@ -28,21 +28,21 @@ class Perturbation:
             see themselves and the text; text tokens are left alone).
         layouts: of each length of sequence, one for the whole batch or one per batch row; the main
             sequence first.
-        outer_product: whether an N x N mask is known to be m mᵀ, with all grid tokens valid.
+        outer_mask: whether an N x N mask is known to be m mᵀ, with all grid tokens valid.
     """
 
     # The stock attention may run before it, and needs its mask whole.
-    strict, outer_mask = True, False
+    strict, shortcut = True, None
 
     def __init__(
         self,
         rows: str,
         layouts: tuple[tuple[Layout, ...], ...],
         device: torch.device | None = None,
-        outer_product: bool = False,
+        outer_mask: bool = False,
     ):
         self.rows = rows
-        self.outer_product = outer_product
+        self.outer_mask = outer_mask
         self.weak = Local(window=1) if rows == "diagonal" else None
         self._planned = {
             same[0].num_tokens: tuple((layout, self._plan(layout, device)) for layout in same)
@@ -64,7 +64,7 @@ class Perturbation:
     def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
         q, k, v = call["query"], call["key"], call["value"]
         planned = self._planned[out.shape[-2]]
-        token = planned[0][0].grid_start if self.outer_product else None
+        token = planned[0][0].grid_start if self.outer_mask else None
         weight = None if self.weak is None else key_log_weight(call.get("attn_mask"), q, token)
         scale = call.get("scale")
 

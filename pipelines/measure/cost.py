@@ -1,23 +1,24 @@
 """What a forward pass costs, computed from module shapes: FLOPs of matrix products.
 
 How many tokens each linear layer and each attention sees is learned from the family's tiny model,
-which runs once; the shapes come from the model in question, on the meta device.
+which runs twice; the shapes come from the model in question, on the meta device.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dittfast.layout import Layout
-
 from ..families import FAMILIES, Family
 from ..families.sequences import Sequences
-from .parity import TINY, output
+from ..families.tiny import tiny_of
+from ..families.tiny_model import BATCH, TEXT, Tiny
+from .parity import output
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ def _key(name: str) -> str:
 
 
 class _Lengths(TorchFunctionMode):
-    """Rows that each matrix module sees, and the lengths of each attention module's calls."""
+    """Rows in each call of each matrix module, and the lengths of each attention module's calls.
+
+    By the names that all blocks share; the last block's count.
+    """
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, list[int]] = {}
         self.calls: dict[str, list[tuple[int, int]]] = {}
         self.inside: str | None = None
         self.hooks = []
@@ -77,9 +81,14 @@ class _Lengths(TorchFunctionMode):
                 self.hooks.append(module.register_forward_hook(self._leave))
 
     def _matrix(self, key):
+        last = None
+
         def record(module, args, out):
+            nonlocal last
+            if module is not last:
+                self.rows[key], last = [], module
             linear = isinstance(module, torch.nn.Linear)
-            self.rows[key] = out.numel() // out.shape[-1 if linear else 1]
+            self.rows[key].append(out.numel() // out.shape[-1 if linear else 1])
 
         return record
 
@@ -106,56 +115,91 @@ class _Lengths(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _lengths(layout: Layout, text: int) -> dict[str, int]:
+def _lengths(sequences: Sequences, text: int) -> dict[str, int]:
     """The lengths that modules see, by what they are."""
-    return {"sequence": layout.num_tokens, "grid": layout.grid.length, "text": text, "sample": 1}
+    found = {f"sequence {i}": rows[0].num_tokens for i, rows in enumerate(sequences.kinds)}
+    grids = sequences.layout.num_tokens - sequences.layout.num_context
+    return found | {"grids": grids, "text": text, "sample": 1}
 
 
-def _tiny_lengths(family: str) -> tuple[_Lengths, dict[int, str]]:
-    """What the modules of a family's tiny model see, and what each length is."""
-    name = next(name for name, tiny in TINY.items() if tiny.name == family)
-    model, inputs = TINY[name].build()
-    batch = inputs["encoder_hidden_states"].shape[0]
-    with _Lengths(model) as seen:
-        output(model, inputs)
-    seen.rows = {key: rows / batch for key, rows in seen.rows.items()}
-    layout = Sequences.of(FAMILIES[family].read(model, inputs)).layout
-    lengths = _lengths(layout, inputs["encoder_hidden_states"].shape[1])
-    return seen, {length: kind for kind, length in reversed(lengths.items())}
+class _Learned:
+    """What the modules of a family see, from its tiny model at two sizes.
+
+    Attributes:
+        rows: for each matrix module the kind of length, or a number, of each call.
+        calls: for each attention module the same of queries and keys.
+    """
+
+    def __init__(self, family: str):
+        tiny = tiny_of(family)
+        frames = tiny.grid[0]
+        # The second is square: DiT knows no other size.
+        sizes = tiny.grid, (1, 8, 8) if frames == 1 else (frames - 1, 6, 6)
+        one, other = (self._run(tiny, size) for size in sizes)
+        self._kinds = {(one[1][kind], other[1][kind]): kind for kind in reversed(one[1])}
+        self._family = family
+        self.rows = {
+            key: self._kinds_of(key, rows, other[0].rows.get(key, []))
+            for key, rows in one[0].rows.items()
+        }
+        self.calls = {
+            key: self._kinds_of(key, calls[0], other[0].calls[key][0])
+            for key, calls in one[0].calls.items()
+            if calls
+        }
+
+    def _run(self, tiny: Tiny, grid: tuple[int, int, int]) -> tuple[_Lengths, dict[str, int]]:
+        model, inputs = tiny.build(grid=grid)
+        with _Lengths(model) as seen:
+            output(model, inputs)
+        seen.rows = {key: [n / BATCH for n in rows] for key, rows in seen.rows.items()}
+        return seen, _lengths(Sequences.of(FAMILIES[tiny.name].read(model, inputs)), TEXT)
+
+    def _kinds_of(self, key: str, one: Sequence, other: Sequence) -> list[str | float]:
+        """What has the lengths ``one`` at the first size and ``other`` at the second."""
+        # A length that stays is that of registers, or of pooled tokens.
+        kinds = [self._kinds.get(pair, min(pair)) for pair in zip(one, other)]
+        known = all(isinstance(kind, str) or a == b for kind, a, b in zip(kinds, one, other))
+        if known and len(one) == len(other):
+            return kinds
+        raise ValueError(
+            f"{self._family}.{key} sees {list(one)} tokens at one size and {list(other)} at "
+            "another, neither the sequence nor its pictures, so what it costs is unknown"
+        )
 
 
-def forward_cost(model: torch.nn.Module, layout: Layout, text: int) -> Cost:
-    """The cost of a forward pass over ``layout`` with ``text`` text tokens.
+def forward_cost(model: torch.nn.Module, sequences: Sequences, text: int) -> Cost:
+    """The cost of a forward pass over ``sequences`` with ``text`` text tokens.
 
     Args:
         model: any transformer of a known family, on any device, meta included. It does not run.
 
     Raises:
-        ValueError: the tiny model of the family has no module of some name.
+        ValueError: what some module costs cannot be learned from the family's tiny model.
     """
     family_name = type(model).__name__
     family: Family = FAMILIES[family_name]
-    seen, kinds = _tiny_lengths(family_name)
-    lengths = _lengths(layout, text)
-    # A length of the tiny model that is none of these (registers, pooled tokens) stays what it is.
-    real = lambda length: lengths[kinds[length]] if length in kinds else length  # noqa: E731
+    learned = _Learned(family_name)
+    lengths = _lengths(sequences, text)
+    real = lambda kind: lengths[kind] if isinstance(kind, str) else kind  # noqa: E731
     linear = attention = other = 0.0
-    layers, width = 0, (0, 0)
+    layers, heads, width = 0, 0, 0
     for name, module in model.named_modules():
         key = _key(name)
         if isinstance(module, _MATRICES):
-            if key not in seen.rows:
+            if key not in learned.rows:
                 raise ValueError(
                     f"{family_name} has a module {name} that its tiny model lacks or never runs, "
                     "so its cost is unknown"
                 )
-            linear += 2 * module.weight.numel() * real(seen.rows[key])
-        if callable(getattr(module, "processor", None)):
-            features = module.to_q.out_features
-            flops = sum(4.0 * real(q) * real(k) * features for q, k in seen.calls[key][:1])
+            linear += sum(2 * module.weight.numel() * real(kind) for kind in learned.rows[key])
+        if key in learned.calls:
+            q, k = map(real, learned.calls[key])
+            flops = 4.0 * q * k * family.query_width(module)
             if re.fullmatch(family.layers, name):
                 attention += flops
-                layers, width = layers + 1, (module.heads, features // module.heads)
+                layers, heads = layers + 1, family.num_heads(module)
+                width = family.query_width(module)
             else:
                 other += flops
-    return Cost(linear, attention, other, layers, *width)
+    return Cost(linear, attention, other, layers, heads, width // heads)

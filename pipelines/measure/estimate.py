@@ -105,10 +105,10 @@ def estimate(
     height, width = height or card.height, width or card.width
     text = card.text if text is None else text
     chosen = [(x, resolve(x, **options)) for x in list(methods) or default_settings(card)]
-    card.latents(num_frames, height, width)
+    card.grid(num_frames, height, width)
     model = card.build()
-    layout = card.layout(model, num_frames, height, width, text)
-    cost = forward_cost(model, layout, text)
+    sequences = card.sequences(model, num_frames, height, width, text)
+    layout, cost = sequences.layout, forward_cost(model, sequences, text)
     names = list(attention_layers(model, FAMILIES[card.model]))
     found = [
         method_estimate(settings, method, len(schedule.dense_layer_names(names)), layout, cost)

@@ -16,12 +16,9 @@ from dittfast.plan import Plan
 
 from ..adapter import enable
 from ..description import describe
-from ..families.tiny import Tiny
-from ..families.tiny_image import TINY_IMAGE
-from ..families.tiny_video import TINY_VIDEO
+from ..families.tiny import TINY
+from ..families.tiny_model import Tiny
 from ..guidance.plain import guide
-
-TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Captured:
 class _Recorder:
     """Stands in a layer for every pass: keeps calls of attention, and leaves their output."""
 
-    strict, outer_mask = True, False
+    strict, shortcut = True, None
 
     def __init__(self, model: torch.nn.Module, layer: str, steps, found: list[Captured]):
         self.model, self.layer, self.steps, self.found = model, layer, steps, found

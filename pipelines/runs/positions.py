@@ -8,16 +8,12 @@ positions that the model knows.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 
 import torch
 
-from ..models import bind_arguments, stock_class, transformers_of
+from ..models import bind_arguments, known_family, stock_class, transformers_of
 
-# Arguments of ``forward`` that hold the image's position ids: image, row, column, and in some
-# models more.
-IDS = "img_ids"
 _ROW_AND_COLUMN = (1, 2)
 
 
@@ -59,17 +55,19 @@ def positions_scaled(pipe, scale: float, until: float = 0.0):
         return
     models = transformers_of(pipe).values()
     for model in models:
-        if IDS not in inspect.signature(type(model).forward).parameters:
+        family = known_family(model)
+        if family is None or family.position_ids is None:
             raise ValueError(
-                f"{stock_class(type(model)).__name__} makes its positions itself and takes no "
-                f"{IDS} that could be scaled; use position_scale=1"
+                f"{stock_class(type(model)).__name__} makes its positions itself, or takes none "
+                "that dittfast knows, so they cannot be scaled; use position_scale=1"
             )
 
     def hook(model, args, kwargs):
-        arguments = bind_arguments(model, args, kwargs)
+        arguments, family = bind_arguments(model, args, kwargs), known_family(model)
         # Not a branch: looking at the time would make the host wait for the device.
-        noisy = arguments["timestep"].flatten()[0] > until
-        arguments[IDS] = scaled(arguments[IDS], torch.where(noisy, scale, 1.0))
+        noisy = arguments[family.timestep].flatten()[0] > until
+        ids = arguments[family.position_ids]
+        arguments[family.position_ids] = scaled(ids, torch.where(noisy, scale, 1.0))
         return (), arguments
 
     handles = [model.register_forward_pre_hook(hook, with_kwargs=True) for model in models]

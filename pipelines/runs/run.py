@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..models import transformers_of
+from ..models import known_family, transformers_of
 from .call import SIZES, PicturePerPrompt, accepted
 
 logger = logging.getLogger(__name__)
@@ -135,10 +135,11 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
 def frames_drawn(pipe, asked: int) -> int:
     """Frames that a call for ``asked`` draws.
 
-    diffusers' Wan pipelines round to one more than a multiple of the VAE's temporal factor. With a
-    factor of 1 that is one more than what was asked for.
+    Some pipelines round to one more than a multiple of the VAE's temporal factor. With a factor of
+    1 that is one more than what was asked for.
     """
-    rounds = type(pipe).__name__.startswith("Wan")
+    families = map(known_family, transformers_of(pipe).values())
+    rounds = any(family is not None and family.rounds_frames for family in families)
     return asked + 1 if rounds and getattr(pipe, "vae_scale_factor_temporal", 0) == 1 else asked
 
 

@@ -1,4 +1,8 @@
-"""The token grid read back from a rotary embedding, for processors that see nothing else."""
+"""Layout readers of rotary embeddings, for processors that see nothing else of a model.
+
+Each takes the cosines and sines, ``[tokens, D]`` behind axes of length 1, and the number of text
+tokens where the attention module is given text beside the image.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,10 @@ def _raster(rows: torch.Tensor, height: int, width: int, of_x: torch.Tensor) -> 
     return bool((x == x[:1]).all() and (y == y[:, :1]).all())
 
 
-def image_layout(rotary, text: int | None) -> Layout:
+def text_and_image(rotary, text: int | None) -> Layout:
     """FLUX: text tokens all at position 0, then one image in raster order.
 
     Args:
-        rotary: cosines and sines ``[tokens, D]``.
         text: text tokens in front; None counts them (the first image token is at 0, too).
 
     Raises:
@@ -51,13 +54,15 @@ def image_layout(rotary, text: int | None) -> Layout:
     return Layout((*((Context(text),) if text else ()), Grid(1, height, width)))
 
 
-def video_layout(rotary, frame_dim: int, row_dim: int) -> Layout:
+def video(rotary, text: int | None = None) -> Layout:
     """Wan: one video in raster order; rotary columns are [frame | row | column].
 
     Raises:
         ValueError: the tokens are not one video in raster order.
     """
     rows = _rows(rotary)
+    row_dim = 2 * (rows.shape[-1] // 6)  # as many for the columns, the rest for the frames
+    frame_dim = rows.shape[-1] - 2 * row_dim
     per_frame = _first_change(rows[..., :frame_dim])
     width = _first_change(rows[:per_frame, :, : frame_dim + row_dim])
     frames, height = len(rows) // per_frame, per_frame // width
