@@ -27,6 +27,17 @@ def _check_fraction(name: str, value, remedy: str) -> None:
         raise ValueError(f"{name} must lie in 0..1, 1 excluded; got {value!r} ({remedy})")
 
 
+def _check_part(name: str, time_range, crop) -> None:
+    """Times that lie in 0..1, and a window of whole tokens."""
+    low, high = time_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"{name}.time_range must be (low, high) with 0 <= low < high <= 1, got {low}, {high}"
+        )
+    for side in crop or ():
+        check_integer(f"each of {name}.crop", side, 1)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The pipeline that is teacher and base of the student.
@@ -89,6 +100,20 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class MixedSet:
+    """What a run takes from one of ``data.mix``.
+
+    Attributes:
+        share: how many batches for one of the run's own set.
+        time_range, crop: ``train.time_range`` and ``train.crop`` for this set; None takes those.
+    """
+
+    share: float
+    time_range: tuple[float, float] | None = None
+    crop: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Cached latents and prompt embeddings, and what ``dittfast distill prepare`` makes them from.
 
@@ -103,7 +128,8 @@ class DataConfig:
         position_scale: the transformer's position ids times this, in the set and in validation;
             0.25 fits pictures of four times the side into the positions that the model knows.
         mix: folders of further sets of the same model, and how many batches are taken from each
-            for one of this set's; ``{data/small: 0.5}``.
+            for one of this set's, ``{data/small: 0.5}``; or a mapping of :class:`MixedSet`'s
+            fields, ``{data/small: {share: 0.5, time_range: [0.6, 1]}}``.
         seed: sample i is drawn from seed + i.
         shard_size: samples in one file.
     """
@@ -120,10 +146,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_positive("data.position_scale", self.position_scale)
-        for name, share in self.mix.items():
-            if isinstance(share, bool) or not isinstance(share, (int, float)):
-                raise ValueError(f"data.mix: the share of {name} must be a number, got {share!r}")
-            check_positive(f"data.mix: the share of {name}", share)
+        object.__setattr__(self, "mix", {k: _mixed_set(k, x) for k, x in self.mix.items()})
         if self.prompts and self.pictures:
             raise ValueError(
                 "data.prompts and data.pictures are both given; the samples come from one of them"
@@ -187,7 +210,7 @@ class TrainConfig:
         time_distribution: uniform or logit_normal (arXiv:2403.03206), then
             ``t -> shift t / (1 + (shift - 1) t)`` and into ``time_range``; 1 is pure noise. Noise
             s times as strong has the ratio of data and noise that a shift of s has.
-        time_range: Wan 2.2's experts each train on their own part.
+        time_range: Wan 2.2's experts each train on their own part, and sets of ``data.mix`` may.
         crop: (height, width) in tokens of the window that a batch shows of its pictures, at a place
             from the seed and with the positions of that place; null for whole pictures. Of models
             that are given position ids.
@@ -227,8 +250,7 @@ class TrainConfig:
             check_integer(f"train.{name}", getattr(self, name), 0)
         for name in ("lr", "time_shift"):
             check_positive(f"train.{name}", getattr(self, name))
-        for side in self.crop or ():
-            check_integer("each of train.crop", side, 1)
+        _check_part("train", self.time_range, self.crop)
         if self.clip is not None:
             check_positive("train.clip", self.clip, "null for no limit")
         if self.ema is not None:
@@ -237,11 +259,6 @@ class TrainConfig:
         _check_weight("train.weight_decay", self.weight_decay)
         for beta in self.betas:
             _check_fraction("each of train.betas", beta, "0.9 and 0.999 are usual")
-        low, high = self.time_range
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"train.time_range must be (low, high) with 0 <= low < high <= 1, got {low}, {high}"
-            )
         check_choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         check_choice("train.optimizer", self.optimizer, ("adamw", "muon", "prodigy"))
         check_choice("train.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
@@ -369,6 +386,17 @@ def _build(cls, data, where: str):
         if needed and name not in data:
             raise ValueError(f"{prefix}{name} is missing")
     return cls(**{key: _value(hints[key], x, prefix + key) for key, x in data.items()})
+
+
+def _mixed_set(folder: str, value) -> MixedSet:
+    """One of ``data.mix``: its share alone, or a mapping with more."""
+    where = f"data.mix.{folder}"
+    if not isinstance(value, (dict, MixedSet)):
+        value = {"share": value}
+    part = value if isinstance(value, MixedSet) else _build(MixedSet, value, where)
+    check_positive(f"{where}.share", part.share)
+    _check_part(where, part.time_range or (0.0, 1.0), part.crop)
+    return part
 
 
 def _value(hint, value, where: str):

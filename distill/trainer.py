@@ -71,6 +71,11 @@ class Trainer:
         start = self._start(resume)
         self.dataset = Dataset(config.data.folder)
         self.sets = [self.dataset, *map(Dataset, config.data.mix)]
+        train, mixed = config.train, config.data.mix.values()
+        self.parts = [  # the times and the window of each set
+            (train.time_range, train.crop),
+            *((m.time_range or train.time_range, m.crop or train.crop) for m in mixed),
+        ]
         self.process = self.dataset.process
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
         self._load_models()
@@ -184,12 +189,13 @@ class Trainer:
         train, rank = self.config.train, self.accelerator.process_index
         which, indices = next(self._order)
         count = len(indices)
+        time_range, crop = self.parts[which]
         t = sample_times(
             count,
             generator("times", train.seed, step),
             train.time_distribution,
             train.time_shift,
-            train.time_range,
+            time_range,
         )
         chance = torch.rand(count, generator=generator("drop", train.seed, step))
         dropped = (chance < train.drop_prompt).tolist()
@@ -198,10 +204,10 @@ class Trainer:
             first = (index * self.accelerator.num_processes + rank) * train.batch_size
             slots = range(first, first + train.batch_size)
             batch = self.sets[which].batch([indices[s] for s in slots], [dropped[s] for s in slots])
-            if train.crop is not None:
+            if crop is not None:
                 # One place for all processes, so that it depends on the step alone.
                 place = generator("window", train.seed, step, index)
-                batch = window(batch, train.crop, place)
+                batch = window(batch, crop, place)
             shape = batch.latents.shape[1:]
             noise = [sample_noise(shape, train.seed, step, s) for s in slots]
             micros.append(Micro(batch, torch.stack(noise), t[first : first + train.batch_size]))
@@ -328,7 +334,7 @@ class Trainer:
         self.accelerator.init_trackers("dittfast")
         order = mixed_batches(
             [dataset.shapes for dataset in self.sets],
-            [1.0, *self.config.data.mix.values()],
+            [1.0, *(mixed.share for mixed in self.config.data.mix.values())],
             self.global_batch,
             train.seed,
         )

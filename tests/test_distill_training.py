@@ -167,8 +167,9 @@ def test_windows_of_mixed_sets(folder, tmp_path):
     data = {"folder": str(tmp_path / "scaled"), "position_scale": 0.5, "count": 3}
     make_config(folder, data=data)
     plain = make_config(folder).data.folder
-    data["mix"] = {plain: 2.0}
+    data["mix"] = {plain: {"share": 2.0, "time_range": [0.5, 0.6], "crop": [2, 5]}}
     settings = dict(steps=6, checkpoint_every=2, crop=[3, 4], optimizer="muon")
+    settings["time_range"] = [0.9, 1.0]
     sections = dict(data=data, train=settings, student={"trainable": "all"})
     seen = []
 
@@ -181,7 +182,8 @@ def test_windows_of_mixed_sets(folder, tmp_path):
     steps = torch.tensor(
         [m.batch.arguments["img_ids"][:, 1:].diff(dim=0).abs().max() for m in seen]
     )
-    assert sorted((steps // 1).tolist()) == [1, 1, 3, 3, 3, 3]  # 4 columns back, in halves or ones
+    # 3 columns back in halves, or 4 in ones.
+    assert sorted((steps // 1).tolist()) == [1, 1, 4, 4, 4, 4]
     whole = {scale: Dataset(f) for scale, f in ((0.5, tmp_path / "scaled"), (1.0, plain))}
     for micro in seen:
         ids = micro.batch.arguments["img_ids"]
@@ -190,8 +192,10 @@ def test_windows_of_mixed_sets(folder, tmp_path):
         pictures = [whole[scale].batch([i]).latents[0] for i in range(len(whole[scale]))]
         parts = [picture.view(8, 12, -1)[rows, columns] for picture in pictures]
         for latents, noise in zip(micro.batch.latents, micro.noise):
-            assert latents.shape == noise.shape == (12, 16)
+            assert latents.shape == noise.shape == ((12, 16) if scale < 1 else (10, 16))
             assert any(torch.equal(latents, part) for part in parts)
+        low, high = (0.9, 1.0) if scale < 1 else (0.5, 0.6)
+        assert ((micro.t >= low) & (micro.t <= high)).all()
     places = {tuple(m.batch.arguments["img_ids"][0].tolist()) for m in seen}
     assert len(places) > 3
     train(run_config(folder, tmp_path / "half", **sections | {"train": settings | {"steps": 4}}))
