@@ -8,6 +8,7 @@ frame and some of the others, drawn anew for each clip; frames, and the tokens o
 their places in the full clip. So learning how pictures move costs a fraction, and positions mean
 the same when the last stage shows whole clips. The run saves itself every few minutes and continues
 exactly where it stopped when started again with ``--resume``; the stages may be changed in between.
+``--start`` takes the weights of an exported pipeline folder into a new run.
 """
 
 import argparse
@@ -76,6 +77,8 @@ class Run(train_flux.Run):
         self.grey = self.codec.encode(torch.zeros(1, 3, 1, 4, 4))
         self.tokenizer = self._tokenizer()
         self.model = SampleWan(len(self.tokenizer))
+        if args.start:
+            self.model.load_pipeline(args.start)
         matrices = self.model.block_matrices()
         matrix_ids = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in matrix_ids]
@@ -92,7 +95,10 @@ class Run(train_flux.Run):
         folder = self.args.out / "tokenizer"
         if folder.exists():
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        tokenizer = build_tokenizer(tokenizer_corpus(), vocab_size=1024)
+        if self.args.start:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.args.start / "tokenizer")
+        else:
+            tokenizer = build_tokenizer(tokenizer_corpus(), vocab_size=1024)
         tokenizer.save_pretrained(folder)
         return tokenizer
 
@@ -189,6 +195,7 @@ def make_parser():
     parser.add_argument(
         "--stages", type=parse_stage, nargs="+", required=True, help="size:frames:steps:batch:lr"
     )
+    parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--average", type=float, default=0.998, help="decay of averaged weights")
     parser.add_argument("--save-minutes", type=float, default=3, help="time between checkpoints")

@@ -125,6 +125,13 @@ class SampleWan(nn.Module):
             return_dict=False,
         )[0]
 
+    def load_pipeline(self, folder):
+        """Take the weights of the pipeline saved in ``folder``."""
+        for name in ("transformer", "text_encoder"):
+            part = getattr(self, name)
+            stored = type(part).from_pretrained(folder / name, torch_dtype=torch.float32)
+            part.load_state_dict(stored.state_dict())
+
     def block_matrices(self):
         """The weight matrices inside the transformer blocks: what Muon updates."""
         return [p for p in self.transformer.blocks.parameters() if p.ndim == 2]

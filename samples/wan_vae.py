@@ -63,41 +63,84 @@ def build_vae(mean, components, deviation):
         latents_mean=[0.0] * CHANNELS,
         latents_std=latents_std.tolist(),
     ).eval()
-    for module in vae.modules():
-        if isinstance(module, WanResidualBlock):
-            module.conv2.weight.zero_(), module.conv2.bias.zero_()
-        if isinstance(module, WanAttentionBlock):
-            module.proj.weight.zero_(), module.proj.bias.zero_()
     plus, minus = slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)
-    after_norm = STEADY / WIDTH**0.5  # what undoes the norm's division
-
-    def reset(convolution):
-        convolution.weight.zero_(), convolution.bias.zero_()
-        middle = (slice(None), slice(None), -1, *(k // 2 for k in convolution.kernel_size[1:]))
-        return convolution.weight[middle], convolution.bias
-
-    weight, bias = reset(vae.encoder.conv_in)
+    _silence(vae.encoder)
+    weight, bias = _reset(vae.encoder.conv_in)
     weight[plus] = components / unit
     weight[minus] = -components / unit
     bias[plus] = -components @ mean / unit
     bias[minus] = components @ mean / unit
     bias[2 * CHANNELS] = STEADY
-    weight, bias = reset(vae.encoder.conv_out)
-    weight[plus, plus] = torch.eye(CHANNELS) * after_norm
-    weight[plus, minus] = -torch.eye(CHANNELS) * after_norm
+    weight, bias = _reset(vae.encoder.conv_out)
+    weight[plus, plus] = torch.eye(CHANNELS) * _after_norm(WIDTH)
+    weight[plus, minus] = -torch.eye(CHANNELS) * _after_norm(WIDTH)
     bias[minus] = -8.0  # log-variance
     for convolution in (vae.quant_conv, vae.post_quant_conv):
-        weight, _ = reset(convolution)
+        weight, _ = _reset(convolution)
         weight.copy_(torch.eye(len(weight)))
-    weight, bias = reset(vae.decoder.conv_in)
+    set_decoder(vae.decoder, components.T * unit, mean)
+    return vae
+
+
+@torch.no_grad()
+def set_decoder(decoder, matrix, mean):
+    """Make a decoder of any width ``matrix`` [48, CHANNELS] @ latents + ``mean`` [48]."""
+    plus, minus = slice(0, CHANNELS), slice(CHANNELS, 2 * CHANNELS)
+    _silence(decoder)
+    weight, bias = _reset(decoder.conv_in)
     weight[plus] = torch.eye(CHANNELS)
     weight[minus] = -torch.eye(CHANNELS)
     bias[2 * CHANNELS] = STEADY
-    weight, bias = reset(vae.decoder.conv_out)
-    weight[:, plus] = components.T * unit * after_norm
-    weight[:, minus] = -components.T * unit * after_norm
+    weight, bias = _reset(decoder.conv_out)
+    after_norm = _after_norm(decoder.conv_in.out_channels)
+    weight[:, plus] = matrix * after_norm
+    weight[:, minus] = -matrix * after_norm
     bias.copy_(mean)
-    return vae
+
+
+@torch.no_grad()
+def widen(vae, width):
+    """A VAE with the encoder of one built here, and its decoder ``width`` channels wide.
+
+    Nothing changes in what it computes, but it can be trained: behind their norms, which the
+    constant channel makes harmless, the residual branches see components near 1, and what they
+    add is 0. Taps in time are 0 but for the present frame.
+    """
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    wide = AutoencoderKLWan.from_config({**config, "decoder_base_dim": width}).eval()
+    for name in ("encoder", "quant_conv", "post_quant_conv"):
+        getattr(wide, name).load_state_dict(getattr(vae, name).state_dict())
+    old = vae.decoder.conv_out
+    matrix = old.weight[:, :CHANNELS, -1, 1, 1] / _after_norm(old.in_channels)
+    set_decoder(wide.decoder, matrix, old.bias)
+    for block in wide.decoder.modules():
+        if isinstance(block, WanResidualBlock):
+            block.norm1.gamma.fill_(_after_norm(width))
+            block.norm1.gamma[2 * CHANNELS] = 0
+            block.conv1.weight[:, :, :-1] = 0
+            block.conv1.weight.mul_(3**0.5)  # as large as if the present were all there is
+    return wide
+
+
+def _silence(half):
+    """Make an encoder's or a decoder's residual branches add nothing."""
+    for module in half.modules():
+        if isinstance(module, WanResidualBlock):
+            module.conv2.weight.zero_(), module.conv2.bias.zero_()
+        if isinstance(module, WanAttentionBlock):
+            module.proj.weight.zero_(), module.proj.bias.zero_()
+
+
+def _reset(convolution):
+    """Zero a convolution; its middle tap and bias, to be set."""
+    convolution.weight.zero_(), convolution.bias.zero_()
+    middle = (slice(None), slice(None), -1, *(k // 2 for k in convolution.kernel_size[1:]))
+    return convolution.weight[middle], convolution.bias
+
+
+def _after_norm(width):
+    """What undoes the division by the norm of ``width`` channels, one of them STEADY."""
+    return STEADY / width**0.5
 
 
 class Codec:
