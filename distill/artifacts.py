@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import dittfast
-from dittfast.config import resolve
-from dittfast.files import write_json, write_text
+from dittfast.config import presets, resolve
+from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.records import write_record
+from dittfast.disk.tensors import write_tensors
+from dittfast.files import write_text
+from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.pipelines.adapter import disable, enable
-from dittfast.pipelines.fingerprint import difference
-from dittfast.pipelines.models import is_swapped, transformers_of
+from dittfast.pipelines.fingerprint import base_parameters, difference
+from dittfast.pipelines.models import attention_layers, family_of, is_swapped, transformers_of
 
+from .adapter_files import (
+    DESCRIPTION,
+    FORMAT,
+    LORA,
+    OWN,
+    WEIGHTS,
+    Weights,
+    check_promise,
+    method_of,
+    own_shapes,
+    promised,
+    read_description,
+    read_file,
+    read_folder,
+    sort_out,
+    stock_weights,
+)
+from .bases import check_base, check_mergeable, check_not_fused
 from .config import DistillConfig
+from .lora import ADAPTER, add_lora, compute_dtype, remove_lora
 from .model_card import model_card
-from .student import ADAPTER, Student, add_lora, component_of, remove_lora
+from .student import Student, component_of
 
-FORMAT = 2
-# Format 1 wrote a method's own parameters without OWN before their names.
-_READABLE = (1, 2)
-DESCRIPTION = "adapter.json"
-WEIGHTS = "attention.safetensors"
-# The name that pipe.load_lora_weights looks for.
-LORA = "pytorch_lora_weights.safetensors"
-# Before the names of the method's own parameters, lest one named "weight" be taken for the model's.
-OWN = "method."
 _CLEAR_NAME = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?")
 
 
@@ -51,10 +68,21 @@ def save_adapter(
         base: name of the base model.
         fingerprint: of the base model, which :func:`load_adapter` checks.
         facts: what the run measured; plain data.
+
+    Raises:
+        FloatingPointError: a value that is not finite; nothing is written.
     """
+    broken = [name for name, value in values.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise FloatingPointError(
+            f"{broken[0]} holds values that are not finite, so no adapter is written to {folder}; "
+            "go on from an earlier checkpoint with a lower train.lr"
+        )
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    if folder.exists():
+        shutil.copymode(folder, part)
     weights, lora = {}, {}
     dtype = student.dtype
     for name, value in values.items():
@@ -67,14 +95,15 @@ def save_adapter(
     settings = config.student
     alpha = settings.rank if settings.alpha is None else settings.alpha
     method, schedule = settings.resolved()
+    preset, options, timing = _portable(settings, method, schedule)
     description = {
         "format": FORMAT,
         "dittfast": dittfast.__version__,
         "base": {"model": base, "component": student.component, "fingerprint": fingerprint},
         "method": method.name,
-        "options": settings.options,
-        "preset": settings.method,
-        "schedule": settings.schedule,
+        "options": options,
+        "preset": preset,
+        "schedule": timing,
         "trainable": settings.trainable,
         "lora": {"rank": settings.rank, "alpha": alpha, "targets": list(settings.targets)}
         if lora
@@ -83,11 +112,12 @@ def save_adapter(
         "run": facts,
     }
     if weights:
-        _save(part / WEIGHTS, weights, {})
+        write_tensors(part / WEIGHTS, weights)
     if lora:
-        _save(part / LORA, lora, _lora_metadata(student, description["lora"]))
-    write_json(part / DESCRIPTION, description)
+        write_tensors(part / LORA, lora, _lora_metadata(student, description["lora"]))
     write_text(part / "README.md", model_card(description, repr(method), repr(schedule)))
+    written = [name for name, there in ((WEIGHTS, weights), (LORA, lora)) if there]
+    write_record(part / DESCRIPTION, description, written)
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     if folder.exists():
@@ -96,10 +126,12 @@ def save_adapter(
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
+def _portable(settings, method: Method, schedule) -> tuple[str, dict, dict]:
+    """Name, options and schedule by which a method is found without files of this machine."""
+    if settings.method in METHODS or settings.method in presets():
+        return settings.method, settings.options, settings.schedule
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return method.name, fields, dataclasses.asdict(schedule)
 
 
 def _lora_metadata(student: Student, lora: dict) -> dict[str, str]:
@@ -109,62 +141,6 @@ def _lora_metadata(student: Student, lora: dict) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}
 
 
-def read_description(folder: str | Path) -> dict:
-    """The description of an adapter folder.
-
-    Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: another version wrote it.
-    """
-    path = Path(folder) / DESCRIPTION
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: there is no {DESCRIPTION} in it")
-    description = json.loads(path.read_text(encoding="utf-8"))
-    if description.get("format") not in _READABLE:
-        raise ValueError(
-            f"{path} has format {description.get('format')}, this version reads "
-            f"{' and '.join(map(str, _READABLE))}"
-        )
-    return description
-
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Trained parameters by their names in the model, of an adapter folder or a weights file.
-
-    The method's own parameters have :data:`OWN` before the name of their layer, but in what
-    format 1 and CLEAR wrote.
-
-    A file may have the layout of CLEAR's published checkpoints: ``...attn.to_q.weight`` and
-    ``...attn.processor.spatial_weight``, with or without a leading ``transformer.``.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if path.is_file():
-        return {_plain_name(name): _plain_value(name, x) for name, x in load_file(path).items()}
-    component = read_description(path)["base"]["component"]
-    weights = {}
-    if (path / WEIGHTS).is_file():
-        weights |= load_file(path / WEIGHTS)
-    if (path / LORA).is_file():
-        for name, x in load_file(path / LORA).items():
-            name = name.removeprefix(f"{component}.")
-            weights[re.sub(r"\.(lora_[AB])\.", rf".\1.{ADAPTER}.", name)] = x
-    return weights
-
-
-def _plain_name(name: str) -> str:
-    name = re.sub(r"^(module\.)?(transformer\.)?", "", name)
-    return name.replace(".processor.spatial_weight", ".spatial_weight")
-
-
-def _plain_value(name: str, x: torch.Tensor) -> torch.Tensor:
-    if not name.endswith("spatial_weight"):
-        return x
-    side = round(x.numel() ** 0.5)
-    return x.reshape(side, side)
-
-
 @dataclass
 class _Loaded:
     """What an adapter changed in a transformer; kept on it until :func:`unload_adapter`.
@@ -172,12 +148,16 @@ class _Loaded:
     Attributes:
         original: the model's parameters that were overwritten, on the CPU.
         lora: the LoRA's parameters and settings; None where there is none.
+        trainable: which parameters asked for gradients before, by name.
+        watch: the hook that refuses fused projections; None where fusing is harmless.
         merged: base weights from before a merge, on the CPU; None while unmerged.
     """
 
     component: str
     original: dict[str, torch.Tensor] = field(default_factory=dict)
     lora: tuple[dict[str, torch.Tensor], dict] | None = None
+    trainable: dict[str, bool] = field(default_factory=dict)
+    watch: object = None
     merged: dict[str, torch.Tensor] | None = None
 
 
@@ -195,6 +175,7 @@ def load_adapter(
     method: Method | str | None = None,
     component: str = "transformer",
     any_base: bool = False,
+    verify: bool = True,
     backend: str = "auto",
     **options,
 ) -> None:
@@ -208,67 +189,119 @@ def load_adapter(
             for a file whose name does not say it (``clear_local_8_down_4`` does).
         component: of a file; a folder knows its own.
         any_base: load it into another base model than it was trained on.
+        verify: compare a folder's files with the SHA-256 that was written with them.
         backend: as in :func:`dittfast.attend`.
 
+    The base may be quantised (a LoRA then stays beside it), kept in a smaller dtype by
+    ``enable_layerwise_casting``, offloaded as a whole or in groups, or hold other LoRAs. It is
+    refused where the adapter's values would be lost.
+
     Raises:
-        ValueError: the base model is another one, or parameters are missing or of other shapes.
-        FileNotFoundError: no adapter there.
+        ValueError: the base model is another one or cannot take the adapter; tensors are damaged,
+            missing, of other shapes, or not finite.
+        FileNotFoundError: no adapter there, or files of it are missing.
     """
     path = Path(path)
-    schedule, lora, expected = {}, None, None
+    record, lora, timing = None, None, {}
     if path.is_dir():
-        description = read_description(path)
-        component, expected = description["base"]["component"], description["base"]["fingerprint"]
-        lora, schedule = description["lora"], description["schedule"]
+        record = read_description(path, verify)
+        component, lora = record.data["base"]["component"], record.data["lora"]
         if method is None:
-            method, options = description["preset"], {**description["options"], **options}
+            method_of(record)
+            method, timing = record.data["preset"], record.data["schedule"]
+            options = {**record.data["options"], **options}
+        else:
+            timing = record.data["schedule"]
     elif not path.is_file():
         raise FileNotFoundError(f"there is no adapter at {path}")
-    weights = read_weights(path)
-    if method is None:
+    elif method is None:
         method, options = "local", {**_clear_options(path), **options}
     model = component_of(pipe, component)
     if hasattr(model, "_dittfast_adapter"):
         raise ValueError(
             "this pipeline has an adapter of dittfast; call unload_adapter(pipe) first"
         )
-    if expected is not None and not any_base:
-        wrong = difference(expected, model)
+    if ADAPTER in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(
+            f"this pipeline has a LoRA named {ADAPTER!r}, the name that adapters of dittfast take; "
+            "unload it, or load it under another adapter_name"
+        )
+    if record is not None and not any_base:
+        wrong = difference(record.data["base"]["fingerprint"], model)
         if wrong:
             raise ValueError(
-                f"{path} was trained on {description['base']['model']}, and this is another "
+                f"{path} was trained on {record.data['base']['model']}, and this is another "
                 f"model: {wrong}. any_base=True loads it all the same"
             )
-    chosen, timing = resolve(method, **{"min_tokens": 0, **schedule, **options})
-    own, adapters, plain = _sorted(weights, model, chosen)
-    _check(path, model, plain)
-    enable(pipe, chosen, schedule=timing, backend=backend)
-    try:
-        _set_own(path, model, own)
-        if adapters:
-            _put_lora(model, adapters, lora)
-    except BaseException:
-        disable(pipe)
-        raise
-    loaded = _Loaded(component, lora=(adapters, lora) if adapters else None)
-    loaded.original = _set(model, plain)
-    model._dittfast_adapter = loaded
+    chosen, schedule = resolve(method, **{"min_tokens": 0, **timing, **options})
+    # All from headers; values are read when all of it fits.
+    weights = _fitting(path, record, model, chosen)
+    check_base(model, weights.plain, [*weights.plain, *weights.lora])
+    with contextlib.ExitStack() as undo:
+        enable(pipe, chosen, schedule=schedule, backend=backend)
+        undo.callback(disable, pipe)
+        loaded = _Loaded(component)
+        loaded.trainable = {n: p.requires_grad for n, p in base_parameters(model).items()}
+        undo.callback(_ask_for_gradients, model, loaded.trainable)
+        _set_own(path, model, weights.own)
+        if weights.lora:
+            loaded.lora = weights.lora, lora
+            _put_lora(model, *loaded.lora)
+            undo.callback(remove_lora, model)
+            loaded.watch = model.register_forward_pre_hook(_refuse_fused)
+            undo.callback(loaded.watch.remove)
+        loaded.original = _values(model, weights.plain)
+        undo.callback(_set, model, loaded.original)
+        _set(model, weights.plain)
+        model._dittfast_adapter = loaded
+        undo.pop_all()
 
 
-def _sorted(weights: dict[str, torch.Tensor], model: torch.nn.Module, method: Method):
-    """Weights of the method (by layer and name), of a LoRA, and of the model itself."""
-    own, adapters, plain = {}, {}, {}
-    in_model = {name for name, _ in model.named_parameters()}
-    for name, x in weights.items():
-        if name.startswith(OWN):
-            own[name.removeprefix(OWN)] = x
-        elif f".{ADAPTER}." in name:
-            adapters[name] = x
-        elif name not in in_model and name.rpartition(".")[2] in method.parameters():
-            own[name] = x
-        else:
-            plain[name] = x
-    return own, adapters, plain
+def _fitting(path: Path, record, model: torch.nn.Module, method: Method) -> Weights:
+    """An adapter's tensors, read once their headers are all that they should be."""
+    shapes = own_shapes(method)
+
+    def sort(found: Weights, own) -> Weights:
+        if record is not None and record.data["format"] != 1:
+            return found
+        sorted_ = sort_out(found.plain, model, own)
+        return Weights(sorted_.own, found.lora, sorted_.plain)
+
+    if record is None:
+        with reading(path, "it is no file of weights"):
+            headers = sort(Weights(plain=read_file(path, headers=True)), shapes)
+        layers = list(attention_layers(model, family_of(model)))
+        parameters = base_parameters(model)
+        wanted = Weights(
+            plain={n: tuple(parameters[n].shape) for n in stock_weights(model, layers)}
+        )
+        wanted.plain |= {n: tuple(p.shape) for n, p in parameters.items() if n in headers.plain}
+        # Which layers have parameters of the method's, the file alone can say.
+        wanted.own = {name: header.shape for name, header in headers.own.items()}
+    else:
+        headers = read_folder(record, headers=True)
+        own = own_shapes(method_of(record)[0])
+        headers = sort(headers, own)
+        wanted = promised(record, model)
+    check_promise(path, headers, wanted, model)
+    for name, header in headers.own.items():
+        if shapes.get(name.rpartition(".")[2]) != header.shape:
+            raise FileProblem(path, f"{name} {list(header.shape)} does not fit {method}")
+    if record is None:
+        with reading(path, "it is no file of weights"):
+            return sort(Weights(plain=read_file(path)), shapes)
+    return sort(read_folder(record), own)
+
+
+def _refuse_fused(model: torch.nn.Module, args) -> None:
+    """A forward pre-hook: a LoRA beside to_q is passed over when its projections are fused."""
+    check_not_fused(model, "an adapter of dittfast is loaded")
+
+
+def _ask_for_gradients(model: torch.nn.Module, wanted: Mapping[str, bool]) -> None:
+    for name, p in base_parameters(model).items():
+        if name in wanted and p.requires_grad != wanted[name]:
+            p.requires_grad_(wanted[name])
 
 
 def _clear_options(path: Path) -> dict:
@@ -282,38 +315,45 @@ def _clear_options(path: Path) -> dict:
     return {"window": int(window)} | ({"downsample": int(down)} if down else {})
 
 
-def _check(path: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, x in weights.items():
-        if name not in parameters:
-            raise ValueError(f"{path}: {type(model).__name__} has no parameter {name}")
-        if parameters[name].shape != x.shape:
-            raise ValueError(
-                f"{path}: {name} is {list(x.shape)}, the model's is {list(parameters[name].shape)}"
-            )
+def _values(model: torch.nn.Module, names) -> dict[str, torch.Tensor]:
+    """Values of parameters by their names in the stock model, on the CPU."""
+    parameters = base_parameters(model)
+    return {name: parameters[name].detach().cpu().clone() for name in names}
 
 
 @torch.no_grad()
-def _set(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy values into parameters; the values from before, on the CPU."""
-    before = {}
+def _set(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into parameters, by their names in the stock model.
+
+    Where weights are kept in a smaller dtype than they are used in, they are rounded as the
+    model's own were.
+    """
+    parameters, dtype = base_parameters(model), compute_dtype(model)
     for name, x in weights.items():
-        p = model.get_parameter(name)
-        before[name] = p.detach().cpu().clone()
-        p.copy_(x)
-    return before
+        p = parameters[name]
+        p.copy_(x if dtype is None or x.dtype == p.dtype else x.to(dtype))
 
 
+@torch.no_grad()
 def _put_lora(model: torch.nn.Module, values: dict[str, torch.Tensor], lora: dict) -> None:
     add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
     try:
-        _check(Path(LORA), model, values)
-        _set(model, values)
+        parameters = dict(model.named_parameters())
+        mine = {name for name in parameters if f".{ADAPTER}." in name}
+        if mine != values.keys():
+            odd = sorted(mine ^ values.keys())[0]
+            raise ValueError(f"PEFT and the adapter disagree about {odd}; is PEFT another version?")
+        for name, x in values.items():
+            if parameters[name].shape != x.shape:
+                raise ValueError(
+                    f"{name} is {list(x.shape)}, PEFT wants {list(parameters[name].shape)}"
+                )
+        for name, x in values.items():
+            parameters[name].copy_(x)
+            parameters[name].requires_grad_(False)
     except BaseException:
         remove_lora(model)
         raise
-    for name in values:
-        model.get_parameter(name).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -336,7 +376,8 @@ def merge(pipe) -> None:
     the bit.
 
     Raises:
-        ValueError: no adapter is loaded, it is merged already, or other LoRAs are loaded.
+        ValueError: no adapter is loaded, it is merged already, other LoRAs are loaded, or the
+            weights are quantised or kept in 8 bits.
     """
     model, loaded = _loaded_in(pipe)
     if loaded.merged is not None:
@@ -347,11 +388,16 @@ def merge(pipe) -> None:
     others = sorted(set(model.peft_config) - {ADAPTER})
     if others:
         raise ValueError(f"other LoRAs are loaded ({', '.join(others)}); unload them first")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "merge")
+    }
+    check_mergeable(model, layers.values())
     before = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            before[f"{name}.weight"] = module.base_layer.weight.detach().cpu().clone()
-            module.merge(safe_merge=True, adapter_names=[ADAPTER])
+    for name, module in layers.items():
+        before[f"{name}.weight"] = module.base_layer.weight.detach().cpu().clone()
+        module.merge(safe_merge=True, adapter_names=[ADAPTER])
     model.unload_lora()
     loaded.merged = before
 
@@ -375,14 +421,18 @@ def unload_adapter(pipe) -> None:
     """Take an adapter and its method out again; the weights are what they were, to the bit.
 
     Raises:
-        ValueError: no adapter is loaded.
+        ValueError: no adapter is loaded, or projections were fused with its weights in them.
     """
     model, loaded = _loaded_in(pipe)
+    check_not_fused(model, "the adapter cannot be taken out")
     if loaded.merged is not None:
         _set(model, loaded.merged)
     elif loaded.lora is not None:
         remove_lora(model)
     _set(model, loaded.original)
+    if loaded.watch is not None:
+        loaded.watch.remove()
+    _ask_for_gradients(model, loaded.trainable)
     del model._dittfast_adapter
     if is_swapped(model):
         disable(pipe)

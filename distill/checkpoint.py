@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import random
 import re
@@ -13,11 +13,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dittfast.files import write_json
+from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.records import ITSELF, Record, read_record, write_record
+from dittfast.disk.tensors import (
+    check_finite,
+    read_headers,
+    read_pickled,
+    read_tensors,
+    write_pickled,
+    write_tensors,
+)
 
 from .optim import Average
 from .sharding import local, part, sharded_state, whole, whole_state
 
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+TRAINABLE, AVERAGE = "trainable.safetensors", "average.safetensors"
+OPTIMIZER = "optimizer.pt"
+_FORM = {
+    "step": int,
+    "seconds": float,
+    "global_batch": int,
+    "seed": int,
+    "updates": int,
+    "config?": {"*": dict},
+    "data?": (int, {"sets": [str], "contents": [(None, str)]}),
+}
 _COMPLETE = re.compile(r"step-(\d{8})")
 
 
@@ -69,11 +92,13 @@ class Checkpoints:
         """The newest complete checkpoint; None where there is none."""
         return self.all()[-1] if self.all() else None
 
-    def write(self, step: int, save: Callable[[Path], None]) -> Path:
+    def write(self, step: int, save: Callable[[Path], dict]) -> Path:
         """Write the checkpoint of a step; the processes call this together.
 
         Args:
-            save: writes this process's files into the folder it gets; the main process's first.
+            save: writes this process's files into the folder it gets, and returns the progress,
+                plain data. The main process's goes into ``progress.json``, with the SHA-256 of all
+                files.
         """
         final = self.folder / _name(step)
         part = self.folder / f".{_name(step)}.part"
@@ -82,9 +107,11 @@ class Checkpoints:
                 self._clean()
                 part.mkdir(parents=True)
             self._wait()
-            save(part)
+            progress = save(part)
             self._wait()
             if self._is_main:
+                files = [str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()]
+                write_record(part / PROGRESS, progress, files)
                 for file in sorted(p for p in part.rglob("*") if p.is_file()):
                     with open(file, "rb+") as handle:
                         os.fsync(handle.fileno())
@@ -95,27 +122,57 @@ class Checkpoints:
         self._wait()
         return final
 
-    def tidy(self) -> None:
+    def tidy(self, step: int) -> None:
         """Remove what a killed run left behind, and checkpoints that it had no time to rotate.
 
         The processes call this together, when none of them reads a checkpoint any more.
+
+        Args:
+            step: where the run goes on. Checkpoints after it are damaged, or of a run that was
+                given up; they would stand in the way of those that are written now.
         """
         self._wait()
         if self._is_main:
             self._clean()
+            for later in self.all():
+                if later.name > _name(step):
+                    logger.warning("removing %s: the run goes on from step %d", later, step)
+                    _remove(later)
             self._rotate()
 
     def _rotate(self) -> None:
         for old in self.all()[: -self.keep]:
-            gone = old.with_name(f".{old.name}.gone")
-            os.rename(old, gone)
-            shutil.rmtree(gone)
+            _remove(old)
 
     def _clean(self) -> None:
         """Remove what was half written or half removed."""
         if self.folder.is_dir():
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; it loses its name before its files go."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+
+
+def read_progress(folder: Path, verify: bool = True) -> Record:
+    """What a checkpoint says of itself; all of its files are what was written, or it is refused.
+
+    Raises:
+        FileProblem: a file of it is damaged or missing.
+    """
+    if not (folder / PROGRESS).is_file():
+        raise FileProblem(folder / PROGRESS, "it is missing", "this is no checkpoint of a run")
+    record = read_record(folder / PROGRESS, _FORM, verify=verify)
+    for name in record.sums:
+        if name != ITSELF:
+            if not (folder / name).is_file():
+                raise FileProblem(folder / name, "it is missing")
+            record.check(name)
+    return record
 
 
 class RunState:
@@ -157,17 +214,19 @@ class RunState:
         """
         return self._whole({**self.parameters, **(self.average.values if self.average else {})})
 
-    def write(self, folder: Path, progress: dict) -> None:
+    def write(self, folder: Path, progress: dict) -> dict:
         """Write this process's files of a checkpoint; of sharded weights all call this together.
 
         Args:
-            progress: plain data that :meth:`read` gives back.
+            progress: plain data.
+
+        Returns:
+            The progress that the checkpoint keeps, which :meth:`read` gives back.
 
         Raises:
-            FloatingPointError: a parameter that is not finite.
+            FloatingPointError: a parameter, an average or a value of the optimiser's that is not
+                finite.
         """
-        from safetensors.torch import save_file
-
         main = self.rank == 0
         if main or self.sharded:
             values = self._whole(self.parameters)
@@ -175,61 +234,87 @@ class RunState:
             optimizer = whole_state(optimizer) if self.sharded else optimizer
             averages = {} if self.average is None else self._whole(self.average.values)
         if main:
-            broken = [name for name, p in values.items() if not torch.isfinite(p).all()]
-            if broken:
-                raise FloatingPointError(
-                    f"step {progress['step']}: {broken[0]} has values that are not finite; the "
-                    f"checkpoints before it are in {folder.parent}"
-                )
-            save_file(values, folder / "trainable.safetensors")
+            kept = {"": values, "the average of ": averages, "the optimiser's ": _flat(optimizer)}
+            for whose, tensors in kept.items():
+                broken = [name for name, x in tensors.items() if not torch.isfinite(x).all()]
+                if broken:
+                    raise FloatingPointError(
+                        f"step {progress['step']}: {whose}{broken[0]} has values that are not "
+                        f"finite; the checkpoints before it are in {folder.parent}"
+                    )
+            write_tensors(folder / TRAINABLE, values)
             if averages:
-                save_file(averages, folder / "average.safetensors")
+                write_tensors(folder / AVERAGE, averages)
             state = {"optimizer": optimizer}
             if self.scaler is not None:
                 state["scaler"] = self.scaler.state_dict()
-            torch.save(state, folder / "optimizer.pt")
-            updates = self.average.updates if self.average else 0
-            write_json(folder / "progress.json", progress | {"updates": updates})
-        torch.save(rng_state(), folder / f"rng-{self.rank:05d}.pt")
+            write_pickled(folder / OPTIMIZER, state)
+        write_pickled(folder / f"rng-{self.rank:05d}.pt", rng_state())
+        return progress | {"updates": self.average.updates if self.average else 0}
 
-    def read(self, folder: Path, expected: dict) -> dict:
-        """Put a checkpoint back; its progress.
+    def read(self, folder: Path, record: Record) -> None:
+        """Put a checkpoint back, once all of its files are read and found good.
 
         Args:
-            expected: what its progress must say, lest the order of the data change.
+            record: of :func:`read_progress`.
 
         Raises:
-            ValueError: it says something else, or holds other parameters.
+            FileProblem: a file of it is damaged.
+            ValueError: it holds other parameters.
         """
-        from safetensors.torch import load_file
-
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        for name, value in expected.items():
-            if progress[name] != value:
-                raise ValueError(
-                    f"{folder} was written with {name} {progress[name]}, this run has {value}; the "
-                    "order of its data would change"
-                )
-        saved = load_file(folder / "trainable.safetensors")
-        if saved.keys() != self.parameters.keys():
-            raise ValueError(f"{folder} holds other trainable parameters than this run has")
+        saved = self._read_values(folder / TRAINABLE)
+        averaged = None
+        if self.average is not None and (folder / AVERAGE).is_file():
+            averaged = self._read_values(folder / AVERAGE)
+        path = folder / OPTIMIZER
+        state = read_pickled(path)
+        with reading(path, "it is no state of the optimiser"):
+            check_finite(path, _flat(state["optimizer"]))
+            optimizer = sharded_state(state["optimizer"], list(self.parameters.values()))
+        rng = folder / f"rng-{self.rank:05d}.pt"
+        generators = read_pickled(rng) if rng.is_file() else None
+        with reading(path, "it is no state of this optimiser"):
+            self.optimizer.load_state_dict(optimizer)
+            if self.scaler is not None and "scaler" in state:
+                self.scaler.load_state_dict(state["scaler"])
         with torch.no_grad():
             for name, p in self.parameters.items():
                 local(p).copy_(part(saved[name], p))
-        if self.average is not None:
-            averaged = load_file(folder / "average.safetensors")
-            for name, x in self.average.values.items():
-                x.copy_(part(averaged[name], self.parameters[name]))
-            self.average.updates = progress["updates"]
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer = sharded_state(state["optimizer"], list(self.parameters.values()))
-        self.optimizer.load_state_dict(optimizer)
-        if self.scaler is not None and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
-        rng = folder / f"rng-{self.rank:05d}.pt"
-        if rng.is_file():
-            set_rng_state(torch.load(rng, weights_only=True))
-        return progress
+            if self.average is not None:
+                if averaged is None:
+                    logger.warning("%s has no averages; they begin with its weights", folder)
+                for name, x in self.average.values.items():
+                    x.copy_(part((averaged or saved)[name], self.parameters[name]))
+                self.average.updates = record.data["updates"] if averaged else 0
+        if generators is not None:
+            with reading(rng, "it is no state of random generators"):
+                set_rng_state(generators)
+
+    def _read_values(self, path: Path) -> dict[str, torch.Tensor]:
+        """Values of all trained parameters, in their whole shapes, finite."""
+        if not path.is_file():
+            raise FileProblem(path, "it is missing")
+        there = {name: header.shape for name, header in read_headers(path).items()}
+        wanted = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        if there != wanted:
+            odd = next(n for n in {**wanted, **there} if there.get(n) != wanted.get(n))
+            raise ValueError(
+                f"{path} holds other trainable parameters than this run has ({odd} is the first); "
+                "go on with the student's settings from before"
+            )
+        values = read_tensors(path)
+        check_finite(path, values)
+        return values
+
+
+def _flat(optimizer: dict) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of an optimiser's state."""
+    return {
+        f"{name} of parameter {index}": x
+        for index, values in optimizer["state"].items()
+        for name, x in values.items()
+        if torch.is_tensor(x) and x.is_floating_point()
+    }
 
 
 def rng_state() -> dict:

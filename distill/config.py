@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from dittfast.config import resolve, unknown
+from dittfast.config import parse_yaml, resolve, unknown
+from dittfast.disk.records import read_text
 from dittfast.methods.base import Method
 from dittfast.methods.checks import check_choice, check_integer, check_positive
 from dittfast.schedule import Schedule
@@ -217,6 +218,8 @@ class TrainConfig:
         drop_prompt: fraction of samples with the negative prompt, for guidance without a prompt.
         checkpoint_every, keep: steps between checkpoints, and how many of them stay.
         trackers: tensorboard, wandb; metrics.jsonl is always written.
+        verify: compare checkpoints, shards and the adapter in ``student.start`` with the SHA-256
+            that was written with them.
     """
 
     output: str
@@ -242,6 +245,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     trackers: tuple[str, ...] = ()
+    verify: bool = True
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep"):
@@ -330,20 +334,15 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Disti
             range, each with its dotted name.
         FileNotFoundError: no such file.
     """
-    import yaml
-
     if Path(name).suffix in (".yaml", ".yml"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no YAML file at {name}")
-        text = Path(name).read_text(encoding="utf-8")
+        text = read_text(name)
     elif name in shipped():
         text = shipped()[name].read_text(encoding="utf-8")
     else:
         raise unknown("recipe (a file ends in .yaml)", name, shipped())
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from error
+    data = parse_yaml(text, name)
     if not isinstance(data, dict):
         raise ValueError(f"{name} must hold a mapping with the keys model, student, data, train")
     for override in overrides:
@@ -352,16 +351,11 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Disti
 
 
 def _override(data: dict, text: str) -> None:
-    import yaml
-
     path, equals, value = text.partition("=")
     *parents, last = path.strip().split(".")
     if not equals or not last or not all(parents):
         raise ValueError(f"an override is KEY.KEY=VALUE, such as train.lr=1e-4; got {text!r}")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {value!r} is no YAML value") from error
+    parsed = parse_yaml(value, f"{path}={value}")
     for depth, key in enumerate(parents):
         if data.get(key) is None:
             data[key] = {}

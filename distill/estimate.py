@@ -12,7 +12,7 @@ from dittfast.pipelines.runs.sources import Source, choose_dtype, find
 
 from .config import DistillConfig
 from .loader import Dataset
-from .student import ADAPTER, add_lora
+from .lora import ADAPTER, add_lora
 
 # Bytes that an optimiser keeps for each trained value; Prodigy has two more tensors than AdamW,
 # Muon one less for a matrix.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,22 @@ from pathlib import Path
 
 import torch
 
+from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.records import digest_of, read_record
+from dittfast.disk.tensors import read_headers, read_tensors
+
 from .conditioning import unflatten
 from .noise import NoiseProcess, generator
-from .prepare import FORMAT, MANIFEST, NEGATIVE, read_process, shard_name
+from .prepare import (
+    AGAIN,
+    MANIFEST,
+    NEGATIVE,
+    SHARD_FORM,
+    read_manifest,
+    read_process,
+    record_name,
+    shard_name,
+)
 
 # What a first frame gives; a sample keeps it when its prompt is dropped.
 _OF_THE_PICTURE = ("hidden_states", "encoder_hidden_states_image")
@@ -47,35 +59,47 @@ def _to(value, device):
 class Dataset:
     """A folder that ``dittfast distill prepare`` wrote.
 
+    Each file is compared with its SHA-256 when it is read first.
+
+    Args:
+        verify: False leaves that out.
+
     Raises:
         FileNotFoundError: no set there.
-        ValueError: shards are missing, or another version wrote them.
+        ValueError: shards are missing or damaged, or another version wrote them.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
+        self._verify = verify
         path = self.folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no training set in {self.folder}; make it first: "
                 "dittfast distill prepare CONFIG.yaml"
             )
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
-        if self.manifest["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has format {self.manifest['format']}, this version reads {FORMAT}; "
-                "prepare the set again"
-            )
+        self.manifest = read_manifest(path, verify)
         self.shard_size = self.manifest["shard_size"]
         shards = -(-len(self) // self.shard_size)
-        names = [NEGATIVE, *(shard_name(i) for i in range(shards))]
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        self._names = [NEGATIVE, *(shard_name(i) for i in range(shards))]
+        needed = list(self._names)
+        if self.manifest.get("records"):
+            needed += map(record_name, self._names)
+        missing = [name for name in needed if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(names)} files of the set in {self.folder} are missing "
+                f"{len(missing)} of {len(needed)} files of the set in {self.folder} are missing "
                 f"({missing[0]} is the first); run dittfast distill prepare again, it goes on "
                 "where it stopped"
             )
+        self._records = {
+            name: read_record(
+                self.folder / record_name(name), SHARD_FORM, verify=verify, remedy=AGAIN
+            )
+            for name in self._names
+            if (self.folder / record_name(name)).is_file()
+        }
+        self._good: set[str] = set()
         self._shared: dict[str, torch.Tensor] | None = None
         self.shapes = [shape for i in range(shards) for shape in self._shapes(i)]
 
@@ -86,41 +110,63 @@ class Dataset:
     def process(self) -> NoiseProcess:
         return read_process(self.manifest)
 
-    def _open(self, name: str):
-        from safetensors import safe_open
+    @property
+    def identity(self) -> str:
+        """A digest of what the set is: its prompts, seeds, sizes, model."""
+        return digest_of({k: v for k, v in self.manifest.items() if k != "records"})
 
-        return safe_open(self.folder / name, "pt")
+    @property
+    def contents(self) -> str | None:
+        """A digest of all samples; None of sets of earlier versions, which do not know it."""
+        if len(self._records) < len(self._names):
+            return None
+        return digest_of({name: record.sums.get(name) for name, record in self._records.items()})
+
+    def _path(self, name: str) -> Path:
+        """A file of the set, compared with its digest before it is read first."""
+        if name not in self._good and name in self._records:
+            self._records[name].check(name, AGAIN)
+        self._good.add(name)
+        return self.folder / name
 
     def _shapes(self, shard: int) -> list[tuple]:
         """What must agree in a batch, for each sample of a shard."""
+        path = self.folder / shard_name(shard)
+        headers = read_headers(path, AGAIN)
         samples: dict[int, list] = defaultdict(list)
-        with self._open(shard_name(shard)) as file:
-            for key in sorted(file.keys()):
+        with reading(path, "it is no shard of this set", AGAIN):
+            for key in sorted(headers):
                 index, _, name = key.partition("/")
                 if index != "shared":
-                    samples[int(index)].append((name, *file.get_slice(key).get_shape()))
+                    samples[int(index)].append((name, *headers[key].shape))
+            count = min(self.shard_size, len(self) - shard * self.shard_size)
+            if sorted(samples) != list(range(count)):
+                raise ValueError(f"it holds {len(samples)} samples, not {count}")
+            if not all(f"{i}/latents" in headers for i in range(count)):
+                raise ValueError("a sample in it has no latents")
         return [tuple(samples[i]) for i in sorted(samples)]
+
+    def _tensors(self, name: str, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors of a file whose names begin with ``prefix``, without it."""
+        path = self._path(name)
+        names = [key for key in read_headers(path, AGAIN) if key.startswith(prefix)]
+        if not names:
+            return {}
+        return {k[len(prefix) :]: x for k, x in read_tensors(path, names, AGAIN).items()}
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of one sample; ``latents`` among them."""
         shard, place = divmod(index, self.shard_size)
-        prefix = f"{place}/"
-        with self._open(shard_name(shard)) as file:
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-            return {key[len(prefix) :]: file.get_tensor(key) for key in keys}
+        return self._tensors(shard_name(shard), f"{place}/")
 
     def negative(self) -> dict[str, torch.Tensor]:
         """The tensors of the negative prompt."""
-        with self._open(NEGATIVE) as file:
-            keys = [key for key in file.keys() if key.startswith("0/")]  # noqa: SIM118
-            return {key[2:]: file.get_tensor(key) for key in keys}
+        return self._tensors(NEGATIVE, "0/")
 
     def shared(self) -> dict[str, torch.Tensor]:
         """Tensors that belong to every sample; the same objects at every call."""
         if self._shared is None:
-            with self._open(shard_name(0)) as file:
-                keys = [key for key in file.keys() if key.startswith("shared/")]  # noqa: SIM118
-                self._shared = {key[len("shared/") :]: file.get_tensor(key) for key in keys}
+            self._shared = self._tensors(shard_name(0), "shared/")
         return self._shared
 
     def batch(self, indices: list[int], without_prompt: list[bool] | None = None) -> Batch:
@@ -138,6 +184,9 @@ class Dataset:
                     continue
                 kept = {name: x for name, x in samples[at].items() if name in _OF_THE_PICTURE}
                 for name, x in samples[at].items():
+                    if name not in negative:
+                        path = self.folder / NEGATIVE
+                        raise FileProblem(path, f"it has no {name}", AGAIN)
                     if negative[name].shape != x.shape:
                         raise ValueError(
                             f"{name} of the negative prompt is {list(negative[name].shape)}, of a "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,11 @@ import torch
 from tqdm import tqdm
 
 from dittfast.config import unknown
-from dittfast.files import atomic_path, write_json
+from dittfast.disk.locks import locked
+from dittfast.disk.problems import FileProblem, first_words, reading
+from dittfast.disk.records import read_record, read_text, sha256, write_record
+from dittfast.disk.structure import check_structure
+from dittfast.disk.tensors import write_tensors
 from dittfast.pipelines.fingerprint import fingerprint
 from dittfast.pipelines.models import transformers_of
 from dittfast.pipelines.runs.call import (
@@ -37,10 +43,39 @@ logger = logging.getLogger(__name__)
 MANIFEST = "data.json"
 NEGATIVE = "negative.safetensors"
 FORMAT = 1
+MANIFEST_FORM = {
+    "format": int,
+    "model": str,
+    "fingerprint": {"class": str, "shapes": str, "values": {"*": [float]}},
+    "process": {
+        "kind": str,
+        "time_scale": float,
+        "alphas_cumprod": [float],
+        "noise_scale?": float,
+    },
+    "constants": dict,
+    "latent_shape": [int],
+    "call": dict,
+    "position_scale?": float,
+    "from": str,
+    "shard_size": int,
+    "prompts": [str],
+    "seeds": [int],
+    "records?": bool,
+}
+# Of a shard: what its samples were made from.
+_PICTURE = {"file": str, "size": int, "modified": int, "sha256": str}
+SHARD_FORM = {"samples": [{"prompt": str, "seed": int, "picture": (None, _PICTURE)}]}
+AGAIN = "run dittfast distill prepare again: it makes damaged files anew"
 
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
+
+
+def record_name(name: str) -> str:
+    """The record of a shard, or of the negative prompt: what is in it, and its SHA-256."""
+    return name.removesuffix(".safetensors") + ".json"
 
 
 @dataclass(frozen=True)
@@ -78,7 +113,7 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     path = Path(given[0])
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with prompts (data.prompts)")
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in read_text(path).splitlines())
     found = [line for line in lines if line]
     if not found:
         raise ValueError(f"{path} holds no prompt; write one on each line")
@@ -102,6 +137,7 @@ def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item]
         "shard_size": config.shard_size,
         "prompts": [item.prompt for item in items],
         "seeds": [item.seed for item in items],
+        "records": True,
     }
 
 
@@ -143,17 +179,25 @@ def prepare(
     config: DataConfig,
     process_index: int = 0,
     num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the shards of a set that are not there yet; the folder.
 
-    A shard appears when it is complete, so an interrupted run goes on with the next one. Process
+    A shard appears when it is complete, so an interrupted run goes on with the next one. Shards
+    that are damaged, or whose pictures were replaced since, are made again. Process
     ``process_index`` writes every ``num_processes``-th shard and needs no word from the others.
+    The first one keeps other launches out of the folder.
+
+    Args:
+        wait: returns when every process has called it.
 
     Raises:
-        ValueError: the folder holds another set, or the pipeline cannot be cached.
+        ValueError: the folder holds another set or is in use, or the pipeline cannot be cached.
     """
-    with positions_scaled(pipe, config.position_scale):
-        return _prepare(pipe, component, source, config, process_index, num_processes)
+    with locked(config.folder, process_index == 0), positions_scaled(pipe, config.position_scale):
+        made = _prepare(pipe, component, source, config, process_index, num_processes)
+        wait()
+        return made
 
 
 def _prepare(pipe, component, source, config: DataConfig, process_index, num_processes) -> Path:
@@ -176,36 +220,61 @@ def _prepare(pipe, component, source, config: DataConfig, process_index, num_pro
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder / MANIFEST, manifest)
     pipe.set_progress_bar_config(disable=True)
-    if process_index == 0 and not (folder / NEGATIVE).exists():
+    fresh = _Freshness(folder, config)
+    if process_index == 0 and not fresh.is_current(NEGATIVE, []):
         negative, _ = _call(pipe, call, items[0])
         negative["prompt"] = call.get("negative_prompt") or ""
-        _save(folder / NEGATIVE, [(None, condition(pipe, model, negative))])
+        _save(folder / NEGATIVE, [(None, condition(pipe, model, negative))], [])
     shards = -(-len(items) // config.shard_size)
-    mine = [i for i in range(process_index, shards, num_processes)]
-    missing = [i for i in mine if not (folder / shard_name(i)).exists()]
+    mine = range(process_index, shards, num_processes)
     size = config.shard_size
-    total = sum(len(items[i * size : (i + 1) * size]) for i in missing)
+    of_shard = {i: items[i * size : (i + 1) * size] for i in mine}
+    missing = [i for i in mine if not fresh.is_current(shard_name(i), of_shard[i])]
+    total = sum(len(of_shard[i]) for i in missing)
     with tqdm(total=total, desc="preparing", unit="sample", disable=process_index > 0) as bar:
         for index in missing:
+            # Before they are read: a picture that is replaced meanwhile is noticed the next time.
+            facts = [fresh.facts(item) for item in of_shard[index]]
             samples = []
-            for item in items[index * size : (index + 1) * size]:
+            for item in of_shard[index]:
                 samples.append(_sample(pipe, model, call, item))
                 bar.update()
-            _save(folder / shard_name(index), samples)
+            _save(folder / shard_name(index), samples, facts)
     return folder
+
+
+def read_manifest(path: Path, verify: bool = True) -> dict:
+    """The manifest of a set.
+
+    Raises:
+        FileProblem: it is damaged.
+        ValueError: another version wrote it.
+    """
+    form = {"format": int, "*": object}
+    data = read_record(path, form, verify=verify, remedy="delete the folder and prepare again").data
+    if data["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {data['format']}, this version reads {FORMAT}; prepare the set "
+            "again"
+        )
+    with reading(path, "it is no manifest of a set"):
+        check_structure(data, MANIFEST_FORM)
+        if data["shard_size"] < 1 or not data["prompts"]:
+            raise ValueError(f"{len(data['prompts'])} samples in shards of {data['shard_size']}")
+        if len(data["prompts"]) != len(data["seeds"]):
+            raise ValueError(f"{len(data['prompts'])} prompts and {len(data['seeds'])} seeds")
+        read_process(data)
+    return data
 
 
 def _agree(path: Path, manifest: dict) -> None:
     """Write the manifest, or check that the one there describes the same set."""
-    import json
-
     if not path.exists():
-        write_json(path, manifest)
+        write_record(path, manifest)
         return
-    # Sets of earlier versions know fewer fields.
-    there = {"position_scale": 1.0, **json.loads(path.read_text(encoding="utf-8"))}
-    if "process" in there:
-        there["process"] = json.loads(json.dumps(dataclasses.asdict(read_process(there))))
+    # Sets of earlier versions know fewer fields, and shards without records.
+    there = {"position_scale": 1.0, **read_manifest(path), "records": True}
+    there["process"] = json.loads(json.dumps(dataclasses.asdict(read_process(there))))
     ours = json.loads(json.dumps(manifest))
     different = sorted(key for key in {*there, *ours} if there.get(key) != ours.get(key))
     if different:
@@ -213,6 +282,71 @@ def _agree(path: Path, manifest: dict) -> None:
             f"{path.parent} holds another training set (different: {', '.join(different)}); name "
             "another data.folder, or delete that one"
         )
+
+
+class _Freshness:
+    """Whether the files of a set are whole, and made from the pictures as they are now."""
+
+    def __init__(self, folder: Path, config: DataConfig):
+        self.folder = folder
+        self.pictures = Path(config.pictures) if config.pictures else None
+        self.has_records = read_manifest(folder / MANIFEST).get("records", False)
+
+    def facts(self, item: Item, known: dict | None = None) -> dict:
+        """What a sample is made from. Of a picture with the size and time known, not read again."""
+        picture = None
+        if item.picture is not None:
+            path = item.picture.path
+            about = path.stat()
+            picture = {
+                "file": path.relative_to(self.pictures).as_posix(),
+                "size": about.st_size,
+                "modified": about.st_mtime_ns,
+            }
+            same = known and all(known[name] == value for name, value in picture.items())
+            picture["sha256"] = known["sha256"] if same else sha256(path)
+        return {"prompt": item.prompt, "seed": item.seed, "picture": picture}
+
+    def is_current(self, name: str, items: list[Item]) -> bool:
+        """Whether a file need not be written; says why one that is there must be."""
+        path = self.folder / name
+        if not path.exists():
+            return False
+        record = self.folder / record_name(name)
+        if not record.exists():
+            return not self.has_records and self._is_older(path, items)
+        try:
+            found = read_record(record, SHARD_FORM)
+            found.check(name)
+        except FileProblem as problem:
+            logger.warning("%s; it is made again", first_words(problem, 400))
+            return False
+        before = found.data["samples"]
+        if len(before) != len(items):
+            return False
+        now = [self.facts(item, old["picture"]) for item, old in zip(items, before)]
+        for old, new in zip(before, now):
+            if _content(old) != _content(new):
+                what = "" if new["picture"] is None else f": {new['picture']['file']} was replaced"
+                logger.warning("%s is made again%s", path, what)
+                return False
+        if now != before:  # touched, but the same
+            write_record(record, {"samples": now}, [name])
+        return True
+
+    def _is_older(self, path: Path, items: list[Item]) -> bool:
+        """Of sets of earlier versions only times are known."""
+        made = path.stat().st_mtime
+        for item in items:
+            if item.picture is not None and item.picture.path.stat().st_mtime > made:
+                logger.warning("%s is made again: %s is newer", path, item.picture.path)
+                return False
+        return True
+
+
+def _content(sample: dict) -> tuple:
+    picture = sample["picture"]
+    return sample["prompt"], sample["seed"], picture and (picture["file"], picture["sha256"])
 
 
 def _sample(pipe, model, call: dict, item: Item) -> tuple[torch.Tensor, Conditioning]:
@@ -223,10 +357,14 @@ def _sample(pipe, model, call: dict, item: Item) -> tuple[torch.Tensor, Conditio
     return encode(pipe, torch.from_numpy(frames), found.latent_shape), found
 
 
-def _save(path: Path, samples: list[tuple[torch.Tensor | None, Conditioning]]) -> None:
-    """``{i}/latents`` and ``{i}/{argument}`` of each sample, ``shared/{argument}`` once."""
-    from safetensors.torch import save_file
+def _save(
+    path: Path, samples: list[tuple[torch.Tensor | None, Conditioning]], facts: list[dict]
+) -> None:
+    """``{i}/latents`` and ``{i}/{argument}`` of each sample, ``shared/{argument}`` once.
 
+    Args:
+        facts: what each sample was made from, for the record beside the file.
+    """
     tensors = {}
     shared = samples[0][1].shared
     for index, (latents, found) in enumerate(samples):
@@ -241,8 +379,8 @@ def _save(path: Path, samples: list[tuple[torch.Tensor | None, Conditioning]]) -
         tensors |= {f"{index}/{name}": x for name, x in found.own.items()}
     tensors |= {f"shared/{name}": x for name, x in shared.items()}
     tensors = {name: x.to("cpu").contiguous() for name, x in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+    write_tensors(path, tensors)
+    write_record(path.with_name(record_name(path.name)), {"samples": facts}, [path.name])
 
 
 def read_process(manifest: dict) -> NoiseProcess:

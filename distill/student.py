@@ -17,9 +17,9 @@ from dittfast.schedule import matching_layers
 
 from .capture import capture
 from .config import ObjectiveConfig, StudentConfig
+from .lora import ADAPTER, add_lora
 from .sharding import is_sharded, local, part, shard
 
-ADAPTER = "dittfast"
 
 
 def component_of(pipe, component: str) -> torch.nn.Module:
@@ -34,36 +34,6 @@ def component_of(pipe, component: str) -> torch.nn.Module:
     return models[component]
 
 
-def add_lora(model: torch.nn.Module, rank: int, alpha: float | None, targets, dropout=0.0) -> None:
-    """Put a trainable LoRA named "dittfast" into a transformer, beside those that are active.
-
-    Raises:
-        ValueError: PEFT is not installed, or no module has such a name.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError(
-            "student.trainable=lora needs PEFT: pip install 'dittfast[distill]'"
-        ) from error
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        target_modules=list(targets),
-        lora_dropout=dropout,
-        init_lora_weights=True,
-    )
-    active = model.active_adapters() if getattr(model, "peft_config", None) else []
-    model.add_adapter(config, adapter_name=ADAPTER)
-    if active:
-        model.set_adapter([*active, ADAPTER])
-
-
-def remove_lora(model: torch.nn.Module) -> None:
-    """Take the LoRA named "dittfast" out; without another one nothing of PEFT is left."""
-    model.delete_adapters(ADAPTER)
-    if not getattr(model, "peft_config", None):
-        model.unload_lora()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dittfast.disk.locks import FolderLock
+from dittfast.disk.problems import FileProblem, first_words, writing
+from dittfast.disk.records import parse_json, read_text
+from dittfast.disk.structure import check_structure
 from dittfast.files import write_json, write_text
 from dittfast.pipelines.adapter import force_dense
 from dittfast.pipelines.fingerprint import difference
@@ -20,14 +24,16 @@ from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
 from . import objectives
-from .artifacts import OWN, read_weights, save_adapter
-from .checkpoint import Checkpoints, RunState
+from .adapter_files import OWN, read_weights
+from .artifacts import save_adapter
+from .checkpoint import PROGRESS, Checkpoints, RunState, read_progress
 from .config import DistillConfig
 from .launch import make_accelerator, wants_shards
 from .loader import Batch, Dataset, Prefetch, mixed_batches
 from .noise import generator, sample_noise, sample_times
 from .optim import Average, learning_rate, make_optimizer
-from .sharding import whole
+from .resume import check_resume, run_facts
+from .sharding import local, whole
 from .student import Student, component_of, swapped
 from .validation import Validation
 from .windows import window
@@ -52,8 +58,9 @@ class Trainer:
         resume: "latest" or the folder of a checkpoint; None starts a new run.
 
     Raises:
-        ValueError: the configuration does not fit the model, the data or this machine; or the
-            output folder holds a run and ``resume`` is None.
+        ValueError: the configuration does not fit the model, the data or this machine; the output
+            folder holds a run and ``resume`` is None, or another process's run; the checkpoint is
+            damaged, or of another training.
         FileNotFoundError: no data, or nothing to resume from.
     """
 
@@ -68,13 +75,16 @@ class Trainer:
             self.accelerator.is_main_process,
             self.accelerator.wait_for_everyone,
         )
+        self._lock = None
+        if self.output.is_dir():  # a new run takes it when it begins
+            self._take_output()
         start = self._start(resume)
-        self.dataset = Dataset(config.data.folder)
-        self.sets = [self.dataset, *map(Dataset, config.data.mix)]
-        train, mixed = config.train, config.data.mix.values()
+        train, mixed = config.train, config.data.mix
+        self.sets = [Dataset(x, train.verify) for x in (config.data.folder, *mixed)]
+        self.dataset = self.sets[0]
         self.parts = [  # the times and the window of each set
             (train.time_range, train.crop),
-            *((m.time_range or train.time_range, m.crop or train.crop) for m in mixed),
+            *((m.time_range or train.time_range, m.crop or train.crop) for m in mixed.values()),
         ]
         self.process = self.dataset.process
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
@@ -104,25 +114,32 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
-        if start is not None:
+        if start:
             self._restore(start)
 
-    def _start(self, resume: str | None) -> Path | None:
-        """The checkpoint to start from; None for a new run."""
-        there = self.checkpoints.latest()
+    def _take_output(self) -> None:
+        """Keep other processes out of the output folder; of a launch the first one does."""
+        if self.accelerator.is_main_process and self._lock is None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.output)
+
+    def _start(self, resume: str | None) -> list[Path]:
+        """The checkpoints to start from, the best first; none for a new run."""
+        there = self.checkpoints.all()[::-1]
         if resume is None:
-            if there is not None:
+            if there:
                 raise ValueError(
-                    f"{self.output} holds a run with {there.name}; go on with --resume latest, or "
-                    "name another train.output"
+                    f"{self.output} holds a run with {there[0].name}; go on with --resume latest, "
+                    "or name another train.output"
                 )
-            return None
-        path = there if resume == "latest" else Path(resume)
-        if path is None and not self.output.is_dir():
+            return []
+        if resume != "latest":
+            if not (Path(resume) / PROGRESS).is_file():
+                raise FileNotFoundError(f"{resume} is no checkpoint of a run")
+            return [Path(resume)]
+        if not there and not self.output.is_dir():
             raise FileNotFoundError(f"there is no run in {self.output} to resume")
-        if path is not None and not (path / "progress.json").is_file():
-            raise FileNotFoundError(f"{path} is no checkpoint of a run")
-        return path  # None where the run was killed before its first checkpoint
+        return there  # none where the run was killed before its first checkpoint
 
     def _load_models(self) -> None:
         config, device = self.config, self.accelerator.device
@@ -165,7 +182,8 @@ class Trainer:
             self.validation = Validation(self.pipe, self.source, config)
 
     def _start_weights(self, folder: str) -> None:
-        weights = {name.removeprefix(OWN): x for name, x in read_weights(folder).items()}
+        verify = self.config.train.verify
+        weights = {name.removeprefix(OWN): x for name, x in read_weights(folder, verify).items()}
         own = self.student.trainable()
         found = {name: weights[name] for name in own if name in weights}
         if not found:
@@ -313,10 +331,12 @@ class Trainer:
             return
         last = self.checkpoints.latest()
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        spoilt = [n for n, p in self.parameters.items() if not torch.isfinite(local(p)).all()]
+        state = f"{spoilt[0]} is not finite any more" if spoilt else "its weights are unharmed"
         raise FloatingPointError(
             f"step {self.step}: {', '.join(x for x in wrong if x != 'loss')} is not finite, so the "
-            f"run stops before its weights change; {kept}. Try a lower train.lr, train.clip, or "
-            "bf16 in the place of fp16"
+            f"run stops; {state}; {kept}. Try a lower train.lr, train.clip, or bf16 in the place "
+            "of fp16"
         )
 
     def run(self) -> dict[str, float]:
@@ -326,11 +346,13 @@ class Trainer:
             FloatingPointError: a loss or the gradient is not finite.
         """
         train, main = self.config.train, self.accelerator.is_main_process
+        if self._lock is None and main:
+            self._take_output()
+            self._start(None)  # another process may have been here meanwhile
         if main:
-            self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / "config.json", self.config.to_dict())
             self._rewind_metrics()
-        self.checkpoints.tidy()
+        self.checkpoints.tidy(self.step)
         self.accelerator.init_trackers("dittfast")
         order = mixed_batches(
             [dataset.shapes for dataset in self.sets],
@@ -363,24 +385,32 @@ class Trainer:
             batches.close()
             bar.close()
             self.accelerator.end_training()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
         return self.last
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.output / "metrics.jsonl"
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(values, self.step)
 
     def metrics(self) -> list[dict]:
         """What was logged so far."""
         path = self.output / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines() if path.is_file() else []
         rows = []
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break  # the run was killed while it wrote this line
+                row = parse_json(line)
+                check_structure(row, {"step": int, "*": object})
+            except (ValueError, RecursionError):
+                if number < len(lines):  # else the run was killed while it wrote this line
+                    logger.warning("%s: line %d is damaged and left out", path, number)
+                continue
+            rows.append(row)
         return rows
 
     def _rewind_metrics(self) -> None:
@@ -412,16 +442,26 @@ class Trainer:
 
     def _run_facts(self) -> dict:
         """What a checkpoint must have in common with the run that goes on from it."""
-        return {
-            "global_batch": self.global_batch,
-            "seed": self.config.train.seed,
-            "data": self.dataset.manifest["seeds"][0],
-        }
+        return run_facts(self.config, self.sets, self.global_batch)
 
-    def _restore(self, folder: Path) -> None:
-        facts = self._run_facts()
-        progress = self.state.read(folder, {name: facts[name] for name in ("global_batch", "seed")})
-        self.step, self.seconds = progress["step"], progress["seconds"]
+    def _restore(self, found: list[Path]) -> None:
+        """Go on from the first of some checkpoints that is whole."""
+        for folder, older in itertools.zip_longest(found, found[1:]):
+            try:
+                self._restore_from(folder)
+                return
+            except FileProblem as problem:
+                if older is None:
+                    raise
+                logger.warning("%s; going back to %s", first_words(problem, 400), older.name)
+
+    def _restore_from(self, folder: Path) -> None:
+        record = read_progress(folder, self.config.train.verify)
+        changes = check_resume(folder, record.data, self._run_facts())
+        self.state.read(folder, record)
+        self.step, self.seconds = record.data["step"], record.data["seconds"]
+        if changes and self.accelerator.is_main_process:
+            logger.warning("%s: going on with changes: %s", folder.name, "; ".join(changes))
 
     def _export(self) -> None:
         main = self.accelerator.is_main_process

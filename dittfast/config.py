@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+from .disk.problems import first_words
+from .disk.records import read_text
 from .methods import METHODS
 from .methods.base import Method
 from .schedule import Schedule
@@ -39,18 +41,27 @@ def _preset_name(file_name: str) -> str:
     return stem
 
 
+def parse_yaml(text: str, where: str) -> object:
+    """Plain data in YAML.
+
+    Raises:
+        ValueError: no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # dates and numbers that are none, lists a thousand levels deep
+        raise ValueError(f"{where} is not valid YAML ({first_words(error)})") from error
+
+
 def read_mapping(text: str, where: str, known: Iterable[str]) -> dict:
     """A YAML mapping with known keys only.
 
     Raises:
         ValueError: no YAML, no mapping, or an unknown key (the nearest known one is named).
     """
-    import yaml
-
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from error
+    data = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise ValueError(f"{where} must hold a mapping with the keys {', '.join(known)}")
     for key in data:
@@ -82,7 +93,7 @@ def _load(name: str) -> tuple[str, dict, dict]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise FileNotFoundError(f"no YAML file at {name}")
-        data = _read_yaml(path.read_text(), str(path))
+        data = _read_yaml(read_text(path), str(path))
     elif name in presets():
         file = resources.files("dittfast.configs") / (name.replace("/", "_") + ".yaml")
         data = _read_yaml(file.read_text(), f"preset {name}")

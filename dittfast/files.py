@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from .disk.problems import writing
+from .disk.processes import host_name, start_of
+
+# After so many seconds a temporary file of a machine that cannot be seen from here is a leftover.
+_A_DAY = 86_400
 
 
 def check_output(path: str | Path, suffixes: Sequence[str] | None = None) -> Path:
@@ -43,22 +54,71 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The temporary file has the same ending. It replaces ``path`` in one step when the block ends,
     and is removed when the block raises, Ctrl-C included: ``path`` is then what it was before.
+    What a killed process left of the same file is removed, too. The file keeps the permissions it
+    had; a new one gets those that the umask leaves, whatever the writer in the block gives it.
+
+    Raises:
+        OSError: the disk is full, with the file's name, whatever the writer raised over it.
     """
     # A link stays a link: what it points to is replaced.
     path = check_output(Path(path).resolve())
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    _remove_leftovers(path)
+    token = f"{_short(host_name())}-{_writer(os.getpid())}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f"{_prefix(path)}{token}{path.suffix}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # A full disk names no file by itself.
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        with writing(path):
+            mode = _mode(path, temporary)
+            yield temporary
+            os.chmod(temporary, mode)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode(path: Path, temporary: Path) -> int:
+    """The permissions for ``path``: those it has, else those of a file made here and now."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    temporary.unlink()
+    return mode
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _writer(pid: int) -> str:
+    """A process as it stands in the names of temporary files; another one with the same id has
+    another name."""
+    return f"{pid}-{_short(start_of(pid) or 'gone')}"
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.stem[:80]}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of ``path`` whose process is gone."""
+    pattern = re.compile(
+        re.escape(_prefix(path))
+        + r"(?P<host>\w{6})-(?P<writer>(?P<pid>\d+)-\w{6})-\w{8}"
+        + re.escape(path.suffix)
+    )
+    for entry in os.scandir(path.parent):
+        found = pattern.fullmatch(entry.name)
+        if not found:
+            continue
+        with contextlib.suppress(OSError):  # its writer may be finishing it
+            if found["host"] == _short(host_name()):
+                gone = _writer(int(found["pid"])) != found["writer"]
+            else:
+                gone = time.time() - entry.stat().st_mtime > _A_DAY
+            if gone:
+                os.unlink(entry.path)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -26,7 +26,7 @@ from captions import BACKGROUNDS
 from PIL import Image
 
 import dittfast
-from dittfast.distill.artifacts import read_weights
+from dittfast.distill.adapter_files import read_weights
 from dittfast.distill.loader import Dataset
 from dittfast.distill.noise import generator, sample_noise
 from dittfast.distill.windows import window

@@ -189,8 +189,9 @@ def test_prepare_goes_on_where_it_stopped_and_in_any_number_of_processes(folder,
     finally:
         preparing._sample = sample
     names = sorted(p.name for p in Path(partly.folder).iterdir())
-    assert names == ["data.json", "negative.safetensors", "shard-00000.safetensors"]
-    with pytest.raises(ValueError, match=r"1 of 3 files.*shard-00001"):
+    files = ["negative.json", "negative.safetensors", "shard-00000.json"]
+    assert names == ["data.json", *files, "shard-00000.safetensors"]
+    with pytest.raises(ValueError, match=r"2 of 6 files.*shard-00001"):
         Dataset(partly.folder)
     prepare(pipe, "transformer", source, partly)
     split = dataclasses.replace(config.data, folder=str(tmp_path / "split"))
@@ -204,7 +205,7 @@ def test_prepare_goes_on_where_it_stopped_and_in_any_number_of_processes(folder,
         prepare(pipe, "transformer", source, changed)
     # A set of an earlier version, whose manifest lacks a field of the noise process.
     manifest = json.loads((whole / "data.json").read_text())
-    del manifest["process"]["noise_scale"]
+    del manifest["process"]["noise_scale"], manifest["sha256"]
     (whole / "data.json").write_text(json.dumps(manifest))
     prepare(pipe, "transformer", source, dataclasses.replace(config.data, folder=str(whole)))
     assert Dataset(whole).process.noise_scale == 1.0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dittfast.cli import main
 from dittfast.distill import checkpoint, objectives
-from dittfast.distill.artifacts import read_weights
+from dittfast.distill.adapter_files import read_weights
 from dittfast.distill.checkpoint import Checkpoints
 from dittfast.distill.loader import Dataset, mixed_batches
 from dittfast.distill.trainer import Trainer, train
@@ -210,6 +210,7 @@ def test_mixed_sets_must_be_of_one_model(folder, tmp_path):
     shutil.copytree(config.data.folder, other)
     manifest = json.loads((other / "data.json").read_text())
     manifest["process"]["time_scale"] = 7.0
+    del manifest["sha256"]
     (other / "data.json").write_text(json.dumps(manifest))
     mixed = run_config(folder, tmp_path / "run", data={"mix": {str(other): 1.0}})
     with pytest.raises(ValueError, match="other was made for another noise process"):
@@ -534,17 +535,22 @@ def test_a_resumed_run_finishes_what_a_kill_left_of_rotation(folder, tmp_path):
     assert [p.name for p in at.iterdir()] == ["step-00000002"]
 
 
+def save_text(part):
+    (part / "a").write_text("x")
+    return {"a": 1}
+
+
 def test_checkpoints_rotate(tmp_path):
     made = Checkpoints(tmp_path / "c", keep=2)
     assert made.latest() is None and made.all() == []
     for step in (5, 50, 500):
-        made.write(step, lambda part: (part / "a").write_text(part.name))
+        made.write(step, save_text)
     assert [p.name for p in made.all()] == ["step-00000050", "step-00000500"]
     assert made.latest().name == "step-00000500"
     (tmp_path / "c" / ".step-00000600.part").mkdir()
     (tmp_path / "c" / ".step-00000050.gone").mkdir()
     assert made.latest().name == "step-00000500"
-    made.write(600, lambda part: (part / "a").write_text("x"))
+    made.write(600, save_text)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000500", "step-00000600"]
     made.write(600, lambda part: pytest.fail("it is there"))
 
@@ -552,7 +558,7 @@ def test_checkpoints_rotate(tmp_path):
 def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     """Killed while an old one is removed: no folder of that name is left, whole or not."""
     made = Checkpoints(tmp_path / "c", keep=1)
-    made.write(1, lambda part: (part / "a").write_text("x"))
+    made.write(1, save_text)
 
     def killed(folder):
         (folder / "a").unlink()
@@ -560,7 +566,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        made.write(2, lambda part: (part / "a").write_text("x"))
+        made.write(2, save_text)
     assert [p.name for p in made.all()] == ["step-00000002"]
 
 
@@ -595,7 +601,8 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     refuse(ValueError, "global_batch 2.*has 4", resume="latest", train={"accumulation": 2})
     refuse(ValueError, "seed 0.*has 1", resume="latest", train={"seed": 1})
     trainable = {"trainable": "lora"}
-    refuse(ValueError, "other trainable parameters", resume="latest", student=trainable)
+    change = r"another training \(student.trainable: 'attention' -> 'lora'"
+    refuse(ValueError, change, resume="latest", student=trainable)
 
 
 def test_validation_measures_against_the_teacher(folder, tmp_path):

@@ -79,7 +79,7 @@ def test_latency_is_kept(model, tmp_path, capsys):
     assert json.loads((tmp_path / "latency.json").read_text())["rows"] == [other]
     (tmp_path / "latency.json").write_text("[]")
     assert main([*command, "-o", str(tmp_path)]) == 2
-    assert "is no result of evaluate latency" in capsys.readouterr().err
+    assert "latency.json: it is not what is read here" in capsys.readouterr().err
 
 
 def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):

@@ -13,10 +13,11 @@ from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
 
 import dittfast
+from dittfast.markdown import markdown_table
 from dittfast.measure.check import ParityError
 from dittfast.measure.metrics import cosine, temporal_consistency
 from dittfast.measure.perceptual import load_lpips, missing_for_lpips
-from dittfast.measure.summary import bootstrap_mean, interval, markdown_table
+from dittfast.measure.summary import bootstrap_mean, interval
 from dittfast.measure.tables import fidelity_tables
 from dittfast.methods import Local, LogLinear, Radial, Rectified
 from dittfast.pipelines.fingerprint import weights_digest

@@ -21,6 +21,7 @@ from dittfast.pipelines.runs.first_frame import (
     with_margin,
 )
 from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find
 
 CALL = dict(
     height=48, width=80, num_frames=5, num_inference_steps=2, max_sequence_length=12,
@@ -34,10 +35,10 @@ WORDS = ["moves right", "moves", "is moving"]
 def models(tmp_path_factory):
     """Folders of an image model and of a video model that starts from its pictures."""
     folder = tmp_path_factory.mktemp("models")
-    flux_pipeline().save_pretrained(folder / "image")
-    (folder / "image" / "sample.json").write_text(json.dumps(IMAGE_CALL))
+    flux_pipeline().save_pretrained(folder / "video" / "image")
+    (folder / "video" / "image" / "sample.json").write_text(json.dumps(IMAGE_CALL))
     wan_image_pipeline().save_pretrained(folder / "video")
-    settings = {"model": str(folder / "image"), "part": 0.5, "moving_words": WORDS}
+    settings = {"model": "image", "part": 0.5, "moving_words": WORDS}
     (folder / "video" / "sample.json").write_text(json.dumps(CALL | {"first_frame": settings}))
     return folder
 
@@ -129,7 +130,7 @@ def test_pictures_that_cannot_be_read(tmp_path, picture):
 
 
 def test_first_frames_are_drawn_from_the_prompt(models):
-    settings = json.loads((models / "video" / "sample.json").read_text())
+    settings = find(str(models / "video")).settings
     pipe = wan_image_pipeline()
     call = with_first_frame(pipe, call_arguments(pipe, "any", settings), settings)
     painter = call["image"]
@@ -143,7 +144,7 @@ def test_first_frames_are_drawn_from_the_prompt(models):
 
 
 def test_a_run_asks_for_the_first_frame_of_its_prompt(models):
-    settings = json.loads((models / "video" / "sample.json").read_text())
+    settings = find(str(models / "video")).settings
     pipe = wan_image_pipeline()
     call = with_first_frame(pipe, call_arguments(pipe, "any", settings), settings)
     call |= {"prompt": "a red cat moves right"}

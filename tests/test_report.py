@@ -209,10 +209,10 @@ def test_bad_folders(folder, tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
     assert not (folder / "report.html").exists()
     (folder / "latency.json").write_text('{"task": "fid"}')
-    with pytest.raises(ValueError, match=r"latency.json is a result of fid, not of latency"):
+    with pytest.raises(ValueError, match=r"latency.json: it is a result of fid, not of latency"):
         read_results(folder)
     (folder / "latency.json").write_text("[")
-    with pytest.raises(ValueError, match="is no result of dittfast evaluate"):
+    with pytest.raises(ValueError, match=r"latency.json: it is not valid JSON"):
         read_results(folder)
     with pytest.raises(FileNotFoundError, match=r"holds no fidelity.json"):
         read_results(tmp_path / "near")

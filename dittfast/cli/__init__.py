@@ -7,9 +7,12 @@ the one that was asked for is imported, and torch only inside its ``run``, so he
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from dittfast import __version__
@@ -29,6 +32,8 @@ COMMANDS = {
     "doctor": "show what runs on this machine, and why the rest does not",
 }
 INTERRUPTED = 130
+# What ends a command as Ctrl-C does: kill, and a terminal that is closed.
+_ENDING = ("SIGTERM", "SIGHUP")
 # What `dittfast plan` did before these were commands of their own: option -> command.
 _MOVED = {"--probe": "probe", "--model": "estimate"}
 
@@ -83,6 +88,42 @@ def _modern(argv: list[str]) -> list[str]:
     return argv
 
 
+class _Ended(KeyboardInterrupt):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ending_cleanly():
+    """Inside, a signal that ends the process raises, so that what is half done is cleared away.
+
+    The first one counts; more of them do not stop the clearing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    heard = []
+
+    def end(number, frame):
+        if not heard:
+            heard.append(number)
+            raise _Ended(number)
+
+    numbers = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
+    # A signal that is ignored (nohup) stays ignored.
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _OnStderr(logging.StreamHandler):
     """The package's log messages for people: each once."""
 
@@ -101,7 +142,8 @@ class _OnStderr(logging.StreamHandler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code.
 
-    0: done; 1: a check failed; 2: bad input, said in one line; 130: interrupted by Ctrl-C.
+    0: done; 1: a check failed; 2: bad input, said in one line; 130: interrupted by Ctrl-C; 128
+    plus its number: ended by a signal (143 for SIGTERM).
     """
     argv = _modern(list(sys.argv[1:] if argv is None else argv))
     command = next((a for a in argv if not a.startswith("-")), None)
@@ -115,10 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger, handler = logging.getLogger("dittfast"), _OnStderr()
     logger.addHandler(handler)
     try:
-        return args.run(args)
-    except KeyboardInterrupt:
+        with _ending_cleanly():
+            return args.run(args)
+    except KeyboardInterrupt as ended:
         print("\ndittfast: interrupted; no half-written file is left", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + ended.number if isinstance(ended, _Ended) else INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise

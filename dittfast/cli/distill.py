@@ -89,6 +89,7 @@ def _prepare(config) -> int:
         config.data,
         state.process_index,
         state.num_processes,
+        state.wait_for_everyone,
     )
     if state.is_main_process:
         print(f"the training set is in {folder}")

@@ -6,7 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from dittfast.files import check_output, write_json, write_text
+from dittfast.disk.locks import locked
+from dittfast.disk.records import read_record, write_record
+from dittfast.files import check_output, write_text
 
 from .options import (
     CALL,
@@ -170,8 +172,12 @@ def run(args) -> int:
     from dittfast.measure.check import ParityError
 
     tasks = {"fidelity": _fidelity, "latency": _latency, "draw": _draw, "fid": _fid}
+    _results(args, args.task)
+    # The processes of one launch draw into one folder; _draw takes it for them.
+    alone = args.output is not None and args.task != "draw"
     try:
-        return tasks[args.task](args)
+        with locked(args.output, alone):
+            return tasks[args.task](args)
     except ParityError as error:
         print(f"FAILED: {error}\nnothing is measured for a wrong result")
         return 1
@@ -197,7 +203,7 @@ def _finish(data: dict, title: str, tables, prefixes: list[Path]) -> None:
     text = "\n".join(table.markdown() for table in tables)
     print(text)
     for prefix in prefixes:
-        write_json(f"{prefix}.json", data)
+        write_record(f"{prefix}.json", data)
         write_text(f"{prefix}.md", f"# {title}\n\n{text}")
     written = [f"{p}{ending}" for p in prefixes for ending in (".json", ".md")]
     if written:
@@ -359,7 +365,7 @@ def _latency(args) -> int:
             row = measure_latency(pipe, source, call, variant, on_stage=say, **timing)
             known[variant.label] = row
             if args.output is not None:  # what a kill would lose
-                write_json(f"{prefixes[0]}.json", {"task": "latency", "rows": [*known.values()]})
+                write_record(f"{prefixes[0]}.json", {"task": "latency", "rows": [*known.values()]})
         else:
             say(f"{variant.label} was timed before")
         rows.append(row)
@@ -373,12 +379,9 @@ def _timed_before(prefix: Path) -> dict[str, dict]:
     path = Path(f"{prefix}.json")
     if not path.exists():
         return {}
-    try:
-        return {row["label"]: row for row in json.loads(path.read_text())["rows"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no result of evaluate latency: {error!r}; remove it to time again"
-        ) from error
+    form = {"rows": [{"label": str, "*": object}], "*": object}
+    rows = read_record(path, form, remedy="remove it to time again").data["rows"]
+    return {row["label"]: row for row in rows}
 
 
 def _draw(args) -> int:
@@ -399,10 +402,11 @@ def _draw(args) -> int:
     device = state.device if args.device == "auto" or state.num_processes > 1 else None
     pipe, call = _load(args, source, device)
     base = base_settings(pipe, source, call, args.dense_kernel)
-    arms = [Arm(pipe, base, Path(args.output), variant) for variant in (None, *variants)]
-    with dense_kernel(args.dense_kernel), state.split_between_processes(items) as mine:
-        drawn = draw_missing(arms, call, mine, latents=False, on_stage=say)
-    state.wait_for_everyone()
+    with locked(args.output, state.is_main_process):
+        arms = [Arm(pipe, base, Path(args.output), variant) for variant in (None, *variants)]
+        with dense_kernel(args.dense_kernel), state.split_between_processes(items) as mine:
+            drawn = draw_missing(arms, call, mine, latents=False, on_stage=say)
+        state.wait_for_everyone()
     if state.is_main_process:
         folders = {arm.label: str(arm.drawings.folder) for arm in arms}
         for label, folder in folders.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,8 +14,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from ..disk.problems import reading
+from ..disk.records import read_record, write_record
+from ..disk.tensors import check_finite, read_headers, read_tensors, write_tensors
+
 SHIPPED = "sample-features"
 _WIDTHS = (24, 48, 64, 96, 96)
+_FORM = {
+    "labels": [str],
+    "backgrounds": [str],
+    "synonyms?": {"*": [str]},
+    "size?": int,
+    "dims?": int,
+    "name?": str,
+    "training?": object,
+}
 
 
 class FeatureNetwork(nn.Module):
@@ -133,17 +145,13 @@ def prompt_probability(
 
 def save_features(network: FeatureNetwork, folder: str | Path, facts: dict) -> None:
     """Write the weights in fp16 and, as JSON, what they are for; ``facts`` says how they came."""
-    from safetensors.torch import save_file
-
-    from ..files import atomic_path, write_json
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, temporary)
+    weights = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+    write_tensors(folder / "model.safetensors", weights)
     about = {k: getattr(network, k) for k in ("name", "size", "dims", "labels", "backgrounds")}
     about["synonyms"] = network.synonyms
-    write_json(folder / "features.json", about | {"training": facts})
+    write_record(folder / "features.json", about | {"training": facts}, ["model.safetensors"])
 
 
 def load_features(folder: str | Path | None = None, device="cpu") -> FeatureNetwork:
@@ -153,8 +161,6 @@ def load_features(folder: str | Path | None = None, device="cpu") -> FeatureNetw
         FileNotFoundError: no such network.
         ValueError: files that are no such network.
     """
-    from safetensors.torch import load_file
-
     if folder is None:
         folder = resources.files("dittfast.samples") / "models" / SHIPPED
     folder = Path(str(folder))
@@ -164,14 +170,20 @@ def load_features(folder: str | Path | None = None, device="cpu") -> FeatureNetw
                 f"no feature network in {folder}: {name} is missing; samples/train_features.py "
                 "writes both files"
             )
-    try:
-        about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-        about.pop("training", None)
-        network = FeatureNetwork(**about)
-        weights = load_file(folder / "model.safetensors")
-        network.load_state_dict({k: v.float() for k, v in weights.items()})
-    except Exception as error:  # JSON, safetensors and torch each raise their own
-        raise ValueError(f"{folder} holds no feature network: {error}") from error
+    remedy = "samples/train_features.py writes such files; or use --features sample"
+    record = read_record(folder / "features.json", _FORM, remedy=remedy)
+    path = record.check("model.safetensors", remedy)
+    about = {k: v for k, v in record.data.items() if k != "training"}
+    with reading(folder / "features.json", "it describes no feature network", remedy):
+        with torch.device("meta"):  # sizes are taken from the file; none is allocated for them
+            network = FeatureNetwork(**about)
+        wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
+        there = {name: header.shape for name, header in read_headers(path, remedy).items()}
+        if there != wanted:
+            raise ValueError("its weights have other names or shapes")
+    weights = read_tensors(path, remedy=remedy)
+    check_finite(path, weights, remedy)
+    network.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..disk.inside import path_inside
+from ..disk.problems import FileProblem, reading
+from ..disk.records import read_record
+from ..markdown import as_text
 from .draw import difference
 from .plots import Point, distance_plot, pareto_plot
 from .tables import Table, fid_table, fidelity_tables, latency_table, overview_table, setting_of
@@ -55,35 +60,60 @@ summary { cursor: pointer; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8rem; }
 """
 
+_FORM = {"task": str, "*": object}
 # What a screen reader says of a plot.
 _SPOKEN = '<svg role="img" aria-label="{}"'
 
 
-def read_results(folder: str | Path) -> dict:
+def read_results(folder: str | Path, verify: bool = True) -> dict:
     """``{"fidelity", "latency", "fid"}``: what ``dittfast evaluate`` wrote there; None where not.
+
+    Args:
+        verify: compare them with the SHA-256 that was written with them.
 
     Raises:
         FileNotFoundError: the folder is not there, or holds no fidelity.json.
-        ValueError: a file that is no such result.
+        ValueError: a file that is no such result, was damaged, or is a link; a label that is no
+            name of a folder there.
     """
     folder = Path(folder)
-    if not (folder / "fidelity.json").is_file():
+    if not path_inside(folder, "fidelity.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no fidelity.json; run dittfast evaluate fidelity -o {folder} first"
         )
     found = {}
     for name in ("fidelity", "latency", "fid"):
-        path = folder / f"{name}.json"
+        path = path_inside(folder, f"{name}.json")
         found[name] = None
         if path.is_file():
-            try:
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-                right = found[name]["task"] == name
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is no result of dittfast evaluate: {error}") from error
-            if not right:
-                raise ValueError(f"{path} is a result of {found[name]['task']}, not of {name}")
+            remedy = f"run dittfast evaluate {name} again"
+            found[name] = read_record(path, _FORM, verify=verify, remedy=remedy).data
+            task = found[name]["task"]
+            if task != name:
+                raise FileProblem(path, f"it is a result of {task}, not of {name}", remedy)
+    with understanding(folder):
+        for row in found["fidelity"]["methods"]:
+            path_inside(folder, row["label"])
     return found
+
+
+@contextlib.contextmanager
+def understanding(folder: str | Path):
+    """Inside, results that lack what a page is made of are refused in a sentence.
+
+    Raises:
+        FileProblem: they do.
+    """
+    try:
+        yield
+    except FileProblem:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        path = Path(folder) / "fidelity.json"
+        what = f"it, or a result beside it, is no result of dittfast evaluate ({error!r:.100})"
+        raise FileProblem(path, what, "run dittfast evaluate again") from error
 
 
 def tables_of(results: dict) -> list[Table]:
@@ -172,19 +202,23 @@ def _picture(frames: np.ndarray, size: int) -> str:
 
 
 def _frames(folder: Path, label: str, item: dict) -> np.ndarray:
-    stem = folder / label / "images"
-    files = sorted(stem.glob(f"{item['index']:05d}.png")) or sorted(
-        stem.glob(f"{item['index']:05d}_*.png")
-    )
+    stem = path_inside(folder, label, "images")
+    number = int(item["index"])
+    files = sorted(stem.glob(f"{number:05d}.png")) or sorted(stem.glob(f"{number:05d}_*.png"))
     if not files:
         raise FileNotFoundError(
             f"picture {item['index']} of {label} is not in {stem}; run dittfast evaluate fidelity "
             "again"
         )
-    try:
-        return np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{files[0]} cannot be read: {error}") from error
+    drawn = [_png(path_inside(folder, label, "images", file.name)) for file in files]
+    with reading(files[0], "its frames differ in size"):
+        return np.stack(drawn)
+
+
+def _png(path: Path) -> np.ndarray:
+    """``[H, W, 3]`` uint8 of a PNG file; a file of another kind is no picture here."""
+    with reading(path, "it cannot be read as a PNG"), Image.open(path, formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _image(source: str, alt: str) -> str:
@@ -217,9 +251,12 @@ def _pictures(folder: Path, data: dict, count: int, size: int) -> str:
 def _masks(folder: Path, data: dict) -> str:
     cells = []
     for row in data["methods"]:
-        path = folder / row["label"] / "mask.png"
+        path = path_inside(folder, row["label"], "mask.png")
         if path.is_file():
-            source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+            # Written anew, so that nothing but its pixels gets into the page.
+            out = io.BytesIO()
+            Image.fromarray(_png(path)).save(out, "PNG", optimize=True)
+            source = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
             caption = f"{row['label']}: block mask"
             cells.append(
                 f"<figure>{_image(source, caption)}<figcaption>{escape(caption)}</figcaption>"
@@ -305,10 +342,9 @@ def markdown_report(results: dict) -> str:
     """The tables with their notes, and the prompts; HTML in a prompt stays text."""
     data = results["fidelity"]
     parts = [table.markdown() for table in tables_of(results)]
-    plain = lambda text: escape(" ".join(text.split()), quote=False)  # noqa: E731
-    prompts = "\n".join(f"- {plain(i['prompt'])} (seed {i['seed']})" for i in data["items"])
-    title = f"{plain(data['model'])}: sparse attention against dense"
-    head = f"# {title}\n\n{plain(setting_of(data))}.\n\n"
+    prompts = "\n".join(f"- {as_text(i['prompt'], True)} (seed {i['seed']})" for i in data["items"])
+    title = f"{as_text(data['model'])}: sparse attention against dense"
+    head = f"# {title}\n\n{as_text(setting_of(data))}.\n\n"
     return head + "\n".join(parts) + f"\n## Prompts\n\n{prompts}\n"
 
 

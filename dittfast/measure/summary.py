@@ -1,9 +1,9 @@
-"""Means with confidence intervals, and tables in Markdown."""
+"""Means with confidence intervals, and how numbers are written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -57,17 +57,3 @@ def interval(estimate: dict, digits: int = 2) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number with ``digits`` decimals, or ``"-"`` for None."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of the given cells; pipes and line breaks in them are escaped.
-
-    Raises:
-        ValueError: a row of another length than the head.
-    """
-    lines = [list(head), ["---"] * len(head), *([str(c) for c in row] for row in rows)]
-    for line in lines:
-        if len(line) != len(head):
-            raise ValueError(f"a row has {len(line)} cells, the head {len(head)}: {line}")
-    clean = lambda cell: " ".join(cell.replace("|", "\\|").split())  # noqa: E731
-    return "\n".join("| " + " | ".join(map(clean, line)) + " |" for line in lines) + "\n"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .summary import interval, markdown_table, number
+from ..markdown import as_text, markdown_table
+from .summary import interval, number
 
 # What fidelity compares, in the order of its table: name -> (heading, decimals).
 MEASURES = {
@@ -32,9 +33,19 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def markdown(self, level: int = 2) -> str:
-        """With its title as a heading of ``level`` and its notes as a list."""
-        text = f"{'#' * level} {self.title}\n\n{markdown_table(self.head, self.rows)}"
-        return text + "".join(f"\n- {note}" for note in self.notes) + ("\n" if self.notes else "")
+        """With its title as a heading of ``level`` and its notes as a list.
+
+        Whatever stands in the data is shown as text; a note may set commands in backticks.
+        """
+        rows = [[_cell(cell) for cell in row] for row in self.rows]
+        text = f"{'#' * level} {as_text(self.title)}\n\n{markdown_table(self.head, rows)}"
+        notes = ("`".join(map(as_text, note.split("`"))) for note in self.notes)
+        return text + "".join(f"\n- {note}" for note in notes) + ("\n" if self.notes else "")
+
+
+def _cell(cell: str) -> str:
+    # The table escapes the pipes itself.
+    return as_text(cell).replace("\\|", "|")
 
 
 def options(settings: dict) -> str:

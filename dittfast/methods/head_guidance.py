@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -89,27 +88,29 @@ class HeadGuidance:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no file with heads at {path}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        from dittfast.disk.problems import FileProblem, reading
+        from dittfast.disk.records import read_record
+
+        data = read_record(path).data
         known = [f.name for f in fields(cls)]
-        if not isinstance(data, dict) or not isinstance(data.get("heads"), list):
-            raise ValueError(f'{path} names no heads; it needs "heads": [[layer, head], ...]')
+        if not isinstance(data.get("heads"), list):
+            raise FileProblem(path, 'it names no heads; it needs "heads": [[layer, head], ...]')
         # What the search says about itself is for people.
         strange = [key for key in data if key not in (*known, "search")]
         if strange:
             raise ValueError(f"{path}: unknown field {strange[0]!r}; known: {', '.join(known)}")
         if not data["heads"]:
             raise ValueError(f"{path}: heads is empty; the search found none that help")
-        data = {key: data[key] for key in known if key in data} | changes
-        try:
-            data["heads"] = tuple((layer, head) for layer, head in data["heads"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: heads must be [layer, head] pairs") from error
+        data = {key: data[key] for key in known if key in data}
+        pairs = [isinstance(x, list) and list(map(type, x)) == [int, int] for x in data["heads"]]
+        if not all(pairs):
+            raise FileProblem(path, "heads must be [layer, head] pairs")
+        data["heads"] = tuple(map(tuple, data["heads"]))
         if isinstance(data.get("strength"), list):
             data["strength"] = tuple(data["strength"])
-        return cls(**data)
+        with reading(path, "it is no guidance"):
+            cls(**data)
+        return cls(**(data | changes))
 
     def is_guided_step(self, step: int) -> bool:
         return self.start_step <= step and (self.stop_step is None or step < self.stop_step)

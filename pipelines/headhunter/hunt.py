@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dittfast.disk.locks import locked
 from dittfast.environment import describe_device
 from dittfast.files import write_image
 from dittfast.methods.checks import check_integer
@@ -269,6 +270,7 @@ def hunt(
     holdout_seeds: Sequence[int] | None = None,
     compare_layers: bool = False,
     folder: str | Path | None = None,
+    verify: bool = True,
     progress: bool = True,
     on_round: Callable[[Round], None] = lambda found: None,
 ) -> HuntResult:
@@ -297,6 +299,7 @@ def hunt(
         folder: made if it is missing. The search keeps its scores there in state.json and goes on
             from them when it is called again; heads.json, the curve, and contact sheets of each
             round and of held-out pictures go there, too. None writes nothing.
+        verify: compare the scores in ``folder`` with the SHA-256 that was written with them.
         progress: show a bar, in pictures.
         on_round: called with each :class:`~dittfast.pipelines.headhunter.search.Round`.
 
@@ -326,50 +329,48 @@ def hunt(
         "holdout": splits.get("holdout", []),
         "batch_size": batch_size,
     }
-    state = None
-    if folder is not None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = folder / "state.json"
-    book = ScoreBook(settings, state)
-    studio = _Studio(pipe, objective, arguments, guidance, batch_size)
-    every_layer = [
-        tuple((layer, head) for head in range(n)) for layer, n in enumerate(counts)
-    ] if compare_layers else []  # fmt: skip
-    total = calls(policy, len(pool), len(splits["search"]))
-    total += len(every_layer) * len(splits["search"])
-    total += (1 + len(every_layer) + rounds) * len(splits.get("holdout", ()))
+    folder = None if folder is None else Path(folder)
+    state = None if folder is None else folder / "state.json"
+    with contextlib.nullcontext() if folder is None else locked(folder):
+        book = ScoreBook(settings, state, verify)
+        studio = _Studio(pipe, objective, arguments, guidance, batch_size)
+        every_layer = [
+            tuple((layer, head) for head in range(n)) for layer, n in enumerate(counts)
+        ] if compare_layers else []  # fmt: skip
+        total = calls(policy, len(pool), len(splits["search"]))
+        total += len(every_layer) * len(splits["search"])
+        total += (1 + len(every_layer) + rounds) * len(splits.get("holdout", ()))
 
-    def finish(found: Round) -> None:
-        if folder is not None:
-            sheet = round_sheet(studio.pictures, splits["search"], found, judge(()), settings)
-            write_image(folder / f"round-{found.number}.png", sheet)
-        on_round(found)
-
-    from tqdm.auto import tqdm
-
-    with _no_bars(pipe), tqdm(total=total, unit="picture", disable=not progress) as bar:
-        judge = _Judge(studio, book, splits, bar)
-        done = greedy(judge, pool, policy, finish)
-        result = HuntResult(
-            settings["objective"],
-            book.settings,
-            tuple(done),
-            Contender("unguided", (), tuple(judge(()))),
-            tuple(
-                Contender(f"layer {number}", layer, tuple(judge(layer)))
-                for number, layer in enumerate(every_layer)
-            ),
-            tuple(Contender(f"round {r.number}", r.heads, r.scores) for r in done),
-        )
-        if holdout:
-            result = _on_holdout(result, judge)
+        def finish(found: Round) -> None:
             if folder is not None:
-                sheet = holdout_sheet(studio.pictures, splits["holdout"], result)
-                write_image(folder / "holdout.png", sheet)
-        bar.total = bar.n
-        bar.refresh()
-    if folder is not None:
-        write_image(folder / "curve.png", curve(result))
-        result.save(folder / "heads.json")
-    return result
+                sheet = round_sheet(studio.pictures, splits["search"], found, judge(()), settings)
+                write_image(folder / f"round-{found.number}.png", sheet)
+            on_round(found)
+
+        from tqdm.auto import tqdm
+
+        with _no_bars(pipe), tqdm(total=total, unit="picture", disable=not progress) as bar:
+            judge = _Judge(studio, book, splits, bar)
+            done = greedy(judge, pool, policy, finish)
+            result = HuntResult(
+                settings["objective"],
+                book.settings,
+                tuple(done),
+                Contender("unguided", (), tuple(judge(()))),
+                tuple(
+                    Contender(f"layer {number}", layer, tuple(judge(layer)))
+                    for number, layer in enumerate(every_layer)
+                ),
+                tuple(Contender(f"round {r.number}", r.heads, r.scores) for r in done),
+            )
+            if holdout:
+                result = _on_holdout(result, judge)
+                if folder is not None:
+                    sheet = holdout_sheet(studio.pictures, splits["holdout"], result)
+                    write_image(folder / "holdout.png", sheet)
+            bar.total = bar.n
+            bar.refresh()
+        if folder is not None:
+            write_image(folder / "curve.png", curve(result))
+            result.save(folder / "heads.json")
+        return result

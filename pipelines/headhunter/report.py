@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dittfast.disk.records import write_record
 from dittfast.environment import versions
-from dittfast.files import write_json
 from dittfast.measure.charts import Curve, SheetRow, contact_sheet, line_chart
 from dittfast.methods.head_guidance import HeadGuidance
 
@@ -109,7 +109,7 @@ class HuntResult:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_dict` as JSON, atomically."""
-        write_json(path, self.to_dict())
+        write_record(path, self.to_dict())
 
 
 def _summary(contender: Contender) -> dict:

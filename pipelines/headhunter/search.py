@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dittfast.files import check_output, write_json
+from dittfast.disk.records import read_record, write_record
+from dittfast.files import check_output
 from dittfast.methods.checks import check_integer
 
 Head = tuple[int, int]
@@ -175,19 +176,24 @@ def calls(policy: Policy, pool: int, samples: int) -> int:
     return total
 
 
+_FORM = {"settings": dict, "scores": {"*": {"*": [float]}}}
+
+
 class ScoreBook:
     """Scores of head sets, by sample, in a file that is replaced whole after every entry.
 
     Args:
         settings: everything that a score depends on, as plain data.
         path: the file; None keeps the scores in memory. If it exists its scores are taken over.
+        verify: compare it with its SHA-256.
 
     Raises:
         ValueError: the file belongs to a search with other settings (the first that differs is
-            named), or is no such file.
+            named), is damaged, or is no such file.
     """
 
-    def __init__(self, settings: dict, path: Path | None = None):
+    def __init__(self, settings: dict, path: Path | None = None, verify: bool = True):
+        self._verify = verify
         # What JSON makes of tuples, so that a file compares equal with what it was written from.
         self.settings = json.loads(json.dumps(settings))
         self.path = None if path is None else check_output(path, (".json",))
@@ -196,13 +202,9 @@ class ScoreBook:
             self._scores = self._read(path)
 
     def _read(self, path: Path) -> dict:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            theirs, scores = data["settings"], data["scores"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not the state of a head search; remove it, or use another folder"
-            ) from error
+        remedy = "remove it, or use another folder"
+        data = read_record(path, _FORM, verify=self._verify, remedy=remedy).data
+        theirs, scores = data["settings"], data["scores"]
         difference = first_difference(theirs, self.settings)
         if difference:
             where, before, now = difference
@@ -220,7 +222,7 @@ class ScoreBook:
         """Add the scores of the samples that follow those known."""
         self._scores.setdefault(split, {}).setdefault(name_of(heads), []).extend(scores)
         if self.path is not None:
-            write_json(self.path, {"settings": self.settings, "scores": self._scores})
+            write_record(self.path, {"settings": self.settings, "scores": self._scores})
 
 
 def first_difference(a, b, where: str = "") -> tuple[str, object, object] | None:

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dittfast.files import atomic_path, write_image, write_json
+from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.records import Record, read_record, write_record
+from dittfast.disk.tensors import read_array, write_array
+from dittfast.files import write_image
 
 from ..runs.prompts import Item
 from ..runs.run import Run
@@ -27,6 +30,18 @@ def difference_of_settings(wanted: dict, found: dict, prefix: str = "") -> list[
     return lines
 
 
+_RECORD = {"prompt": str, "seed": int, "frames": int, "*": object}
+
+
+def _image(index: int, number: int, count: int) -> str:
+    """The file of a frame."""
+    return f"images/{index:05d}" + (f"_{number:03d}" if count > 1 else "") + ".png"
+
+
+def _latents(index: int) -> str:
+    return f"latents/{index:05d}.npy"
+
+
 class Drawings:
     """A folder of pictures that were all drawn with the same settings.
 
@@ -36,22 +51,25 @@ class Drawings:
     Args:
         folder: made if it is not there.
         settings: plain data for JSON, everything a picture depends on but prompt and seed.
+        verify: compare files with the SHA-256 that was written with them.
 
     Raises:
         ValueError: the folder holds pictures of other settings, or records that are no JSON.
     """
 
-    def __init__(self, folder: str | Path, settings: dict):
+    def __init__(self, folder: str | Path, settings: dict, verify: bool = True):
         self.folder = Path(folder)
+        self._verify = verify
         self.settings = json.loads(json.dumps(settings, allow_nan=False))
         for name in ("images", "latents", "records"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "settings.json"
         if not manifest.exists():
-            write_json(manifest, self.settings)
+            write_record(manifest, self.settings)
             return
         # Folders of earlier versions do not say on which attention backend they were drawn.
-        found = {"dense_attention": self.settings.get("dense_attention"), **_read_json(manifest)}
+        found = {"dense_attention": self.settings.get("dense_attention")}
+        found |= self._read(manifest).data
         differing = difference_of_settings(self.settings, found)
         if differing:
             raise ValueError(
@@ -67,6 +85,18 @@ class Drawings:
     def _record(self, index: int) -> Path:
         return self.folder / "records" / f"{index:05d}.json"
 
+    def _read(self, path: Path, form: object = dict) -> Record:
+        return read_record(path, form, verify=self._verify, remedy="remove it to draw again")
+
+    def _check(self, item: Item, name: str) -> Path:
+        """A file of a finished picture, once it is what its record says.
+
+        Raises:
+            FileProblem: it was changed or damaged.
+        """
+        record = self._read(self._record(item.index), _RECORD)
+        return record.check(f"../{name}", f"remove {record.path} to draw it again")
+
     def record(self, item: Item) -> dict | None:
         """What is known about a finished picture; None where it is not drawn yet.
 
@@ -76,7 +106,7 @@ class Drawings:
         path = self._record(item.index)
         if not path.exists():
             return None
-        found = _read_json(path)
+        found = self._read(path, _RECORD).data
         wanted = {"prompt": item.prompt, "seed": item.seed}
         differing = difference_of_settings(wanted, {k: found.get(k) for k in wanted})
         if differing:
@@ -100,20 +130,16 @@ class Drawings:
         Raises:
             OSError: the disk is full, or the folder went away; what was complete stays.
         """
-        for name in ("images", "latents", "records"):
-            # What a process left that was killed while it wrote this very picture.
-            for leftover in (self.folder / name).glob(f".{item.index:05d}*"):
-                leftover.unlink(missing_ok=True)
         frames = result.frames
-        for number, frame in enumerate(frames):
-            name = f"{item.index:05d}" + (f"_{number:03d}" if len(frames) > 1 else "")
-            write_image(self.images / f"{name}.png", Image.fromarray(frame))
+        files = [_image(item.index, number, len(frames)) for number in range(len(frames))]
+        for name, frame in zip(files, frames):
+            write_image(self.folder / name, Image.fromarray(frame))
         if latents and result.latents is not None:
-            path = self.folder / "latents" / f"{item.index:05d}.npy"
-            with atomic_path(path) as temporary:
-                np.save(temporary, result.latents.numpy())
+            files.append(_latents(item.index))
+            write_array(self.folder / files[-1], result.latents.numpy())
         known = {"prompt": item.prompt, "seed": item.seed, "frames": len(frames)}
-        write_json(self._record(item.index), known | facts)
+        files = [f"../{name}" for name in files]
+        write_record(self._record(item.index), known | facts, files)
 
     def frames(self, item: Item) -> np.ndarray:
         """The picture, ``[F, H, W, 3]`` uint8.
@@ -121,16 +147,24 @@ class Drawings:
         Raises:
             ValueError: a file of it is missing or cannot be read.
         """
-        count = (self.record(item) or {}).get("frames", 0)
-        names = [f"{item.index:05d}"]
-        if count > 1:
-            names = [f"{item.index:05d}_{n:03d}" for n in range(count)]
-        return np.stack([read_picture(self.images / f"{name}.png") for name in names])
+        count = (self.record(item) or {"frames": 1})["frames"]
+        drawn = []
+        for number in range(max(count, 1)):
+            name = _image(item.index, number, count)
+            if self._record(item.index).exists():
+                self._check(item, name)
+            drawn.append(read_picture(self.folder / name))
+        with reading(self.folder / _image(item.index, 0, count), "its frames differ in size"):
+            return np.stack(drawn)
 
     def latents(self, item: Item) -> torch.Tensor | None:
         """The final latents; None where none were stored."""
-        path = self.folder / "latents" / f"{item.index:05d}.npy"
-        return torch.from_numpy(np.load(path)) if path.exists() else None
+        path = self.folder / _latents(item.index)
+        if not path.exists():
+            return None
+        if self._record(item.index).exists():
+            self._check(item, _latents(item.index))
+        return torch.from_numpy(read_array(path))
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -139,15 +173,7 @@ def read_picture(path: Path) -> np.ndarray:
     Raises:
         ValueError: there is no such file, or it is no picture.
     """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; remove it to draw again") from error
+    if not path.is_file():
+        raise FileProblem(path, "there is no such picture")
+    with reading(path, "it is no picture that can be read"), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

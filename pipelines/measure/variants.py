@@ -6,7 +6,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dittfast.config import SCHEDULE_FIELDS, resolve, unknown
+from dittfast.config import SCHEDULE_FIELDS, parse_yaml, resolve, unknown
+from dittfast.disk.records import read_text
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
@@ -71,17 +72,12 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
         FileNotFoundError: no such file.
         ValueError: not YAML of such a form; the nearest known key is named.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}")
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: a config file ends in .yaml or .yml")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    data = parse_yaml(read_text(path), str(path))
     if isinstance(data, dict) and "method" in data:
         return {path.stem: (str(path), {})}, []
     if not isinstance(data, dict) or not isinstance(data.get("methods"), dict):

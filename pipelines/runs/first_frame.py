@@ -69,8 +69,9 @@ class FirstFrame:
     picture of the prompt and seed at hand.
 
     Args:
-        settings: the video model's ``first_frame``: the image ``model``, the ``part`` of the frame
-            that its picture fills, and the ``moving_words`` that are not for it.
+        settings: the video model's ``first_frame``: the image ``model``, the folder ``within``
+            which it is looked for, the ``part`` of the frame that its picture fills, and the
+            ``moving_words`` that are not for it.
         height, width: of the frame, in pixels.
 
     Raises:
@@ -78,7 +79,7 @@ class FirstFrame:
     """
 
     def __init__(self, settings: dict, height: int, width: int, device="cpu", dtype=None):
-        self.source = sources.find(settings["model"])
+        self.source = sources.find_named_by(settings["model"], settings["within"])
         self.part = settings.get("part", 1.0)
         self.moving_words = settings.get("moving_words", [])
         self.size = height, width

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from dittfast.disk.problems import reading
+from dittfast.disk.records import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,7 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no prompts file at {path}; it holds one prompt per line")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    text = read_text(path)
     if path.suffix.lower() == ".json":
         found = _from_json(path, text)
     else:
@@ -50,10 +49,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _from_json(path: Path, text: str) -> list[str]:
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    with reading(path, "it is not valid JSON"):
+        data = parse_json(text)
     if isinstance(data, dict):
         data = data.get("annotations", data.get("prompts"))
     if not isinstance(data, list):

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from dittfast.disk.records import read_json
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a sample model's folder may say; "*" goes to the pipeline's call where it takes it.
+_SETTINGS = {
+    "prompts?": [str],
+    "negative_prompt?": (None, str),
+    **dict.fromkeys(("height?", "width?", "num_frames?", "num_inference_steps?"), int),
+    "max_sequence_length?": int,
+    **dict.fromkeys(("guidance_scale?", "true_cfg_scale?"), float),
+    "labels?": [str],
+    "backgrounds?": [str],
+    "motions?": [str],
+    "first_frame?": {"model": str, "part?": float, "moving_words?": [str]},
+    "training?": object,
+    "*": (None, bool, float),
+}
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -71,10 +86,30 @@ def _settings(folder: Path) -> dict:
     file = folder / "sample.json"
     if not file.is_file():
         return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    settings = read_json(file, _SETTINGS)
+    if "first_frame" in settings:
+        settings["first_frame"]["within"] = str(folder)
+    return settings
+
+
+def find_named_by(model: str, folder: str | Path) -> Source:
+    """The model that a model's folder names in its ``sample.json``: what the folder itself brings,
+    or an installed sample. Nothing else is read or fetched because a folder says so.
+
+    Raises:
+        ValueError: it names anything else.
+    """
+    folder = Path(folder).resolve()
+    inside = (folder / model).resolve()
+    if model not in sample_models():
+        if folder not in inside.parents or not inside.is_dir():
+            raise ValueError(
+                f"{folder / 'sample.json'} names the model {model!r}, which is neither an "
+                "installed sample model nor a folder inside that one, so it is not used unasked; "
+                "pass the first frame yourself with --image FILE"
+            )
+        model = str(inside)
+    return find(model)
 
 
 def choose_device(device: str = "auto"):

@@ -1,0 +1,282 @@
+"""What an adapter's files hold, and whether that is all of what they promise.
+
+Everything is known from ``adapter.json`` and the headers of the safetensors files, so a file that
+does not fit is refused before a value is read or anything is allocated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dittfast.config import presets, resolve
+from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.records import Record, read_record
+from dittfast.disk.structure import check_structure
+from dittfast.disk.tensors import Header, check_finite, read_headers, read_tensors
+from dittfast.methods import METHODS
+from dittfast.methods.base import Method
+from dittfast.pipelines.fingerprint import base_parameters
+from dittfast.pipelines.models import attention_layers, family_of
+from dittfast.schedule import Schedule
+
+from .lora import ADAPTER, lora_shapes
+from .student import attention_weights
+
+FORMAT = 2
+# Format 1 wrote a method's own parameters without OWN before their names.
+READABLE = (1, 2)
+DESCRIPTION = "adapter.json"
+WEIGHTS = "attention.safetensors"
+# The name that pipe.load_lora_weights looks for.
+LORA = "pytorch_lora_weights.safetensors"
+# Before the names of the method's own parameters, lest one named "weight" be taken for the model's.
+OWN = "method."
+AGAIN = "get the adapter's files again from where they came"
+CHANGED = f"{AGAIN}, or pass verify=False if the change was meant"
+
+_FORM = {
+    "format": int,
+    "dittfast": str,
+    "base": {
+        "model": str,
+        "component": str,
+        "fingerprint": {"class": str, "shapes": str, "values": {"*": [float]}},
+    },
+    "method": str,
+    "options": dict,
+    "preset": str,
+    "schedule": dict,
+    "trainable": str,
+    "lora": (None, {"rank": int, "alpha": float, "targets": [str]}),
+    "config": dict,
+    "run": dict,
+}
+
+
+@dataclass
+class Weights:
+    """An adapter's tensors, by the names of what they belong to.
+
+    Attributes:
+        own: the method's parameters, by layer and field, such as "blocks.0.attn.spatial_weight".
+        lora: the LoRA's, by their names in the model.
+        plain: the model's own, by their names in the stock model.
+    """
+
+    own: dict = field(default_factory=dict)
+    lora: dict = field(default_factory=dict)
+    plain: dict = field(default_factory=dict)
+
+    def items(self) -> list[tuple[str, object]]:
+        return [*self.own.items(), *self.lora.items(), *self.plain.items()]
+
+
+def read_description(folder: str | Path, verify: bool = True) -> Record:
+    """The description of an adapter folder, and the digests of the files beside it.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: another version wrote it, or it is damaged.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {DESCRIPTION} in it")
+    record = read_record(path, {"format": int, "*": object}, verify=verify, remedy=CHANGED)
+    if record.data["format"] not in READABLE:
+        raise FileProblem(
+            path,
+            f"it has format {record.data['format']}, this version reads "
+            f"{' and '.join(map(str, READABLE))}",
+            "a newer dittfast wrote it: pip install -U dittfast",
+        )
+    with reading(path, "it is no description of an adapter", AGAIN):
+        check_structure(record.data, _FORM)
+    return record
+
+
+def method_of(record: Record) -> tuple[Method, Schedule]:
+    """The method that an adapter was trained with, and its schedule.
+
+    Raises:
+        ValueError: it names none, or a file: an adapter brings no files of methods.
+    """
+    data = record.data
+    with reading(record.path, "its method cannot be had", AGAIN):
+        if data["preset"] not in METHODS and data["preset"] not in presets():
+            raise ValueError(f"it names {data['preset']!r}, which is no method or preset here")
+        # Sizes are checked by the method; what it allocates for them is not.
+        with torch.device("meta"):
+            options = {"min_tokens": 0, **data["schedule"], **data["options"]}
+            return resolve(data["preset"], **options)
+
+
+def own_shapes(method: Method) -> dict[str, tuple[int, ...]]:
+    """Shapes of a method's parameters in one layer; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in method.parameters().items()}
+
+
+def promised(record: Record, model: torch.nn.Module) -> Weights:
+    """The shapes of all tensors that an adapter must bring for a model; None where unknown."""
+    data = record.data
+    method, schedule = method_of(record)
+    layers = list(attention_layers(model, family_of(model)))
+    with reading(record.path, "it does not fit the model"):
+        dense = schedule.dense_layer_names(layers)
+    found = Weights()
+    with reading(record.path, "its method's options are impossible", AGAIN):
+        shapes = own_shapes(method)
+    sparse = [layer for layer in layers if layer not in dense]
+    found.own = {f"{layer}.{name}": shape for layer in sparse for name, shape in shapes.items()}
+    parameters = base_parameters(model)
+    if data["trainable"] == "attention":
+        found.plain = {n: tuple(parameters[n].shape) for n in stock_weights(model, layers)}
+    elif data["trainable"] == "all":
+        found.plain = {name: tuple(p.shape) for name, p in parameters.items()}
+    elif data["trainable"] not in ("lora", "method"):
+        raise FileProblem(record.path, f"trainable is {data['trainable']!r}", AGAIN)
+    lora = data["lora"]
+    if (lora is not None) != (data["trainable"] == "lora"):
+        raise FileProblem(record.path, "lora and trainable contradict each other", AGAIN)
+    if lora is not None:
+        if not lora["targets"] or lora["rank"] < 1:
+            raise FileProblem(record.path, f"rank {lora['rank']} on {lora['targets']}", AGAIN)
+        found.lora = lora_shapes(model, lora["rank"], lora["targets"])
+    return found
+
+
+def stock_weights(model: torch.nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names in the stock model of the to_q, to_k, to_v and to_out parameters of some layers."""
+    return [name.replace(".base_layer.", ".") for name in attention_weights(model, list(layers))]
+
+
+def read_folder(record: Record, headers: bool = False) -> Weights:
+    """The tensors of an adapter folder, or their headers alone.
+
+    Raises:
+        FileProblem: a file is damaged, was changed, or holds values that are not finite.
+        FileNotFoundError: a file that the adapter needs is missing.
+    """
+    folder, data = record.path.parent, record.data
+    found = Weights()
+    for name in (WEIGHTS, LORA):
+        path = folder / name
+        if not path.is_file():
+            if name in record.sums or (name == LORA and data["lora"] is not None):
+                raise FileNotFoundError(f"{path} is missing; {AGAIN}")
+            continue
+        if headers:
+            tensors = read_headers(path, AGAIN)
+        else:
+            tensors = read_tensors(record.check(name, CHANGED), remedy=AGAIN)
+            check_finite(path, tensors, AGAIN)
+        for key, x in tensors.items():
+            _put(found, key, x, data, name == LORA)
+    return found
+
+
+def _put(found: Weights, key: str, x, data: dict, lora: bool) -> None:
+    if lora:
+        key = key.removeprefix(f"{data['base']['component']}.")
+        found.lora[re.sub(r"\.(lora_[AB])\.", rf".\1.{ADAPTER}.", key)] = x
+    elif key.startswith(OWN):
+        found.own[key.removeprefix(OWN)] = x
+    else:
+        found.plain[key] = x
+
+
+def read_file(path: Path, headers: bool = False) -> dict:
+    """The tensors of a file in the layout of CLEAR's published checkpoints, or their headers.
+
+    ``...attn.to_q.weight`` and ``...attn.processor.spatial_weight``, with or without a leading
+    ``transformer.``.
+    """
+    if headers:
+        return {_plain_name(n): _square(n, x) for n, x in read_headers(path, AGAIN).items()}
+    tensors = read_tensors(path, remedy=AGAIN)
+    check_finite(path, tensors, AGAIN)
+    return {_plain_name(name): _square(name, x) for name, x in tensors.items()}
+
+
+def _plain_name(name: str) -> str:
+    name = re.sub(r"^(module\.)?(transformer\.)?", "", name)
+    return name.replace(".processor.spatial_weight", ".spatial_weight")
+
+
+def _square(name: str, x):
+    """CLEAR's spatial weights are ``[1, 1, 1, s, 1, s, 1]``."""
+    if not name.endswith("spatial_weight"):
+        return x
+    count = torch.Size(x.shape).numel()
+    side = round(count**0.5)
+    if side * side != count:
+        raise ValueError(f"{name} has {count} values, which is no square")
+    return Header(x.dtype, (side, side)) if isinstance(x, Header) else x.reshape(side, side)
+
+
+def sort_out(tensors: dict, model: torch.nn.Module, own: Iterable[str]) -> Weights:
+    """What belongs to the method and what to the model, of names that do not say it.
+
+    Args:
+        own: names of the method's parameters.
+    """
+    in_model, own = base_parameters(model), set(own)
+    found = Weights()
+    for name, x in tensors.items():
+        mine = name not in in_model and name.rpartition(".")[2] in own
+        (found.own if mine else found.plain)[name] = x
+    return found
+
+
+def check_promise(path: Path, found: Weights, wanted: Weights, model: torch.nn.Module) -> None:
+    """Compare headers with what must be there.
+
+    Raises:
+        FileProblem: a tensor that is missing or that nothing asks for, another shape, or no
+            floating-point dtype.
+    """
+    parameters = base_parameters(model)
+    have, want = dict(found.items()), dict(wanted.items())
+    for name in have:
+        if name not in want:
+            what = "is not described in adapter.json"
+            if name in found.plain and name not in parameters:
+                what = f"has no place: {type(model).__name__} has no parameter {name}"
+            raise FileProblem(path, f"{name} {what}", AGAIN)
+    for name, header in have.items():
+        if not header.is_floating:
+            raise FileProblem(path, f"{name} has dtype {header.dtype}, weights are floats", AGAIN)
+        if want[name] is not None and tuple(want[name]) != header.shape:
+            whose = "the model's" if name in found.plain else "the one promised"
+            raise FileProblem(
+                path, f"{name} is {list(header.shape)}, {whose} is {list(want[name])}", AGAIN
+            )
+    missing = [name for name in want if name not in have]
+    if missing:
+        raise FileProblem(
+            path,
+            f"{len(missing)} of {len(want)} tensors are missing ({missing[0]} is the first)",
+            AGAIN,
+        )
+
+
+def read_weights(path: str | Path, verify: bool = True) -> dict[str, torch.Tensor]:
+    """Trained parameters of an adapter folder or a weights file, by their names in the model.
+
+    The method's own parameters have :data:`OWN` before the name of their layer, but in a file.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: it is damaged, or holds values that are not finite.
+    """
+    path = Path(path)
+    if path.is_file():
+        with reading(path, "it is no file of weights", AGAIN):
+            return read_file(path)
+    found = read_folder(read_description(path, verify))
+    return {OWN + name: x for name, x in found.own.items()} | found.lora | found.plain

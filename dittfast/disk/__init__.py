@@ -1,0 +1,1 @@
+"""Files: read or refused in one sentence, recorded with checksums, written by one process."""

@@ -1,0 +1,33 @@
+"""Files of a folder that came from somebody else: nothing outside it is read."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from .problems import FileProblem
+
+
+def path_inside(folder: str | Path, *names: str) -> Path:
+    """``folder/name/name...``, if that is a file or folder in it, and no link on the way.
+
+    Args:
+        names: one each of the folders on the way and of the file; they may come from a file.
+
+    Raises:
+        FileProblem: a name that leads elsewhere, a link, or something that is no regular file.
+    """
+    path = Path(folder)
+    for name in names:
+        plain = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
+        if not plain or any(mark in name for mark in ("/", "\\", ":")):
+            raise FileProblem(folder, f"{name!r} is not the name of something in it")
+        path = path / name
+        if not path.is_symlink() and not path.exists():
+            continue
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise FileProblem(path, "it is a link; files of an evaluation lie in its folder")
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise FileProblem(path, "it is neither a file nor a folder")
+    return path
