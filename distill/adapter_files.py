@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dittfast.config import presets, resolve
-from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.problems import FileProblem, first_words, reading
 from dittfast.disk.records import Record, read_record
 from dittfast.disk.structure import check_structure
 from dittfast.disk.tensors import Header, check_finite, read_headers, read_tensors
@@ -116,9 +116,16 @@ def method_of(record: Record) -> tuple[Method, Schedule]:
 
 
 def own_shapes(method: Method) -> dict[str, tuple[int, ...]]:
-    """Shapes of a method's parameters in one layer; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in method.parameters().items()}
+    """Shapes of a method's parameters in one layer; nothing is allocated.
+
+    Raises:
+        ValueError: no machine could hold them.
+    """
+    try:
+        with torch.device("meta"):
+            return {name: tuple(value.shape) for name, value in method.parameters().items()}
+    except RuntimeError as error:
+        raise ValueError(f"{method} asks for too much memory: {first_words(error)}") from error
 
 
 def promised(record: Record, model: torch.nn.Module) -> Weights:

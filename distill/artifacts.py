@@ -27,6 +27,7 @@ from dittfast.pipelines.fingerprint import base_parameters, difference
 from dittfast.pipelines.models import attention_layers, family_of, is_swapped, transformers_of
 
 from .adapter_files import (
+    AGAIN,
     DESCRIPTION,
     FORMAT,
     LORA,
@@ -207,7 +208,8 @@ def load_adapter(
         record = read_description(path, verify)
         component, lora = record.data["base"]["component"], record.data["lora"]
         if method is None:
-            method_of(record)
+            with reading(record.path, "its method's options are impossible", AGAIN):
+                own_shapes(method_of(record)[0])
             method, timing = record.data["preset"], record.data["schedule"]
             options = {**record.data["options"], **options}
         else:
@@ -216,7 +218,8 @@ def load_adapter(
         raise FileNotFoundError(f"there is no adapter at {path}")
     elif method is None:
         method, options = "local", {**_clear_options(path), **options}
-    model = component_of(pipe, component)
+    with contextlib.nullcontext() if record is None else reading(record.path, "it does not fit"):
+        model = component_of(pipe, component)
     if hasattr(model, "_dittfast_adapter"):
         raise ValueError(
             "this pipeline has an adapter of dittfast; call unload_adapter(pipe) first"

@@ -46,8 +46,9 @@ def _front_matter(base: str) -> str:
     import yaml
 
     tags = ["dittfast", "sparse-attention"]
-    fields = {"base_model": base, "library_name": "diffusers", "tags": tags}
-    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    # In one line: a line of dashes in a name would end the front matter.
+    fields = {"base_model": " ".join(base.split()), "library_name": "diffusers", "tags": tags}
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10**6)
     return f"---\n{text}---\n"
 
 

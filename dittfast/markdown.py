@@ -17,7 +17,7 @@ def as_text(text: str, begins: bool = False) -> str:
     line = escape(" ".join(str(text).split()), quote=False)
     line = re.sub(r"([\\`*~|]|\](?=[(\[:]))", r"\\\1", line)
     # Within a word an underscore is one.
-    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
     return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", line) if begins else line
 
 

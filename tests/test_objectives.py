@@ -94,7 +94,7 @@ def test_class_probability(images, tmp_path, kind):
         any_batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(Classifier(), (example,), dynamic_shapes=any_batch)
         torch.export.save(program, path)
-    objective = ClassProbability(str(path), {"a cat": 1, "a dog": 0}, size=8)
+    objective = ClassProbability(str(path), {"a cat": 1, "a dog": 0}, size=8, trust_code=True)
     prompts = ["a cat", "a dog", "a cat"]
     small = torch.nn.functional.interpolate(images, (8, 8), mode="bilinear", antialias=True)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -106,7 +106,7 @@ def test_class_probability(images, tmp_path, kind):
     with pytest.raises(ValueError, match="no class for the prompt 'a bird'"):
         objective(images[:1], ["a bird"])
     with pytest.raises(ValueError, match=r"0\.\.1.*\[2, 2, 2\]"):
-        ClassProbability(str(path), 2, size=8)(images, prompts)
+        ClassProbability(str(path), 2, size=8, trust_code=True)(images, prompts)
 
 
 def test_class_probability_of_the_feature_network(images):
@@ -127,7 +127,7 @@ def test_a_classifier_that_is_none(tmp_path):
         ClassProbability(str(tmp_path / "none.pt"), 0)
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match="neither TorchScript"):
-        ClassProbability(str(tmp_path / "text.pt"), 0)
+        ClassProbability(str(tmp_path / "text.pt"), 0, trust_code=True)
 
 
 @pytest.fixture
@@ -177,11 +177,13 @@ def mine(images):
 def test_own_functions(tmp_path, monkeypatch, images):
     path = tmp_path / "my_scores.py"
     path.write_text("def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n")
-    dark = find_objective(f"{path}:dark")
+    dark = find_objective(f"{path}:dark", True)
     scores = evaluate(dark, images, ["a"] * 3)
     assert scores.dtype == np.float64 and (scores < 0).all()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert find_objective("my_scores:dark")(images, []).tolist() == pytest.approx(scores.tolist())
+    assert find_objective("my_scores:dark", True)(images, []).tolist() == pytest.approx(
+        scores.tolist()
+    )
     assert describe_objective(dark) == "my_scores:dark"
     assert evaluate(mine, images, ["a"] * 3) == pytest.approx(images.mean((1, 2, 3)).numpy())
 
@@ -201,7 +203,7 @@ def test_own_functions(tmp_path, monkeypatch, images):
 )
 def test_objectives_that_do_not_exist(name, options, message):
     with pytest.raises(ValueError, match=message):
-        find_objective(name, **options)
+        find_objective(name, True, **options)
 
 
 def test_the_command_line_lists_them_all():

@@ -154,6 +154,11 @@ def _add_folder(parser: argparse.ArgumentParser, required: bool = True) -> None:
         help="pictures and results; what it holds already is not drawn again",
     )
     group.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="take what the folder holds even where its SHA-256 differs",
+    )
+    group.add_argument(
         "--save", metavar="PREFIX", help="write the results as PREFIX.json and PREFIX.md, too"
     )
 
@@ -332,6 +337,7 @@ def _fidelity(args) -> int:
         args.output,
         kernel=args.dense_kernel,
         pairs=pairs,
+        verify=not args.no_verify,
         on_stage=say,
     )
     _finish(data, f"Fidelity of {source.name}", fidelity_tables(data), prefixes)
@@ -356,7 +362,7 @@ def _latency(args) -> int:
     pipe, call = _load(args, source)
     call |= {"prompt": prompt}
     timing = {"pairs": args.pairs, "seed": args.seed, "kernel": args.dense_kernel}
-    known = {} if args.output is None else _timed_before(prefixes[0])
+    known = {} if args.output is None else _timed_before(prefixes[0], not args.no_verify)
     rows = []
     for variant in variants:
         settings = json.loads(json.dumps(latency_settings(pipe, source, call, variant, **timing)))
@@ -374,13 +380,14 @@ def _latency(args) -> int:
     return 0
 
 
-def _timed_before(prefix: Path) -> dict[str, dict]:
+def _timed_before(prefix: Path, verify: bool = True) -> dict[str, dict]:
     """Rows of an earlier latency.json, by label; none where there is no such file."""
     path = Path(f"{prefix}.json")
     if not path.exists():
         return {}
     form = {"rows": [{"label": str, "*": object}], "*": object}
-    rows = read_record(path, form, remedy="remove it to time again").data["rows"]
+    remedy = "remove it to time again"
+    rows = read_record(path, form, verify=verify, remedy=remedy).data["rows"]
     return {row["label"]: row for row in rows}
 
 
@@ -403,7 +410,8 @@ def _draw(args) -> int:
     pipe, call = _load(args, source, device)
     base = base_settings(pipe, source, call, args.dense_kernel)
     with locked(args.output, state.is_main_process):
-        arms = [Arm(pipe, base, Path(args.output), variant) for variant in (None, *variants)]
+        folder, verify = Path(args.output), not args.no_verify
+        arms = [Arm(pipe, base, folder, variant, verify) for variant in (None, *variants)]
         with dense_kernel(args.dense_kernel), state.split_between_processes(items) as mine:
             drawn = draw_missing(arms, call, mine, latents=False, on_stage=say)
         state.wait_for_everyone()

@@ -24,7 +24,8 @@ from .options import (
 EXAMPLE = """\
 examples:
   dittfast hunt --objective colorfulness --true-cfg-scale 1 --steps 8 -o hunt
-  dittfast hunt --objective mine.py:score --model FOLDER --prompts prompts.txt -o hunt
+  dittfast hunt --objective mine.py:score --trust-code --model FOLDER \\
+      --prompts prompts.txt -o hunt
   dittfast generate "a panda on a green background" --guide hunt/heads.json -o panda.png
 """
 SHOWN = 8  # candidates in a round's table
@@ -54,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="an option of the objective, such as model=classifier.pt2; repeatable",
+    )
+    what.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the code that an objective of your own, or a classifier's file, brings",
     )
     what.add_argument(
         "--prompts",
@@ -87,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="pictures at once (default: 4)"
     )
+    how.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="take scores in the folder even where their SHA-256 differs",
+    )
     add_guidance_arguments(parser, heads=False)
     add_method_arguments(parser, "; dense attention without it")
     add_call_arguments(parser)
@@ -114,7 +125,7 @@ def run(args) -> int:
         from dittfast.samples.captions import BACKGROUNDS
 
         options.setdefault("colors", BACKGROUNDS)
-    objective = find_objective(args.objective, **options)
+    objective = find_objective(args.objective, args.trust_code, **options)
     method, schedule = method_and_schedule(args, source)
     search = dict(
         seeds=number_list(args.seeds),
@@ -129,6 +140,7 @@ def run(args) -> int:
         holdout=holdout,
         holdout_seeds=None if args.holdout_seeds is None else number_list(args.holdout_seeds),
         compare_layers=args.compare_layers,
+        verify=not args.no_verify,
         **guidance_options(args),
     )
     device = sources.choose_device(args.device)

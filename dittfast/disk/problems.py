@@ -16,6 +16,8 @@ from pathlib import Path
 
 # How Rust's libraries say an errno.
 _OS_ERROR = re.compile(r"os error (\d+)")
+# What PyTorch's writer says when the disk takes no more.
+_OF_PYTORCH = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 class FileProblem(ValueError):
@@ -74,11 +76,12 @@ def _code(error: Exception, path: Path) -> int | None:
     found = _OS_ERROR.search(str(error))
     if found:
         return int(found[1])
-    # PyTorch's writer says neither why nor where.
-    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else None
-    if free is not None and free < 1 << 20:
-        return errno.ENOSPC
-    return errno.EIO if "PytorchStreamWriter" in str(error) else None
+    # NumPy and PyTorch say neither why nor where.
+    silent = isinstance(error, OSError) or any(word in str(error) for word in _OF_PYTORCH)
+    if not silent:
+        return None
+    full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 20
+    return errno.ENOSPC if full else errno.EIO
 
 
 @contextmanager
@@ -90,13 +93,13 @@ def writing(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        named = _named(error, path)
-        if named is error:
-            raise
-        raise named from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename is not None:
+                raise
+            raise _named(error, path) from error
         code = _code(error, Path(path))
         if code is None:
             raise
-        raise OSError(code, os.strerror(code), str(path)) from error
+        words = first_words(error, 400) if isinstance(error, OSError) else os.strerror(code)
+        raise OSError(code, words, str(path)) from error

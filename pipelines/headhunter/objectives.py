@@ -137,15 +137,16 @@ class ClassProbability:
     Args:
         model: a classifier ``[B, 3, size, size] -> logits [B, classes]``, as a TorchScript file
             (``torch.jit.save``) or an exported program (``torch.export.save``, .pt2); it must
-            take any number of pictures.
+            take any number of pictures. Such a file is a program.
         index: the wanted class: one for all prompts, or by prompt.
         size: side of the pictures it takes.
         mean, std: of its normalisation; the defaults are ImageNet's.
+        trust_code: run the program in ``model``.
 
     Raises:
-        ValueError: no such file, or one that cannot be loaded, or only one of ``model`` and
-            ``index``; at the call, a class that the classifier does not have, or a prompt without
-            one.
+        ValueError: no such file, one that is not trusted or cannot be loaded, or only one of
+            ``model`` and ``index``; at the call, a class that the classifier does not have, or a
+            prompt without one.
     """
 
     model: str | None = None
@@ -153,6 +154,7 @@ class ClassProbability:
     size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    trust_code: bool = field(default=False, repr=False)
 
     def __post_init__(self):
         if (self.model is None) != (self.index is None):
@@ -166,6 +168,8 @@ class ClassProbability:
         path = Path(self.model)
         if not path.is_file():
             raise ValueError(f"there is no classifier file at {path}")
+        if not self.trust_code:
+            raise ValueError(f"{path} is a program, {_UNTRUSTED}")
         try:
             if path.suffix == ".pt2":
                 network = torch.export.load(path).module()
@@ -256,14 +260,22 @@ OBJECTIVES: dict[str, type] = {
 }
 
 
-def find_objective(name: str, **options) -> Objective:
+_UNTRUSTED = (
+    "which could do anything that you can; read it, or know who wrote it, and allow it with "
+    "--trust-code (trust_code=True)"
+)
+
+
+def find_objective(name: str, trust_code: bool = False, /, **options) -> Objective:
     """A built-in objective by name, or ``module:function``, or ``file.py:function``.
 
     Args:
+        trust_code: run the code of a module, a file, or a classifier of one's own.
         options: fields of a built-in objective.
 
     Raises:
-        ValueError: no such objective (the nearest is named), module, function or option.
+        ValueError: no such objective (the nearest is named), module, function or option; code
+            that is not trusted.
     """
     if name in OBJECTIVES:
         known = [f.name for f in fields(OBJECTIVES[name])]
@@ -273,6 +285,8 @@ def find_objective(name: str, **options) -> Objective:
                     f"the objective {name} has no option {key!r}; "
                     f"{'it has ' + ', '.join(known) if known else 'it has none'}"
                 )
+        if "trust_code" in known:
+            options.setdefault("trust_code", trust_code)
         try:
             return OBJECTIVES[name](**options)
         except TypeError as error:
@@ -287,6 +301,8 @@ def find_objective(name: str, **options) -> Objective:
         )
     if options:
         raise ValueError(f"{name} is your own function; it takes no options, got {list(options)}")
+    if not trust_code:
+        raise ValueError(f"{name} names code, {_UNTRUSTED}")
     try:
         return getattr(_module(module), function)
     except (ImportError, OSError) as error:

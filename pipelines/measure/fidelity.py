@@ -78,12 +78,14 @@ def base_settings(pipe, source: Source, call: dict, kernel: str) -> dict:
 class Arm:
     """One way of drawing and the folder where its pictures are kept."""
 
-    def __init__(self, pipe, base: dict, folder: Path, variant: Variant | None):
+    def __init__(
+        self, pipe, base: dict, folder: Path, variant: Variant | None, verify: bool = True
+    ):
         self.pipe = pipe
         self.variant = variant
         self.label = DENSE if variant is None else variant.label
         own = None if variant is None else variant.settings()
-        self.drawings = Drawings(folder / self.label, base | {"attention": own})
+        self.drawings = Drawings(folder / self.label, base | {"attention": own}, verify)
 
     def draw(self, call: dict, seed: int, warm_up: bool = False) -> tuple[Run, dict | None]:
         """The run, and for a method what ran where."""
@@ -215,6 +217,7 @@ def evaluate_fidelity(
     *,
     kernel: str = "auto",
     pairs: Sequence[tuple[str, str]] = (),
+    verify: bool = True,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict:
     """Check, draw what is missing, compare: the whole table as plain data.
@@ -226,6 +229,7 @@ def evaluate_fidelity(
     Args:
         call: see :func:`~dittfast.pipelines.runs.call.call_arguments`; its prompt is replaced.
         pairs: labels of two methods whose difference is to be tabled, too.
+        verify: compare pictures and latents that are there with their SHA-256.
 
     Raises:
         dittfast.measure.check.ParityError: a method is wrong on this model; nothing is drawn
@@ -240,7 +244,7 @@ def evaluate_fidelity(
     folder = Path(folder)
     device = next(iter(transformers_of(pipe).values())).device
     base = base_settings(pipe, source, call, kernel)
-    arms = [Arm(pipe, base, folder, variant) for variant in (None, *variants)]
+    arms = [Arm(pipe, base, folder, variant, verify) for variant in (None, *variants)]
     first = call | {"prompt": items[0].prompt}
     with dense_kernel(kernel):
         on_stage("checking the methods' attention")
