@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dittfast.pictures import on_white, read_picture
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".gif", ".webm", ".mov")
 
@@ -28,18 +30,14 @@ def find_pictures(folder: str | Path) -> list[Picture]:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: an empty folder, or a picture without a caption.
+        ValueError: an empty folder, a picture without a caption, or captions that cannot be read;
+            naming file and line.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} with pictures")
-    captions = {}
     metadata = folder / "metadata.jsonl"
-    if metadata.is_file():
-        for line in metadata.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
-                captions[row["file_name"]] = row["text"]
+    captions = _metadata(metadata) if metadata.is_file() else {}
     found = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in IMAGES + VIDEOS:
@@ -47,7 +45,7 @@ def find_pictures(folder: str | Path) -> list[Picture]:
         text = captions.get(path.relative_to(folder).as_posix())
         beside = path.with_suffix(".txt")
         if text is None and beside.is_file():
-            text = beside.read_text(encoding="utf-8").strip()
+            text = _text(beside).strip()
         if text is None:
             raise ValueError(
                 f"{path} has no caption; write it into {beside.name} beside it, or into "
@@ -59,29 +57,74 @@ def find_pictures(folder: str | Path) -> list[Picture]:
     return found
 
 
+def _text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save it so") from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Captions by file name.
+
+    Raises:
+        ValueError: a line that is no such entry, or a file named twice; naming the line.
+    """
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: no JSON ({error}): {line[:60]}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: expected {{"file_name": ..., "text": ...}}: {line[:60]}')
+        for key in ("file_name", "text"):
+            if not isinstance(row.get(key), str):
+                found = f"is {row[key]!r}" if key in row else f"is not among {', '.join(row)}"
+                raise ValueError(f"{where}: {key!r} must be one text, and {found[:80]}")
+        if row["file_name"] in captions:
+            raise ValueError(f"{where}: {row['file_name']} has a caption already")
+        if not (path.parent / row["file_name"]).is_file():
+            raise ValueError(f"{where}: there is no file {path.parent / row['file_name']}")
+        captions[row["file_name"]] = row["text"]
+    return captions
+
+
 def read_frames(path: Path, height: int, width: int, num_frames: int = 1) -> np.ndarray:
     """``[num_frames, height, width, 3]`` uint8: scaled to cover the size, the middle cut out.
 
     A longer clip gives its first ``num_frames`` frames.
 
     Raises:
-        ValueError: a clip with fewer frames.
+        ValueError: a damaged file, or a clip with fewer frames.
     """
-    from PIL import Image
-
-    if path.suffix.lower() in VIDEOS:
-        import imageio.v3 as iio
-
-        frames = []
-        for frame in iio.imiter(path):
-            frames.append(Image.fromarray(np.asarray(frame)[..., :3]))
-            if len(frames) == num_frames:
-                break
-    else:
-        frames = [Image.open(path).convert("RGB")]
+    is_clip = path.suffix.lower() in VIDEOS
+    frames = _clip(path, num_frames) if is_clip else [read_picture(path)]
     if len(frames) < num_frames:
         raise ValueError(f"{path} has {len(frames)} frames, data.call.num_frames is {num_frames}")
     return np.stack([np.asarray(_cover(frame, height, width)) for frame in frames])
+
+
+def _clip(path: Path, most: int) -> list:
+    """The first frames of a clip, as pictures."""
+    import imageio.v3 as iio
+    from PIL import Image
+
+    frames = []
+    try:
+        for frame in iio.imiter(path):
+            frames.append(on_white(Image.fromarray(np.asarray(frame))))
+            if len(frames) == most:
+                break
+    except Exception as error:  # each reader of clips raises its own
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} is no clip that can be read: {reason}") from error
+    return frames
 
 
 def _cover(image, height: int, width: int):

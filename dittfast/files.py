@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -145,10 +146,13 @@ def write_image(path: str | Path, image) -> None:
 def save_video(path: str | Path, frames, fps: int = 16) -> None:
     """Encode ``frames [F, H, W, 3]`` uint8 as .mp4 (H.264) or .gif; combine with atomic_path.
 
-    H.264 needs even sizes: an odd last row or column is repeated.
+    H.264 needs even sizes: an odd last row or column is repeated. Its colours are converted by
+    the matrix that players take for the size, BT.709 from 720 rows on and BT.601 below, and the
+    file names it. A GIF counts in hundredths of a second, so its frames begin at the nearest one.
 
     Raises:
-        ValueError: another ending, or fewer than one frame a second; for .mp4, no ffmpeg here.
+        ValueError: another ending, fewer than one frame a second, or for a GIF more than 50; for
+            .mp4, no ffmpeg here.
         OSError: the disk is full.
     """
     import imageio.v3 as iio
@@ -156,19 +160,62 @@ def save_video(path: str | Path, frames, fps: int = 16) -> None:
     from PIL import Image
 
     path = Path(path)
-    if fps < 1:
-        raise ValueError(f"fps must be at least 1, got {fps}")
+    check_fps(path, fps)
     if path.suffix.lower() == ".gif":
         first, *rest = map(Image.fromarray, frames)
-        first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+        times = gif_milliseconds(len(frames), fps)
+        first.save(path, save_all=True, append_images=rest, duration=times, loop=0)
     elif path.suffix.lower() == ".mp4":
         check_ffmpeg(path)
         odd = [(0, n % 2) for n in np.shape(frames)[1:3]]
         even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
-        iio.imwrite(path, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1)
+        matrix = "bt709" if even.shape[1] >= _HD_ROWS else "smpte170m"
+        iio.imwrite(
+            path,
+            even,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            macro_block_size=1,
+            output_params=[
+                *("-vf", f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p"),
+                *("-colorspace", matrix, "-color_range", "tv"),
+                *("-color_primaries", "bt709", "-color_trc", "bt709"),  # those of sRGB, nearly
+            ],
+        )
         _check_frames(path, len(frames))
     else:
         raise ValueError(f"{path}: a video ends in .mp4 or .gif")
+
+
+# From this height on players read untagged video by BT.709.
+_HD_ROWS = 720
+# Browsers slow frames of one hundredth of a second down to ten.
+_MOST_GIF_FPS = 50
+
+
+def check_fps(path: str | Path, fps: int) -> None:
+    """Whether a video file can play ``fps`` frames a second; call it before long work.
+
+    Raises:
+        ValueError: fewer than one, or for a GIF more than 50.
+    """
+    if fps < 1:
+        raise ValueError(f"fps must be at least 1, got {fps}")
+    if Path(path).suffix.lower() == ".gif" and fps > _MOST_GIF_FPS:
+        raise ValueError(
+            f"{path}: a GIF plays at most {_MOST_GIF_FPS} frames a second, got fps {fps}; take "
+            "fewer, or write an .mp4"
+        )
+
+
+def gif_milliseconds(count: int, fps: int) -> list[int]:
+    """How long each of ``count`` frames is shown, in milliseconds that a GIF can say.
+
+    Frame n begins at the hundredth of a second nearest to n / fps, so the whole keeps its length.
+    """
+    begins = [round(100 * n / fps) for n in range(count + 1)]
+    return [10 * (after - before) for before, after in itertools.pairwise(begins)]
 
 
 def _check_frames(path: Path, count: int) -> None:

@@ -98,15 +98,16 @@ def save(args):
 
 def strips(args):
     """Animate prompts with the stock pipeline; one row of frames each in one PNG."""
+    from dittfast.pictures import read_picture
     from dittfast.pipelines.runs import sources
     from dittfast.pipelines.runs.call import call_arguments
-    from dittfast.pipelines.runs.first_frame import read_image, with_first_frame
+    from dittfast.pipelines.runs.first_frame import with_first_frame
     from dittfast.pipelines.runs.run import run
 
     source = sources.find(str(args.model))
     pipe = sources.load(source, "cpu", torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    image = None if args.image is None else read_image(args.image)
+    image = None if args.image is None else read_picture(args.image)
     start, rows = time.time(), []
     for prompt in args.prompts or source.settings["prompts"]:
         call = call_arguments(pipe, prompt, source.settings, image=image)

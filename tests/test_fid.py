@@ -94,11 +94,12 @@ def test_folders_are_read_before_anything_is_computed(network, tmp_path):
     Image.new("RGB", (20, 20)).save(mixed / "small.png")
     with pytest.raises(ValueError, match=r"mixes 2 sizes \(40 x 36: 000.png; 20 x 20: small.png\)"):
         check_pictures(mixed)
-    assert check_pictures(mixed, mixed_sizes=True) == (11, {(40, 36), (20, 20)})
+    found = check_pictures(mixed, mixed_sizes=True)
+    assert len(found.files) == 11 and found.sizes == {(40, 36), (20, 20)}
     broken = fill(tmp_path / "broken", 10)
     (broken / "003.png").write_bytes((broken / "003.png").read_bytes()[:200])
     (broken / "x.jpg").write_text("text")
-    with pytest.raises(ValueError, match=r"2 of 11 pictures .* cannot be read: .*003.png"):
+    with pytest.raises(ValueError, match=r"2 of 11 pictures .* cannot be used: .*003.png"):
         frechet(a, broken, network)
 
 

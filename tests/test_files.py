@@ -179,3 +179,46 @@ def test_a_full_disk_is_told_with_the_file_it_was_for(tmp_path, monkeypatch):
     assert found.value.errno == 28
     assert (tmp_path / "a.json").read_text() == "{}"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("size, kr, kb, name", [
+    ((720, 1280), 0.2126, 0.0722, "bt709"), ((480, 832), 0.299, 0.114, "smpte170m"),
+])  # fmt: skip
+def test_a_video_has_the_colours_that_players_read_at_its_size(size, kr, kb, name, tmp_path):
+    """Y'CbCr by the standards' own formulas, and tags that say which; 8-bit limited range."""
+    import subprocess
+
+    import imageio_ffmpeg
+
+    path, (height, width) = tmp_path / "a.mp4", size
+    for colour in ((0, 255, 0), (200, 30, 90)):
+        files.save_video(path, np.full((2, *size, 3), colour, np.uint8))
+        ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
+        raw = subprocess.run([*ffmpeg, "-f", "rawvideo", "-"], capture_output=True, check=True)
+        planes = np.frombuffer(raw.stdout, np.uint8)[: height * width * 3 // 2]
+        luma, chroma = planes[: height * width], planes[height * width :].reshape(2, -1)
+        r, g, b = (c / 255 for c in colour)
+        y = kr * r + (1 - kr - kb) * g + kb * b
+        expected = [16 + 219 * y, *(128 + 112 * (c - y) / (1 - k) for c, k in ((b, kb), (r, kr)))]
+        found = [luma.mean(), chroma[0].mean(), chroma[1].mean()]
+        assert np.allclose(found, expected, atol=1.5)
+    told = subprocess.run(
+        [ffmpeg[0], "-hide_banner", "-i", str(path)], capture_output=True, text=True, check=False
+    )
+    assert f"yuv420p(tv, {name}" in told.stderr
+
+
+@pytest.mark.parametrize("fps", [16, 24, 30, 50])
+def test_gif_frames_begin_at_the_nearest_hundredth(fps, tmp_path):
+    from PIL import Image
+
+    frames = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    files.save_video(tmp_path / "a.gif", frames, fps)
+    begins = [0]
+    with Image.open(tmp_path / "a.gif") as gif:
+        for n in range(9):
+            gif.seek(n)
+            begins.append(begins[-1] + gif.info["duration"])
+    assert all(abs(at - 1000 * n / fps) <= 5 for n, at in enumerate(begins))
+    with pytest.raises(ValueError, match=r"a\.gif: a GIF plays at most 50 .* got fps 60"):
+        files.save_video(tmp_path / "a.gif", frames, 60)

@@ -11,11 +11,11 @@ from tiny import flux_pipeline, wan_image_pipeline, wan_pipeline
 import dittfast
 from dittfast.cli import main
 from dittfast.methods import Local
+from dittfast.pictures import read_picture
 from dittfast.pipelines.runs.call import call_arguments, call_record, needs_image
 from dittfast.pipelines.runs.first_frame import (
     FirstFrame,
     fit,
-    read_image,
     still_prompt,
     with_first_frame,
     with_margin,
@@ -107,26 +107,9 @@ def test_a_margin_continues_the_edges():
 
 
 def test_a_picture_of_another_shape_is_cut(picture):
-    whole = np.asarray(read_image(picture))
+    whole = np.asarray(read_picture(picture))
     assert whole.shape == (120, 100, 3)
-    assert np.array_equal(np.asarray(fit(read_image(picture), 120, 60)), whole[:, 20:80])
-
-
-def test_transparency_becomes_white(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    assert (np.asarray(read_image(tmp_path / "a.png")) == 255).all()
-
-
-def test_pictures_that_cannot_be_read(tmp_path, picture):
-    with pytest.raises(FileNotFoundError, match="no picture at"):
-        read_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(ValueError, match="no picture that can be read"):
-        read_image(tmp_path / "text.png")
-    data = picture.read_bytes()
-    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="no picture that can be read"):
-        read_image(tmp_path / "half.png")
+    assert np.array_equal(np.asarray(fit(read_picture(picture), 120, 60)), whole[:, 20:80])
 
 
 def test_first_frames_are_drawn_from_the_prompt(models):
@@ -152,7 +135,7 @@ def test_a_run_asks_for_the_first_frame_of_its_prompt(models):
 
 
 def test_images_are_asked_for_and_refused(picture):
-    image = read_image(picture)
+    image = read_picture(picture)
     with pytest.raises(ValueError, match="animates an image and got none; pass one with --image"):
         with_first_frame(wan_image_pipeline(), {})
     with pytest.raises(ValueError, match="WanPipeline takes no image; leave out --image"):
@@ -200,7 +183,7 @@ def test_a_clip_of_a_given_picture_compared(models, picture, tmp_path, capsys):
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["image"] == str(picture) and "sha256" in data["call"]["first_frame"]
     assert data["files"] == ["a.mp4", "a.dense.mp4", "a.local.mp4", "a.difference.mp4"]
-    first = fit(read_image(picture), 48, 80)
+    first = fit(read_picture(picture), 48, 80)
     dense = clip(first).astype(float)
     sparse = clip(first, method=Local(window=3, tile=(1, 4, 4)), min_tokens=0).astype(float)
     expected = 10 * np.log10(255**2 / ((dense - sparse) ** 2).mean())

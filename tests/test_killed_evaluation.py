@@ -117,7 +117,8 @@ def assert_same_pictures(tmp_path, name):
     assert len(whole) == 4 and killed == whole
     for label in ("dense", "local"):
         images = tmp_path / name / label / "images"
-        assert check_pictures(images) == (2, {(96, 64)})
+        found = check_pictures(images)
+        assert len(found.files) == 2 and found.sizes == {(96, 64)}
         assert not list((tmp_path / name / label).glob("*/.0*")), "leftovers of killed writes"
 
 
@@ -160,4 +161,5 @@ def test_what_a_killed_write_left_goes_when_its_picture_is_drawn_again(tmp_path)
     drawings.save(Item(7, "a cat", 7), run, {})
     assert not any(path.exists() for path in leftovers)
     assert other.exists(), "another process may be writing it"
-    assert check_pictures(drawings.images) == (1, {(8, 8)})
+    found = check_pictures(drawings.images)
+    assert len(found.files) == 1 and found.sizes == {(8, 8)}

@@ -125,12 +125,12 @@ def run(args) -> int:
         )
     given = {name: getattr(args, name) for name in CALL}
 
+    from dittfast.pictures import read_picture
     from dittfast.pipelines.runs.call import check_ranges
-    from dittfast.pipelines.runs.first_frame import read_image
 
     check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
     if args.image is not None:
-        given["image"] = read_image(args.image)
+        given["image"] = read_picture(args.image)
     source = sources.find(args.model)
     if args.method is None and args.config is None and args.compare:
         raise ValueError("--compare needs a method; add --method local, or --config FILE")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
 import platform
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+
+from dittfast.pictures import open_picture
 
 from .features import CleanFidExtractor, FeatureNetwork
 
 INCEPTION_DIMS = 2048
 _INCEPTION_FILE = "inception-2015-12-05.pt"
-# clean-fid takes every file below a folder with one of these endings, in this spelling.
+# What clean-fid takes for pictures, in this spelling, everywhere below a folder.
 ENDINGS = (
     "bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp", "npy", "JPEG", "JPG", "PNG",
 )  # fmt: skip
@@ -56,8 +58,23 @@ def picture_folder(folder: str | Path) -> Path:
     return folder
 
 
-def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> tuple[int, set]:
-    """Read every picture below a folder once: how many there are, and their ``(width, height)``.
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures below a folder, each of which could be read.
+
+    Attributes:
+        files: in the order of their names.
+        sizes: all ``(width, height)`` among them.
+        changes: what had to be done to show them as a viewer would, and to how many.
+    """
+
+    files: tuple[Path, ...]
+    sizes: frozenset[tuple[int, int]]
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> Pictures:
+    """Read every picture below a folder once.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -66,8 +83,8 @@ def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> tuple[int, 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    # clean-fid passes over hidden files, such as what a killed process did not finish.
+        raise FileNotFoundError(f"there is no folder {folder}; name one with pictures")
+    # Hidden files are what a killed process did not finish.
     files = sorted(
         p
         for p in folder.rglob("*.*")
@@ -77,25 +94,19 @@ def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> tuple[int, 
     if not files:
         raise ValueError(f"the folder {folder} holds no pictures ({', '.join(ENDINGS[:9])})")
     sizes: dict[tuple[int, int], Path] = {}
+    changes: Counter[str] = Counter()
     broken = []
     for file in files:
         try:
-            if file.suffix == ".npy":
-                height, width, channels = np.load(file, mmap_mode="r").shape
-                if channels != 3:
-                    raise ValueError(f"{channels} channels")
-                size = (width, height)
-            else:
-                with Image.open(file) as image:
-                    image.load()
-                    size = image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            broken.append(f"{file} ({' '.join(str(error).split())[:80]})")
+            found = open_picture(file)
+        except ValueError as error:
+            broken.append(str(error))
             continue
-        sizes.setdefault(size, file)
+        sizes.setdefault(found.image.size, file)
+        changes.update(found.changes)
     if broken:
         raise ValueError(
-            f"{len(broken)} of {len(files)} pictures in {folder} cannot be read: "
+            f"{len(broken)} of {len(files)} pictures in {folder} cannot be used: "
             f"{'; '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}; remove or replace them"
         )
     if len(sizes) > 1 and not mixed_sizes:
@@ -104,7 +115,19 @@ def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> tuple[int, 
             f"{folder} mixes {len(sizes)} sizes ({some}); a set for FID has one size. If it is "
             "meant so, allow it with --mixed-sizes"
         )
-    return len(files), set(sizes)
+    return Pictures(tuple(files), frozenset(sizes), dict(changes))
+
+
+def drawn_with(folder: str | Path) -> dict | None:
+    """The settings that an arm of ``dittfast evaluate`` was drawn with; None for other folders."""
+    file = Path(folder) / "settings.json"
+    if picture_folder(folder) == Path(folder):
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}; draw that arm again") from error
+    return found if isinstance(found, dict) else None
 
 
 def _check_count(folder: Path, count: int, dims: int, name: str, allow_few: bool) -> None:
@@ -117,37 +140,48 @@ def _check_count(folder: Path, count: int, dims: int, name: str, allow_few: bool
     )
 
 
-def _inception(reference) -> dict:
-    """What clean-fid needs for FID itself, checked to be on the disk; it would download it."""
-    import cleanfid
-
+def _check_inception(reference) -> None:
+    """Raise FileNotFoundError where clean-fid would download weights or statistics."""
     if not inception_path().is_file():
         raise FileNotFoundError(
             f"Inception's weights are not at {inception_path()}, where clean-fid looks for them. "
             f"Put {_INCEPTION_FILE} there (clean-fid's downloads_helper names its address), or use "
             "--features sample, which is no FID"
         )
-    if not isinstance(reference, Reference):
-        return {}
-    path = _statistics(Path(cleanfid.__file__).parent, reference)
-    if not path.is_file():
+    if isinstance(reference, Reference) and not _statistics(reference).is_file():
+        path = _statistics(reference)
         raise FileNotFoundError(
             f"the statistics of {reference.name} are not at {path}; fetch "
             f"https://www.cs.cmu.edu/~clean-fid/stats/{path.name} there"
         )
-    return {
-        "dataset_name": reference.name,
-        "dataset_split": reference.split,
-        "dataset_res": reference.resolution,
-    }
 
 
-def _own_features(network: FeatureNetwork, reference, device) -> dict:
-    """What clean-fid needs for the distance in another network's features."""
-    if isinstance(reference, Reference):
-        raise ValueError("a dataset's statistics are of Inception; name a folder to compare")
-    extractor = CleanFidExtractor(network.to(device))
-    return {"custom_feat_extractor": extractor, "custom_fn_resize": extractor.resize}
+def _inception(device) -> tuple[Callable, Callable]:
+    """clean-fid's Inception and its resizer."""
+    from cleanfid.features import build_feature_extractor
+    from cleanfid.resize import build_resizer
+
+    extractor = build_feature_extractor("clean", torch.device(device), use_dataparallel=False)
+    return extractor, build_resizer("clean")
+
+
+def _known_moments(reference: Reference) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance that clean-fid has of a dataset."""
+    with np.load(_statistics(reference)) as found:
+        return found["mu"], found["sigma"]
+
+
+def _moments(files, extract: Callable, resize: Callable, batch_size: int, device):
+    """Mean and covariance of the features of pictures, as clean-fid computes them."""
+    from cleanfid.fid import get_batch_features
+
+    found = []
+    for start in range(0, len(files), batch_size):
+        some = (np.asarray(open_picture(f).image) for f in files[start : start + batch_size])
+        batch = torch.from_numpy(np.stack([resize(x).transpose(2, 0, 1) for x in some]))
+        found.append(get_batch_features(batch.float(), extract, torch.device(device)))
+    features = np.concatenate(found)
+    return np.mean(features, axis=0), np.cov(features, rowvar=False)
 
 
 def frechet(
@@ -169,47 +203,55 @@ def frechet(
         mixed_sizes: allow pictures of several sizes in a folder.
 
     Returns:
-        Plain data: ``value``, ``is_fid``, what the features are, how many pictures on each side.
+        Plain data: ``value``, ``is_fid``, what the features are, how many pictures on each side,
+        what had to be done to read them, and the settings that arms were drawn with.
 
     Raises:
         FileNotFoundError: a folder, Inception's weights or a dataset's statistics are not here;
             clean-fid would download them without asking.
         ValueError: as :func:`check_pictures`, or too few pictures.
-    """
-    from cleanfid import fid
 
+    Pictures are read by :func:`dittfast.pictures.open_picture`, resized and compared by clean-fid.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     inception = network is None
     dims = INCEPTION_DIMS if inception else network.dims
     name = "Inception" if inception else network.name
-    chosen = _inception(reference) if inception else _own_features(network, reference, device)
+    if isinstance(reference, Reference) and not inception:
+        raise ValueError("a dataset's statistics are of Inception; name a folder to compare")
+    if inception:
+        _check_inception(reference)
     both = (folder,) if isinstance(reference, Reference) else (folder, reference)
     folders = [picture_folder(f) for f in both]
     found = [check_pictures(f, mixed_sizes) for f in folders]
-    for at, (count, _) in zip(folders, found):
-        _check_count(at, count, dims, name, allow_few)
-    # clean-fid prints what only our caller may print.
-    with contextlib.redirect_stdout(io.StringIO()):
-        value = fid.compute_fid(
-            *map(str, folders),
-            mode="clean",
-            num_workers=0,
-            batch_size=batch_size,
-            device=torch.device(device),
-            use_dataparallel=False,
-            verbose=False,
-            **chosen,
-        )
+    for at, pictures in zip(folders, found):
+        _check_count(at, len(pictures.files), dims, name, allow_few)
+    if inception:
+        extract, resize = _inception(device)
+    else:
+        extract = CleanFidExtractor(network.to(device))
+        resize = extract.resize
+    known = [_known_moments(reference)] if isinstance(reference, Reference) else []
+    moments = [_moments(p.files, extract, resize, batch_size, device) for p in found] + known
+
+    from cleanfid.fid import frechet_distance
+
+    settings = [drawn_with(f) for f in both]
     return {
-        "value": float(value),
+        "value": float(frechet_distance(*moments[0], *moments[1])),
         "is_fid": inception,
         "features": name,
         "dims": dims,
         "folder": str(folder),
-        "pictures": found[0][0],
+        "pictures": len(found[0].files),
         "reference": _name(reference),
-        "reference_pictures": found[1][0] if len(found) > 1 else None,
-        "sizes": [sorted(map(list, sizes)) for _, sizes in found],
-        "too_few": any(count <= dims for count, _ in found),
+        "reference_pictures": len(found[1].files) if len(found) > 1 else None,
+        "sizes": [sorted(map(list, pictures.sizes)) for pictures in found],
+        "changes": [pictures.changes for pictures in found],
+        "settings": settings[0],
+        "reference_settings": settings[1] if len(settings) > 1 else None,
+        "too_few": any(len(pictures.files) <= dims for pictures in found),
         "clean_fid": "mode clean",
     }
 
@@ -220,6 +262,8 @@ def _name(reference) -> str:
     return str(reference)
 
 
-def _statistics(package: Path, reference: Reference) -> Path:
+def _statistics(reference: Reference) -> Path:
+    import cleanfid
+
     name = f"{reference.name}_clean_{reference.split}_{reference.resolution}.npz".lower()
-    return package / "stats" / name
+    return Path(cleanfid.__file__).parent / "stats" / name

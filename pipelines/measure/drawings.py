@@ -13,6 +13,7 @@ from dittfast.disk.problems import FileProblem, reading
 from dittfast.disk.records import Record, read_record, write_record
 from dittfast.disk.tensors import read_array, write_array
 from dittfast.files import write_image
+from dittfast.pictures import read_picture
 
 from ..runs.prompts import Item
 from ..runs.run import Run
@@ -150,11 +151,13 @@ class Drawings:
         count = (self.record(item) or {"frames": 1})["frames"]
         drawn = []
         for number in range(max(count, 1)):
-            name = _image(item.index, number, count)
+            path = self.folder / _image(item.index, number, count)
             if self._record(item.index).exists():
-                self._check(item, name)
-            drawn.append(read_picture(self.folder / name))
-        with reading(self.folder / _image(item.index, 0, count), "its frames differ in size"):
+                self._check(item, path.relative_to(self.folder).as_posix())
+            if not path.is_file():
+                raise FileProblem(path, "there is no such picture", "draw that arm again")
+            drawn.append(np.asarray(read_picture(path)))
+        with reading(path, "its frames differ in size"):
             return np.stack(drawn)
 
     def latents(self, item: Item) -> torch.Tensor | None:
@@ -165,15 +168,3 @@ class Drawings:
         if self._record(item.index).exists():
             self._check(item, _latents(item.index))
         return torch.from_numpy(read_array(path))
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """``[H, W, 3]`` uint8.
-
-    Raises:
-        ValueError: there is no such file, or it is no picture.
-    """
-    if not path.is_file():
-        raise FileProblem(path, "there is no such picture")
-    with reading(path, "it is no picture that can be read"), Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

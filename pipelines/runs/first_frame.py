@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..models import transformers_of
 from . import sources
@@ -16,25 +15,6 @@ from .call import PicturePerPrompt, call_arguments, needs_image
 from .run import run
 
 logger = logging.getLogger(__name__)
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """A picture file as RGB, turned as its camera says; what is transparent becomes white.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a picture, or a damaged one.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture at {path}")
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
