@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterable
@@ -105,6 +106,24 @@ def _load(name: str) -> tuple[str, dict, dict]:
         if key not in SCHEDULE_FIELDS:
             raise _in(name, unknown("schedule key", key, SCHEDULE_FIELDS))
     return data["method"], data["options"], data["schedule"]
+
+
+def option_value(text: str, where: str):
+    """A value as people type it: ``8``, ``1e-3``, ``[0, 1]``, ``true``, ``null``, ``hilbert``.
+
+    Raises:
+        ValueError: no YAML value; the message begins with ``where``.
+    """
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: {text!r} is no YAML value") from error
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 1e-3, without a point, as text
+    return value
 
 
 SCHEDULE_FIELDS = tuple(f.name for f in dataclasses.fields(Schedule))

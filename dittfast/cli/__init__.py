@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "turn an evaluation into one HTML page",
     "distill": "train a model to work with sparse attention",
     "bench": "measure speed, after checking that the results agree",
+    "ui": "draw dense and sparse on a page in the browser",
     "parity": "check every model family under every method, on tiny random models",
     "doctor": "show what runs on this machine, and why the rest does not",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 
 # Arguments of the pipeline's call that have an option of the same name.
@@ -227,7 +226,7 @@ def parse_options(pairs: list[str]) -> dict:
     Raises:
         ValueError: no ``=``, an empty name, a name given twice, or a value that is no YAML.
     """
-    import yaml
+    from dittfast.config import option_value
 
     options: dict = {}
     for pair in pairs:
@@ -237,14 +236,7 @@ def parse_options(pairs: list[str]) -> dict:
             raise ValueError(f"--set takes KEY=VALUE, such as --set window=8; got {pair!r}")
         if key in options:
             raise ValueError(f"--set gives {key} twice")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {key}: {text!r} is no YAML value") from error
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)  # YAML 1.1 reads 1e-3, without a point, as text
-        options[key] = value
+        options[key] = option_value(text, f"--set {key}")
     return options
 
 

@@ -51,7 +51,7 @@ def run(args) -> int:
 
     options.setdefault("min_tokens", 0)
     method, _ = resolve(asked, **options)
-    from dittfast.pipelines.measure.probe import capture, measure
+    from dittfast.pipelines.measure.probe import capture, kept_picture, measure
     from dittfast.pipelines.runs import sources
     from dittfast.pipelines.runs.call import call_arguments
     from dittfast.pipelines.runs.first_frame import with_first_frame
@@ -75,7 +75,7 @@ def run(args) -> int:
     if args.json is not None:
         write_json(args.json, data)
     if args.output is not None:
-        write_image(args.output, _picture(reports, method, data))
+        write_image(args.output, kept_picture(reports, _title(method, data)))
     if written:
         print("wrote " + ", ".join(map(str, written)))
     return 0
@@ -133,26 +133,9 @@ def _lines(reports, data: dict) -> list[str]:
     return lines
 
 
-def _picture(reports, method, data: dict):
-    from dittfast.measure.draw import kept_mass
-
-    rows = []
-    for report in reports:
-        mask = report.plan.to_block_mask()[0].cpu().numpy()
-        # Summaries that a method appends are no blocks of the sequence.
-        own = report.plan.kv_blocks.starts.cpu() < report.plan.num_real_keys
-        row = []
-        for head in report.heads:
-            kept = mask[min(head.head, len(mask) - 1)][:, own.numpy()]
-            mass = report.block_mass[head.head][:, own].numpy()
-            label = f"head {head.head}: density {head.density:.2f}, mass {head.mass:.2f}"
-            by = report.plan.q_blocks.starts.cpu().argsort().numpy()
-            columns = report.plan.kv_blocks.starts.cpu()[own].argsort().numpy()
-            row.append((mass[by][:, columns], kept[by][:, columns], label))
-        rows.append(row)
-    title = (
-        f"{method.name} on {data['model']}, step {reports[0].step} of "
-        f"{data['num_inference_steps']}: density {data['density']:.2f}, "
-        f"mass kept {data['mass']:.2f}"
+def _title(method, data: dict) -> str:
+    step = data["calls"][0]["step"]
+    return (
+        f"{method.name} on {data['model']}, step {step} of {data['num_inference_steps']}: "
+        f"density {data['density']:.2f}, mass kept {data['mass']:.2f}"
     )
-    return kept_mass(rows, title=title, names=[r.layer for r in reports])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import json
@@ -18,6 +17,7 @@ from ..disk.problems import FileProblem, reading
 from ..disk.records import read_record
 from ..markdown import as_text
 from .draw import difference
+from .embed import image_tag, png_source, webp_source
 from .plots import Point, distance_plot, pareto_plot
 from .tables import Table, fid_table, fidelity_tables, latency_table, overview_table, setting_of
 
@@ -189,18 +189,6 @@ def _plots(results: dict) -> list[tuple[str, str]]:
     return found
 
 
-def _picture(frames: np.ndarray, size: int) -> str:
-    """An ``<img>`` source: WebP, animated for several frames, at most ``size`` pixels wide."""
-    images = [Image.fromarray(frame) for frame in frames]
-    if images[0].width > size:
-        scaled = (size, round(images[0].height * size / images[0].width))
-        images = [image.resize(scaled, Image.Resampling.LANCZOS) for image in images]
-    out = io.BytesIO()
-    more = {"save_all": True, "append_images": images[1:], "duration": 125, "loop": 0}
-    images[0].save(out, "WEBP", quality=88, **(more if len(images) > 1 else {}))
-    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 def _frames(folder: Path, label: str, item: dict) -> np.ndarray:
     stem = path_inside(folder, label, "images")
     number = int(item["index"])
@@ -221,15 +209,11 @@ def _png(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _image(source: str, alt: str) -> str:
-    return f'<img src="{source}" alt="{escape(alt)}" loading="lazy">'
-
-
 def _pictures(folder: Path, data: dict, count: int, size: int) -> str:
     parts = []
     for position, item in enumerate(data["items"][:count]):
         dense = _frames(folder, "dense", item)
-        before = _image(_picture(dense, size), f"dense: {item['prompt']}")
+        before = image_tag(webp_source(dense, size), f"dense: {item['prompt']}")
         cells = []
         for row in data["methods"]:
             label, found = row["label"], row["pictures"][position]
@@ -237,8 +221,9 @@ def _pictures(folder: Path, data: dict, count: int, size: int) -> str:
             apart, gain = difference(dense, frames)
             psnr = "identical" if found["identical"] else f"{found['psnr_db']:.2f} dB"
             words = f"dense | {label}: {psnr} | difference x {gain}"
-            after = _image(_picture(frames, size), f"{label}: {item['prompt']}")
-            between = _image(_picture(apart, size), f"difference of {label} and dense, x {gain}")
+            after = image_tag(webp_source(frames, size), f"{label}: {item['prompt']}")
+            alt = f"difference of {label} and dense, x {gain}"
+            between = image_tag(webp_source(apart, size), alt)
             cells.append(
                 f'<figure class="triple">{before}{after}{between}'
                 f"<figcaption>{escape(words)}</figcaption></figure>"
@@ -256,10 +241,10 @@ def _masks(folder: Path, data: dict) -> str:
             # Written anew, so that nothing but its pixels gets into the page.
             out = io.BytesIO()
             Image.fromarray(_png(path)).save(out, "PNG", optimize=True)
-            source = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+            source = png_source(out.getvalue())
             caption = f"{row['label']}: block mask"
             cells.append(
-                f"<figure>{_image(source, caption)}<figcaption>{escape(caption)}</figcaption>"
+                f"<figure>{image_tag(source, caption)}<figcaption>{escape(caption)}</figcaption>"
                 "</figure>"
             )
     return f'<h2>Masks</h2><div class="masks">{"".join(cells)}</div>' if cells else ""

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 
 from dittfast.layout import Layout
 from dittfast.measure.check import mask_rows
+from dittfast.measure.draw import kept_mass
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
@@ -207,6 +209,26 @@ def measure(method: Method, captured: Captured, backend: str = "auto") -> CallRe
         HeadReport(h, density[h], float(mass[h]), float(error[h])) for h in range(heads)
     )
     return CallReport(c.step, c.layer, reports, plan, block_mass)
+
+
+def kept_picture(reports: Sequence[CallReport], title: str = "") -> Image.Image:
+    """Kept and dropped attention of every head, a row for each call."""
+    rows = []
+    for report in reports:
+        plan = report.plan
+        mask = plan.to_block_mask()[0].cpu().numpy()
+        # Summaries that a method appends are no blocks of the sequence.
+        own = plan.kv_blocks.starts.cpu() < plan.num_real_keys
+        by = plan.q_blocks.starts.cpu().argsort().numpy()
+        columns = plan.kv_blocks.starts.cpu()[own].argsort().numpy()
+        row = []
+        for head in report.heads:
+            kept = mask[min(head.head, len(mask) - 1)][:, own.numpy()]
+            mass = report.block_mass[head.head][:, own].numpy()
+            label = f"head {head.head}: density {head.density:.2f}, mass {head.mass:.2f}"
+            row.append((mass[by][:, columns], kept[by][:, columns], label))
+        rows.append(row)
+    return kept_mass(rows, title=title, names=[r.layer for r in reports])
 
 
 def _densities(plan: Plan, heads: int) -> list[float]:

@@ -1,0 +1,286 @@
+"""What the page asks for: draws dense and sparse, and looks at the attention, one job at a time.
+
+Knows nothing of Gradio: :mod:`page` shows what is made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from dittfast.config import resolve
+from dittfast.measure.draw import block_mask
+from dittfast.methods.base import Method
+
+from ..measure.probe import capture, kept_picture, measure
+from ..models import attention_layers, family_of, transformers_of
+from ..runs import sources
+from ..runs.call import call_arguments, check_ranges
+from ..runs.compare import Arm, generate, record
+from ..runs.first_frame import read_image, with_first_frame
+
+# What is kept of the attention is computed against all pairs, in fp64.
+MOST_TOKENS = 16_384
+
+
+class Cancelled(Exception):
+    """The job was cancelled."""
+
+
+class Job:
+    """A request under way: says how far it is, and may be cancelled from another thread.
+
+    Args:
+        on_progress: called with the share that is done, 0 to 1, and what is being done.
+    """
+
+    def __init__(self, on_progress: Callable[[float, str], None] = lambda share, words: None):
+        self.on_progress = on_progress
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Stop before the transformer's next pass."""
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raise :class:`Cancelled` if it is."""
+        if self._cancelled.is_set():
+            raise Cancelled("cancelled; nothing was kept")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw.
+
+    Attributes:
+        model: a sample model, a folder or a hub id.
+        method: a name or preset; ``options`` are fields of it or of its schedule.
+        call: arguments of the pipeline by name; None where the model's own hold. ``image`` is the
+            path of a picture.
+        look: whether to look at the attention, too, which takes up to one more dense run;
+            at denoising ``step`` and self-attention ``layer``, both from 0, by default the middle.
+    """
+
+    model: str
+    prompt: str
+    method: str
+    options: dict = field(default_factory=dict)
+    call: dict = field(default_factory=dict)
+    seed: int = 0
+    look: bool = True
+    step: int | None = None
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a method does to one call of attention.
+
+    Attributes:
+        step, layer: where; the module's name.
+        tokens: of the sequence.
+        mask: the plan's block mask. kept: dense attention by kept and dropped blocks.
+        density, mass, error: means over the heads, see
+            :class:`~dittfast.pipelines.measure.probe.HeadReport`.
+    """
+
+    step: int
+    layer: str
+    tokens: int
+    mask: Image.Image
+    kept: Image.Image
+    density: float
+    mass: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Dense and sparse, the record of the run as for JSON, and the look or why there is none."""
+
+    dense: Arm
+    sparse: Arm
+    record: dict
+    look: Look | None = None
+    no_look: str | None = None
+
+
+class Studio:
+    """Draws what it is asked to, one job at a time; keeps the last model loaded.
+
+    Args:
+        device, dtype, backend: as the command line's ``--device``, ``--dtype``, ``--backend``.
+
+    Raises:
+        ValueError: no such device, dtype or backend.
+    """
+
+    def __init__(self, device: str = "auto", dtype: str = "auto", backend: str = "auto"):
+        from dittfast.attention import BACKENDS
+        from dittfast.config import unknown
+
+        if backend != "auto" and backend not in BACKENDS:
+            raise unknown("backend", backend, ["auto", *BACKENDS])
+        self.device = sources.choose_device(device)
+        self.dtype = sources.choose_dtype(dtype, self.device)
+        self.backend = backend
+        self._one_at_a_time = threading.Lock()
+        self._loaded: tuple[sources.Source, object] | None = None
+
+    def draw(self, request: Request, job: Job | None = None) -> Result:
+        """Draw dense and with the method, from one seed; wait for the job before.
+
+        Raises:
+            Cancelled: the job was cancelled; the pipeline is then as it was.
+            ValueError, OSError, FloatingPointError: as ``dittfast generate --compare``.
+        """
+        job = job or Job()
+        with self._one_at_a_time:
+            job.check()
+            call, image = dict(request.call), request.call.get("image")
+            check_ranges(
+                prompt=request.prompt,
+                seed=request.seed,
+                **{k: v for k, v in call.items() if k != "image"},
+            )
+            if image is not None:
+                call["image"] = read_image(image)
+            source = sources.find(request.model.strip())
+            options = dict(request.options)
+            if source.settings:
+                # A sample model is too small for sparse attention to pay: let it run all the same.
+                options.setdefault("min_tokens", 0)
+            method, schedule = resolve(request.method, **options)
+            if method.dense:
+                raise ValueError("dense is what a method is compared with; choose another method")
+            pipe = self._load(source, job)
+            call = call_arguments(pipe, request.prompt, source.settings, **call)
+            call = with_first_frame(pipe, call, source.settings)
+            how = dict(backend=self.backend, seed=request.seed, compare=True)
+            with _progress(pipe, call, job, request) as progress:
+                dense, sparse = generate(
+                    pipe, call, method, schedule, on_stage=progress.stage, **how
+                )
+                data = record(pipe, source, call, request.seed, [dense, sparse])
+                look, reason = None, None
+                if request.look:
+                    look, reason = self._look(pipe, call, method, request, sparse, progress)
+            return Result(dense, sparse, data, look, reason)
+
+    def _load(self, source: sources.Source, job: Job):
+        if self._loaded is None or self._loaded[0] != source:
+            job.on_progress(0.0, f"loading {source.name}")
+            self._loaded = None  # two models need not fit into memory
+            pipe = sources.load(source, self.device, self.dtype)
+            pipe.set_progress_bar_config(disable=True)
+            self._loaded = source, pipe
+        return self._loaded[1]
+
+    def _look(
+        self, pipe, call: dict, method: Method, request: Request, sparse: Arm, progress: _Progress
+    ) -> tuple[Look | None, str | None]:
+        tokens = sparse.description.num_tokens
+        if tokens is not None and tokens > MOST_TOKENS:
+            return None, (
+                f"What is kept of the attention is shown for up to {MOST_TOKENS:,} tokens, and "
+                f"this has {tokens:,}: draw a smaller picture, or turn it off."
+            )
+        model = next(iter(transformers_of(pipe).values()))
+        count = len(attention_layers(model, family_of(model)))
+        layer = count // 2 if request.layer is None else request.layer
+        step = progress.look_step
+        progress.stage("attention", last_step=step)
+        (found, *_) = capture(
+            pipe,
+            call | {"num_inference_steps": progress.steps},
+            steps=[step],
+            layers=[layer],
+            seed=request.seed,
+        )
+        report = measure(method, found, self.backend)
+        density, mass, error = (
+            sum(getattr(head, name) for head in report.heads) / len(report.heads)
+            for name in ("density", "mass", "error")
+        )
+        where = f"{report.layer}, step {step + 1} of {progress.steps}"
+        by_head = report.plan.kv_indices.shape[1] > 1
+        mask = block_mask(
+            report.plan,
+            found.layout,
+            title=f"{method.name}, {where}" + (", head 0" if by_head else ""),
+            lines=[f"density {report.heads[0].density:.4f}"],
+            legend_below=True,
+            size=420,
+        )
+        kept = kept_picture([report], f"{method.name}: {mass:.0%} of the attention kept")
+        return Look(
+            step, report.layer, found.layout.num_tokens, mask, kept, density, mass, error
+        ), None
+
+
+class _Progress:
+    """Counts the transformer's passes, says how far the job is, and stops one that is cancelled.
+
+    The warm-up runs, of one step each, tell how many passes a step has.
+    """
+
+    def __init__(self, pipe, call: dict, job: Job, request: Request):
+        default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+        self.steps = call.get("num_inference_steps") or getattr(default, "default", 1)
+        self.pipe, self.job = pipe, job
+        self.look_step = self.steps // 2 if request.step is None else request.step
+        self.total = 2 + 2 * self.steps + (self.look_step + 1 if request.look else 0)
+        self.before, self.this, self.name = 0, 0, ""
+        self.passes, self.passes_per_step = 0, 1
+        self.last_step: int | None = None
+
+    def stage(self, name: str, last_step: int | None = None) -> None:
+        """What comes next; its steps after ``last_step`` are of no use."""
+        if "warm-up" in self.name:
+            self.passes_per_step = max(1, self.passes)
+        self.before += self.this
+        self.this = 1 if "warm-up" in name else self.steps if last_step is None else last_step + 1
+        self.name, self.passes, self.last_step = name, 0, last_step
+        self.say(0)
+
+    def one_pass(self, *_) -> None:
+        """Before every pass of the transformer."""
+        self.job.check()
+        step = self.passes // self.passes_per_step
+        if self.last_step is not None and step > self.last_step and hasattr(self.pipe, "interrupt"):
+            self.pipe._interrupt = True  # the loop goes on without the transformer
+        self.passes += 1
+        self.say(min(step, self.this - 1))
+
+    def say(self, step: int) -> None:
+        words = self.name
+        if "warm-up" not in words:
+            words += f", step {step + 1} of {self.steps}"
+        self.job.on_progress(min(1.0, (self.before + step) / self.total), words)
+
+
+@contextlib.contextmanager
+def _progress(pipe, call: dict, job: Job, request: Request):
+    progress = _Progress(pipe, call, job, request)
+    hooks = [
+        model.register_forward_pre_hook(progress.one_pass)
+        for model in transformers_of(pipe).values()
+    ]
+    try:
+        yield progress
+    except BaseException:
+        # What was cut off in the middle of a call may have left a model on the device.
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
