@@ -158,7 +158,8 @@ def test_ci_runs_the_readme_test_command():
     assert ci[-1] == command
 
 
-# A number in prose with its source behind it, unseen in the page: file, path in it, format.
+# A number in prose with its source behind it, unseen in the page: file, path in it, format. A
+# factor may stand before the format, as in 1e-9*.1f.
 NUMBER = re.compile(r"([\d.,]+)<!-- (\S+\.json) (\S+) (\S+) -->")
 
 
@@ -174,7 +175,9 @@ def test_numbers_are_those_of_the_files_beside_them():
     assert {d for d, *_ in found} >= {"README.md", "docs/performance.md"}
     for document, number, file, path, form in found:
         value = value_at(json.loads((ROOT / file).read_text(encoding="utf-8")), path)
-        assert number == format(value, form), f"{document}: {number}, but {file} {path} is {value}"
+        factor, times, form = form.rpartition("*")
+        shown = format(value * float(factor) if times else value, form)
+        assert number == shown, f"{document}: {number}, but {file} {path} is {value}"
 
 
 def test_the_backends_say_what_they_take():

@@ -88,7 +88,8 @@ def chart(
         anchor = "end" if px > 0.7 * _WIDTH else "start"
         shift = -8 if anchor == "end" else 8
         out.append(
-            f'<text x="{px + shift:.0f}" y="{max(py - 8, 14):.0f}" text-anchor="{anchor}" fill="{colour}">'
+            f'<text x="{px + shift:.0f}" y="{max(py - 8, 14):.0f}" '
+            f'text-anchor="{anchor}" fill="{colour}">'
             f"{escape(name)}</text>"
         )
     return "".join(out) + "</svg>\n"
