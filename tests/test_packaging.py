@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import email.parser
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import dittfast
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("dittfast", "kernels", "pipelines", "distill", "samples", "configs")
@@ -171,19 +176,30 @@ def tracked() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> tuple[Path, list[str]]:
-    """(folder with the unpacked wheel, names in it), built from a copy of the tracked files."""
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist of the tracked files, and the wheel built from what is in it."""
     pytest.importorskip("setuptools", minversion="77", reason="builds the wheel")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in [*tracked(), "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
-    python(build, cwd=source, path=())
-    (file,) = out.glob("*.whl")
+    build = f"from setuptools import build_meta; build_meta.build_{{}}({str(out)!r})"
+    python(build.format("sdist"), cwd=source, path=())
+    (file,) = out.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        archive.extractall(out / "sdist", filter="data")
+    (unpacked,) = (out / "sdist").iterdir()
+    python(build.format("wheel"), cwd=unpacked, path=())
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> tuple[Path, list[str]]:
+    """(folder with the unpacked wheel, names in it)."""
+    (file,) = built.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
-        archive.extractall(out / "unpacked")
-        return out / "unpacked", archive.namelist()
+        archive.extractall(built / "unpacked")
+        return built / "unpacked", archive.namelist()
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -199,11 +215,62 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert inside == wanted
 
 
-def test_wheel_has_its_licence_and_command(wheel):
+def test_wheel_has_its_licences_and_command(wheel):
     folder, names = wheel
-    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+    notices = [name for name in tracked() if name.endswith("/NOTICE")]
+    assert len(notices) >= 3
+    for name in ["LICENSE", *notices]:
+        assert any(found.endswith(f"dist-info/licenses/{name}") for found in names), name
     (commands,) = folder.glob("*.dist-info/entry_points.txt")
     assert "dittfast = dittfast.cli:main" in commands.read_text()
+
+
+def test_wheel_is_pure_python(built, wheel):
+    (file,) = built.glob("*.whl")
+    assert file.name == f"dittfast-{dittfast.__version__}-py3-none-any.whl"
+    (about,) = wheel[0].glob("*.dist-info/WHEEL")
+    assert "Root-Is-Purelib: true" in about.read_text()
+    assert not [name for name in wheel[1] if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_metadata(wheel):
+    """What a package index shows, and what it makes of the description."""
+    (about,) = wheel[0].glob("*.dist-info/METADATA")
+    found = email.parser.Parser().parsestr(about.read_text(encoding="utf-8"))
+    assert found["Name"] == "dittfast" and found["Version"] == dittfast.__version__
+    assert found["Requires-Python"] == ">=3.10" and found["License-Expression"] == "Apache-2.0"
+    assert found.get_payload().startswith("# dittfast")
+    extras = set(found.get_all("Provides-Extra"))
+    assert {"dev", "distill", "docs", "report", "samples", "ui"} <= extras
+    # Unless somebody asks for an extra, none of what only extras need is installed.
+    always = [x for x in found.get_all("Requires-Dist") if "extra ==" not in x]
+    assert not [x for x in always if x.startswith(("gradio", "mkdocs", "matplotlib", "pytest"))]
+
+
+def test_metadata_passes_twine(built):
+    pytest.importorskip("twine", reason="checks what package indexes ask of metadata")
+    from twine.commands.check import check
+
+    files = [str(f) for f in built.iterdir() if f.name.endswith((".whl", ".tar.gz"))]
+    assert len(files) == 2 and not check(files, strict=True)
+
+
+def test_a_release_is_tagged_by_its_version(tmp_path):
+    path = ROOT / ".github" / "check_tag.py"
+    spec = importlib.util.spec_from_file_location("check_tag", path)
+    check_tag = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check_tag)
+    (tmp_path / "dittfast").mkdir()
+    (tmp_path / "dittfast" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+    changes = tmp_path / "CHANGELOG.md"
+    changes.write_text("# Changes\n\n## 1.2.3, 2026-12-31\n")
+    assert check_tag.problems("v1.2.3", tmp_path) == []
+    (wrong,) = check_tag.problems("v1.2.4", tmp_path)
+    assert "v1.2.4" in wrong and "1.2.3" in wrong
+    changes.write_text("# Changes\n\n## 1.2.3, not released yet\n")
+    assert "CHANGELOG.md has no section" in check_tag.problems("v1.2.3", tmp_path)[0]
+    # It finds the version of this checkout.
+    assert dittfast.__version__ in check_tag.problems("v0", ROOT)[0]
 
 
 WORKS = """
