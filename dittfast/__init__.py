@@ -25,6 +25,7 @@ _EXPORTS = {
     "HeadGuider": "dittfast.pipelines.guidance.guider",
     "hunt": "dittfast.pipelines.headhunter.hunt",
     "generate_high_resolution": "dittfast.pipelines.runs.high_resolution",
+    "sample": "dittfast.pipelines.runs.sample",
     "load_adapter": "dittfast.distill.artifacts",
     "merge": "dittfast.distill.artifacts",
     "unmerge": "dittfast.distill.artifacts",

@@ -23,6 +23,7 @@ from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAtt
 from dittfast.pipelines.runs.high_resolution import (
     generate_high_resolution as generate_high_resolution,
 )
+from dittfast.pipelines.runs.sample import sample as sample
 from dittfast.plan import Plan as Plan
 from dittfast.schedule import Schedule as Schedule
 

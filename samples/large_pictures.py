@@ -156,7 +156,11 @@ def measure_vae(args):
 
 
 def export(args):
-    """The sample model's folder with an adapter's weights in the transformer."""
+    """The sample model's folder with an adapter's weights in the transformer, or part of them.
+
+    Weights between those of a model and of what was trained from it keep much of both
+    (arXiv:2109.01903).
+    """
     source = find(args.model)
     shutil.copytree(source.location, args.out, dirs_exist_ok=True)
     transformer = load(source, "cpu", torch.float32).transformer
@@ -166,7 +170,7 @@ def export(args):
         raise SystemExit(f"{args.adapter} does not hold the whole transformer")
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(weights[name])
+            p.lerp_(weights[name], args.part)
     transformer.to(torch.float16).save_pretrained(args.out / "transformer")
     print(f"wrote {args.out}")
 
@@ -253,6 +257,7 @@ def main():
     command.add_argument("--count", type=int, default=len(PICTURES), help="pictures")
     command = add("export", export, "write a pipeline folder with an adapter's weights")
     command.add_argument("--adapter", type=Path, required=True, help="train.output/adapter")
+    command.add_argument("--part", type=float, default=1.0, help="of the way to its weights")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command = add("draw", draw, "draw eight prompts and measure them")
     command.add_argument("--packages", type=Path, required=True, help="folder of the npm tarballs")

@@ -35,8 +35,8 @@ def python(code: str, *flags: str, cwd: Path = ROOT, path: tuple[Path, ...] = (R
     return done.stdout.strip()
 
 
-# A subclass of a class of diffusers, and two that make pictures.
-NEED_MORE = {"HeadGuider", "hunt", "generate_high_resolution"}
+# A subclass of a class of diffusers, and three that make pictures.
+NEED_MORE = {"HeadGuider", "hunt", "generate_high_resolution", "sample"}
 IMPORT = """
 import json, socket, sys, time, torch
 def refuse(*args, **kwargs):

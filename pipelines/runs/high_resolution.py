@@ -148,7 +148,8 @@ def _calls(pipe, larger, prompt: str, stages, call: dict) -> list[dict]:
     """The arguments of each stage's call, checked against the pipeline that takes them."""
     for name in {"prompt", "height", "width", "image", "strength"} & set(call):
         raise ValueError(f"call holds {name}, which the stages set themselves; leave it out")
-    calls = [call_arguments(pipe, prompt, height=h, width=w, **call) for h, w in stages]
+    own = getattr(pipe, "call_defaults", None)  # of dittfast.sample
+    calls = [call_arguments(pipe, prompt, own, height=h, width=w, **call) for h, w in stages]
     for arguments in calls[1:]:
         for name in set(arguments) - set(accepted(larger)):
             raise ValueError(f"{type(larger).__name__} takes no {name}; leave it out")
