@@ -138,6 +138,8 @@ def test_an_error_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
         (dict(stages=[(48, 64), (96, 130)]), "multiple of"),
         (dict(strength=0.0), r"strength.*0\.0"),
         (dict(strength=[0.5, 0.5]), "2 strengths for 2 stages"),
+        (dict(compare=True, method=None), "nothing to compare"),
+        (dict(compare=True, runs=0), "runs must be at least 1"),
         (dict(call=dict(height=48)), "call holds height"),
         (dict(ntk_factor=0), "ntk_factor"),
         (dict(method="locl"), "local"),
@@ -181,7 +183,33 @@ def test_the_command_line(pipe, tmp_path, capsys):
     assert [s["steps"] for s in data["stages"]] == [3, 2]
     density = data["stages"][1]["attention"]["density"]
     assert f"density {density:.3f}" in capsys.readouterr().out
-    for extra in (["--compare", *method], ["--height", "64"], ["--stages", "a"]):
+    for extra in (["--compare"], ["--height", "64"], ["--stages", "a"]):
         assert main([*arguments, *extra]) == 2
     assert main([*arguments[:6], "--strength", "0.5"]) == 2
     assert "--stages" in capsys.readouterr().err
+
+
+def test_the_command_line_compares_the_last_stage(pipe, tmp_path, capsys):
+    """Dense attention and the method from one picture and noise; the sample's own settings."""
+    pipe.save_pretrained(tmp_path / "model")
+    own = {"stages": {"strength": 0.5, "ntk_factor": 1.0}, "max_sequence_length": 12}
+    (tmp_path / "model" / "sample.json").write_text(json.dumps(own))
+    arguments = [
+        "generate", "a red cat", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png"),
+        "--stages", "48x64,96x128", "--steps", "3", "--seed", "5", "--guidance-scale", "3.5",
+        "--device", "cpu", "--method", "local", "--set", "window=3", "--set", "tile=[1,4,4]",
+        "--compare", "--save-all",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    small, dense = by_hand(pipe, 0.5)
+    _, local = by_hand(pipe, 0.5, **LOCAL, proportional=6 * 8 + 12)
+    for name, wanted in (("stage-1", small), ("dense", dense), ("local", local)):
+        drawn = np.asarray(Image.open(tmp_path / f"a.{name}.png")).astype(int)
+        assert np.abs(drawn - wanted).max() <= 1
+    assert np.abs(dense.astype(int) - local).max() > 5
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert [s["strength"] for s in data["stages"]] == [None, 0.5]
+    assert data["dense"]["density"] == 1 and 0 < data["sparse"]["density"] < 1
+    ratio = data["dense_over_sparse"]["per_step"]
+    assert f"{ratio:.2f}x a step" in capsys.readouterr().out
+    assert Image.open(tmp_path / "a.png").width > 3 * 128

@@ -29,7 +29,7 @@ EXAMPLE = """\
 examples:
   dittfast generate "a panda on a green background" -o panda.png
   dittfast generate "a panda on a green background" --method local --compare -o panda.png
-  dittfast generate "a fox, blue background" --stages 256,512 --method local -o fox.png
+  dittfast generate "a fox, blue background" --stages 256,1024 --method local --compare -o fox.png
   dittfast generate "a car moves right on a green background" --model sample-video -o car.mp4
   dittfast generate --examples
 """
@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparing.add_argument(
         "--compare",
         action="store_true",
-        help="draw with dense attention too: dense | method | difference in one picture",
+        help="draw with dense attention too: dense | method | difference in one picture; with "
+        "--stages the last of them",
     )
     comparing.add_argument(
         "--runs", type=int, default=1, metavar="N", help="timed runs of each (default: 1)"
@@ -78,10 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "HEIGHTxWIDTH; --method works in those after the first",
     )
     stages.add_argument(
-        "--strength", type=float, metavar="X", help="noise before each further stage (0.7)"
+        "--strength",
+        type=float,
+        metavar="X",
+        help="noise before each further stage (0.7; a sample model has its own)",
     )
     stages.add_argument(
-        "--ntk-factor", type=float, metavar="X", help="of FLUX's rotary base there (10)"
+        "--ntk-factor",
+        type=float,
+        metavar="X",
+        help="of FLUX's rotary base there (10; a sample model has its own)",
     )
     parser.add_argument(
         "--position-scale",
@@ -160,7 +167,7 @@ def run(args) -> int:
 
     if stages:
         attention = {"method": method, "schedule": schedule, "backend": args.backend}
-        done = _draw_stages(args, pipe, call, stages, guided, on_stage, attention)
+        done = _draw_stages(args, pipe, source, call, stages, guided, on_stage, attention)
         return _write_stages(args, pipe, source, call, done, guided, output)
     positions = {
         "position_scale": _fitted(args, source, call),
@@ -182,7 +189,7 @@ def run(args) -> int:
     data = record(pipe, source, call, args.seed, arms, guided, **positions)
     if args.image is not None:
         data["image"] = args.image
-    written = _write(output, arms, data, args)
+    written = _write(output, _parts(output, arms, data, args), data, args.fps)
     for line in _summary(arms, data):
         print(line)
     print("wrote " + ", ".join(map(str, written)))
@@ -221,7 +228,7 @@ def _stages(args) -> list[tuple[int, int]] | None:
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for --stages; add --stages")
         return None
-    for name in ("compare", "height", "width", "num_frames"):
+    for name in ("height", "width", "num_frames"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --stages")
     sizes = []
@@ -233,7 +240,7 @@ def _stages(args) -> list[tuple[int, int]] | None:
     return sizes
 
 
-def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
+def _draw_stages(args, pipe, source, call, stages, guided, on_stage, attention: dict):
     from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
     names = ("strength", "ntk_factor", "position_scale", "position_until")
@@ -246,34 +253,41 @@ def _draw_stages(args, pipe, call, stages, guided, on_stage, attention: dict):
         guidance=guided,
         seed=args.seed,
         on_stage=on_stage,
+        compare=args.compare,
+        runs=args.runs,
         **attention,
-        **{name: value for name, value in given.items() if value is not None},
+        **source.settings.get("stages", {})
+        | {name: value for name, value in given.items() if value is not None},
     )
 
 
 def _write_stages(args, pipe, source, call, done, guided, output: Path) -> int:
-    from dittfast.pipelines.runs.compare import describe_run
+    from dittfast.pipelines.runs.compare import describe_run, record
     from dittfast.pipelines.runs.high_resolution import as_record
 
-    data = describe_run(pipe, source, call, args.seed, guided) | {"stages": as_record(done)}
-    parts = {output: done[-1]}
+    last = done[-1]
+    if last.arms:
+        positions = {"position_scale": last.position_scale, "position_until": last.position_until}
+        data = record(pipe, source, call, args.seed, last.arms, guided, **positions)
+        parts = _parts(output, last.arms, data, args)
+    else:
+        data = describe_run(pipe, source, call, args.seed, guided)
+        parts = {output: last.run.frames}
     if args.save_all:
-        earlier = enumerate(done[:-1], 1)
-        parts |= {
-            output.with_name(f"{output.stem}.stage-{n}{output.suffix}"): s for n, s in earlier
-        }
-    beside = output.with_suffix(".json")
-    with ExitStack() as stack:
-        for path, stage in parts.items():
-            stage.image.save(stack.enter_context(atomic_path(path)))
-        write_json(beside, data | {"files": [path.name for path in parts]})
+        for number, stage in enumerate(done[:-1], 1):
+            parts[output.with_name(f"{output.stem}.stage-{number}{output.suffix}")] = (
+                stage.run.frames
+            )
+    written = _write(output, parts, data | {"stages": as_record(done)}, args.fps)
     for stage in done:
         width, height = stage.image.size
         density = None if stage.description is None else stage.description.density
         kept = "dense" if density is None else f"density {density:.3f}"
         took = seconds(stage.run.timing.total)
         print(f"{width} x {height}: {stage.num_tokens:,} tokens, {kept}, {took}")
-    print("wrote " + ", ".join(map(str, [*parts, beside])))
+    for line in _summary(last.arms, data) if last.arms else ():
+        print(line)
+    print("wrote " + ", ".join(map(str, written)))
     return 0
 
 
@@ -363,8 +377,8 @@ def _distance(quality: dict) -> str:
     return text if quality["ssim"] is None else f"{text}, SSIM {quality['ssim']:.4f}"
 
 
-def _write(output: Path, arms, data: dict, args) -> list[Path]:
-    """Write the picture, its record and with ``--save-all`` each part; all of them or none."""
+def _parts(output: Path, arms, data: dict, args) -> dict:
+    """File name -> frames: the picture, and with ``--save-all`` each part of a comparison."""
     parts = {output: _frames(arms, data)}
     if args.save_all and len(arms) > 1:
         from dittfast.measure.draw import difference
@@ -373,11 +387,16 @@ def _write(output: Path, arms, data: dict, args) -> list[Path]:
         names = (arms[0].name, arms[1].name, "difference")
         for name, frames in zip(names, (dense, sparse, difference(dense, sparse)[0])):
             parts[output.with_name(f"{output.stem}.{name}{output.suffix}")] = frames
+    return parts
+
+
+def _write(output: Path, parts: dict, data: dict, fps: int) -> list[Path]:
+    """Write the pictures and their record; all of them or none."""
     parts = {path: x for each in parts.items() for path, x in _numbered(*each)}
     beside = output.with_suffix(".json")
     with ExitStack() as stack:
         for path, frames in parts.items():
-            _save(stack.enter_context(atomic_path(path)), frames, args.fps)
+            _save(stack.enter_context(atomic_path(path)), frames, fps)
         write_json(beside, data | {"files": [path.name for path in parts]})
     return [*parts, beside]
 

@@ -217,6 +217,8 @@ def method_and_schedule(args, source):
         preset = f"{asked}/{source.name}"
         asked = preset if preset in presets() else asked
         options.setdefault("min_tokens", 0)
+        if getattr(args, "stages", None):  # later stages have their composition already
+            options.setdefault("dense_first_steps", 0)
     return resolve(asked, **options)
 
 

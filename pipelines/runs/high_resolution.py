@@ -26,6 +26,7 @@ from ..description import Description, describe
 from ..guidance.plain import guide
 from ..models import is_swapped, transformers_of
 from .call import accepted, call_arguments, check_ranges, is_video
+from .compare import Arm, generate
 from .positions import check_position_scale, positions_scaled
 from .run import Run, run
 
@@ -40,6 +41,7 @@ class Stage:
         position_scale, position_until: what the position ids were multiplied by, and the time at
             which that ended.
         description: of the sparse method; None for the first stage and without a method.
+        arms: dense attention and the method, where they were compared.
     """
 
     run: Run
@@ -48,6 +50,7 @@ class Stage:
     position_scale: float = 1.0
     position_until: float = 0.0
     description: Description | None = None
+    arms: tuple[Arm, ...] = ()
 
     @property
     def image(self) -> Image.Image:
@@ -172,6 +175,8 @@ def generate_high_resolution(
     guidance: HeadGuidance | None = None,
     backend: str = "auto",
     seed: int = 0,
+    compare: bool = False,
+    runs: int = 1,
     on_stage: Callable[[str], None] = lambda stage: None,
     **options,
 ) -> list[Stage]:
@@ -201,6 +206,8 @@ def generate_high_resolution(
         position_until: they are scaled while the time is above this.
         guidance: weakened heads that guide every stage.
         seed: stage n draws its noise from ``seed + n``.
+        compare, runs: draw the last stage with dense attention, too, from the same picture and
+            noise (:func:`~dittfast.pipelines.runs.compare.generate`).
         on_stage: called with the name of what comes next.
 
     Returns:
@@ -214,7 +221,7 @@ def generate_high_resolution(
     stages = [(int(height), int(width)) for height, width in stages]
     _check_stages(stages)
     strengths = _strengths(strength, len(stages))
-    check_ranges(prompt=prompt, seed=seed)
+    check_ranges(prompt=prompt, seed=seed, runs=runs)
     if is_video(pipe):
         raise ValueError(f"{type(pipe).__name__} draws videos; stages are for pictures")
     swapped = any(is_swapped(m) for m in transformers_of(pipe).values())
@@ -228,6 +235,8 @@ def generate_high_resolution(
         chosen, schedule = resolve(method, schedule, **options)
     elif options or schedule:
         raise ValueError(f"there is no method for the options {sorted(options)}")
+    if compare and chosen is None:
+        raise ValueError("there is nothing to compare dense attention with; choose a method")
     larger = image_to_image(pipe)
     calls = _calls(pipe, larger, prompt, stages, call or {})
     scales = [_position_scale(position_scale, stages[0], stage) for stage in stages[1:]]
@@ -248,6 +257,20 @@ def generate_high_resolution(
         picture = done[-1].image.resize((width, height), Image.Resampling.LANCZOS)
         arguments |= {"image": picture, "strength": value}
         how = {} if chosen is None else {"schedule": schedule, "backend": backend}
+        position = {"position_scale": scale, "position_until": position_until}
+        if compare and number == len(calls) - 1:
+            with rope_theta_scaled(pipe, ntk_factor):
+                arms = generate(
+                    larger, arguments, chosen, schedule, guidance=guidance, **position,
+                    backend=backend, seed=seed + number, compare=True, runs=runs,
+                    on_stage=lambda arm, size=f"{width} x {height}": on_stage(f"{size}, {arm}"),
+                )  # fmt: skip
+            drawn, description = arms[-1].run, arms[-1].description
+            done.append(
+                Stage(drawn, value, description.num_tokens, **position, description=description,
+                      arms=tuple(arms))
+            )  # fmt: skip
+            break
         with (
             rope_theta_scaled(pipe, ntk_factor),
             positions_scaled(pipe, scale, position_until),
@@ -256,7 +279,7 @@ def generate_high_resolution(
             drawn = run(larger, arguments, seed + number)
             description = describe(larger)
         sparse = description if chosen is not None or swapped else None
-        done.append(Stage(drawn, value, description.num_tokens, scale, position_until, sparse))
+        done.append(Stage(drawn, value, description.num_tokens, **position, description=sparse))
     return done
 
 
