@@ -2,7 +2,7 @@
 
     python samples/large_pictures.py positions --set data/large_sample/512
     python samples/large_pictures.py vae --packages work/packages --size 1024
-    python samples/large_pictures.py export --adapter runs/large_sample/adapter --out work/sample
+    python samples/large_pictures.py export --adapter runs/large_sample_3/adapter --out work/sample
     python samples/large_pictures.py draw --model work/sample --packages work/packages \\
         --stages 256,1024 --strength 0.5 --out work/draw-1024
 
