@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Callable
@@ -141,12 +142,18 @@ def _check_count(folder: Path, count: int, dims: int, name: str, allow_few: bool
 
 
 def _check_inception(reference) -> None:
-    """Raise FileNotFoundError where clean-fid would download weights or statistics."""
+    """Refuse where clean-fid would download weights or statistics, or run another user's."""
     if not inception_path().is_file():
         raise FileNotFoundError(
             f"Inception's weights are not at {inception_path()}, where clean-fid looks for them. "
             f"Put {_INCEPTION_FILE} there (clean-fid's downloads_helper names its address), or use "
             "--features sample, which is no FID"
+        )
+    owner = inception_path().stat().st_uid
+    if hasattr(os, "getuid") and owner not in (0, os.getuid()):
+        raise PermissionError(
+            f"{inception_path()} belongs to another user (id {owner}), and reading it runs what is "
+            "in it; replace it by a file of your own, or use --features sample, which is no FID"
         )
     if isinstance(reference, Reference) and not _statistics(reference).is_file():
         path = _statistics(reference)

@@ -1,0 +1,357 @@
+"""Random layouts, methods, dtypes and backends against dense fp64 attention written from formulas.
+
+The oracles share no code with the package: pairs are painted token by token, attention is PyTorch's
+own softmax in fp64. Compared are the output, the log-sum-exp and all gradients; budgets are what
+plain attention in the same dtype earns on the same inputs.
+
+    python tests/attention_fuzz.py --seed 0 --count 10000 --state fuzz.json
+
+With --state it goes on where it stopped. A case is told by its seed and number: --start 123
+--count 1 runs it again. It ends with a table of what was covered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import sys
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import parity
+import test_functional
+import test_local
+import test_log_linear
+import test_radial
+import test_rectified
+import torch
+
+from dittfast.attention import attend
+from dittfast.files import write_json
+from dittfast.layout import Context, Grid, Layout
+from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.plan import METRICS
+from dittfast.testing import assert_within_budget, attention_inputs
+
+KINDS = {"plan": 40, "local": 25, "radial": 20, "log_linear": 8, "rectified": 7}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+BACKENDS = {"native": 45, "cpu": 40, "reference": 14, "triton": 1}
+
+
+class Refused(Exception):
+    """The backend does not take such tensors, and says so."""
+
+
+def weighted(draw: random.Random, choices: dict[str, int]) -> str:
+    return draw.choices(list(choices), list(choices.values()))[0]
+
+
+def random_layout(draw: random.Random, video: bool = False, most: int = 150) -> Layout:
+    """Text in front, behind or not at all, padded or not; one grid or several."""
+    frames = draw.choice((1, 1, 2, 3, 5)) if not video else draw.choice((1, 2, 4, 7, 11))
+    side = max(1, int((most / frames) ** 0.5))
+    height, width = draw.randint(1, side), draw.randint(1, side)
+    text = draw.choice((0, 1, 5, 21))
+    lengths = None
+    if text and draw.random() < 0.4:
+        lengths = [draw.randint(0, text) for _ in range(draw.choice((1, 2)))]
+    if not video and draw.random() < 0.15:
+        more = Grid(1, draw.randint(1, 6), draw.randint(1, 6))
+        return Layout((Grid(frames, height, width), Context(max(text, 1)), more))
+    first = draw.random() < 0.5
+    return Layout.video(frames, height, width, text, first).with_text_lengths(
+        None if lengths is None else [(n,) for n in lengths]
+    )
+
+
+def shape_of(layout: Layout) -> str:
+    kind = "video" if any(g.frames > 1 for g in layout.grids) else "image"
+    words = [kind] + ["several grids"] * (len(layout.grids) > 1)
+    words += ["padded text"] if layout.context_lengths else ["text"] * (layout.num_context > 0)
+    return ", ".join(words)
+
+
+def hidden(layout: Layout):
+    """``[batch, 1, N]``: -inf on padding, from the layout's description; None without."""
+    if layout.context_lengths is None:
+        return None
+    weight = torch.zeros(len(layout.context_lengths), 1, layout.num_tokens, dtype=torch.float64)
+    for row, lengths in enumerate(layout.context_lengths):
+        at, number = 0, 0
+        for segment in layout.segments:
+            size = segment.length
+            if isinstance(segment, Context):
+                weight[row, :, at + lengths[number] : at + size] = -torch.inf
+                number += 1
+            at += size
+    return weight
+
+
+def dense(q, k, v, mask, weight, scale):
+    """``(out, lse)`` of masked attention by its formula; rows that see nothing give 0 and -inf."""
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if weight is not None:
+        logits = logits + weight[:, :, None].to(logits)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    unseen = (logits == -torch.inf).all(-1)
+    logits = logits.masked_fill(unseen[..., None], 0)
+    lse = torch.logsumexp(logits, -1)
+    p = torch.exp(logits - lse[..., None]).masked_fill(unseen[..., None], 0)
+    return torch.einsum("bhij,bhjd->bhid", p, v), lse.masked_fill(unseen, -torch.inf)
+
+
+def with_gradients(call, tensors, grad_out, grad_lse):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, lse = call(*leaves)
+    seen = lse != -torch.inf
+    total = (out * grad_out.to(out)).sum() + (lse[seen] * grad_lse.to(lse)[seen]).sum()
+    found = [out.detach(), lse.detach().masked_fill(~seen, 0), seen]
+    return found + list(torch.autograd.grad(total, leaves))
+
+
+def compare(method, layout, mask, case):
+    """A static method's plan, run, against dense attention under a painted mask."""
+    batch = len(layout.context_lengths or (0,))
+    q, k, v, grad = attention_inputs(
+        batch, 2, layout.num_tokens, case["head_dim"], dtype=case["dtype"], scale=case["size"]
+    )
+    grad_lse = torch.randn(q.shape[:3])
+    scale = case["head_dim"] ** -0.5
+    mask, weight = torch.as_tensor(mask), hidden(layout)
+    plan = method.plan(layout)
+
+    def ours(q, k, v):
+        more_k, more_v = method.extend(layout, k, v, **method.parameters())
+        return attend(q, more_k, more_v, plan, backend=case["backend"], return_lse=True)
+
+    def theirs(q, k, v):
+        if getattr(method, "downsample", None):
+            side = method.downsample
+            even = torch.full((side, side), 1 / side**2, dtype=torch.float64).to(q)
+            k, v = (test_functional.with_summaries(x, layout, even) for x in (k, v))
+        count = k.shape[2] - layout.num_tokens
+        wide = torch.nn.functional.pad(mask, (0, count), value=True)
+        more = None if weight is None else torch.nn.functional.pad(weight, (0, count))
+        return dense(q, k, v, wide, more, scale)
+
+    tensors = (q, k, v)
+    exact = with_gradients(theirs, [x.double() for x in tensors], grad, grad_lse)
+    eager = with_gradients(theirs, tensors, grad, grad_lse)
+    found = with_gradients(ours, tensors, grad, grad_lse)
+    assert torch.equal(found[2], exact[2]), "rows that see nothing"
+    names = ("out", "lse", None, "dq", "dk", "dv")
+    for name, a, x, e in zip(names, found, exact, eager):
+        if name:
+            assert_within_budget(name, a, x, e, factor=10, floor=8)
+
+
+def plan_case(draw, case):
+    blocks = draw.choice((4, 16, 33))
+    queries, keys = draw.randint(1, 120), draw.randint(1, 120)
+    seed = draw.randrange(10**6)
+    make = draw.choice((parity.even_blocks, parity.ragged_blocks))
+    rule = None
+    if draw.random() < 0.5:
+        rule = parity.random_rule(queries, keys, draw.choice(METRICS), seed=seed)
+    lists = draw.choice(((1, 1), (1, 2), (2, 1), (2, 2)))
+    plan = parity.random_plan(
+        make(queries, blocks), make(keys, blocks), lists, rule, draw.random(), seed
+    )
+    batch = max(lists[0], draw.choice((1, 2)))
+    weight = None
+    if draw.random() < 0.4:
+        weight = torch.randn(batch, 1, keys)
+        weight[..., torch.rand(keys) < 0.2] = -torch.inf
+    case["layout"] = "plan with a rule" if rule else "plan"
+    parity.assert_parity(
+        plan,
+        case["backend"],
+        batch=batch,
+        head_dim=case["head_dim"],
+        dtype=case["dtype"],
+        size=case["size"],
+        kv_log_weight=weight,
+        scale=draw.choice((None, 0.3)),
+        with_lse=draw.random() < 0.7,
+    )
+
+
+def local_case(draw, case):
+    layout = random_layout(draw)
+    downsample = None
+    if len(layout.grids) == 1 and layout.grid.frames == 1 and draw.random() < 0.3:
+        downsample = draw.choice((2, 3))
+    method = Local(
+        window=draw.choice((0.5, 1, 2.5, 3, 6, 1000)),
+        downsample=downsample,
+        tile=draw.choice((None, (1, 4, 4), (2, 3, 5))),
+        frame_window=draw.choice((None, 1, 2)),
+    )
+    case["layout"] = shape_of(layout)
+    compare(method, layout, test_local.circle(layout, method.window, method.frame_window), case)
+
+
+def radial_case(draw, case):
+    layout = random_layout(draw, video=True)
+    case["layout"] = shape_of(layout)
+    variant = draw.choice((*test_radial.CODE_VARIANTS, "paper"))
+    block, decay = draw.choice((8, 16, 30)), draw.choice((0.3, 1.0, 2.0))
+    if variant == "paper":
+        mask = test_functional.equation_4(layout)
+        return compare(Radial(1.0, block, variant), layout, mask, case)
+    grid = layout.grid
+    video = test_radial.painted_mask(grid.frames, grid.tokens_per_frame, block, decay, variant)
+    blocks = test_radial.whole_mask(layout, block, video)
+    return compare(Radial(decay, block, variant), layout, painted(layout, blocks, block), case)
+
+
+def painted(layout, blocks, block):
+    """A mask of blocks as one of tokens; blocks begin anew where the video does."""
+    start, n = layout.grid_start, layout.num_tokens
+    at = np.arange(n)
+    before = -(-start // block)
+    number = np.where(at < start, at // block, before + (at - start) // block)
+    return blocks[number][:, number]
+
+
+def log_linear_case(draw, case):
+    layout = random_layout(draw, most=100)
+    case["layout"] = shape_of(layout)
+    method = LogLinear(
+        block_size=draw.choice((4, 8, 16)),
+        topk=draw.randint(1, 5),
+        levels=draw.choice((1, 2)),
+        enrich=draw.random() < 0.7,
+        text_queries=draw.choice(("dense", "sparse")),
+    )
+    dynamic(test_log_linear.check, method, layout, case)
+
+
+def rectified_case(draw, case):
+    layout = random_layout(draw, most=100)
+    case["layout"] = shape_of(layout)
+    method = Rectified(
+        block_size=draw.choice((8, 16)), topk=draw.randint(1, 4), neighbors=draw.random() < 0.5
+    )
+    dynamic(test_rectified.check, method, layout, case)
+
+
+def dynamic(check, method, layout, case):
+    """Choices that rounding could turn are none that fp32 settles: half precision is left out."""
+    if case["dtype"] not in (torch.float32, torch.float64):
+        case["dtype"] = torch.float32
+    batch = len(layout.context_lengths or (0,))
+    check(
+        method,
+        layout,
+        batch,
+        1,
+        case["head_dim"],
+        case["dtype"],
+        case["size"],
+        backend=case["backend"],
+    )
+
+
+CASES = {
+    "plan": plan_case,
+    "local": local_case,
+    "radial": radial_case,
+    "log_linear": log_linear_case,
+    "rectified": rectified_case,
+}
+
+
+def run_case(seed: int, number: int) -> dict:
+    """One case; what it covered.
+
+    Raises:
+        AssertionError: a wrong result.
+        Refused: the backend does not take it.
+    """
+    draw = random.Random(f"{seed} {number}")
+    torch.manual_seed(draw.randrange(2**31))
+    kind = weighted(draw, KINDS)
+    case = {
+        "method": kind,
+        "backend": weighted(draw, BACKENDS),
+        "dtype": DTYPES[draw.choice(list(DTYPES))],
+        "head_dim": draw.choice((16, 32, 64)),
+        "size": draw.choice((1.0, 1.0, 4.0)),
+    }
+    if case["backend"] == "triton" and case["dtype"] != torch.float32:
+        case["dtype"] = torch.float32  # its interpreter
+    try:
+        CASES[kind](draw, case)
+    except ValueError as error:
+        if "backend" in str(error) or case["backend"] in str(error):
+            raise Refused(str(error)) from error
+        raise
+    return case
+
+
+def table(counts: collections.Counter) -> str:
+    """Cases by method and backend, by dtype, and by layout, in Markdown."""
+    parts = []
+    for rows, columns in (("method", "backend"), ("method", "dtype"), ("method", "layout")):
+        by = collections.Counter()
+        for key, count in counts.items():
+            about = dict(pair.split("=", 1) for pair in key.split("; "))
+            by[about[rows], about[columns]] += count
+        names = sorted({column for _, column in by})
+        lines = [f"| {rows} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row in sorted({row for row, _ in by}):
+            lines.append(f"| {row} | " + " | ".join(str(by[row, name]) for name in names) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--state", type=Path, help="JSON to go on from, and to write to")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    state = {"seed": options.seed, "next": options.start, "wrong": [], "refused": 0, "counts": {}}
+    if options.state and options.state.exists():
+        state = json.loads(options.state.read_text())
+    counts = collections.Counter(state["counts"])
+    for number in range(state["next"], options.start + options.count):
+        try:
+            case = run_case(state["seed"], number)
+            case["dtype"] = str(case["dtype"]).removeprefix("torch.")
+            names = ("method", "backend", "dtype", "layout")
+            counts["; ".join(f"{name}={case[name]}" for name in names)] += 1
+        except Refused:
+            state["refused"] += 1
+        except Exception:
+            state["wrong"].append(number)
+            print(f"seed {state['seed']}, case {number}:", file=sys.stderr)
+            traceback.print_exc()
+        state |= {"next": number + 1, "counts": dict(counts)}
+        if options.state and (number % 20 == 19 or number == options.start + options.count - 1):
+            write_json(options.state, state)
+    done = state["next"] - options.start
+    print(table(counts))
+    print(f"\n{done} cases of seed {state['seed']}: {len(state['wrong'])} wrong")
+    print(f"{state['refused']} refused by the backend; wrong: {state['wrong'][:20]}")
+    return bool(state["wrong"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
