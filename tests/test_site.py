@@ -87,14 +87,8 @@ def test_measured_numbers_are_those_of_the_files():
 class Page(HTMLParser):
     """What a page links to and loads, its pictures, its places and its text."""
 
-    LOADS = (
-        "stylesheet",
-        "icon",
-        "preload",
-        "prefetch",
-        "preconnect",
-        "dns-prefetch",
-        "modulepreload",
+    LOADS = frozenset(
+        ("stylesheet", "icon", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload")
     )
 
     def __init__(self, text: str):
