@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+import oracle
 import parity
 import test_functional
 import test_local
@@ -70,9 +71,7 @@ def random_layout(draw: random.Random, video: bool = False, most: int = 150) -> 
         more = Grid(1, draw.randint(1, 6), draw.randint(1, 6))
         return Layout((Grid(frames, height, width), Context(max(text, 1)), more))
     first = draw.random() < 0.5
-    return Layout.video(frames, height, width, text, first).with_text_lengths(
-        None if lengths is None else [(n,) for n in lengths]
-    )
+    return Layout.video(frames, height, width, text, first).with_text_lengths(lengths)
 
 
 def shape_of(layout: Layout) -> str:
@@ -150,10 +149,23 @@ def compare(method, layout, mask, case):
     eager = with_gradients(theirs, tensors, grad, grad_lse)
     found = with_gradients(ours, tensors, grad, grad_lse)
     assert torch.equal(found[2], exact[2]), "rows that see nothing"
-    names = ("out", "lse", None, "dq", "dk", "dv")
-    for name, a, x, e in zip(names, found, exact, eager):
-        if name:
-            assert_within_budget(name, a, x, e, factor=10, floor=8)
+    for name, at in (("out", 0), ("lse", 1), ("dq", 3), ("dk", 4), ("dv", 5)):
+        judge(name, found[at], exact[at], eager[at], case["dtype"])
+
+
+def judge(name, found, exact, eager, dtype):
+    """Within what plain attention of that dtype earns; of fp64, as near as fp64 itself can tell.
+
+    The cpu backend runs PyTorch's fused attention, whose gradients are up to 9 times as wrong as
+    eager attention's.
+    """
+    assert torch.isfinite(found).all(), f"{name} is not finite"
+    if dtype == torch.float64:
+        limit = 1e-12 * max(1.0, float(exact.abs().max()))
+        apart = float((found - exact).abs().max())
+        assert apart <= limit, f"{name}: {apart:.3g} apart, {limit:.3g} allowed"
+    else:
+        assert_within_budget(name, found, exact, eager, factor=12, floor=16)
 
 
 def plan_case(draw, case):
@@ -174,17 +186,21 @@ def plan_case(draw, case):
         weight = torch.randn(batch, 1, keys)
         weight[..., torch.rand(keys) < 0.2] = -torch.inf
     case["layout"] = "plan with a rule" if rule else "plan"
-    parity.assert_parity(
-        plan,
-        case["backend"],
-        batch=batch,
-        head_dim=case["head_dim"],
-        dtype=case["dtype"],
-        size=case["size"],
-        kv_log_weight=weight,
-        scale=draw.choice((None, 0.3)),
-        with_lse=draw.random() < 0.7,
-    )
+    scale = draw.choice((None, 0.3))
+    d, dtype = case["head_dim"], case["dtype"]
+    inputs = attention_inputs(batch, 2, queries, d, keys, dtype, case["size"])
+    grad_lse = torch.randn(inputs[3].shape[:3]) if draw.random() < 0.7 else None
+    exact = oracle.results(*inputs, grad_lse, plan, weight, scale)
+    chosen = {"kv_log_weight": weight, "scale": scale}
+    found = parity.results(*inputs, grad_lse, plan, case["backend"], **chosen)
+    eager = parity.eager_results(*inputs, grad_lse, plan, weight, scale or d**-0.5)
+    unseen = exact["lse"] == -torch.inf
+    assert torch.equal(found["lse"] == -torch.inf, unseen), "rows that see nothing"
+    for name, value in exact.items():
+        values = found[name], value, eager[name]
+        if name == "lse":
+            values = [x.masked_fill(unseen, 0) for x in values]
+        judge(name, *values, dtype)
 
 
 def local_case(draw, case):
@@ -229,7 +245,7 @@ def log_linear_case(draw, case):
     layout = random_layout(draw, most=100)
     case["layout"] = shape_of(layout)
     method = LogLinear(
-        block_size=draw.choice((4, 8, 16)),
+        block_size=draw.choice((8, 16)),
         topk=draw.randint(1, 5),
         levels=draw.choice((1, 2)),
         enrich=draw.random() < 0.7,

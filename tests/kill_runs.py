@@ -1,7 +1,7 @@
 """Kills commands at random moments, runs them again, and compares with runs that nobody disturbed.
 
-Of ``distill``, ``distill prepare``, ``evaluate``, ``hunt`` and ``generate`` on a tiny model: each is
-killed by SIGKILL or ended by SIGTERM at a random moment, again and again, and then runs to its
+Of ``distill``, ``distill prepare``, ``evaluate``, ``hunt`` and ``generate`` on a tiny model: each
+is killed by SIGKILL or ended by SIGTERM at a random moment, again and again, and then runs to its
 end. Nothing may be lost (what was finished stays as it is), the results must be those of the
 undisturbed run, and no temporary file may be left: by SIGTERM at once, by SIGKILL after the next
 run.

@@ -494,3 +494,28 @@ def test_the_kernels_folder_is_not_taken_for_hugging_faces_package():
     result = python("-c", code, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert not result.stdout.startswith(str(ROOT))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, monkeypatch, capsys, name):
+    """Half-written files go, also when the signal comes twice; and the status says which it was."""
+    from dittfast.cli import methods
+    from dittfast.files import atomic_path
+
+    number = getattr(signal, name)
+
+    def run(args):
+        with atomic_path(tmp_path / "a.png") as temporary:
+            temporary.write_bytes(b"half")
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+
+    monkeypatch.setattr(methods, "run", run)
+    before = signal.getsignal(number)
+    assert main(["methods"]) == 128 + number
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) == before
+    assert "no half-written file is left" in capsys.readouterr().err

@@ -218,6 +218,78 @@ def test_bad_folders(folder, tmp_path, capsys):
         read_results(tmp_path / "near")
 
 
+def rewrite(folder, change):
+    data = json.loads((folder / "fidelity.json").read_text())
+    change(data)
+    (folder / "fidelity.json").write_text(json.dumps(data))
+
+
+def test_nothing_outside_the_folder_gets_into_the_page(folder, tmp_path_factory, capsys):
+    """By a label, an index, a link or a file that is no picture."""
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "images").mkdir()
+    for name in ("00000.png", "00001.png"):
+        Image.new("RGB", (60, 40), "red").save(outside / "images" / name)
+    secret = outside / "secret.png"
+    Image.new("RGB", (30, 30), "red").save(secret)
+    whole = (folder / "fidelity.json").read_text()
+
+    def refused(message):
+        assert main(["report", str(folder), "--no-plots"]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and not (folder / "report.html").exists(), error
+        (folder / "fidelity.json").write_text(whole)
+
+    for label in (f"../../{outside.name}", str(outside), ".."):
+        rewrite(folder, lambda data, label=label: data["methods"][0].update(label=label))
+        refused("is not the name of something in it")
+    for index in ("*", "../x", [1], {}):
+        rewrite(folder, lambda data, index=index: data["items"][0].update(index=index))
+        refused(str(folder))
+    mask = (folder / "wide" / "mask.png").read_bytes()
+    (folder / "wide" / "mask.png").unlink()
+    (folder / "wide" / "mask.png").symlink_to(secret)
+    refused("mask.png: it is a link")
+    (folder / "wide" / "mask.png").unlink()
+    (folder / "wide" / "mask.png").write_bytes(b"<svg onload=alert(1)>")
+    refused(r"mask.png: it cannot be read as a PNG")
+    (folder / "wide" / "mask.png").write_bytes(mask + b"<script>hidden</script>")
+    picture = folder / "near" / "images" / "00000.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    picture.symlink_to(outside / "images" / "00000.png")
+    refused("00000.png: it is a link")
+    picture.unlink()
+    picture.write_bytes(drawn)
+    assert main(["report", str(folder), "--no-plots"]) == 0
+    page = (folder / "report.html").read_text()
+    for source in re.findall(r"base64,([\w+/=]+)", page):
+        assert b"<script>" not in base64.b64decode(source)
+    latency = folder / "latency.json"
+    latency.symlink_to(secret)
+    with pytest.raises(ValueError, match=r"latency.json: it is a link"):
+        read_results(folder)
+
+
+def test_markdown_from_a_hostile_folder_is_text(folder):
+    evil = "![x](http://a/b.png) [y](http://c) <img src=d> `e`\n# f"
+
+    def change(data):
+        data["model"], data["dense"], data["lpips"] = evil, evil, evil
+        data["items"][0]["prompt"] = data["device"]["name"] = evil
+        data["methods"][0]["method"]["name"] = evil
+
+    rewrite(folder, change)
+    results = read_results(folder)
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    tokens = markdown.parse(markdown_report(results))
+    kinds = {t.type for token in tokens for t in [token, *(token.children or [])]}
+    assert not kinds & {"image", "link_open", "html_inline", "html_block", "softbreak"}
+    headings = [tokens[n + 1].content for n, t in enumerate(tokens) if t.type == "heading_open"]
+    assert "f" not in headings
+    assert "a/b.png" not in "".join(Page(html_report(folder, results, plots=False)).links)
+
+
 def test_pareto_front():
     points = [Point(n, "g", x, y) for n, x, y in (("a", 1, 1), ("b", 2, 3), ("c", 3, 2))]
     assert [p.label for p in pareto_front(points, larger_x=False)] == ["a", "b"]

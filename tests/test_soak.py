@@ -1,0 +1,140 @@
+"""A server that runs for weeks: memory and objects stay flat, and sizes that return are known."""
+
+import collections
+import gc
+import itertools
+import random
+
+import pytest
+import torch
+from adapter_folder import make_adapter
+from distill_run import one_thread  # noqa: F401
+from tiny import flux_pipeline, run
+
+import dittfast
+from dittfast.methods import Local, LogLinear, Radial, Rectified
+
+METHODS = (
+    Local(window=2, tile=(1, 4, 4)),
+    Radial(block_size=16),
+    LogLinear(block_size=8, topk=2),
+    Rectified(block_size=16, topk=2),
+)
+SIZES = [(8 * h, 8 * w) for h in range(4, 12, 2) for w in range(4, 14, 2)]
+PROMPTS = ("a red cat", "the dog", "a photo of the green car", "a blue dog on a car")
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def objects() -> collections.Counter:
+    gc.collect()
+    return collections.Counter(type(x).__name__ for x in gc.get_objects())
+
+
+class Server:
+    """A pipeline and what its users ask for, one request after the other."""
+
+    def __init__(self, adapter, seed=0):
+        self.pipe = flux_pipeline()
+        self.adapter = adapter
+        self.draw = random.Random(seed)
+        self.enabled = self.guided = self.loaded = False
+
+    def request(self):
+        draw = self.draw
+        if draw.random() < 0.2:
+            self._change()
+        height, width = draw.choice(SIZES)
+        prompt = [draw.choice(PROMPTS)] * draw.choice((1, 1, 2))
+        found = run(self.pipe, prompt=prompt, height=height, width=width, num_inference_steps=1)
+        assert torch.isfinite(found).all()
+
+    def _change(self):
+        """Another method, guidance or adapter."""
+        if self.guided:
+            dittfast.unguide(self.pipe)
+        if self.loaded:
+            dittfast.unload_adapter(self.pipe)
+        elif self.enabled:
+            dittfast.disable(self.pipe)
+        self.enabled = self.loaded = self.guided = False
+        kind = self.draw.choice(("dense", "method", "method", "adapter"))
+        if kind == "method":
+            dittfast.enable(self.pipe, self.draw.choice(METHODS), min_tokens=0)
+            self.enabled = True
+        elif kind == "adapter":
+            dittfast.load_adapter(self.pipe, self.adapter)
+            self.loaded = True
+        if self.draw.random() < 0.4:
+            dittfast.guide(self.pipe, heads=[(self.draw.randrange(4), 0)])
+            self.guided = True
+
+
+def growth(server, requests):
+    """Bytes of memory and numbers of objects before and after some requests."""
+    before, kinds = resident(), objects()
+    for _ in range(requests):
+        server.request()
+    return before, kinds, resident(), objects()
+
+
+def assert_flat(before, kinds, after, more, requests):
+    """Growth under 1 % of the memory for 1,000 requests, and no kind of object without end."""
+    assert after - before < 0.01 * before * requests / 1000, f"{before:,} to {after:,} bytes"
+    grown = {name: more[name] - kinds[name] for name in more if more[name] - kinds[name] > 0}
+    assert sum(grown.values()) < 0.01 * sum(kinds.values()) * requests / 1000, grown
+
+
+@pytest.mark.slow
+def test_two_thousand_requests(tmp_path):
+    server = Server(make_adapter(tmp_path / "adapter", "lora"))
+    for _ in range(500):
+        server.request()
+    assert_flat(*growth(server, 2000), 2000)
+
+
+def test_changing_everything_leaves_no_objects(tmp_path):
+    """Briefly: objects alone, which do not depend on the allocator."""
+    server = Server(make_adapter(tmp_path / "adapter", "lora"))
+    sizes = itertools.cycle(SIZES[:2])
+
+    def round_trip():
+        for kind in range(6):
+            server.draw = random.Random(kind)
+            server._change()
+            height, width = next(sizes)
+            run(server.pipe, height=height, width=width, num_inference_steps=1)
+
+    round_trip(), round_trip()
+    kinds = objects()
+    for _ in range(3):
+        round_trip()
+    more = objects()
+    ours = [n for n in more if n in ("ModelState", "LayerState", "Plan", "Session", "Perturbation")]
+    assert all(more[name] <= kinds[name] for name in ours), (kinds, more)
+    assert sum(more.values()) - sum(kinds.values()) < 30, more - kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_compiled_server_sees_forty_sizes(method, guided):
+    """In random order, and twice: nothing fails, and what it drew it draws again."""
+    pipe = flux_pipeline()
+    dittfast.enable(pipe, method, min_tokens=0)
+    if guided:
+        dittfast.guide(pipe, heads=[(1, 0)])
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    sizes = [(8 * h, 8 * w) for h in range(4, 12) for w in range(4, 14, 2)]
+    draw, drawn = random.Random(0), {}
+    for size in draw.sample(sizes, 40) + draw.sample(sizes, 40):
+        found = run(pipe, height=size[0], width=size[1], num_inference_steps=1)
+        if size in drawn:
+            torch.testing.assert_close(found, drawn[size])
+        drawn[size] = found
+    assert len(drawn) == 40
+    torch._dynamo.reset()
