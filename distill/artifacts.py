@@ -251,7 +251,7 @@ def load_adapter(
             loaded.lora = weights.lora, lora
             _put_lora(model, *loaded.lora)
             undo.callback(remove_lora, model)
-            loaded.watch = model.register_forward_pre_hook(_refuse_fused)
+            loaded.watch = model.register_forward_pre_hook(_Unfused(model))
             undo.callback(loaded.watch.remove)
         loaded.original = _values(model, weights.plain)
         undo.callback(_set, model, loaded.original)
@@ -296,9 +296,15 @@ def _fitting(path: Path, record, model: torch.nn.Module, method: Method) -> Weig
     return sort(read_folder(record), own)
 
 
-def _refuse_fused(model: torch.nn.Module, args) -> None:
+class _Unfused:
     """A forward pre-hook: a LoRA beside to_q is passed over when its projections are fused."""
-    check_not_fused(model, "an adapter of dittfast is loaded")
+
+    def __init__(self, model: torch.nn.Module):
+        self._layers = [m for m in model.modules() if hasattr(m, "fused_projections")]
+
+    def __call__(self, model: torch.nn.Module, args) -> None:
+        if any([layer.fused_projections for layer in self._layers]):
+            check_not_fused(model, "an adapter of dittfast is loaded")
 
 
 def _ask_for_gradients(model: torch.nn.Module, wanted: Mapping[str, bool]) -> None:
