@@ -143,35 +143,46 @@ class Studio:
         job = job or Job()
         with self._one_at_a_time:
             job.check()
-            call, image = dict(request.call), request.call.get("image")
-            check_ranges(
-                prompt=request.prompt,
+            return self._draw(request, job)
+
+    def _draw(self, request: Request, job: Job) -> Result:
+        call, image = dict(request.call), request.call.get("image")
+        numbers = {k: v for k, v in call.items() if k != "image"}
+        check_ranges(prompt=request.prompt, seed=request.seed, **numbers)
+        if image is not None:
+            call["image"] = read_image(image)
+        source = sources.find(request.model.strip())
+        options = dict(request.options)
+        if source.settings:
+            # A sample model is too small for sparse attention to pay: let it run all the same.
+            options.setdefault("min_tokens", 0)
+        method, schedule = resolve(request.method, **options)
+        if method.dense:
+            raise ValueError("dense is what a method is compared with; choose another method")
+        pipe = self._load(source, job)
+        call = call_arguments(pipe, request.prompt, source.settings, **call)
+        call = with_first_frame(pipe, call, source.settings)
+        steps = _steps(pipe, call)
+        at = _place(pipe, steps, request) if request.look else None
+        look = no_look = None
+        with _progress(pipe, steps, at, job) as progress:
+            dense, sparse = generate(
+                pipe,
+                call,
+                method,
+                schedule,
+                backend=self.backend,
                 seed=request.seed,
-                **{k: v for k, v in call.items() if k != "image"},
+                compare=True,
+                on_stage=progress.stage,
             )
-            if image is not None:
-                call["image"] = read_image(image)
-            source = sources.find(request.model.strip())
-            options = dict(request.options)
-            if source.settings:
-                # A sample model is too small for sparse attention to pay: let it run all the same.
-                options.setdefault("min_tokens", 0)
-            method, schedule = resolve(request.method, **options)
-            if method.dense:
-                raise ValueError("dense is what a method is compared with; choose another method")
-            pipe = self._load(source, job)
-            call = call_arguments(pipe, request.prompt, source.settings, **call)
-            call = with_first_frame(pipe, call, source.settings)
-            how = dict(backend=self.backend, seed=request.seed, compare=True)
-            with _progress(pipe, call, job, request) as progress:
-                dense, sparse = generate(
-                    pipe, call, method, schedule, on_stage=progress.stage, **how
-                )
-                data = record(pipe, source, call, request.seed, [dense, sparse])
-                look, reason = None, None
-                if request.look:
-                    look, reason = self._look(pipe, call, method, request, sparse, progress)
-            return Result(dense, sparse, data, look, reason)
+            data = record(pipe, source, call, request.seed, [dense, sparse])
+            if at is not None:
+                no_look = _too_long(sparse.description.num_tokens)
+            if at is not None and no_look is None:
+                progress.stage("attention", last_step=at[0])
+                look = self._look(pipe, call | {"num_inference_steps": steps}, method, at, request)
+        return Result(dense, sparse, data, look, no_look)
 
     def _load(self, source: sources.Source, job: Job):
         if self._loaded is None or self._loaded[0] != source:
@@ -183,32 +194,16 @@ class Studio:
         return self._loaded[1]
 
     def _look(
-        self, pipe, call: dict, method: Method, request: Request, sparse: Arm, progress: _Progress
-    ) -> tuple[Look | None, str | None]:
-        tokens = sparse.description.num_tokens
-        if tokens is not None and tokens > MOST_TOKENS:
-            return None, (
-                f"What is kept of the attention is shown for up to {MOST_TOKENS:,} tokens, and "
-                f"this has {tokens:,}: draw a smaller picture, or turn it off."
-            )
-        model = next(iter(transformers_of(pipe).values()))
-        count = len(attention_layers(model, family_of(model)))
-        layer = count // 2 if request.layer is None else request.layer
-        step = progress.look_step
-        progress.stage("attention", last_step=step)
-        (found, *_) = capture(
-            pipe,
-            call | {"num_inference_steps": progress.steps},
-            steps=[step],
-            layers=[layer],
-            seed=request.seed,
-        )
+        self, pipe, call: dict, method: Method, at: tuple[int, int], request: Request
+    ) -> Look:
+        step, layer = at
+        found, *_ = capture(pipe, call, steps=[step], layers=[layer], seed=request.seed)
         report = measure(method, found, self.backend)
         density, mass, error = (
             sum(getattr(head, name) for head in report.heads) / len(report.heads)
             for name in ("density", "mass", "error")
         )
-        where = f"{report.layer}, step {step + 1} of {progress.steps}"
+        where = f"{report.layer}, step {step + 1} of {call['num_inference_steps']}"
         by_head = report.plan.kv_indices.shape[1] > 1
         mask = block_mask(
             report.plan,
@@ -219,9 +214,37 @@ class Studio:
             size=420,
         )
         kept = kept_picture([report], f"{method.name}: {mass:.0%} of the attention kept")
-        return Look(
-            step, report.layer, found.layout.num_tokens, mask, kept, density, mass, error
-        ), None
+        tokens = found.layout.num_tokens
+        return Look(step, report.layer, tokens, mask, kept, density, mass, error)
+
+
+def _too_long(tokens: int | None) -> str | None:
+    if tokens is None or tokens <= MOST_TOKENS:
+        return None
+    return (
+        f"What is kept of the attention is shown for up to {MOST_TOKENS:,} tokens, and this has "
+        f"{tokens:,}: draw a smaller picture, or turn it off."
+    )
+
+
+def _steps(pipe, call: dict) -> int:
+    default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    return call.get("num_inference_steps") or getattr(default, "default", 1)
+
+
+def _place(pipe, steps: int, request: Request) -> tuple[int, int]:
+    """Step and layer to look at, checked before anything is drawn; by default the middle."""
+    model = next(iter(transformers_of(pipe).values()))
+    found = []
+    layers = len(attention_layers(model, family_of(model)))
+    for name, count, asked in (("step", steps, request.step), ("layer", layers, request.layer)):
+        if asked is not None and not 0 <= asked < count:
+            raise ValueError(
+                f"the {name} to look at must lie in 0..{count - 1} here, got {asked}; an empty "
+                "field is the middle one"
+            )
+        found.append(count // 2 if asked is None else asked)
+    return found[0], found[1]
 
 
 class _Progress:
@@ -230,12 +253,9 @@ class _Progress:
     The warm-up runs, of one step each, tell how many passes a step has.
     """
 
-    def __init__(self, pipe, call: dict, job: Job, request: Request):
-        default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-        self.steps = call.get("num_inference_steps") or getattr(default, "default", 1)
-        self.pipe, self.job = pipe, job
-        self.look_step = self.steps // 2 if request.step is None else request.step
-        self.total = 2 + 2 * self.steps + (self.look_step + 1 if request.look else 0)
+    def __init__(self, pipe, steps: int, at: tuple[int, int] | None, job: Job):
+        self.pipe, self.steps, self.job = pipe, steps, job
+        self.total = 2 + 2 * steps + (0 if at is None else at[0] + 1)
         self.before, self.this, self.name = 0, 0, ""
         self.passes, self.passes_per_step = 0, 1
         self.last_step: int | None = None
@@ -266,8 +286,8 @@ class _Progress:
 
 
 @contextlib.contextmanager
-def _progress(pipe, call: dict, job: Job, request: Request):
-    progress = _Progress(pipe, call, job, request)
+def _progress(pipe, steps: int, at: tuple[int, int] | None, job: Job):
+    progress = _Progress(pipe, steps, at, job)
     hooks = [
         model.register_forward_pre_hook(progress.one_pass)
         for model in transformers_of(pipe).values()
