@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import logging
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -15,8 +16,11 @@ from .methods import METHODS
 from .methods.base import Method
 from .schedule import Schedule
 
-# `source` (where the settings come from) and `models` (what they are for) are for the reader.
-_KEYS = ("method", "options", "schedule", "source", "models")
+logger = logging.getLogger(__name__)
+
+# `source` (where the settings come from) and `models` (what they are for) are for the reader;
+# `transformers` names the classes of diffusers that the settings are for.
+_KEYS = ("method", "options", "schedule", "source", "models", "transformers")
 
 
 def unknown(kind: str, value, known) -> ValueError:
@@ -75,6 +79,9 @@ def _read_yaml(text: str, where: str) -> dict:
     data = read_mapping(text, where, _KEYS)
     if "method" not in data:
         raise ValueError(f"{where} has no 'method'; add one of {', '.join(METHODS)}")
+    meant = data.get("transformers") or []
+    if not isinstance(meant, list) or not all(isinstance(name, str) for name in meant):
+        raise ValueError(f"{where}: 'transformers' must be a list of class names, got {meant!r}")
     for key in ("options", "schedule"):
         data[key] = data.get(key) or {}
         if not isinstance(data[key], dict):
@@ -86,10 +93,10 @@ def _in(where: str, error: ValueError) -> ValueError:
     return ValueError(f"{where}: {error}")
 
 
-def _load(name: str) -> tuple[str, dict, dict]:
-    """(method name, its options, schedule fields) of a method name, a preset or a file."""
+def _read(name: str) -> dict:
+    """What a method name, a preset or a file says: ``method``, ``options`` and ``schedule``."""
     if name in METHODS:
-        return name, {}, {}
+        return {"method": name, "options": {}, "schedule": {}}
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -105,7 +112,33 @@ def _load(name: str) -> tuple[str, dict, dict]:
     for key in data["schedule"]:
         if key not in SCHEDULE_FIELDS:
             raise _in(name, unknown("schedule key", key, SCHEDULE_FIELDS))
-    return data["method"], data["options"], data["schedule"]
+    return data
+
+
+def check_fits(method: Method | str, transformers: Iterable[str], any_model: bool = False) -> None:
+    """Whether the settings meant by ``method`` are for these transformers.
+
+    Args:
+        transformers: class names of diffusers, of all transformers of a pipeline.
+        any_model: go on with settings for others, with a warning.
+
+    Raises:
+        ValueError: a preset or file for other models.
+    """
+    if isinstance(method, Method):
+        return
+    data = _read(str(method))
+    meant = data.get("transformers") or []
+    others = [name for name in transformers if meant and name not in meant]
+    if not others:
+        return
+    words = f"{method} is for {' or '.join(meant)}, and this model is {others[0]}"
+    if not any_model:
+        raise ValueError(
+            f"{words}; take the method with options of your own ({data['method']}), or take it "
+            "all the same: any_model=True (--any-model)"
+        )
+    logger.warning("%s; taken all the same", words)
 
 
 def option_value(text: str, where: str):
@@ -155,8 +188,9 @@ def resolve(
     if isinstance(method, Method):
         cls, base, planned = type(method), method, {}
     elif isinstance(method, (str, Path)):
-        name, fields, planned = _load(str(method))
-        cls, base = METHODS[name], None
+        data = _read(str(method))
+        fields, planned = data["options"], data["schedule"]
+        cls, base = METHODS[data["method"]], None
     else:
         raise ValueError(
             f"method must be a Method, a name or a YAML path, got {type(method).__name__}"

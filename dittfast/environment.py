@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -63,6 +64,21 @@ def devices() -> list:
         kind = torch.accelerator.current_accelerator().type
         found += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
     return found
+
+
+def total_memory(device="cpu") -> int | None:
+    """Bytes that a device has in all; None where nobody knows."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def reset_peak_memory(device) -> bool:

@@ -9,7 +9,7 @@ import weakref
 
 import torch
 
-from dittfast.config import resolve, unknown
+from dittfast.config import check_fits, resolve, unknown
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
@@ -188,6 +188,7 @@ def enable(
     schedule: Schedule | None = None,
     backend: str = "auto",
     layout: Layout | LayoutReader | None = None,
+    any_model: bool = False,
     **options,
 ) -> Enabled:
     """Make a pipeline's self-attention sparse. Checks everything first; changes nothing on error.
@@ -203,21 +204,25 @@ def enable(
         backend: as in :func:`dittfast.attend`.
         layout: for a model family that dittfast cannot read: a Layout, or a function
             ``(model, forward arguments by name) -> Layout``.
+        any_model: take a preset that is for another model, with a warning.
         options: fields of the method or of the schedule.
 
     Returns:
         A handle; ``with dittfast.enable(...):`` disables on exit.
 
     Raises:
-        ValueError: an unknown method, option or model family, a pipeline that is enabled already,
-            or a layer of the schedule that the model does not have.
+        ValueError: an unknown method, option or model family, a preset for other models, a
+            pipeline that is enabled already, or a layer of the schedule that the model does not
+            have.
     """
-    method, schedule = resolve(method, schedule, **options)
     from dittfast.attention import BACKENDS
+
+    named, (method, schedule) = method, resolve(method, schedule, **options)
 
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("backend", backend, ["auto", *BACKENDS])
     models = transformers_of(pipe)
+    check_fits(named, [stock_class(type(model)).__name__ for model in models.values()], any_model)
     owner = models["transformer"] if isinstance(pipe, torch.nn.Module) else pipe
     session = Session(owner, method, schedule, backend)
     states = {}

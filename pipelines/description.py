@@ -36,6 +36,8 @@ class Description:
         dense_attention: the attention backend of diffusers on which dense layers and steps run.
         layers: every self-attention layer, and why it is dense.
         notes: what else stays dense.
+        num_passes, num_sparse: forward passes so far, and how many of them ran the method.
+        num_steps: denoising steps of the last run; None where nothing had to know.
     """
 
     method: Method
@@ -46,6 +48,31 @@ class Description:
     dense_attention: str
     layers: tuple[LayerDescription, ...]
     notes: tuple[str, ...] = field(default=())
+    num_passes: int = 0
+    num_sparse: int = 0
+    num_steps: int | None = None
+
+    @property
+    def did_not_run(self) -> str | None:
+        """Why the method has run nowhere, in words; None where it ran, or before the first pass."""
+        if not self.num_passes:
+            return None
+        # A later, shorter sequence may be below min_tokens.
+        now = [x.dense for x in self.layers if x.dense is None or "min_tokens" in x.dense]
+        if self.num_sparse and now:
+            return None
+        if all(layer.dense for layer in self.layers):
+            why = "; ".join(dict.fromkeys(layer.dense for layer in self.layers if layer.dense))
+            remedy = "; min_tokens=0 runs it at any size" if "min_tokens" in why else ""
+            return f"0 of {len(self.layers)} layers sparse: {why}{remedy}"
+        steps = f"0 of {self.num_passes} passes"
+        if self.num_steps is not None:
+            steps = f"0 of {self.num_steps} denoising steps"
+        first, last = self.schedule.dense_first_steps, self.schedule.dense_last_steps
+        return (
+            f"{steps} sparse: all belong to dense steps (dense_first_steps={first}, "
+            f"dense_last_steps={last}); take more steps or keep fewer dense"
+        )
 
     def to_dict(self) -> dict:
         """Plain data, for JSON."""
@@ -59,6 +86,9 @@ class Description:
             "sparse_layers": [x.name for x in self.layers if x.dense is None],
             "dense_layers": {x.name: x.dense for x in self.layers if x.dense is not None},
             "notes": list(self.notes),
+            "num_passes": self.num_passes,
+            "num_sparse_passes": self.num_sparse,
+            "did_not_run": self.did_not_run,
         }
 
     def __str__(self) -> str:
@@ -84,6 +114,8 @@ class Description:
         for reason, names in reasons.items():
             shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
             lines.append(f"          {len(names)} dense: {reason} ({shown})")
+        if self.did_not_run is not None:
+            lines.append(f"nothing   {self.method.name} did not run: {self.did_not_run}")
         lines.extend(f"note      {note}" for note in self.notes)
         return "\n".join(lines)
 
@@ -103,7 +135,8 @@ def describe(pipe) -> Description:
     if not models:
         raise ValueError("dittfast is not enabled on this pipeline; call dittfast.enable first")
     layers, notes = [], []
-    num_tokens = density = None
+    num_tokens = density = num_steps = None
+    num_passes = num_sparse = 0
     for component, model in models.items():
         state: ModelState = model._dittfast
         prefix = "" if len(models) == 1 else f"{component}."
@@ -119,12 +152,10 @@ def describe(pipe) -> Description:
         notes.extend(prefix + note for note in other_attention(model, state))
         if state.sequences is not None and state.sequences.rows_differ:
             notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
-        planned = len(state.parts) or state.session.method.dense
-        if state.num_passes and not state.num_sparse and not planned:
-            notes.append(
-                f"{prefix}none of the {state.num_passes} passes so far ran the method: all belong "
-                "to dense steps"
-            )
+        num_passes += state.num_passes
+        num_sparse += state.num_sparse
+        if state.last is not None and state.last.step is not None:
+            num_steps = state.last.step[1]
         if state.guidance is not None:
             notes.append(prefix + state.guidance.describe())
     session = state.session
@@ -139,6 +170,9 @@ def describe(pipe) -> Description:
         ", ".join(sorted({attention_backend(model) for model in models.values()})),
         tuple(layers),
         tuple(notes),
+        num_passes,
+        num_sparse,
+        num_steps,
     )
 
 

@@ -85,6 +85,12 @@ def transformers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
     return found
 
 
+def execution_device(pipe: Pipeline) -> torch.device:
+    """Where a pipeline computes: with offload not where its transformer's weights wait."""
+    found = getattr(pipe, "_execution_device", None)
+    return next(iter(transformers_of(pipe).values())).device if found is None else found
+
+
 def exchanged(pipe: Pipeline) -> list[torch.nn.Module]:
     """Transformers that are enabled by a pipeline which no longer holds them."""
     try:

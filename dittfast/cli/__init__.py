@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import logging
+import re
 import signal
 import sys
 import threading
@@ -140,6 +141,29 @@ class _OnStderr(logging.StreamHandler):
         return new and super().filter(record)
 
 
+# How the allocators of PyTorch, of numpy and of systems say it.
+_NO_MEMORY = (
+    "out of memory", "not enough memory", "allocate memory", "Unable to allocate",
+    "array is too big",
+)  # fmt: skip
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What to say where memory ran out, of a device or of the host; None for other errors."""
+    text = " ".join(str(error).split())
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not known and not any(words in text for words in _NO_MEMORY):
+        return None
+    asked = re.search(r"(allocate|allocated) ([\d.]+ ?(?:bytes|[KMGTP]i?B))", text)
+    tried = f" (it asked for {asked[2]})" if asked else ""
+    where = "the device" if "CUDA" in text or "HIP" in text else "this machine"
+    return (
+        f"out of memory on {where}{tried}. Less is needed by a smaller --height, --width, "
+        "--num-frames or --batch-size, by --dtype bfloat16, --quantize int8 and --vae-tiling, and "
+        "on an accelerator by --offload model, group or sequential"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code.
 
@@ -157,16 +181,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.words.extend(rest)
     logger, handler = logging.getLogger("dittfast"), _OnStderr()
     logger.addHandler(handler)
+    informative = [logging.getLogger(name) for name in getattr(args, "says", ())]
+    for one in informative:
+        one.setLevel(logging.INFO)
     try:
         with _ending_cleanly():
             return args.run(args)
     except KeyboardInterrupt as ended:
         print("\ndittfast: interrupted; no half-written file is left", file=sys.stderr)
         return 128 + ended.number if isinstance(ended, _Ended) else INTERRUPTED
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        words = _out_of_memory(error)
+        if words is None and isinstance(error, RuntimeError):
+            raise  # a fault of ours, or torch's: its traceback is needed
         if args.debug:
             raise
-        print(f"dittfast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = words or " ".join(str(error).split()) or type(error).__name__
+        print(f"dittfast: error: {words}", file=sys.stderr)
         return 2
     finally:
         logger.removeHandler(handler)
+        for one in informative:
+            one.setLevel(logging.NOTSET)

@@ -12,20 +12,28 @@ from dittfast.files import check_output, write_text
 
 from .options import (
     CALL,
+    add_any_model_argument,
     add_call_arguments,
+    add_json_argument,
     add_model_argument,
+    add_pipeline_arguments,
     add_place_arguments,
+    check_json,
+    load_pipeline,
+    loading,
+    on_stage,
     parse_options,
-    quiet_libraries,
     say,
+    write_json_result,
 )
 
 EXAMPLE = """\
 examples:
-  dittfast evaluate fidelity -m local8=local -m local16=local --set local16.window=16 -o work/eval
+  dittfast evaluate fidelity -m local8=local -m local16=local --set local16.window=16 \\
+      --set min_tokens=0 -o work/eval
   dittfast evaluate fidelity --config evaluations/sample-flux -o work/eval --save work/methods
-  dittfast evaluate latency -m local --pairs 5
-  accelerate launch -m dittfast evaluate draw -m local -n 256 -o work/many
+  dittfast evaluate latency -m local/sample-flux --pairs 5
+  accelerate launch -m dittfast evaluate draw -m local=local/sample-flux -n 256 -o work/many
   dittfast evaluate fid work/many/local --against work/many/dense --features sample
 """
 
@@ -49,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_folder(fidelity)
     _add_kernel(fidelity)
     add_call_arguments(fidelity)
-    add_place_arguments(fidelity)
+    _add_loading(fidelity)
 
     latency = tasks.add_parser(
         "latency", help="seconds end to end and per step, attention's share, Amdahl's ceiling"
@@ -61,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_folder(latency, required=False)
     _add_kernel(latency)
     add_call_arguments(latency)
-    add_place_arguments(latency)
+    _add_loading(latency)
 
     draw = tasks.add_parser(
         "draw", help="only draw, for FID: dense and every method; on several devices by accelerate"
@@ -71,8 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_folder(draw)
     _add_kernel(draw)
     add_call_arguments(draw)
-    add_place_arguments(draw)
+    _add_loading(draw)
+    _add_fid(tasks)
 
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    add_pipeline_arguments(parser)
+    add_place_arguments(parser)
+
+
+def _add_fid(tasks) -> None:
     fid = tasks.add_parser("fid", help="FID of folders of pictures, through clean-fid")
     fid.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures, or an arm of draw")
     against = fid.add_mutually_exclusive_group(required=True)
@@ -127,6 +143,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         dest="options",
         help="an option of every method, or of one; repeatable",
     )
+    add_any_model_argument(group)
 
 
 def _add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
@@ -161,6 +178,7 @@ def _add_folder(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument(
         "--save", metavar="PREFIX", help="write the results as PREFIX.json and PREFIX.md, too"
     )
+    add_json_argument(group)
 
 
 def _add_kernel(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +208,7 @@ def run(args) -> int:
 
 def _results(args, name: str) -> list[Path]:
     """Where the results go, checked: prefixes of .json and .md files."""
+    check_json(args)
     prefixes = [] if args.output is None else [Path(args.output) / name]
     if args.output is not None:
         folder = Path(args.output)
@@ -203,8 +222,8 @@ def _results(args, name: str) -> list[Path]:
     return prefixes
 
 
-def _finish(data: dict, title: str, tables, prefixes: list[Path]) -> None:
-    """Print the tables, write them with the data, and end with the data as one line of JSON."""
+def _finish(args, data: dict, title: str, tables, prefixes: list[Path]) -> None:
+    """Print the tables, and write them with the data."""
     text = "\n".join(table.markdown() for table in tables)
     print(text)
     for prefix in prefixes:
@@ -213,14 +232,15 @@ def _finish(data: dict, title: str, tables, prefixes: list[Path]) -> None:
     written = [f"{p}{ending}" for p in prefixes for ending in (".json", ".md")]
     if written:
         print("wrote " + ", ".join(written))
-    print(json.dumps(data))
+    write_json_result(args, data)
 
 
 def _variants(args, source):
     """The labelled methods that were asked for, and the pairs of labels."""
     from dittfast.attention import BACKENDS
-    from dittfast.config import presets, unknown
+    from dittfast.config import unknown
     from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
+    from dittfast.pipelines.runs.sources import transformer_classes
 
     if args.backend != "auto" and args.backend not in BACKENDS:
         raise unknown("backend", args.backend, ["auto", *BACKENDS])
@@ -238,17 +258,12 @@ def _variants(args, source):
         label, equals, name = text.partition("=")
         name = name if equals else text
         label = label if equals else name.replace("/", "-")
-        if source.settings and f"{name}/{source.name}" in presets():
-            name = f"{name}/{source.name}"
         labels.append(label)
         chosen[label] = (name, {})
     check_labels(labels, pairs)
     options = parse_options(args.options)
-    if source.settings:
-        # A sample model is too small for sparse attention to pay; it is there to show that it
-        # works.
-        options.setdefault("min_tokens", 0)
-    return make_variants(chosen, options, args.backend), pairs
+    classes = () if args.any_model else transformer_classes(source).values()
+    return make_variants(chosen, options, args.backend, classes), pairs
 
 
 def _shipped(file: str) -> str:
@@ -297,19 +312,20 @@ def _known_prompts(settings: dict) -> list[str]:
     return found
 
 
-def _load(args, source, device=None):
+def _load(args, source, variants, device=None):
     """The pipeline, and the arguments of its call."""
-    from dittfast.pipelines.runs import sources
-    from dittfast.pipelines.runs.call import call_arguments
+    from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.first_frame import with_first_frame
 
-    device = sources.choose_device(args.device) if device is None else device
-    dtype = sources.choose_dtype(args.dtype, device)
-    quiet_libraries()
-    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
-    pipe = sources.load(source, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
     given = {name: getattr(args, name) for name in CALL}
+    check_ranges(prompt="any", seed=args.seed, **given)
+    if args.offload == "sequential":
+        raise ValueError(
+            "--offload sequential leaves nothing of the weights to tell whether pictures that are "
+            "there were drawn with them; take --offload group, which needs as little memory"
+        )
+    pipe = load_pipeline(args, source, [v.preset or v.method.name for v in variants], device)
+    pipe.set_progress_bar_config(disable=True)
     call = call_arguments(pipe, "any", source.settings, **given)
     return pipe, with_first_frame(pipe, call, source.settings)
 
@@ -327,7 +343,7 @@ def _fidelity(args) -> int:
     from dittfast.measure.tables import fidelity_tables
     from dittfast.pipelines.measure.fidelity import evaluate_fidelity
 
-    pipe, call = _load(args, source)
+    pipe, call = _load(args, source, variants)
     data = evaluate_fidelity(
         pipe,
         source,
@@ -338,9 +354,10 @@ def _fidelity(args) -> int:
         kernel=args.dense_kernel,
         pairs=pairs,
         verify=not args.no_verify,
-        on_stage=say,
+        on_stage=on_stage(pipe),
+        loading=loading(args).to_dict(),
     )
-    _finish(data, f"Fidelity of {source.name}", fidelity_tables(data), prefixes)
+    _finish(args, data, f"Fidelity of {source.name}", fidelity_tables(data), prefixes)
     return 0
 
 
@@ -359,16 +376,17 @@ def _latency(args) -> int:
     from dittfast.measure.tables import latency_table
     from dittfast.pipelines.measure.latency import latency_settings, measure_latency
 
-    pipe, call = _load(args, source)
+    pipe, call = _load(args, source, variants)
     call |= {"prompt": prompt}
     timing = {"pairs": args.pairs, "seed": args.seed, "kernel": args.dense_kernel}
+    timing["loading"] = loading(args).to_dict()
     known = {} if args.output is None else _timed_before(prefixes[0], not args.no_verify)
     rows = []
     for variant in variants:
         settings = json.loads(json.dumps(latency_settings(pipe, source, call, variant, **timing)))
         row = known.get(variant.label, {})
         if any(row.get(name) != value for name, value in settings.items()):
-            row = measure_latency(pipe, source, call, variant, on_stage=say, **timing)
+            row = measure_latency(pipe, source, call, variant, on_stage=on_stage(pipe), **timing)
             known[variant.label] = row
             if args.output is not None:  # what a kill would lose
                 write_record(f"{prefixes[0]}.json", {"task": "latency", "rows": [*known.values()]})
@@ -376,7 +394,7 @@ def _latency(args) -> int:
             say(f"{variant.label} was timed before")
         rows.append(row)
     data = {"task": "latency", "rows": rows}
-    _finish(data, f"Latency of {source.name}", [latency_table(data)], prefixes)
+    _finish(args, data, f"Latency of {source.name}", [latency_table(data)], prefixes)
     return 0
 
 
@@ -407,20 +425,20 @@ def _draw(args) -> int:
 
     state = PartialState(cpu=args.device == "cpu")
     device = state.device if args.device == "auto" or state.num_processes > 1 else None
-    pipe, call = _load(args, source, device)
-    base = base_settings(pipe, source, call, args.dense_kernel)
+    pipe, call = _load(args, source, variants, device)
+    base = base_settings(pipe, source, call, args.dense_kernel, loading(args).to_dict())
     with locked(args.output, state.is_main_process):
         folder, verify = Path(args.output), not args.no_verify
         arms = [Arm(pipe, base, folder, variant, verify) for variant in (None, *variants)]
         with dense_kernel(args.dense_kernel), state.split_between_processes(items) as mine:
-            drawn = draw_missing(arms, call, mine, latents=False, on_stage=say)
+            drawn = draw_missing(arms, call, mine, latents=False, on_stage=on_stage(pipe))
         state.wait_for_everyone()
     if state.is_main_process:
         folders = {arm.label: str(arm.drawings.folder) for arm in arms}
         for label, folder in folders.items():
             print(f"{label}: {len(items)} pictures in {folder}")
         facts = {"processes": state.num_processes, "pictures": len(items), "drawn_here": drawn}
-        print(json.dumps(base | {"task": "draw", "folders": folders} | facts))
+        write_json_result(args, base | {"task": "draw", "folders": folders} | facts)
     return 0
 
 
@@ -447,9 +465,17 @@ def _fid(args) -> int:
             mixed_sizes=args.mixed_sizes,
             batch_size=args.batch_size,
             device=device,
+            progress=_bar,
         )
         for folder in args.folders
     ]
     data = {"task": "fid", "rows": rows, "versions": versions()}
-    _finish(data, "Distances between folders", [fid_table(data)], prefixes)
+    _finish(args, data, "Distances between folders", [fid_table(data)], prefixes)
     return 0
+
+
+def _bar(values, name: str):
+    """``values`` with a bar while they are gone through; none where nobody looks."""
+    from tqdm import tqdm
+
+    return tqdm(values, desc=name, disable=None, leave=False, delay=5)

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from dittfast.files import atomic_path, check_ffmpeg, check_output, save_video, write_json
+from dittfast.files import (
+    atomic_path,
+    check_ffmpeg,
+    check_fps,
+    check_output,
+    gif_milliseconds,
+    save_video,
+    write_json,
+)
 
+from .adapter import add_adapter_argument, chosen_adapter
 from .options import (
     CALL,
     add_call_arguments,
     add_guidance_arguments,
+    add_json_argument,
     add_method_arguments,
     add_model_argument,
+    add_pipeline_arguments,
     add_place_arguments,
+    check_json,
     guidance,
+    load_pipeline,
+    loading,
     method_and_schedule,
-    quiet_libraries,
-    say,
+    on_stage,
+    preset_of,
     seconds,
+    write_json_result,
 )
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -28,7 +42,7 @@ VIDEOS = (".mp4", ".gif")
 EXAMPLE = """\
 examples:
   dittfast generate "a panda on a green background" -o panda.png
-  dittfast generate "a panda on a green background" --method local --compare -o panda.png
+  dittfast generate "a panda on a green background" --method local/sample-flux --compare
   dittfast generate "a fox, blue background" --stages 256,1024 --method local --compare -o fox.png
   dittfast generate "a car moves right on a green background" --model sample-video -o car.mp4
   dittfast generate --examples
@@ -57,7 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the picture that an image-to-video pipeline starts from; a sample video model draws "
         "one from the prompt where none is given",
     )
-    add_method_arguments(parser, "; dense attention without it")
+    add_method_arguments(parser, "; dense attention without it", for_model=True)
+    add_adapter_argument(parser)
+    _add_comparing(parser)
+    _add_large(parser)
+    add_guidance_arguments(parser)
+    call = add_call_arguments(parser)
+    call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    call.add_argument("--fps", type=int, default=16, metavar="N", help="of a video (default: 16)")
+    add_pipeline_arguments(parser)
+    add_place_arguments(parser)
+    add_json_argument(parser)
+    parser.set_defaults(says=("dittfast.pipelines.runs.needs", "dittfast.pipelines.runs.run"))
+
+
+def _add_comparing(parser: argparse.ArgumentParser) -> None:
     comparing = parser.add_argument_group("comparing")
     comparing.add_argument(
         "--compare",
@@ -71,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparing.add_argument(
         "--save-all", action="store_true", help="write the compared pictures on their own too"
     )
+
+
+def _add_large(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_argument_group("large pictures, drawn in stages (SDEdit)")
     stages.add_argument(
         "--stages",
@@ -104,11 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="scale them while the time is above T, from 1, pure noise, down to 0 (default: 0)",
     )
-    add_guidance_arguments(parser)
-    call = add_call_arguments(parser)
-    call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    call.add_argument("--fps", type=int, default=16, metavar="N", help="of a video (default: 16)")
-    add_place_arguments(parser)
 
 
 def run(args) -> int:
@@ -117,38 +143,17 @@ def run(args) -> int:
 
     if args.examples:
         return _list_examples(sources.find(args.model))
-    if args.prompt is None:
-        raise ValueError('the prompt is missing; try: dittfast generate "a red apple" -o apple.png')
-    if args.output is None:
-        raise ValueError("-o FILE is missing; say where the picture should go")
-    output = check_output(args.output, IMAGES + VIDEOS)
-    check_output(output.with_suffix(".json"))
-    if output.suffix.lower() == ".mp4":
-        check_ffmpeg(output)
-    if args.position_until is not None and args.position_scale is None:
-        raise ValueError(
-            f"--position-until {args.position_until:g} ends what --position-scale does, and that "
-            "is not given; add --position-scale 0.5, or fit"
-        )
-    given = {name: getattr(args, name) for name in CALL}
-
-    from dittfast.pictures import read_picture
-    from dittfast.pipelines.runs.call import check_ranges
-
-    check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
-    if args.image is not None:
-        given["image"] = read_picture(args.image)
+    output, given = _checked(args)
     source = sources.find(args.model)
-    if args.method is None and args.config is None and args.compare:
+    adapter, guided, stages = chosen_adapter(args), guidance(args), _stages(args)
+    method, schedule = adapter, None
+    if adapter is None:
+        method, schedule = method_and_schedule(args, source)
+    if args.compare and method is None:
         raise ValueError("--compare needs a method; add --method local, or --config FILE")
-    method, schedule = method_and_schedule(args, source)
-    guided = guidance(args)
-    stages = _stages(args)
-    device = sources.choose_device(args.device)
-    dtype = sources.choose_dtype(args.dtype, device)
-    quiet_libraries()
-    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
-    pipe = sources.load(source, device, dtype)
+    if stages and adapter is not None:
+        raise ValueError("--adapter does not go with --stages; leave out one of them")
+    pipe = load_pipeline(args, source, [] if args.method is None else [args.method])
 
     from dittfast.pipelines.runs.call import call_arguments, is_video
     from dittfast.pipelines.runs.compare import generate, record
@@ -156,19 +161,13 @@ def run(args) -> int:
 
     call = call_arguments(pipe, args.prompt, source.settings, **given)
     call = with_first_frame(pipe, call, source.settings)
-    moving = is_video(pipe) and call.get("num_frames") != 1
-    if not moving:
+    if not is_video(pipe) or call.get("num_frames") == 1:
         check_output(output, IMAGES)
-
-    def on_stage(name: str) -> None:
-        pipe.set_progress_bar_config(desc=name, disable=None)
-        if not sys.stderr.isatty():  # no bar then
-            say(name)
-
+    asked = {"preset": preset_of(args), "loading": loading(args).to_dict()}
     if stages:
         attention = {"method": method, "schedule": schedule, "backend": args.backend}
-        done = _draw_stages(args, pipe, source, call, stages, guided, on_stage, attention)
-        return _write_stages(args, pipe, source, call, done, guided, output)
+        done = _draw_stages(args, pipe, source, call, stages, guided, attention)
+        return _write_stages(args, pipe, source, call, done, guided, output, asked)
     positions = {
         "position_scale": _fitted(args, source, call),
         "position_until": args.position_until or 0.0,
@@ -184,16 +183,46 @@ def run(args) -> int:
         seed=args.seed,
         compare=args.compare,
         runs=args.runs,
-        on_stage=on_stage,
+        on_stage=on_stage(pipe),
     )
-    data = record(pipe, source, call, args.seed, arms, guided, **positions)
-    if args.image is not None:
-        data["image"] = args.image
+    data = record(pipe, source, call, args.seed, arms, guided, **positions) | asked
+    data |= {"adapter": args.adapter} | ({"image": args.image} if args.image else {})
     written = _write(output, _parts(output, arms, data, args), data, args.fps)
     for line in _summary(arms, data):
         print(line)
+    if output.suffix.lower() == ".gif" and 100 % args.fps:
+        print(_gif_words(len(arms[0].run.frames), args.fps))
     print("wrote " + ", ".join(map(str, written)))
+    write_json_result(args, data)
     return 0
+
+
+def _checked(args) -> tuple[Path, dict]:
+    """The output file, and the arguments of the call that were given; checked without a model."""
+    if args.prompt is None:
+        raise ValueError('the prompt is missing; try: dittfast generate "a red apple" -o apple.png')
+    if args.output is None:
+        raise ValueError("-o FILE is missing; say where the picture should go")
+    check_json(args)
+    output = check_output(args.output, IMAGES + VIDEOS)
+    check_output(output.with_suffix(".json"))
+    if output.suffix.lower() == ".mp4":
+        check_ffmpeg(output)
+    if args.position_until is not None and args.position_scale is None:
+        raise ValueError(
+            f"--position-until {args.position_until:g} ends what --position-scale does, and that "
+            "is not given; add --position-scale 0.5, or fit"
+        )
+    given = {name: getattr(args, name) for name in CALL}
+
+    from dittfast.pictures import read_picture
+    from dittfast.pipelines.runs.call import check_ranges
+
+    check_ranges(prompt=args.prompt, seed=args.seed, runs=args.runs, fps=args.fps, **given)
+    check_fps(output, args.fps)
+    if args.image is not None:
+        given["image"] = read_picture(args.image)
+    return output, given
 
 
 def _position_scale(text: str) -> float | str:
@@ -240,7 +269,7 @@ def _stages(args) -> list[tuple[int, int]] | None:
     return sizes
 
 
-def _draw_stages(args, pipe, source, call, stages, guided, on_stage, attention: dict):
+def _draw_stages(args, pipe, source, call, stages, guided, attention: dict):
     from dittfast.pipelines.runs.high_resolution import generate_high_resolution
 
     names = ("strength", "ntk_factor", "position_scale", "position_until")
@@ -252,7 +281,7 @@ def _draw_stages(args, pipe, source, call, stages, guided, on_stage, attention: 
         call={k: v for k, v in call.items() if k not in ("prompt", "height", "width")},
         guidance=guided,
         seed=args.seed,
-        on_stage=on_stage,
+        on_stage=on_stage(pipe),
         compare=args.compare,
         runs=args.runs,
         **attention,
@@ -261,33 +290,40 @@ def _draw_stages(args, pipe, source, call, stages, guided, on_stage, attention: 
     )
 
 
-def _write_stages(args, pipe, source, call, done, guided, output: Path) -> int:
+def _write_stages(args, pipe, source, call, done, guided, output: Path, asked: dict) -> int:
     from dittfast.pipelines.runs.compare import describe_run, record
     from dittfast.pipelines.runs.high_resolution import as_record
 
     last = done[-1]
     if last.arms:
         positions = {"position_scale": last.position_scale, "position_until": last.position_until}
-        data = record(pipe, source, call, args.seed, last.arms, guided, **positions)
+        data = record(pipe, source, call, args.seed, last.arms, guided, **positions) | asked
         parts = _parts(output, last.arms, data, args)
     else:
-        data = describe_run(pipe, source, call, args.seed, guided)
+        data = describe_run(pipe, source, call, args.seed, guided) | asked
         parts = {output: last.run.frames}
+    data["stages"] = as_record(done)
     if args.save_all:
         for number, stage in enumerate(done[:-1], 1):
             parts[output.with_name(f"{output.stem}.stage-{number}{output.suffix}")] = (
                 stage.run.frames
             )
-    written = _write(output, parts, data | {"stages": as_record(done)}, args.fps)
+    written = _write(output, parts, data, args.fps)
     for stage in done:
         width, height = stage.image.size
-        density = None if stage.description is None else stage.description.density
-        kept = "dense" if density is None else f"density {density:.3f}"
+        kept, ran = "dense", stage.description
+        if ran is not None and ran.did_not_run is not None:
+            kept = f"{ran.method.name} DID NOT RUN ({ran.did_not_run})"
+        elif ran is not None:
+            kept = ran.method.name + ("" if ran.density is None else f", density {ran.density:.3f}")
         took = seconds(stage.run.timing.total)
         print(f"{width} x {height}: {stage.num_tokens:,} tokens, {kept}, {took}")
     for line in _summary(last.arms, data) if last.arms else ():
         print(line)
+    if asked["preset"] is not None:
+        print(f"preset    {asked['preset']}")
     print("wrote " + ", ".join(map(str, written)))
+    write_json_result(args, data)
     return 0
 
 
@@ -320,6 +356,7 @@ def _frames(arms, data):
         f"{data['model']}, {width} x {height}, {len(dense.timings[0].steps)} steps, "
         f"seed {data['seed']}, {data['device']['name']}, {data['dtype']}, "
         f"dense by {data['dense_attention']} attention"
+        + (f", {sparse.name} by preset {data['preset']}" if data["preset"] else "")
     )
     pages = []
     for frames in zip(dense.run.frames, sparse.run.frames, apart):
@@ -331,11 +368,15 @@ def _frames(arms, data):
 def _captions(arms, data, gain: int):
     """Name and lines below each picture of a comparison."""
     dense, sparse = arms
+    if sparse.did_not_run is not None:
+        return (
+            (dense.name, (_times(dense),)),
+            (f"{sparse.name} DID NOT RUN", (f"dense attention drew this: {sparse.did_not_run}",)),
+            (f"|{dense.name} - {sparse.name}| x {gain}", (_distance(data["against_dense"]),)),
+        )
     ratio = data["dense_over_sparse"]["per_step"] or data["dense_over_sparse"]["whole"]
     facts = [f"{ratio:.2f}x as fast"]
-    if all(layer.dense for layer in sparse.description.layers):
-        facts.append("all layers ran dense")
-    elif sparse.density is None:
+    if sparse.density is None:
         facts.insert(0, "density differs by call")
     else:
         facts.insert(0, f"density {sparse.density:.3f}")
@@ -401,6 +442,13 @@ def _write(output: Path, parts: dict, data: dict, fps: int) -> list[Path]:
     return [*parts, beside]
 
 
+def _gif_words(count: int, fps: int) -> str:
+    """How long a GIF shows its frames, where that is not 1 / fps."""
+    times = sorted({t // 10 for t in gif_milliseconds(count, fps)})
+    each = " or ".join(map(str, times))
+    return f"a GIF counts hundredths of a second: its frames are shown for {each} at {fps} fps"
+
+
 def _numbered(path: Path, frames):
     """A video as frames, ``clip.000.png`` and so on, where the file name is that of an image."""
     if len(frames) == 1 or path.suffix.lower() in VIDEOS:
@@ -424,10 +472,14 @@ def _save(path: Path, frames, fps: int) -> None:
 
 def _summary(arms, data: dict) -> list[str]:
     last = arms[-1]
-    lines = [] if last.description is None else str(last.description).splitlines()
+    lines = [f"preset    {data['preset']}"] if data["preset"] else []
+    lines += [] if last.description is None else str(last.description).splitlines()
     lines += [f"{arm.name:<10}{_times(arm)}" for arm in arms]
     if len(arms) > 1:
         ratio = data["dense_over_sparse"]
+        if last.did_not_run is not None:
+            lines.append(f"speed     no ratio: {last.name} DID NOT RUN ({last.did_not_run})")
+            return [*lines, f"picture   {_distance(data['against_dense'])} to dense"]
         step = "" if ratio["per_step"] is None else f"{ratio['per_step']:.2f}x a step, "
         lines.append(f"speed     {step}{ratio['whole']:.2f}x in all, against dense")
         lines.append(f"picture   {_distance(data['against_dense'])} against dense")

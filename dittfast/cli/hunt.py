@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .adapter import add_adapter_argument, chosen_adapter
 from .options import (
     CALL,
     add_call_arguments,
     add_guidance_arguments,
     add_method_arguments,
     add_model_argument,
+    add_pipeline_arguments,
     add_place_arguments,
     guidance_options,
     head_list,
+    load_pipeline,
     method_and_schedule,
     number_list,
     parse_options,
-    quiet_libraries,
-    say,
 )
 
 EXAMPLE = """\
@@ -99,8 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take scores in the folder even where their SHA-256 differs",
     )
     add_guidance_arguments(parser, heads=False)
-    add_method_arguments(parser, "; dense attention without it")
+    add_method_arguments(parser, "; dense attention without it", for_model=True)
+    add_adapter_argument(parser)
     add_call_arguments(parser)
+    add_pipeline_arguments(parser)
     add_place_arguments(parser)
 
 
@@ -119,6 +122,7 @@ def run(args) -> int:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name one for the search's files")
     source = sources.find(args.model)
+    adapter = chosen_adapter(args)
     prompts, holdout = _prompts(args, source)
     options = parse_options(args.objective_set)
     if args.objective == "background" and "backgrounds" in source.settings:
@@ -126,7 +130,9 @@ def run(args) -> int:
 
         options.setdefault("colors", BACKGROUNDS)
     objective = find_objective(args.objective, args.trust_code, **options)
-    method, schedule = method_and_schedule(args, source)
+    method, schedule = adapter, None
+    if adapter is None:
+        method, schedule = method_and_schedule(args, source)
     search = dict(
         seeds=number_list(args.seeds),
         rounds=args.rounds,
@@ -143,24 +149,20 @@ def run(args) -> int:
         verify=not args.no_verify,
         **guidance_options(args),
     )
-    device = sources.choose_device(args.device)
-    dtype = sources.choose_dtype(args.dtype, device)
-    quiet_libraries()
-    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}")
-    pipe = sources.load(source, device, dtype)
-
-    from dittfast.pipelines.adapter import enable
-    from dittfast.pipelines.headhunter.hunt import hunt
-    from dittfast.pipelines.runs.call import call_arguments
-
     given = {name: getattr(args, name) for name in CALL}
+
+    from dittfast.pipelines.headhunter.hunt import hunt
+    from dittfast.pipelines.runs.call import call_arguments, check_ranges
+    from dittfast.pipelines.runs.compare import installed
+
+    check_ranges(prompt=prompts[0], **given)
+    pipe = load_pipeline(args, source, [] if args.method is None else [args.method])
     call = call_arguments(pipe, prompts[0], source.settings, **given)
     call.pop("prompt")
-    if method is not None:
-        enable(pipe, method, schedule=schedule, backend=args.backend)
-    result = hunt(
-        pipe, objective, prompts, call=call, folder=folder, on_round=_print_round, **search
-    )
+    with installed(pipe, method, schedule, args.backend):
+        result = hunt(
+            pipe, objective, prompts, call=call, folder=folder, on_round=_print_round, **search
+        )
     _print_result(result)
     print(f"wrote {folder}/heads.json, curve.png and sheets of pictures")
     return 0

@@ -7,8 +7,8 @@ import sys
 
 # Arguments of the pipeline's call that have an option of the same name.
 CALL = (
-    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
-    "negative_prompt", "max_sequence_length",
+    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2",
+    "true_cfg_scale", "negative_prompt", "max_sequence_length",
 )  # fmt: skip
 
 
@@ -30,10 +30,98 @@ def add_call_arguments(parser: argparse.ArgumentParser):
     call.add_argument("--num-frames", type=int, metavar="N", help="of a video")
     call.add_argument("--num-inference-steps", "--steps", type=int, metavar="N")
     call.add_argument("--guidance-scale", type=float, metavar="X")
+    call.add_argument(
+        "--guidance-scale-2", type=float, metavar="X", help="of the second expert of Wan 2.2"
+    )
     call.add_argument("--true-cfg-scale", type=float, metavar="X")
     call.add_argument("--negative-prompt", metavar="TEXT")
     call.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens")
     return call
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--lora`` and what else :func:`load_pipeline` puts into the pipeline."""
+    group = parser.add_argument_group("the pipeline")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA of diffusers, kohya, ComfyUI or lightx2v as .safetensors; repeatable",
+    )
+    group.add_argument(
+        "--lora-2",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="one for the second expert of Wan 2.2; repeatable",
+    )
+    group.add_argument(
+        "--offload",
+        choices=("model", "group", "sequential"),
+        help="keep weights in the CPU's memory until they are needed: whole models, single layers "
+        "copied ahead, or single layers (least memory, slowest)",
+    )
+    group.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="the transformer's weights: int8 (torchao), fp8, bnb-int8, bnb-nf4 (bitsandbytes), or "
+        "gguf:FILE[,FILE]",
+    )
+    group.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory")
+    group.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    group.add_argument(
+        "--attention-backend",
+        metavar="NAME",
+        help="of diffusers, for all dense attention: native, flash, sage, flex ...",
+    )
+    parser.set_defaults(says=("dittfast.pipelines.runs.needs",))
+
+
+def loading(args):
+    """The :class:`~dittfast.pipelines.runs.loading.Loading` that the options name."""
+    from dittfast.pipelines.runs.loading import Loading, Lora
+
+    loras = [Lora.parse(text) for text in args.lora]
+    loras += [Lora.parse(text, "transformer_2") for text in args.lora_2]
+    return Loading(
+        tuple(loras),
+        args.offload,
+        args.quantize,
+        args.vae_tiling,
+        args.compile,
+        args.attention_backend,
+    )
+
+
+def load_pipeline(args, source, named=(), device=None):
+    """The pipeline that the options name, loaded; checks first all that can be.
+
+    Args:
+        named: methods, presets and files that were asked for; those of other models are refused.
+        device: in the place of ``--device``.
+    """
+    from dittfast.config import check_fits
+    from dittfast.pipelines.models import stock_class, transformers_of
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.loading import check_loading, load_with, parameter_count
+
+    device = sources.choose_device(args.device) if device is None else device
+    dtype = sources.choose_dtype(args.dtype, device)
+    how = loading(args)
+    check_loading(how, source, device)
+    quiet_libraries()
+    count = parameter_count(source)
+    size = ""
+    if count is not None:
+        size = f": {compact(count)} parameters, {compact(count * dtype.itemsize, 'B')}"
+    say(f"loading {source.name} on {device} in {str(dtype).removeprefix('torch.')}{size}")
+    pipe = load_with(source, device, dtype, how)
+    if source.kind == "hub":  # a folder was asked before
+        classes = [stock_class(type(m)).__name__ for m in transformers_of(pipe).values()]
+        for name in named:
+            check_fits(name, classes, args.any_model)
+    return pipe
 
 
 def add_place_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +241,14 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def add_method_arguments(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
-    """``--method``, ``--config`` and ``--set``; ``otherwise`` says what holds without them."""
+def add_method_arguments(
+    parser: argparse.ArgumentParser, otherwise: str = "", for_model: bool = False
+) -> None:
+    """``--method``, ``--config`` and ``--set``; with ``for_model`` also ``--any-model``.
+
+    Args:
+        otherwise: says what holds without them.
+    """
     group = parser.add_argument_group("attention")
     either = group.add_mutually_exclusive_group(required=False)
     either.add_argument(
@@ -173,6 +267,15 @@ def add_method_arguments(parser: argparse.ArgumentParser, otherwise: str = "") -
         metavar="KEY=VALUE",
         dest="options",
         help="an option of the method or its schedule, such as window=8; repeatable",
+    )
+    if for_model:
+        add_any_model_argument(group)
+
+
+def add_any_model_argument(group) -> None:
+    """``--any-model``."""
+    group.add_argument(
+        "--any-model", action="store_true", help="take a preset that is for other models, too"
     )
 
 
@@ -207,19 +310,61 @@ def method_and_schedule(args, source):
             raise ValueError("--set needs a method; add --method local, or --config FILE")
         return None, None
     from dittfast.attention import BACKENDS
-    from dittfast.config import presets, resolve, unknown
+    from dittfast.config import check_fits, resolve, unknown
+    from dittfast.pipelines.runs.sources import transformer_classes
 
     if args.backend != "auto" and args.backend not in BACKENDS:
         raise unknown("backend", args.backend, ["auto", *BACKENDS])
-    if source.settings:
-        # A sample model is too small for sparse attention to pay; it is there to show that it
-        # works. Its preset, or at least min_tokens=0, makes the method run.
-        preset = f"{asked}/{source.name}"
-        asked = preset if preset in presets() else asked
-        options.setdefault("min_tokens", 0)
-        if getattr(args, "stages", None):  # later stages have their composition already
-            options.setdefault("dense_first_steps", 0)
-    return resolve(asked, **options)
+    chosen = resolve(asked, **options)
+    check_fits(asked, transformer_classes(source).values(), args.any_model)
+    return chosen
+
+
+def preset_of(args) -> str | None:
+    """The preset or file that method and schedule come from; None for a method's own name."""
+    from dittfast.methods import METHODS
+
+    asked = chosen_method(args)
+    return None if asked in METHODS else asked
+
+
+def add_json_argument(parser) -> None:
+    """``--json``: the one way to what machines read."""
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the numbers as JSON; - for standard output"
+    )
+
+
+def check_json(args) -> None:
+    """Check the file of ``--json`` before work that would be lost."""
+    from dittfast.files import check_output
+
+    if args.json not in (None, "-"):
+        check_output(args.json)
+
+
+def write_json_result(args, data) -> None:
+    """Write ``data`` where ``--json`` says; nothing without it."""
+    import json
+
+    from dittfast.files import write_json
+
+    if args.json == "-":
+        print(json.dumps(data))
+    elif args.json is not None:
+        write_json(args.json, data)
+        print(f"wrote {args.json}")
+
+
+def on_stage(pipe):
+    """Says what comes next: as the name of the pipeline's bar, or in a line where there is none."""
+
+    def stage(name: str) -> None:
+        pipe.set_progress_bar_config(desc=name, disable=None, leave=False)
+        if not sys.stderr.isatty():
+            say(name)
+
+    return stage
 
 
 def parse_options(pairs: list[str]) -> dict:

@@ -10,7 +10,7 @@ from dittfast.files import check_output, write_json, write_text
 
 EXAMPLE = """\
 example:
-  dittfast evaluate fidelity -m local -m rectified -o work/eval
+  dittfast evaluate fidelity -m local/sample-flux --config evaluations/sample-flux -o work/eval
   dittfast report work/eval
 """
 

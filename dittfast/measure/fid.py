@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,12 +178,13 @@ def _known_moments(reference: Reference) -> tuple[np.ndarray, np.ndarray]:
         return found["mu"], found["sigma"]
 
 
-def _moments(files, extract: Callable, resize: Callable, batch_size: int, device):
+def _moments(files, extract: Callable, resize: Callable, batch_size: int, device, progress):
     """Mean and covariance of the features of pictures, as clean-fid computes them."""
     from cleanfid.fid import get_batch_features
 
     found = []
-    for start in range(0, len(files), batch_size):
+    starts = range(0, len(files), batch_size)
+    for start in progress(starts, f"pictures, {batch_size} at a time"):
         some = (np.asarray(open_picture(f).image) for f in files[start : start + batch_size])
         batch = torch.from_numpy(np.stack([resize(x).transpose(2, 0, 1) for x in some]))
         found.append(get_batch_features(batch.float(), extract, torch.device(device)))
@@ -200,6 +201,7 @@ def frechet(
     mixed_sizes: bool = False,
     batch_size: int = 32,
     device="cpu",
+    progress: Callable[[Iterable, str], Iterable] = lambda values, name: values,
 ) -> dict:
     """clean-fid's distance between a folder of pictures and another, or a dataset's statistics.
 
@@ -208,6 +210,7 @@ def frechet(
             called one.
         allow_few: go on with fewer pictures than features.
         mixed_sizes: allow pictures of several sizes in a folder.
+        progress: passes on what is gone through, under a name, and may show how far it is.
 
     Returns:
         Plain data: ``value``, ``is_fid``, what the features are, how many pictures on each side,
@@ -240,7 +243,9 @@ def frechet(
         extract = CleanFidExtractor(network.to(device))
         resize = extract.resize
     known = [_known_moments(reference)] if isinstance(reference, Reference) else []
-    moments = [_moments(p.files, extract, resize, batch_size, device) for p in found] + known
+    moments = [
+        _moments(p.files, extract, resize, batch_size, device, progress) for p in found
+    ] + known
 
     from cleanfid.fid import frechet_distance
 

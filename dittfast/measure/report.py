@@ -19,7 +19,16 @@ from ..markdown import as_text
 from .draw import difference
 from .embed import image_tag, png_source, webp_source
 from .plots import Point, distance_plot, pareto_plot
-from .tables import Table, fid_table, fidelity_tables, latency_table, overview_table, setting_of
+from .tables import (
+    Table,
+    fid_table,
+    fidelity_tables,
+    idle_notes,
+    latency_table,
+    overview_table,
+    setting_of,
+    with_other_settings,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2026; --faint: #5c646e; --paper: #fff;
@@ -132,10 +141,15 @@ def tables_of(results: dict) -> list[Table]:
 def _points(results: dict) -> list[tuple[list[Point], str, str, bool]]:
     """The Pareto plots: (points, x label, name, larger x is better)."""
     work, speed = [], []
-    timed = {row["label"]: row for row in (results["latency"] or {"rows": []})["rows"]}
+    other = with_other_settings(*(results[name] for name in ("fidelity", "latency", "fid")))
+    timed = {
+        row["label"]: row
+        for row in (results["latency"] or {"rows": []})["rows"]
+        if ("speed", row["label"]) not in other and not row.get("did_not_run")
+    }
     for row in results["fidelity"]["methods"]:
         psnr = row["pooled"]["psnr_db"]
-        if psnr["mean"] is None:
+        if psnr["mean"] is None or row.get("did_not_run"):
             continue
         about = (row["label"], row["method"]["name"])
         rest = (psnr["mean"], psnr["low"], psnr["high"])
@@ -220,6 +234,7 @@ def _pictures(folder: Path, data: dict, count: int, size: int) -> str:
             frames = _frames(folder, label, item)
             apart, gain = difference(dense, frames)
             psnr = "identical" if found["identical"] else f"{found['psnr_db']:.2f} dB"
+            psnr = "did not run" if row.get("did_not_run") else psnr
             words = f"dense | {label}: {psnr} | difference x {gain}"
             after = image_tag(webp_source(frames, size), f"{label}: {item['prompt']}")
             alt = f"difference of {label} and dense, x {gain}"
@@ -304,14 +319,16 @@ def html_report(
         for row in data["methods"]
     ]
     setting = f"{setting_of(data)}."
-    known = {setting}
+    idle = idle_notes(data["methods"])
+    known = {setting, *idle}
     first, *more = [_table(table, known) for table in tables_of(results)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="faint">{escape(setting)}</p>'
-        f"{first}"
+        + "".join(f'<p role="alert"><strong>{escape(x)}</strong></p>' for x in idle)
+        + f"{first}"
         + (f'<h2>Trade-offs and structure</h2><div class="plots">{figures}</div>' if drawn else "")
         + f'<h2>Pictures</h2><p class="faint">{min(pictures, len(data["items"]))} of '
         f"{len(data['items'])} prompts, with the same noise in both: dense attention, the "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..markdown import as_text, markdown_table
+from .comparable import settings_apart
 from .summary import interval, number
 
 # What fidelity compares, in the order of its table: name -> (heading, decimals).
@@ -49,12 +50,32 @@ def _cell(cell: str) -> str:
 
 
 def options(settings: dict) -> str:
-    """``method(option=value, ...); schedule`` in a line, with the schedule only where it is set."""
+    """``method(option=value, ...); schedule`` in a line, with the schedule only where it is set.
+
+    A preset that they were taken from is named behind.
+    """
     method = settings["method"]
     chosen = ", ".join(f"{k}={v}" for k, v in method.items() if k != "name")
     planned = {k: v for k, v in settings["schedule"].items() if v and k != "min_tokens"}
     after = "; " + ", ".join(f"{k}={v}" for k, v in planned.items()) if planned else ""
-    return f"{method['name']}({chosen}){after}"
+    taken = f" (from {settings['preset']})" if settings.get("preset") else ""
+    return f"{method['name']}({chosen}){after}{taken}"
+
+
+def idle_notes(rows) -> list[str]:
+    """A sentence for every method that ran nowhere."""
+    return [
+        f"{row['label']} did not run: {row['did_not_run']}. Its pictures are those of dense "
+        "attention, so it has no density and no ratio."
+        for row in rows
+        if row.get("did_not_run")
+    ]
+
+
+def _density(row: dict) -> str:
+    if row.get("did_not_run"):
+        return "did not run"
+    return "not recorded" if row["density"] is None else number(row["density"])
 
 
 def setting_of(data: dict) -> str:
@@ -85,8 +106,8 @@ def fidelity_tables(data: dict) -> list[Table]:
         cells.append(
             (
                 row["label"],
-                "not recorded" if row["density"] is None else number(row["density"]),
-                number(row["checked"]["work"]),
+                _density(row),
+                "-" if row.get("did_not_run") else number(row["checked"]["work"]),
                 row["sparse_layers"],
                 "-" if ratio is None else f"{ratio['median']:.2f}",
                 *(interval(pooled[n], MEASURES[n][1]) for n in shown),
@@ -94,6 +115,7 @@ def fidelity_tables(data: dict) -> list[Table]:
             )
         )
     notes = (
+        *idle_notes(rows),
         f"{len(data['items'])} prompts, one seed each; dense and method share prompt and noise. "
         f"Intervals: {data['interval']}.",
         "density: kept fraction of token pairs in the sparse layers. work: FLOPs of their "
@@ -125,12 +147,19 @@ def overview_table(fidelity: dict, latency: dict | None, fid: dict | None) -> Ta
 
     Args:
         fidelity, latency, fid: results of ``dittfast evaluate``; methods are told by their labels,
-            and folders of pictures by the label that they are named after.
+            and folders of pictures by the label that they are named after. What was measured with
+            other settings than the pictures of ``fidelity`` is marked, and not shown here.
     """
     timed = {row["label"]: row for row in (latency or {"rows": []})["rows"]}
     apart = {_arm(row["folder"]): row for row in (fid or {"rows": []})["rows"]}
+    other = with_other_settings(fidelity, latency, fid)
     head = ["method", "density"]
     notes = ["density: kept fraction of token pairs in the sparse layers."]
+    notes += idle_notes(fidelity["methods"])
+    notes += [
+        f"{OTHER}: {what} of {label} was measured with {why}."
+        for (what, label), why in other.items()
+    ]
     if timed:
         head.append("dense seconds / method seconds, end to end")
         pairs = ", ".join(str(n) for n in sorted({row["pairs"] for row in timed.values()}))
@@ -159,14 +188,44 @@ def overview_table(fidelity: dict, latency: dict | None, fid: dict | None) -> Ta
     cells = []
     for row in fidelity["methods"]:
         label, pooled = row["label"], row["pooled"]
-        line = [label, "not recorded" if row["density"] is None else number(row["density"])]
+        line = [label, _density(row)]
         if timed:
-            line.append(_spread(timed[label]["end_to_end"], "{:.2f}") if label in timed else "-")
+            line.append(OTHER if ("speed", label) in other else _ratio(timed.get(label)))
         line += [interval(pooled["psnr_db"], 2), interval(pooled["ssim"], 4)]
         if apart:
-            line.append(f"{apart[label]['value']:.4g}" if label in apart else "-")
+            value = f"{apart[label]['value']:.4g}" if label in apart else "-"
+            line.append(OTHER if ("distance", label) in other else value)
         cells.append(tuple(line))
     return Table("Speed and quality by method and density", tuple(head), tuple(cells), tuple(notes))
+
+
+OTHER = "other settings"
+
+
+def with_other_settings(
+    fidelity: dict, latency: dict | None, fid: dict | None
+) -> dict[tuple[str, str], str]:
+    """What differs from the settings of fidelity's pictures, by ("speed" or "distance", label)."""
+    rows = {row["label"]: row for row in fidelity["methods"]}
+    base = {k: v for k, v in fidelity.items() if k != "methods"}
+    found = {}
+    for row in (latency or {"rows": []})["rows"]:
+        if row["label"] in rows:
+            found["speed", row["label"]] = settings_apart(base | rows[row["label"]], row)
+    for row in (fid or {"rows": []})["rows"]:
+        label = _arm(row["folder"])
+        if label in rows and row.get("settings"):
+            why = settings_apart(base | rows[label], row["settings"])
+            if row.get("reference_settings"):
+                why = why or settings_apart(base, row["reference_settings"], with_method=False)
+            found["distance", label] = why
+    return {key: why for key, why in found.items() if why is not None}
+
+
+def _ratio(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    return "did not run" if row.get("did_not_run") else _spread(row["end_to_end"], "{:.2f}")
 
 
 def _arm(folder: str) -> str:
@@ -195,6 +254,16 @@ def fid_table(data: dict) -> Table:
     notes = [f"{first['dims']} features; smaller is nearer."]
     if any(row["too_few"] for row in rows):
         notes.append(_TOO_FEW)
+    for row in rows:
+        if row.get("settings") and row.get("reference_settings"):
+            why = settings_apart(row["reference_settings"], row["settings"], with_method=False)
+            if why:
+                notes.append(f"{row['folder']} and {row['reference']} differ in settings: {why}.")
+        for folder, changes in zip((row["folder"], row["reference"]), row.get("changes", ())):
+            done = ", ".join(f"{what} in {count}" for what, count in changes.items())
+            if done:
+                notes.append(f"Read as a viewer shows them, {folder}: {done} pictures.")
+    notes = list(dict.fromkeys(notes))
     head = ("pictures of", "distance", "number", "against", "number")
     return Table(title, head, cells, tuple(notes))
 
@@ -203,6 +272,9 @@ def latency_table(data: dict) -> Table:
     """One row per method: end to end first, and never a step without it."""
     cells = []
     for row in data["rows"]:
+        if row.get("did_not_run"):
+            cells.append((row["label"], "did not run", *["-"] * 9))
+            continue
         share = row["share"]
         quality = row["against_dense"]["psnr_db"]
         density = (row["attention"] or {}).get("density")
@@ -233,6 +305,11 @@ def latency_table(data: dict) -> Table:
         for r in data["rows"]
     )
     notes = (
+        *(
+            f"{row['label']} did not run, so nothing was timed: {row['did_not_run']}."
+            for row in data["rows"]
+            if row.get("did_not_run")
+        ),
         f"Medians over {first['pairs']} pairs of calls in turns, after a warm-up of each; in "
         "brackets the 20th and 80th percentile of the pairs' ratios. Below 1.00 the method is "
         "slower.",

@@ -18,8 +18,9 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))
-from findings import findings_page
 from measured import measured_page
+
+from findings import findings_page
 
 ROOT = Path(__file__).resolve().parents[2]
 # File of the repository -> page of the site.

@@ -13,23 +13,11 @@ from dittfast.disk.problems import FileProblem, reading
 from dittfast.disk.records import Record, read_record, write_record
 from dittfast.disk.tensors import read_array, write_array
 from dittfast.files import write_image
+from dittfast.measure.comparable import difference_of_settings
 from dittfast.pictures import read_picture
 
 from ..runs.prompts import Item
 from ..runs.run import Run
-
-
-def difference_of_settings(wanted: dict, found: dict, prefix: str = "") -> list[str]:
-    """What differs, as ``"name: found -> wanted"``, nested names with dots."""
-    lines = []
-    for key in sorted({*wanted, *found}):
-        a, b = found.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += difference_of_settings(b, a, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines
-
 
 _RECORD = {"prompt": str, "seed": int, "frames": int, "*": object}
 

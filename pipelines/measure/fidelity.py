@@ -26,10 +26,10 @@ from dittfast.measure.tables import MEASURES
 from dittfast.measure.timing import in_turns
 
 from ..fingerprint import weights_digest
-from ..models import transformers_of
+from ..models import execution_device
 from ..runs.compare import draw
 from ..runs.prompts import Item
-from ..runs.run import Run
+from ..runs.run import Run, duration
 from ..runs.settings import run_settings
 from ..runs.sources import Source
 from .drawings import Drawings
@@ -65,9 +65,15 @@ def dense_kernel(name: str) -> Iterator[None]:
         yield
 
 
-def base_settings(pipe, source: Source, call: dict, kernel: str) -> dict:
-    """What a picture of any arm depends on, but for its prompt and seed."""
-    settings = run_settings(pipe, source, call)
+def base_settings(
+    pipe, source: Source, call: dict, kernel: str, loading: dict | None = None
+) -> dict:
+    """What a picture of any arm depends on, but for its prompt and seed.
+
+    Args:
+        loading: what was put into the pipeline, as plain data.
+    """
+    settings = run_settings(pipe, source, call) | ({"loading": loading} if loading else {})
     return settings | {
         "weights": weights_digest(pipe.components),
         "device": {k: settings["device"][k] for k in ("type", "name")},
@@ -121,12 +127,14 @@ def draw_missing(
         if left[arm.label]:
             on_stage(f"{arm.label}, warm-up")
             arm.draw(call | {"prompt": items[0].prompt}, items[0].seed, warm_up=True)
-    done = 0
+    done, begun = 0, time.perf_counter()
     for number, arm in in_turns(arms, len(items)):
         item = items[number]
         if item.index not in left[arm.label]:
             continue
-        on_stage(f"{arm.label}, picture {item.index} ({done + 1} of {total})")
+        left = (total - done) * (time.perf_counter() - begun) / done if done else 0
+        after = f", about {duration(left)} left" if left >= 5 else ""
+        on_stage(f"{arm.label}, picture {item.index} ({done + 1} of {total}{after})")
         result, description = arm.draw(call | {"prompt": item.prompt}, item.seed)
         facts = {
             "session": session,
@@ -219,6 +227,7 @@ def evaluate_fidelity(
     pairs: Sequence[tuple[str, str]] = (),
     verify: bool = True,
     on_stage: Callable[[str], None] = lambda stage: None,
+    loading: dict | None = None,
 ) -> dict:
     """Check, draw what is missing, compare: the whole table as plain data.
 
@@ -230,6 +239,7 @@ def evaluate_fidelity(
         call: see :func:`~dittfast.pipelines.runs.call.call_arguments`; its prompt is replaced.
         pairs: labels of two methods whose difference is to be tabled, too.
         verify: compare pictures and latents that are there with their SHA-256.
+        loading: as :func:`base_settings`.
 
     Raises:
         dittfast.measure.check.ParityError: a method is wrong on this model; nothing is drawn
@@ -242,8 +252,8 @@ def evaluate_fidelity(
         raise ValueError("there is no method to compare with dense attention")
     check_labels(labels, pairs)
     folder = Path(folder)
-    device = next(iter(transformers_of(pipe).values())).device
-    base = base_settings(pipe, source, call, kernel)
+    device = execution_device(pipe)
+    base = base_settings(pipe, source, call, kernel, loading)
     arms = [Arm(pipe, base, folder, variant, verify) for variant in (None, *variants)]
     first = call | {"prompt": items[0].prompt}
     with dense_kernel(kernel):
@@ -258,21 +268,7 @@ def evaluate_fidelity(
     measured = {
         arm.label: [measure(dense, arm.drawings, item, lpips) for item in items] for arm in arms[1:]
     }
-    rows = []
-    for variant in variants:
-        label = variant.label
-        rows.append(
-            {
-                "label": label,
-                **variant.settings(),
-                "density": _density(records[label]),
-                "checked": checks[label].to_dict(),
-                "sparse_layers": _sparse_layers(records[label]),
-                "dense_over_method_seconds": seconds_ratio(records[DENSE], records[label]),
-                "pooled": pool(measured[label]),
-                "pictures": measured[label],
-            }
-        )
+    rows = [_row(v, checks[v.label], records, measured[v.label]) for v in variants]
     return base | {
         "task": "fidelity",
         "dense": "the model's own attention (PyTorch's scaled_dot_product_attention, kernel "
@@ -308,6 +304,30 @@ def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
             picture = mask_picture(plan, mine[0].layout, v.label, mine[0].layer)
             write_image(path, picture)
     return checks, [mass_by_distance(c) for c in found]
+
+
+def _row(variant: Variant, checked: Checked, records: dict, measured: list[dict]) -> dict:
+    """What is known of one method, as plain data; without a ratio where it did not run."""
+    own = records[variant.label]
+    idle = _did_not_run(own)
+    return {
+        "label": variant.label,
+        "preset": variant.preset,
+        **variant.settings(),
+        "did_not_run": idle,
+        "density": _density(own),
+        "checked": checked.to_dict(),
+        "sparse_layers": _sparse_layers(own),
+        "dense_over_method_seconds": None if idle else seconds_ratio(records[DENSE], own),
+        "pooled": pool(measured),
+        "pictures": measured,
+    }
+
+
+def _did_not_run(records: Sequence[dict]) -> str | None:
+    """Why the method ran in no picture; None where it ran in any."""
+    found = [r["attention"].get("did_not_run") for r in records]
+    return None if None in found else found[0]
 
 
 def _density(records: Sequence[dict]) -> float | None:

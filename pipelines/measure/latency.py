@@ -18,13 +18,13 @@ from dittfast.measure.timing import in_turns, percentiles, synchronize
 from ..description import Description
 from ..families import FAMILIES
 from ..fingerprint import weights_digest
-from ..models import attention_layers, stock_class, transformers_of
+from ..models import attention_layers, execution_device, stock_class, transformers_of
 from ..runs.compare import draw, quality
 from ..runs.run import Run
 from ..runs.settings import run_settings
 from ..runs.sources import Source
 from .fidelity import dense_kernel
-from .method_check import check_method
+from .method_check import Checked, check_method
 from .variants import Variant
 
 
@@ -116,10 +116,19 @@ def amdahl(share: float, density: float | None = None) -> float:
 
 
 def latency_settings(
-    pipe, source: Source, call: dict, variant: Variant, *, pairs: int, seed: int, kernel: str
+    pipe,
+    source: Source,
+    call: dict,
+    variant: Variant,
+    *,
+    pairs: int,
+    seed: int,
+    kernel: str,
+    loading: dict | None = None,
 ) -> dict:
     """What a row of :func:`measure_latency` is of, as plain data; equal for a row to use again."""
-    return {
+    loaded = {"loading": loading} if loading else {}
+    return loaded | {
         "task": "latency",
         "label": variant.label,
         **variant.settings(),
@@ -132,6 +141,53 @@ def latency_settings(
     }
 
 
+class _Arms:
+    """Dense attention and a method, drawn from one call and seed in turns."""
+
+    def __init__(self, pipe, call: dict, seed: int, variant: Variant):
+        self.pipe, self.call, self.seed, self.variant = pipe, call, seed, variant
+        self.device = execution_device(pipe)
+        self.runs: dict[str, list[Run]] = {"dense": [], "method": []}
+        self.memory: dict[str, int | None] = {}
+        self.shares: dict[str, dict] = {}
+        self.description: Description | None = None
+
+    def draw(self, arm: str) -> Run:
+        v = self.variant
+        method = None if arm == "dense" else v.method
+        found, description = draw(
+            self.pipe, self.call, self.seed, method, v.schedule, backend=v.backend
+        )
+        self.description = description or self.description
+        return found
+
+    def time(self, pairs: int, on_stage: Callable[[str], None]) -> str | None:
+        """Time whole calls in turns after a warm-up of each; why not, if the method is idle."""
+        for arm in self.runs:
+            on_stage(f"{arm}, warm-up")
+            self.draw(arm)
+        if self.description.did_not_run is not None:
+            return self.description.did_not_run
+        for turn, arm in in_turns(self.runs, pairs):
+            on_stage(f"{arm}, pair {turn + 1} of {pairs}")
+            reset_peak_memory(self.device)
+            result = self.draw(arm)
+            found = peak_memory(self.device)
+            self.memory[arm] = None if found is None else max(found, self.memory.get(arm) or 0)
+            self.runs[arm].append(result)
+        return None
+
+    def share(self, on_stage: Callable[[str], None]) -> None:
+        """Attention's share of a run of each arm."""
+        for arm in self.runs:
+            on_stage(f"{arm}, share of attention")
+            with attention_seconds(self.pipe) as spent:
+                total = self.draw(arm).timing.total
+            self.shares[arm] = {"modules": spent.modules / total}
+            if arm == "dense":
+                self.shares[arm] |= {"attention": spent.attention / total, "calls": spent.calls}
+
+
 def measure_latency(
     pipe,
     source: Source,
@@ -142,6 +198,7 @@ def measure_latency(
     seed: int = 0,
     kernel: str = "auto",
     on_stage: Callable[[str], None] = lambda stage: None,
+    loading: dict | None = None,
 ) -> dict:
     """Check the method, then time whole calls, dense and sparse in turns, after a warm-up of each.
 
@@ -151,9 +208,11 @@ def measure_latency(
     Args:
         call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
         pairs: of timed calls.
+        loading: what was put into the pipeline, as plain data.
 
     Returns:
-        Plain data; ``end_to_end`` and ``per_step`` always stand together.
+        Plain data; ``end_to_end`` and ``per_step`` always stand together. Of a method that does
+        not run at these settings nothing is timed: ``did_not_run`` says why.
 
     Raises:
         dittfast.measure.check.ParityError: the method's attention is wrong; nothing is timed.
@@ -161,44 +220,27 @@ def measure_latency(
     """
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
-    device = next(iter(transformers_of(pipe).values())).device
-    runs: dict[str, list[Run]] = {"dense": [], "method": []}
-    memory: dict[str, int | None] = {}
-    shares: dict[str, dict] = {}
-
-    def draw_arm(arm: str) -> tuple[Run, Description | None]:
-        method = None if arm == "dense" else variant.method
-        return draw(pipe, call, seed, method, variant.schedule, backend=variant.backend)
-
+    settings = latency_settings(
+        pipe, source, call, variant, pairs=pairs, seed=seed, kernel=kernel, loading=loading
+    )
+    arms = _Arms(pipe, call, seed, variant)
     with dense_kernel(kernel):
         on_stage("checking the method's attention")
         checked = check_method(pipe, call, variant.method, variant.schedule, variant.backend, seed)
-        for arm in runs:
-            on_stage(f"{arm}, warm-up")
-            draw_arm(arm)
-        for turn, arm in in_turns(runs, pairs):
-            on_stage(f"{arm}, pair {turn + 1} of {pairs}")
-            reset_peak_memory(device)
-            result, _ = draw_arm(arm)
-            found = peak_memory(device)
-            memory[arm] = None if found is None else max(found, memory.get(arm) or 0)
-            runs[arm].append(result)
-        for arm in runs:
-            on_stage(f"{arm}, share of attention")
-            with attention_seconds(pipe) as spent:
-                result, description = draw_arm(arm)
-            total = result.timing.total
-            shares[arm] = {"modules": spent.modules / total}
-            if arm == "dense":
-                shares[arm]["attention"] = spent.attention / total
-                shares[arm]["calls"] = spent.calls
-    return _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, shares) | {
-        "attention": description.to_dict()
+        idle = arms.time(pairs, on_stage)
+        if idle is None:
+            arms.share(on_stage)
+    found = settings | {
+        "preset": variant.preset,
+        "did_not_run": idle,
+        "parity": checked.to_dict(),
+        "attention": arms.description.to_dict(),
     }
+    return found if idle else found | _numbers(arms, checked)
 
 
-def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, shares) -> dict:
-    dense, sparse = runs["dense"], runs["method"]
+def _numbers(arms: _Arms, checked: Checked) -> dict:
+    dense, sparse = arms.runs["dense"], arms.runs["method"]
 
     def step(result: Run) -> float | None:
         return statistics.median(result.timing.steps) if result.timing.steps else None
@@ -207,13 +249,9 @@ def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, s
     stepwise = None
     if all(step(r) for r in (*dense, *sparse)):
         stepwise = percentiles(step(a) / step(b) for a, b in zip(dense, sparse))
-    share = shares["dense"]["attention"]
+    share = arms.shares["dense"]["attention"]
     ceiling = amdahl(min(share, 1.0))
-    settings = latency_settings(
-        pipe, source, call, variant, pairs=len(whole), seed=seed, kernel=kernel
-    )
-    return settings | {
-        "parity": checked.to_dict(),
+    return {
         "seconds": {
             name: {
                 "whole": percentiles(r.timing.total for r in results),
@@ -223,16 +261,16 @@ def _numbers(pipe, source, call, seed, kernel, variant, checked, runs, memory, s
                 "prompt": percentiles(r.timing.prompt for r in results),
                 "decode": percentiles(r.timing.decode for r in results),
             }
-            for name, results in runs.items()
+            for name, results in arms.runs.items()
         },
         "end_to_end": percentiles(whole),
         "per_step": stepwise,
-        "runs": {name: [asdict(r.timing) for r in results] for name, results in runs.items()},
-        "share": shares,
+        "runs": {name: [asdict(r.timing) for r in results] for name, results in arms.runs.items()},
+        "share": arms.shares,
         "ceiling": None if ceiling == float("inf") else ceiling,
         "ceiling_at_density": None
         if checked.density is None
         else amdahl(min(share, 1.0), min(checked.density, 1.0)),
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": arms.memory,
         "against_dense": quality(dense[0], sparse[0]),
     }

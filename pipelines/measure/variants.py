@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dittfast.config import SCHEDULE_FIELDS, parse_yaml, resolve, unknown
+from dittfast.config import SCHEDULE_FIELDS, check_fits, parse_yaml, resolve, unknown
 from dittfast.disk.records import read_text
+from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 DENSE = "dense"
 _LABEL = re.compile(r"[\w+-][\w.+-]*")
-_ENTRY = ("method", "options", "schedule", "source", "models")
+_KEYS = ("methods", "pairs", "schedule")
+_ENTRY = ("method", "options", "schedule", "source", "models", "transformers")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Variant:
 
     Args:
         label: its name in tables and folders: letters, digits and ``_.+-``.
+        preset: the preset or file that method and schedule were taken from, for tables.
 
     Raises:
         ValueError: another label, or "dense", which is the arm that all are compared with.
@@ -31,6 +35,7 @@ class Variant:
     method: Method
     schedule: Schedule = field(default_factory=Schedule)
     backend: str = "auto"
+    preset: str | None = None
 
     def __post_init__(self):
         if not _LABEL.fullmatch(self.label):
@@ -65,8 +70,8 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
     """``({label: (method, options)}, pairs)`` of a YAML file.
 
     The file holds ``methods``, a mapping from labels to ``method``, ``options`` and ``schedule``,
-    and perhaps ``pairs``, a list of two labels each. A preset's file, with one ``method`` of its
-    own, counts as one method under the file's name.
+    perhaps ``pairs``, a list of two labels each, and a ``schedule`` for all methods. A preset's
+    file, with one ``method`` of its own, counts as one method under the file's name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -83,16 +88,26 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
     if not isinstance(data, dict) or not isinstance(data.get("methods"), dict):
         raise ValueError(f"{path} must hold 'methods', a mapping from labels to methods")
     for key in data:
-        if key not in ("methods", "pairs"):
-            raise ValueError(f"{path}: {unknown('key', key, ('methods', 'pairs'))}")
+        if key not in _KEYS:
+            raise ValueError(f"{path}: {unknown('key', key, _KEYS)}")
+    common = data.get("schedule") or {}
+    _check_schedule(f"{path}", common)
     pairs = data.get("pairs") or []
     if not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise ValueError(f"{path}: 'pairs' must be a list of two labels each, got {pairs!r}")
-    found = {str(label): _entry(path, label, e) for label, e in data["methods"].items()}
+    found = {str(label): _entry(path, label, e, common) for label, e in data["methods"].items()}
     return found, [tuple(map(str, pair)) for pair in pairs]
 
 
-def _entry(path: Path, label, entry) -> tuple[str, dict]:
+def _check_schedule(where: str, schedule) -> None:
+    if not isinstance(schedule, dict):
+        raise ValueError(f"{where}: 'schedule' must be a mapping, got {schedule!r}")
+    for key in schedule:
+        if key not in SCHEDULE_FIELDS:
+            raise ValueError(f"{where}: {unknown('schedule key', key, SCHEDULE_FIELDS)}")
+
+
+def _entry(path: Path, label, entry, common: dict) -> tuple[str, dict]:
     where = f"{path}: methods: {label}"
     if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
         raise ValueError(f"{where} must be a mapping with the key 'method'")
@@ -102,23 +117,26 @@ def _entry(path: Path, label, entry) -> tuple[str, dict]:
     parts = [entry.get(key) or {} for key in ("options", "schedule")]
     if not all(isinstance(p, dict) for p in parts):
         raise ValueError(f"{where}: 'options' and 'schedule' must be mappings")
-    for key in parts[1]:
-        if key not in SCHEDULE_FIELDS:
-            raise ValueError(f"{where}: {unknown('schedule key', key, SCHEDULE_FIELDS)}")
-    return entry["method"], parts[0] | parts[1]
+    _check_schedule(where, parts[1])
+    return entry["method"], parts[0] | common | parts[1]
 
 
 def make_variants(
-    chosen: dict[str, tuple[str, dict]], options: dict | None = None, backend: str = "auto"
+    chosen: dict[str, tuple[str, dict]],
+    options: dict | None = None,
+    backend: str = "auto",
+    transformers: Iterable[str] = (),
 ) -> list[Variant]:
     """The methods that labels stand for.
 
     Args:
         chosen: label -> (method name, preset or YAML file; its options).
         options: further options by name, for all or for one label as ``LABEL.NAME``; they win.
+        transformers: classes of the model's transformers, for which presets must be made; empty
+            for any.
 
     Raises:
-        ValueError: an option for a label that is not there, and as
+        ValueError: a preset for other models, an option for a label that is not there, and as
             :func:`dittfast.config.resolve`.
     """
     options = options or {}
@@ -131,9 +149,11 @@ def make_variants(
     common = {k: v for k, v in options.items() if "." not in k}
     found = []
     for label, (name, own) in chosen.items():
+        check_fits(name, transformers)
         mine = {
             k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == label
         }
         method, schedule = resolve(name, **(own | common | mine))
-        found.append(Variant(label, method, schedule, backend))
+        preset = None if name in METHODS else name
+        found.append(Variant(label, method, schedule, backend, preset))
     return found

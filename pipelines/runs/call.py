@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import math
 from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
+from dittfast.environment import total_memory
+
 from ..models import transformers_of
+
+logger = logging.getLogger(__name__)
 
 SIZES = ("num_frames", "height", "width")
 _COUNTS = (*SIZES, "num_inference_steps", "max_sequence_length", "runs", "fps")
-_SCALES = ("guidance_scale", "true_cfg_scale")
+_SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
+# More than these is a slip of the finger, and would take memory before anybody noticed.
+_MOST = {"num_inference_steps": 100_000, "runs": 10_000, "fps": 1_000}
+# Bytes of a pixel in the picture that a pipeline returns: three floats.
+_PIXEL_BYTES = 12
+# Bytes of a text token, at least: an embedding of 1,024 in 16 bits.
+_TOKEN_BYTES = 2_048
 
 
 @runtime_checkable
@@ -78,8 +89,11 @@ def check_ranges(**values) -> None:
             raise ValueError(f"seed must lie in 0..{2**63 - 1}, got {value}")
         if name in _COUNTS and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if name in _MOST and value > _MOST[name]:
+            raise ValueError(f"{name} must be at most {_MOST[name]:,}, got {value:,}")
         if name in _SCALES and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
+    _check_memory(values)
 
 
 def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> dict:
@@ -104,6 +118,13 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
     call = {k: v for k, v in (settings or {}).items() if k in names} | given
     call["prompt"] = prompt
     check_ranges(**call)
+    second, first = call.get("guidance_scale_2"), call.get("guidance_scale")
+    if second is not None and second > 1 and first is not None and first <= 1:
+        logger.warning(
+            "guidance_scale_2 %g does nothing: %s guides neither expert where guidance_scale is "
+            "%g; take a guidance_scale above 1",
+            second, type(pipe).__name__, first,
+        )  # fmt: skip
     for name, multiple in zip(("height", "width"), size_multiples(pipe)):
         _check_multiple(pipe, call, name, multiple, 0)
     temporal = getattr(pipe, "vae_scale_factor_temporal", None)
@@ -114,6 +135,28 @@ def call_arguments(pipe, prompt: str, settings: dict | None = None, **given) -> 
         # and then four at a time. Without an image to encode every number is right.
         _check_multiple(pipe, call, "num_frames", 4, 0)
     return call
+
+
+def _check_memory(values: dict) -> None:
+    """Refuse what this machine can never hold, whatever the model."""
+    memory = total_memory()
+    if memory is None:
+        return
+    size = {name: values.get(name) or 1 for name in SIZES}
+    pixels = math.prod(size.values())
+    if pixels * _PIXEL_BYTES > memory:
+        words = " x ".join(f"{name} {n:,}" for name, n in size.items() if n > 1)
+        raise ValueError(
+            f"{words} is {pixels:,} pixels: the picture alone takes "
+            f"{pixels * _PIXEL_BYTES / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB; "
+            "draw it smaller"
+        )
+    text = values.get("max_sequence_length") or 0
+    if text * _TOKEN_BYTES > memory:
+        raise ValueError(
+            f"max_sequence_length {text:,} takes {text * _TOKEN_BYTES / 1e9:,.0f} GB for the text "
+            f"alone, and this machine has {memory / 1e9:,.0f} GB; 512 is what most models know"
+        )
 
 
 def call_record(call: dict) -> dict:

@@ -7,6 +7,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -47,9 +48,14 @@ class Arm:
         return statistics.median(t.total for t in self.timings)
 
     @property
+    def did_not_run(self) -> str | None:
+        """Why the method of this arm ran nowhere; None where it ran, and for dense attention."""
+        return None if self.description is None else self.description.did_not_run
+
+    @property
     def density(self) -> float | None:
         """Kept fraction of token pairs in sparse layers; 1 if there are none, None if it varies."""
-        if self.description is None or all(x.dense for x in self.description.layers):
+        if self.description is None or self.did_not_run is not None:
             return 1.0
         return self.description.density
 
@@ -64,11 +70,44 @@ class Arm:
         }
 
 
+class Way(Protocol):
+    """What draws otherwise than dense attention and is no method alone: a trained adapter."""
+
+    name: str
+
+    def __call__(self, pipe, schedule: dict) -> contextlib.AbstractContextManager:
+        """Inside, the pipeline draws so; ``schedule`` holds fields that win over its own."""
+
+
+def installed(
+    pipe,
+    method: Method | Way | None,
+    schedule: Schedule | None = None,
+    backend: str = "auto",
+    changes: dict | None = None,
+) -> contextlib.AbstractContextManager:
+    """Inside, the pipeline draws by a method or way; for None as it is.
+
+    Args:
+        changes: fields of the schedule that win.
+    """
+    if method is None:
+        return contextlib.nullcontext()
+    if isinstance(method, Method):
+        return enable(
+            pipe, method, schedule=replace(schedule or Schedule(), **changes or {}), backend=backend
+        )
+    return method(pipe, changes or {})
+
+
+_EVERY_STEP = {"dense_first_steps": 0, "dense_last_steps": 0}
+
+
 def draw(
     pipe,
     call: dict,
     seed: int = 0,
-    method: Method | None = None,
+    method: Method | Way | None = None,
     schedule: Schedule | None = None,
     *,
     backend: str = "auto",
@@ -80,17 +119,18 @@ def draw(
     """One run with a method or, for None, with dense attention; and what ran where.
 
     Args:
+        method: a method with its ``schedule`` and ``backend``, or a :class:`Way`, which knows its
+            own.
         position_scale, position_until: of the image's position ids
             (:func:`~dittfast.pipelines.runs.positions.positions_scaled`).
         warm_up: take one step, and none that the schedule keeps dense, so that the method runs.
     """
     if warm_up:
         call = call | {"num_inference_steps": 1}
-        schedule = replace(schedule or Schedule(), dense_first_steps=0, dense_last_steps=0)
     with contextlib.ExitStack() as stack:
         stack.enter_context(positions_scaled(pipe, position_scale, position_until))
-        if method is not None:
-            stack.enter_context(enable(pipe, method, schedule=schedule, backend=backend))
+        changes = _EVERY_STEP if warm_up else {}
+        stack.enter_context(installed(pipe, method, schedule, backend, changes))
         if guidance is not None:
             stack.enter_context(guide(pipe, guidance))
         drawn = run(pipe, call, seed)
@@ -100,7 +140,7 @@ def draw(
 def generate(
     pipe,
     call: dict,
-    method: Method | None = None,
+    method: Method | Way | None = None,
     schedule: Schedule | None = None,
     *,
     guidance: HeadGuidance | None = None,
@@ -120,7 +160,7 @@ def generate(
 
     Args:
         call: see :func:`call_arguments`.
-        method: None for dense attention alone.
+        method: None for dense attention alone; else as :func:`draw`.
         guidance, position_scale, position_until: as :func:`draw`, of every run, dense and sparse.
         runs: timed runs of each arm.
         on_stage: called with the name of what comes next.
@@ -137,7 +177,7 @@ def generate(
     check_position_scale(position_scale, position_until)
     if compare and method is None:
         raise ValueError("there is nothing to compare dense attention with; choose a method")
-    arms: list[tuple[str, Method | None]] = []
+    arms: list[tuple[str, Method | Way | None]] = []
     if compare or method is None:
         arms.append(("dense", None))
     if method is not None:
@@ -195,11 +235,15 @@ def record(
     position_scale: float = 1.0,
     position_until: float = 0.0,
 ) -> dict:
-    """Everything needed to repeat a run and to judge its numbers, as plain data for JSON."""
+    """Everything needed to repeat a run and to judge its numbers, as plain data for JSON.
+
+    Where the method ran nowhere, ``did_not_run`` says why, and there are no ratios.
+    """
     last = arms[-1]
     data = describe_run(pipe, source, call, seed, guidance)
     data |= {"position_scale": position_scale, "position_until": position_until}
     data["attention"] = None if last.description is None else last.description.to_dict()
+    data["did_not_run"] = last.did_not_run
     if len(arms) == 1:
         data["measured"] = f"{len(last.timings)} run(s), the first not warmed up"
         return data | {"timing": last.to_dict()}
@@ -208,12 +252,14 @@ def record(
         f"{len(sparse.timings)} run(s) of each arm, taking turns, after a warm-up run of 1 step "
         "each; seconds_per_step is the median step, seconds the median whole call"
     )
-    per_step = None
-    if dense.seconds_per_step and sparse.seconds_per_step:
-        per_step = dense.seconds_per_step / sparse.seconds_per_step
+    per_step = whole = None  # two runs of dense attention have no ratio
+    if last.did_not_run is None:
+        whole = dense.seconds / sparse.seconds
+        if dense.seconds_per_step and sparse.seconds_per_step:
+            per_step = dense.seconds_per_step / sparse.seconds_per_step
     return data | {
         "dense": dense.to_dict(),
         "sparse": sparse.to_dict(),
-        "dense_over_sparse": {"per_step": per_step, "whole": dense.seconds / sparse.seconds},
+        "dense_over_sparse": {"per_step": per_step, "whole": whole},
         "against_dense": quality(dense.run, sparse.run),
     }

@@ -9,7 +9,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..models import transformers_of
+from ..models import execution_device, transformers_of
 from . import sources
 from .call import PicturePerPrompt, call_arguments, needs_image
 from .run import run
@@ -101,7 +101,7 @@ def with_first_frame(pipe, call: dict, settings: dict | None = None) -> dict:
         image = fit(call["image"], *size)
     elif "first_frame" in (settings or {}):
         model = next(iter(transformers_of(pipe).values()))
-        image = FirstFrame(settings["first_frame"], *size, model.device, model.dtype)
+        image = FirstFrame(settings["first_frame"], *size, execution_device(pipe), model.dtype)
     else:
         raise ValueError(
             f"{type(pipe).__name__} animates an image and got none; pass one with --image FILE"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..models import known_family, transformers_of
+from ..models import execution_device, known_family, transformers_of
 from .call import SIZES, PicturePerPrompt, accepted
+from .needs import log_needs
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +52,31 @@ class Run:
     latents: torch.Tensor | None = None
 
 
+# Seconds of waiting from which on people want to know.
+_WORTH_SAYING = 5
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class _Clock:
-    """Notes when the transformer first runs, when each step ends, and the last latents."""
+    """Notes when the transformer first runs, when each step ends, and the last latents.
+
+    Logs what the run needs when its first pass begins, and after the first step the time left.
+    """
 
     def __init__(self, pipe, device: torch.device):
-        self.device = device
+        self.pipe, self.device = pipe, device
         self.first: float | None = None
         self.ends: list[float] = []
         self.latents: torch.Tensor | None = None
         self._hooks = [
-            model.register_forward_pre_hook(self._begin) for model in transformers_of(pipe).values()
+            model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            for model in transformers_of(pipe).values()
         ]
 
     def now(self) -> float:
@@ -68,13 +84,19 @@ class _Clock:
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def _begin(self, module, arguments):
+    def _begin(self, module, args, kwargs):
         if self.first is None:
+            log_needs(self.pipe, module, args, kwargs)
             self.first = self.now()
 
     def step_end(self, pipe, step, timestep, values):
         self.ends.append(self.now())
         self.latents = values.get("latents")
+        total = getattr(pipe, "num_timesteps", None)
+        if step == 0 and isinstance(total, int) and self.first is not None:
+            left = (total - 1) * (self.ends[0] - self.first)
+            if left >= _WORTH_SAYING:
+                logger.info("the first of %d steps is done; about %s left", total, duration(left))
         return values
 
     def close(self):
@@ -88,7 +110,7 @@ def run(pipe, call: dict, seed: int = 0) -> Run:
     Raises:
         FloatingPointError: the picture has values that are not finite.
     """
-    device = next(iter(transformers_of(pipe).values())).device
+    device = execution_device(pipe)
     if isinstance(call.get("image"), PicturePerPrompt):
         call = call | {"image": call["image"](call["prompt"], seed)}
     on_cuda = device.type == "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dittfast.environment import describe_device, versions
 
-from ..models import attention_backend, transformers_of
+from ..models import attention_backend, execution_device, transformers_of
 from .call import call_record
 from .sources import Source
 
@@ -20,7 +20,7 @@ def run_settings(pipe, source: Source, call: dict) -> dict:
         "model": source.name,
         "pipeline": type(pipe).__name__,
         "call": call_record(call),
-        "device": describe_device(model.device),
+        "device": describe_device(execution_device(pipe)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "dense_attention": attention_backend(model),
         "versions": versions(),

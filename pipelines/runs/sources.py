@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from dittfast.disk.problems import reading
 from dittfast.disk.records import read_json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -145,8 +146,26 @@ def choose_dtype(dtype: str, device):
     return getattr(torch, dtype)
 
 
-def load(source: Source, device="cpu", dtype=None):
-    """The ``DiffusionPipeline`` of a source, on a device.
+def transformer_classes(source: Source) -> dict[str, str]:
+    """The classes of a pipeline's transformers by component, from its folder; none for a hub id.
+
+    Raises:
+        ValueError: a model_index.json that is no such file.
+    """
+    if source.kind == "hub":
+        return {}
+    file = Path(source.location) / "model_index.json"
+    index = read_json(file, dict)
+    named = {k: v for k, v in index.items() if re.fullmatch(r"transformer(_\d+)?", k)}
+    with reading(file, "it is no model_index.json of diffusers"):
+        return {k: str(v[1]) for k, v in named.items() if v[0] is not None}
+
+
+def load(source: Source, device="cpu", dtype=None, **more):
+    """The ``DiffusionPipeline`` of a source, on a device; None leaves it where it was loaded.
+
+    Args:
+        more: further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: it could not be loaded; the message says why, and for a hub id what to do
@@ -158,7 +177,7 @@ def load(source: Source, device="cpu", dtype=None):
     options = {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source.location, local_files_only=source.kind != "hub", **options
+            source.location, local_files_only=source.kind != "hub", **options, **more
         )
     except Exception as error:  # each loader raises its own: OSError, KeyError, SafetensorError ...
         if source.kind == "hub":
@@ -172,7 +191,7 @@ def load(source: Source, device="cpu", dtype=None):
         raise ValueError(
             f"could not load the pipeline in {source.location}: {type(error).__name__}: {reason}"
         ) from error
-    return pipe.to(device)
+    return pipe if device is None else pipe.to(device)
 
 
 def _root_cause(error: BaseException) -> str:

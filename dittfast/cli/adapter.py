@@ -1,0 +1,72 @@
+"""``--adapter``: what ``dittfast distill`` trained, as one way of drawing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def add_adapter_argument(parser) -> None:
+    """``--adapter``."""
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="what dittfast distill trained, method and weights; --set changes its options",
+    )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter that is in the pipeline while something is drawn with it.
+
+    Args:
+        path: the folder, or a file of CLEAR's checkpoints.
+        options: of its method and schedule, in the place of its own.
+    """
+
+    path: str
+    options: dict = field(default_factory=dict)
+    backend: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).resolve().name
+
+    @contextlib.contextmanager
+    def __call__(self, pipe, schedule: dict) -> Iterator[None]:
+        from dittfast.distill.artifacts import load_adapter, unload_adapter
+
+        load_adapter(pipe, self.path, backend=self.backend, **self.options, **schedule)
+        try:
+            yield
+        finally:
+            unload_adapter(pipe)
+
+
+def chosen_adapter(args) -> Adapter | None:
+    """The adapter that was asked for, checked as far as its folder tells.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: together with what does not go with it, or a description that is none.
+    """
+    from .options import parse_options
+
+    if args.adapter is None:
+        return None
+    for name in ("method", "config", "quantize"):
+        if getattr(args, name, None):
+            why = "brings its own method; change that with --set"
+            if name == "quantize":
+                why = "is checked against the weights that it was trained on"
+            raise ValueError(f"--adapter {why}, so leave out --{name}")
+    path = Path(args.adapter)
+    if path.is_dir():
+        from dittfast.distill.artifacts import read_description
+
+        read_description(path)
+    elif not path.is_file():
+        raise FileNotFoundError(f"there is no adapter at {path}; name the folder of one")
+    return Adapter(args.adapter, parse_options(args.options), args.backend)
