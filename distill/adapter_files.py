@@ -25,7 +25,6 @@ from dittfast.pipelines.models import attention_layers, family_of
 from dittfast.schedule import Schedule
 
 from .lora import ADAPTER, lora_shapes
-from .student import attention_weights
 
 FORMAT = 2
 # Format 1 wrote a method's own parameters without OWN before their names.
@@ -159,7 +158,8 @@ def promised(record: Record, model: torch.nn.Module) -> Weights:
 
 def stock_weights(model: torch.nn.Module, layers: Iterable[str]) -> list[str]:
     """Names in the stock model of the to_q, to_k, to_v and to_out parameters of some layers."""
-    return [name.replace(".base_layer.", ".") for name in attention_weights(model, list(layers))]
+    names = family_of(model).projection_weights(model, list(layers))
+    return [name.replace(".base_layer.", ".") for name in names]
 
 
 def read_folder(record: Record, headers: bool = False) -> Weights:

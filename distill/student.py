@@ -21,7 +21,6 @@ from .lora import ADAPTER, add_lora
 from .sharding import is_sharded, local, part, shard
 
 
-
 def component_of(pipe, component: str) -> torch.nn.Module:
     """A transformer of the pipeline by its component name.
 
