@@ -220,6 +220,12 @@ class Layout:
         main = self.segments.index(self.grid)
         return sum(s.length for s in self.segments[:main])
 
+    @property
+    def text_behind(self) -> int:
+        """Context tokens behind the last grid. Raises ValueError on a text-only layout."""
+        last = max(i for i, s in enumerate(self.segments) if s in self.grids)
+        return sum(s.length for s in self.segments[last + 1 :])
+
     def spans(self) -> list[tuple[int, Context | Grid]]:
         """``(first token, segment)`` for every segment, in sequence order."""
         start, found = 0, []

@@ -80,6 +80,10 @@ class Watched(Protocol):
     def text_before(self) -> int:
         """Tokens before its grid."""
 
+    @property
+    def text_behind(self) -> int:
+        """Context tokens behind its last grid."""
+
     def covers(self, num_tokens: int) -> bool:
         """Whether a call of attention over this many tokens is meant."""
 
@@ -120,7 +124,8 @@ class AttentionCore:
         self.shortcut = shortcut
         # Numbers, because Dynamo does not look into a layout's properties.
         main = planned[0][0].layout
-        self.num_tokens, self.text_before = main.num_tokens, main.grid_start
+        self.num_tokens = main.num_tokens
+        self.text_before, self.text_behind = main.grid_start, main.text_behind
 
     def rows_of(self, num_tokens) -> tuple[PlannedLayout, ...] | None:
         """The plans for a sequence of this length; None where no layout has it."""
@@ -276,6 +281,8 @@ def key_log_weight(
         mask = mask[:, None]
     elif mask.ndim == 2:
         mask = mask[None, None]
+    if mask.shape[-2] != 1 and mask.stride(-2) == 0:
+        mask = mask[..., :1, :]  # one row, expanded
     if mask.shape[-2] != 1 and token is None:
         raise ValueError(
             f"this layer passes an attention mask of shape {list(shape)} that may differ between "

@@ -13,6 +13,7 @@ import torch
 from dittfast.layout import Layout
 
 from .families import FAMILIES, Family
+from .families.others import OTHERS
 from .families.sequences import Sequences
 
 LayoutReader = Callable[[torch.nn.Module, dict], Layout | Sequences]
@@ -28,6 +29,9 @@ class HasComponents(Protocol):
 
 # What the public functions take: a pipeline, or its transformer alone.
 Pipeline: TypeAlias = torch.nn.Module | HasComponents
+
+# The layers of a described unknown model: all that are not told to be cross-attention.
+_ANY = ".*"
 
 # What wrappers put into the names of the modules they hold.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
@@ -78,7 +82,8 @@ def transformers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
     found = {
         name: unwrapped(module)
         for name, module in components.items()
-        if isinstance(module, torch.nn.Module) and re.fullmatch(r"transformer(_\d+)?", name)
+        if isinstance(module, torch.nn.Module)
+        and re.fullmatch(r"(unconditional_)?transformer(_\d+|_ref)?", name)
     }
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no transformer; dittfast needs a DiT pipeline")
@@ -117,15 +122,18 @@ def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = Non
     """How a model is read: as its class is known, or by the layout given.
 
     Raises:
-        ValueError: an unknown class without a layout, or a layout that is neither a Layout nor a
-            function.
+        ValueError: an unknown class without a layout, a class whose attention nothing can be
+            left out of, or a layout that is neither a Layout nor a function.
     """
-    known = known_family(model)
+    known, name = known_family(model), stock_class(type(model)).__name__
+    other = OTHERS.get(name)
+    if other is not None and other.never:
+        raise ValueError(f"{name} cannot be made sparse: it {other.why}")
     if layout is None:
         if known is None:
-            name = stock_class(type(model)).__name__
+            why = "" if other is None else f": it {other.why}"
             raise ValueError(
-                f"no layout reader for {name}; known: {', '.join(sorted(FAMILIES))}. Pass "
+                f"no layout reader for {name}{why}; known: {', '.join(sorted(FAMILIES))}. Pass "
                 "layout=Layout.image(height, width, text=...) in tokens, or a function "
                 "(model, forward_arguments) -> Layout"
             )
@@ -135,7 +143,7 @@ def family_of(model: torch.nn.Module, layout: Layout | LayoutReader | None = Non
     read = (lambda model, arguments: layout) if isinstance(layout, Layout) else layout
     if known:
         return dataclasses.replace(known, read=read, reads_values=())
-    return Family(".*", read, strict=False)
+    return Family(_ANY, read, strict=False)
 
 
 def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.nn.Module]:
@@ -145,7 +153,7 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.
         for name, module in model.named_modules()
         if callable(getattr(module, "processor", None))
         and re.fullmatch(family.layers, _WRAPPERS.sub("", name))
-        and not getattr(module, "is_cross_attention", False)
+        and not (family.layers == _ANY and getattr(module, "is_cross_attention", False))
     }
 
 

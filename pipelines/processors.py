@@ -190,7 +190,8 @@ class _LastPart:
     def __init__(self, inner: Perturbation, parts: int):
         self.inner, self.parts = inner, parts
         self.strict, self.shortcut = inner.strict, inner.shortcut
-        self.num_tokens, self.text_before = inner.num_tokens, inner.text_before
+        self.num_tokens = inner.num_tokens
+        self.text_before, self.text_behind = inner.text_before, inner.text_behind
 
     def covers(self, num_tokens: int) -> bool:
         return self.inner.covers(num_tokens)

@@ -46,14 +46,16 @@ class intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _SDPA:
             call = {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
-            watched, missing = self.run.watched, call["key"].shape[-2] - call["query"].shape[-2]
-            is_meant = missing == 0 or missing == watched.text_before
-            if is_meant and watched.covers(call["key"].shape[-2]):
-                if missing == 0:
+            watched = self.run.watched
+            asking, tokens = call["query"].shape[-2], call["key"].shape[-2]
+            silent = _silent_context(watched, tokens - asking)
+            if silent is not None and watched.covers(tokens):
+                if silent == (0, 0):
                     return self._answer(func, args, kwargs, call)
                 # Text that is seen and does not look: rows of zeros ask for it, in vain.
-                call["query"] = F.pad(call["query"], (0, 0, missing, 0))
-                return self._answer(func, (), call, call)[..., missing:, :]
+                call["query"] = F.pad(call["query"], (0, 0, *silent))
+                out = self._answer(func, (), call, call)
+                return out[..., silent[0] : silent[0] + asking, :]
         elif func is F.linear:
             if not torch.compiler.is_compiling():
                 self.ran = True
@@ -74,6 +76,16 @@ class intercept(TorchFunctionMode):
         if run.transform is not None:
             out = run.transform(out, run.strength, call)
         return out
+
+
+def _silent_context(watched, missing: int) -> tuple[int, int] | None:
+    """Of tokens that have keys and no queries, how many stand before the others and behind.
+
+    None where they are not context at one end, so that the call is another attention than meant.
+    """
+    if 0 <= missing <= watched.text_before:
+        return missing, 0
+    return (0, missing) if missing == watched.text_behind else None
 
 
 def _call(self, *args, **kwargs):

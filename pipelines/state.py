@@ -122,6 +122,15 @@ class Session:
         )  # fmt: skip
 
 
+def _shapes(value):
+    """What a reader may see of an argument without reading a tensor: shapes, and whole numbers."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shapes, value))
+    return value if isinstance(value, int) else None
+
+
 class Guidance(Protocol):
     """What can be put into :attr:`ModelState.guidance`."""
 
@@ -303,7 +312,7 @@ class ModelState:
         """
         given = (arguments.get(name) for name in self.family.reads_values)
         sources = [x for x in given if torch.is_tensor(x)]
-        shapes = [x.shape for x in arguments.values() if torch.is_tensor(x)]
+        shapes = [_shapes(x) for x in arguments.values()]
         state = shapes, [0 if x.is_inference() else x._version for x in sources]
         if sources and self._here.read is not None:
             tensors, seen, found = self._here.read

@@ -27,12 +27,13 @@ class Weak(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is SDPA and self.on:
-            call = {**dict(zip(("query", "key", "value"), args)), **(kwargs or {})}
-            value = call["value"]
-            # PRX's text keys have no queries: they come first.
+        call = {**dict(zip(("query", "key", "value"), args)), **(kwargs or {})}
+        value = call.get("value")
+        if func is SDPA and self.on and value.shape[2] in self.layouts:
             rows = self.layouts[value.shape[2]]
             missing = value.shape[2] - out.shape[2]
+            # Text without queries: PRX's stands in front, NucleusMoE's behind.
+            missing = missing if rows[0].grid_start >= missing else 0
             out = out.clone()
             for b in range(out.shape[0]):
                 layout = rows[b if len(rows) > 1 else 0]

@@ -85,7 +85,7 @@ def test_newcomers_touch_the_named_files_and_no_other(title):
         seen |= touched
     # A file that no witness needs is named in vain; readers are functions with names of their own.
     idle = {n for n in allowed if "NAME" not in n and n not in seen}
-    assert not idle - {"pipelines/families/image.py", "pipelines/families/video.py"}
+    assert not idle - {f"pipelines/families/{name}.py" for name in ("image", "video", "packed")}
     assert all((ROOT / name).exists() for name in allowed if "NAME" not in name)
 
 
@@ -110,4 +110,5 @@ def test_the_witnesses_are_there():
         assert mentions()[name] & {
             "pipelines/families/tiny_image.py",
             "pipelines/families/tiny_video.py",
+            "pipelines/families/tiny_packed.py",
         }, f"{name} has no tiny model"

@@ -35,6 +35,7 @@ from tiny_pipelines import (
 
 import dittfast
 from dittfast.methods.base import Method
+from dittfast.pipelines.models import transformers_of
 from dittfast.plan import Plan
 
 
@@ -61,11 +62,9 @@ def record(pipe, call: Callable, calls: int = 1, **options) -> str:
         calls: passes of one step, which must agree.
     """
     method = Seen()
-    models = {id(m): m for m in pipe.components.values() if isinstance(m, torch.nn.Module)}
+    models = {id(m): m for m in transformers_of(pipe).values()}
     hooks = [
-        m.register_forward_pre_hook(lambda *_: method.flags.append("D"))
-        for m in models.values()
-        if "Transformer" in type(m).__name__
+        m.register_forward_pre_hook(lambda *_: method.flags.append("D")) for m in models.values()
     ]
     options = options or dict(dense_first_steps=2, dense_last_steps=1)
     try:
@@ -222,6 +221,69 @@ CALLS = {
     "AllegroTransformer3DModel": dict(**VIDEO, **MASKED2, negative_prompt=None),
     "LatteTransformer3DModel": dict(
         **SIZE, prompt_embeds=text(32), **NEGATIVE, negative_prompt=None, video_length=3
+    ),
+    "OvisImageTransformer2DModel": dict(
+        **SIZE, prompt_embeds=text(32), **NEGATIVE, negative_prompt=None
+    ),
+    "BriaTransformer2DModel": dict(**SIZE, prompt_embeds=text(32), **NEGATIVE),
+    "BriaFibo2Transformer2DModel": dict(
+        **SIZE,
+        prompt_embeds=torch.ones(1, 2, 7, 24),
+        prompt_embeds_mask=mask().bool(),
+        negative_prompt_embeds=torch.ones(1, 2, 7, 24),
+        negative_prompt_embeds_mask=mask().bool(),
+    ),
+    "Krea2Transformer2DModel": dict(
+        **SIZE,
+        prompt_embeds=torch.ones(1, 7, 3, 24),
+        prompt_embeds_mask=mask().bool(),
+        negative_prompt_embeds=torch.ones(1, 7, 3, 24),
+        negative_prompt_embeds_mask=mask().bool(),
+    ),
+    "ErnieImageTransformer2DModel": dict(
+        **SIZE, prompt_embeds=[torch.ones(7, 24)], negative_prompt_embeds=[torch.ones(5, 24)]
+    ),
+    "CogView3PlusTransformer2DModel": dict(**SIZE, prompt_embeds=text(32), **NEGATIVE),
+    "GlmImageTransformer2DModel": dict(
+        **SIZE,
+        prompt_embeds=text(32),
+        **NEGATIVE,
+        prior_token_ids=torch.zeros(1, 16, dtype=torch.long),
+    ),
+    "HunyuanDiT2DModel": dict(
+        **SIZE,
+        prompt_embeds=text(16),
+        prompt_attention_mask=mask(),
+        prompt_embeds_2=text(16, 5),
+        prompt_attention_mask_2=mask(5),
+        negative_prompt_embeds=text(16),
+        negative_prompt_attention_mask=mask(),
+        negative_prompt_embeds_2=text(16, 5),
+        negative_prompt_attention_mask_2=mask(5),
+        use_resolution_binning=False,
+    ),
+    "LuminaNextDiT2DModel": dict(**SIZE, **MASKED2),
+    "NucleusMoEImageTransformer2DModel": dict(
+        **QWEN, **NEGATIVE, negative_prompt_embeds_mask=mask()
+    ),
+    "JoyImageEditTransformer3DModel": dict(**QWEN, **NEGATIVE, negative_prompt_embeds_mask=mask()),
+    "ChronoEditTransformer3DModel": dict(
+        **SIZE,
+        image=picture(),
+        prompt_embeds=text(32, 512),
+        negative_prompt_embeds=text(32, 512),
+    ),
+    "AnyFlowTransformer3DModel": dict(**VIDEO, prompt_embeds=text(32)),
+    "EasyAnimateTransformer3DModel": dict(**VIDEO, **MASKED2),
+    "MotifVideoTransformer3DModel": dict(**VIDEO, **MASKED),
+    "HeliosTransformer3DModel": dict(WAN, num_frames=33),
+    "Kandinsky6Transformer3DModel": dict(
+        **VIDEO,
+        prompt_embeds=text(32),
+        pooled_prompt_embeds=torch.ones(1, 16),
+        **NEGATIVE,
+        negative_pooled_prompt_embeds=torch.ones(1, 16),
+        sample_audio=False,
     ),
 }
 
@@ -435,7 +497,28 @@ ROWS = [
     row("PixArtSigmaPAGPipeline", scheduler=karras("DPMSolverMultistepScheduler")),
     row("PRXPipeline"),
     row("PRXPixelPipeline", config=dict(in_channels=3)),
+    row("OvisImagePipeline", calls=2, config=dict(out_channels=16)),
+    row("BriaPipeline"),
+    row("BriaFibo2Pipeline", calls=2),
+    row("Krea2Pipeline", calls=2),
+    row("ErnieImagePipeline"),
+    row("CogView3PlusPipeline", scheduler=karras("CogVideoXDDIMScheduler")),
+    row("GlmImagePipeline", calls=2),
+    row(
+        "HunyuanDiTPipeline",
+        scheduler=karras("DDPMScheduler"),
+        parts=lambda transformer: dict(feature_extractor=Features()),
+    ),
+    row("LuminaPipeline"),
+    row("NucleusMoEImagePipeline", calls=2),
+    row("JoyImageEditPipeline", calls=2),
     # Videos.
+    row("ChronoEditPipeline", calls=2, parts=sees_images, config=dict(in_channels=12)),
+    row("AnyFlowPipeline", scheduler=karras("FlowMapEulerDiscreteScheduler")),
+    row("EasyAnimatePipeline"),
+    row("MotifVideoPipeline", parts=unguided, config=dict(in_channels=9)),
+    row("HeliosPipeline", calls=2, scheduler=karras("HeliosScheduler", stages=1)),
+    row("Kandinsky6TI2VAPipeline", calls=2),
     row("WanPipeline", calls=2, channels=16, quick=True),
     row(
         "WanImageToVideoPipeline", calls=2, call=dict(image=picture()), config=dict(in_channels=12)
@@ -639,8 +722,25 @@ def dense_and_sparse(row: Row) -> str:
 
 # Classes without a row, and why. Their loops are those of a class that has one.
 UNBUILT = {
+    "BriaFiboEditPipeline": "takes no prompt embeddings; the loop of BriaFibo",
+    "BriaFiboPipeline": "takes no prompt embeddings; a batch of two, as in Bria",
     "ChromaInpaintPipeline": "asks its transformer for guidance_embeds, which Chroma's has not",
     "Cosmos2_5_TransferPipeline": "needs a controlnet; the loop of Cosmos2_5_PredictBase",
+    "Cosmos3OmniPipeline": "takes no prompt embeddings; two calls of one loop, as in Wan",
+    "EasyAnimateControlPipeline": "more channels; the loop of EasyAnimate",
+    "EasyAnimateInpaintPipeline": "more channels; the loop of EasyAnimate",
+    "HeliosPyramidPipeline": "grows its latents in stages, each of which is a run of its own",
+    "HunyuanDiTControlNetPipeline": "needs a controlnet; the loop of HunyuanDiT",
+    "HunyuanDiTPAGPipeline": "the loop of HunyuanDiT",
+    "HunyuanVideoFramepackPipeline": "needs a vision tower; each section is a run of its own",
+    "Ideogram4Pipeline": "takes no prompt embeddings; two transformers, one loop",
+    "JoyImageEditPlusPipeline": "needs reference images; the loop of JoyImageEdit",
+    "LongCatImageEditPipeline": "needs a vision tower; the loop of OvisImage",
+    "LongCatImagePipeline": "fails with prompt embeddings; the loop of OvisImage",
+    "MotifVideoImage2VideoPipeline": "needs a vision tower; the loop of MotifVideo",
+    "QwenImage21Pipeline": "needs a vision tower's processor; the loop of QwenImage",
+    "OmniGenPipeline": "takes no prompt embeddings; a batch of two or three in one loop",
+    "WanAnimatePipeline": "needs a vision tower; each segment is a run of its own",
     "HunyuanVideo15ImageToVideoPipeline": "needs a vision tower; the loop of HunyuanVideo15",
     "LTX2DFRPipeline": "needs keyframe embeddings and a second stage with fixed sigmas",
     "LTX2DFRTemporalRefinePipeline": "refines what LTX2DFR made",

@@ -8,12 +8,13 @@ from pathlib import Path
 from dittfast.files import check_output, write_json, write_text
 
 EXAMPLE = """\
-Runs each family of the installed diffusers as a tiny random model, on the CPU, in about a minute:
-the stock model, a plan that keeps everything, and each method on the cpu and reference backends.
+Runs each family of the installed diffusers as a tiny random model, on the CPU, in a minute or two:
+the stock model, a plan that keeps everything, each method on the cpu and reference backends,
+guidance and gradient checkpointing; with --method compiled torch.compile, which takes minutes.
 
 examples:
   dittfast parity
-  dittfast parity --family wan --family mochi --method radial
+  dittfast parity --family wan --family mochi --method radial --method compiled
 """
 
 LEGEND = """\
@@ -23,7 +24,17 @@ plan keeps everything (1.00) the output is the stock model's, and elsewhere the 
 what the reference backend gives, both within the noise of eager attention; a plan that leaves
 something out changes the output; and after dittfast.disable the output is bit for bit the stock
 model's. "guided" says the same of dittfast.guide with one weakened head: equal beside stock
-attention and beside the full plan, another output than the model's, and gone without a trace."""
+attention and beside the full plan, another output than the model's, and gone without a trace.
+"checkpointed": under local, the gradients with diffusers' gradient checkpointing are those without
+("-": the class has none, or the stock model's gradients change with it). "compiled", run where it
+is asked for: a pass under local that torch.compile traced, graph breaks allowed, gives what it
+gives eagerly."""
+
+CLASSES = """## Every transformer class of diffusers
+
+A class that is not read is refused by `dittfast.enable` with the reason given here. Where a
+geometry could be described, `layout=` still takes it; linear and flex attention cannot be made
+sparse."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +103,33 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
         "",
         LEGEND,
         "",
-        *(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]),
+        *_table(head, rows),
+        "",
+        CLASSES,
+        "",
+        *_table(["class", "answer", "models, or why not"], _verdicts()),
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _verdicts() -> list[list[str]]:
+    """What dittfast answers to each transformer class of the installed diffusers."""
+    from dittfast.pipelines.families import FAMILIES
+    from dittfast.pipelines.families.others import OTHERS, transformer_classes
+    from dittfast.pipelines.measure.parity import TINY
+
+    rows = []
+    for name in transformer_classes():
+        if name in FAMILIES:
+            models = ", ".join(model for model, tiny in TINY.items() if tiny.name == name)
+            rows.append([f"`{name}`", "read", models])
+        elif name in OTHERS:
+            rows.append([f"`{name}`", OTHERS[name].kind, OTHERS[name].why])
+        else:
+            rows.append([f"`{name}`", "unknown", "newer than this dittfast; pass `layout=`"])
+    return rows

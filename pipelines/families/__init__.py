@@ -7,7 +7,7 @@ knows about the model it takes from the entry, :class:`Family`.
 
 from __future__ import annotations
 
-from . import image, rotary, video
+from . import image, packed, rotary, video
 from .family import Family
 
 CROSS = "cross-attention: its keys are another sequence"
@@ -80,6 +80,98 @@ FAMILIES: dict[str, Family] = {
         projections=r"img_qkv_proj|to_out\.0",
         clean_pipelines={"PRXPixelPipeline": 0.05},
     ),
+    "LongCatImageTransformer2DModel": Family(
+        _JOINT, image.flux, reads_values=("img_ids",), position_ids="img_ids"
+    ),
+    "OvisImageTransformer2DModel": Family(
+        _JOINT, image.flux, reads_values=("img_ids",), position_ids="img_ids"
+    ),
+    "BriaTransformer2DModel": Family(
+        _JOINT, image.flux, reads_values=("img_ids",), position_ids="img_ids"
+    ),
+    "BriaFiboTransformer2DModel": Family(
+        _JOINT, image.flux, reads_values=("img_ids",), position_ids="img_ids"
+    ),
+    "BriaFibo2Transformer2DModel": Family(
+        r"(layers|noise_refiner)\.\d+\.attention",
+        image.bria_fibo2,
+        reads_values=("encoder_attention_mask",),
+        dense=(
+            (r"layers\..*\.cross_attention|perceiver\..*\.cross_attention", CROSS),
+            (r"perceiver\..*\.self_attention", TEXT),
+        ),
+        width="to_q.out_features",
+    ),
+    "Flux3Transformer2DModel": Family(
+        r"mode_blocks\.image\.\d+\.attn|single_transformer_blocks\.\d+\.attn",
+        image.flux3,
+        reads_values=("img_ids", "image_cond_ids"),
+        dense=(
+            (r"txt_mode_blocks\..*", TEXT),
+            (r"mode_blocks\.image_cond\..*", "sees the reference images alone"),
+        ),
+        position_ids="img_ids",
+    ),
+    "Krea2Transformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn",
+        image.krea2,
+        reads_values=("position_ids",),
+        heads="num_heads",
+        dense=((r"text_fusion\..*", TEXT),),
+        width="hidden_size",
+    ),
+    "ErnieImageTransformer2DModel": Family(r"layers\.\d+\.self_attention", image.ernie_image),
+    "CogView3PlusTransformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn1", image.text_then_image
+    ),
+    "GlmImageTransformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn1",
+        image.glm_image,
+        outer_mask=True,
+        fills_cache=image.glm_keeps_keys,
+    ),
+    "HunyuanDiT2DModel": Family(r"blocks\.\d+\.attn1", image.image, dense=_CROSS2),
+    "LuminaNextDiT2DModel": Family(
+        r"layers\.\d+\.attn1", image.image, dense=_CROSS2, cond_first=True, time_rises=True
+    ),
+    "NucleusMoEImageTransformer2DModel": Family(r"transformer_blocks\.\d+\.attn", image.nucleus),
+    "OmniGenTransformer2DModel": Family(
+        r"layers\.\d+\.self_attn", image.omnigen, outer_mask=True, cond_first=True, time_rises=True
+    ),
+    # Packed sequences.
+    "QwenImage21Transformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn", packed.qwen21, reads_values=("img_mask",)
+    ),
+    "Ideogram4Transformer2DModel": Family(
+        r"layers\.\d+\.attention",
+        packed.ideogram4,
+        reads_values=("indicator", "segment_ids", "position_ids"),
+        heads="num_heads",
+        outer_mask=True,
+        time_rises=True,
+        width="hidden_size",
+    ),
+    "MiniMaxH3Transformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn",
+        packed.minimax_h3,
+        reads_values=("position_ids", "video_indices"),
+        dense=((r"token_refiner\..*", TEXT),),
+    ),
+    "Cosmos3OmniTransformer": Family(
+        r"layers\.\d+\.self_attn",
+        packed.cosmos3,
+        heads="num_attention_heads",
+        latents="vision_tokens",
+        timestep="vision_timesteps",
+        width="add_q_proj.out_features",
+        projections=r"add_(q|k|v)_proj|to_add_out",
+    ),
+    "JoyImageEditPlusTransformer3DModel": Family(
+        r"double_blocks\.\d+\.attn",
+        packed.joyimage_plus,
+        width="img_attn_proj.out_features",
+        projections=r"img_attn_(qkv|proj)",
+    ),
     # Videos.
     "WanTransformer3DModel": Family(
         r"blocks\.\d+\.attn1",
@@ -98,6 +190,55 @@ FAMILIES: dict[str, Family] = {
     ),
     "SkyReelsV2Transformer3DModel": Family(
         r"blocks\.\d+\.attn1", video.skyreels, dense=_CROSS2, rounds_frames=True
+    ),
+    "WanAnimateTransformer3DModel": Family(
+        r"blocks\.\d+\.attn1",
+        video.video,
+        dense=((r".*\.attn2|face_adapter\..*", CROSS),),
+        appended_channels=True,
+        rounds_frames=True,
+    ),
+    "ChronoEditTransformer3DModel": Family(
+        r"blocks\.\d+\.attn1",
+        video.video,
+        dense=_CROSS2,
+        appended_channels=True,
+        rounds_frames=True,
+    ),
+    "AnyFlowTransformer3DModel": Family(
+        r"blocks\.\d+\.attn1", video.anyflow, dense=_CROSS2, rounds_frames=True
+    ),
+    "ConsisIDTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", video.cogvideox),
+    "EasyAnimateTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", video.easyanimate),
+    "MotifVideoTransformer3DModel": Family(
+        _JOINT, video.motif, dense=((r".*\.cross_attn", CROSS),), appended_channels=True
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": Family(
+        _JOINT,
+        video.framepack,
+        reads_values=("encoder_attention_mask",),
+        dense=((r"context_embedder\..*", TEXT),),
+    ),
+    "HeliosTransformer3DModel": Family(r"blocks\.\d+\.attn1", video.helios, dense=_CROSS2),
+    "Kandinsky6Transformer3DModel": Family(
+        r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
+        video.kandinsky6,
+        reads_values=("visual_token_type_ids",),
+        heads="num_heads",
+        dense=(
+            (r"visual_transformer_blocks\..*cross_attention", CROSS),
+            (r".*\.audio_dec_block\.self_attention", "audio, a short sequence without a grid"),
+            (r"(video|audio)_text_transformer_blocks\..*", TEXT),
+        ),
+        width="to_query.out_features",
+        projections=r"to_(query|key|value)|out_layer",
+        rounds_frames=True,
+    ),
+    "JoyImageEditTransformer3DModel": Family(
+        r"double_blocks\.\d+\.attn",
+        video.joyimage,
+        width="img_attn_proj.out_features",
+        projections=r"img_attn_(qkv|proj)",
     ),
     "CosmosTransformer3DModel": Family(
         r"transformer_blocks\.\d+\.attn1", video.video, dense=_CROSS2

@@ -42,6 +42,7 @@ class Family:
             unconditional] (most are the other way around).
         timestep: the argument with the timestep.
         time_rises: whether that grows over the steps (most count down).
+        fills_cache: whether a pass with these arguments only keeps its keys for later ones.
         position_ids: the argument with the image's position ids ``[..., N, k]``, k of at least 3:
             which image, row, column; None where the model makes its positions itself.
         heads: the attribute of an attention module that holds its number of heads.
@@ -68,6 +69,7 @@ class Family:
     cond_first: bool = False
     timestep: str = "timestep"
     time_rises: bool = False
+    fills_cache: Callable[[dict], bool] = lambda arguments: False
     position_ids: str | None = None
     heads: str = "heads"
     width: str = "inner_dim"

@@ -116,3 +116,76 @@ def hidream(model, arguments: dict) -> Layout:
         length = hidden.shape[1]
     t5, llama = (arguments[f"encoder_hidden_states_{name}"] for name in ("t5", "llama3"))
     return joint(grid, length - grid.length, t5.shape[1] + 2 * llama[0].shape[-2])
+
+
+def flux3(model, arguments: dict) -> Sequences:
+    # Text, the image, reference images. The first blocks see the image alone.
+    (grid,) = grids_from_ids(arguments["img_ids"])
+    references = arguments.get("image_cond_ids")
+    if references is not None:
+        references = grids_from_ids(references[..., [3, 1, 2]])  # column 3 tells them apart
+    text = arguments["encoder_hidden_states"].shape[1]
+    return Sequences(((joint(text, grid, *(references or ())),), (Layout((grid,)),)))
+
+
+def krea2(model, arguments: dict) -> Layout:
+    # Text, the image; the position ids are those of both.
+    text = arguments["encoder_hidden_states"].shape[1]
+    return joint(text, *grids_from_ids(arguments["position_ids"][text:]))
+
+
+def ernie_image(model, arguments: dict) -> Layout:
+    # Image, text.
+    grid = patches(arguments["hidden_states"].shape[2:], model.config.patch_size)
+    return joint(grid, arguments["text_bth"].shape[1])
+
+
+def glm_keeps_keys(arguments: dict) -> bool:
+    """Whether a pass of GLM-Image runs an image to edit, for its keys."""
+    caches = arguments.get("kv_caches")
+    return caches is not None and caches[0].mode == "write"
+
+
+def glm_image(model, arguments: dict) -> Layout:
+    # Keys of images to edit, kept from an earlier pass, which do not ask; text, the image.
+    kept, caches = 0, arguments.get("kv_caches")
+    if caches is not None and caches[0].mode == "read" and caches[0].k_caches:
+        kept = caches[0].k_caches[0].shape[1]
+    grid = patches(arguments["hidden_states"].shape[2:], model.config.patch_size)
+    return joint(kept + arguments["encoder_hidden_states"].shape[1], grid)
+
+
+def bria_fibo2(model, arguments: dict) -> Sequences:
+    # What a resampler made of the text ("gist"), the image, images to edit. Where prompts get
+    # different amounts of it, it stands behind. The noise refiner sees the images alone.
+    from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
+
+    config, mask = model.config, arguments.get("encoder_attention_mask")
+    states = arguments["encoder_hidden_states"]
+    counts = compute_gist_count(
+        [states.shape[2]] * len(states) if mask is None else text_lengths(mask),
+        min_gist=config.min_num_gist_tokens,
+        max_gist=config.max_num_gist_tokens,
+        gist_step=config.gist_step,
+        min_text_len=config.gist_min_text_len,
+        max_text_len=config.gist_max_text_len,
+    )
+    images = [arguments["hidden_states"], *(arguments.get("context_latents") or ())]
+    grids = [patches(x.shape[2:], config.patch_size) for x in images]
+    gist = max(counts)
+    main = joint(gist, *grids) if min(counts) == gist else joint(*grids, gist)
+    return Sequences(((main,), (joint(*grids),)))
+
+
+def omnigen(model, arguments: dict) -> Layout:
+    # Text with reference images in it, the timestep, the image.
+    grid = patches(arguments["hidden_states"].shape[2:], model.config.patch_size)
+    ids = arguments.get("input_ids")
+    return joint((0 if ids is None else ids.shape[1]) + 1, grid)
+
+
+def nucleus(model, arguments: dict) -> Layout:
+    # The image (and references), then text, which is seen and does not ask.
+    layout = qwen(model, arguments)
+    grids = [s for s in layout.segments if isinstance(s, Grid)]
+    return joint(*grids, arguments["encoder_hidden_states"].shape[1])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .tiny_image import TINY_IMAGE
 from .tiny_model import Tiny
+from .tiny_packed import TINY_PACKED
 from .tiny_video import TINY_VIDEO
 
-TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO
+TINY: dict[str, Tiny] = TINY_IMAGE | TINY_VIDEO | TINY_PACKED
 
 
 def tiny_of(name: str) -> Tiny:

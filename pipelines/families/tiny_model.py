@@ -89,3 +89,15 @@ def _wake(model: torch.nn.Module) -> None:
 
 def time(value: float) -> torch.Tensor:
     return torch.full((BATCH,), value)
+
+
+def image_ids(*images: tuple[int, int], columns: int = 3) -> torch.Tensor:
+    """Position ids of images in raster order: number, row, column (, 0)."""
+    parts = []
+    for number, (height, width) in enumerate(images):
+        ids = torch.zeros(height, width, columns)
+        ids[..., 0] = number
+        ids[..., 1] = torch.arange(height)[:, None]
+        ids[..., 2] = torch.arange(width)
+        parts.append(ids.view(-1, columns))
+    return torch.cat(parts)

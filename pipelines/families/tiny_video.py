@@ -137,6 +137,105 @@ def _latte(draw, model) -> dict:
     )
 
 
+def _wan_animate(draw, model) -> dict:
+    return {
+        **_wan(draw, model),
+        "hidden_states": draw(BATCH, 12, draw.grid[0], *draw.cells),
+        "encoder_hidden_states_image": draw(BATCH, 9, 32),
+        "pose_hidden_states": draw(BATCH, 4, draw.grid[0] - 1, *draw.cells),
+        "face_pixel_values": draw(BATCH, 3, 4 * draw.grid[0] - 7, 16, 16),
+    }
+
+
+def _anyflow(draw, model) -> dict:
+    frames, (height, width) = draw.grid[0], draw.cells
+    return dict(
+        hidden_states=draw(BATCH, frames, 4, height, width),
+        timestep=torch.full((BATCH, frames), 500.0),
+        r_timestep=torch.full((BATCH, frames), 400.0),
+        encoder_hidden_states=draw(BATCH, 12, 32),
+    )
+
+
+def _easyanimate(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, draw.grid[0], *draw.cells),
+        timestep=time(500.0),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_hidden_states_t5=draw(BATCH, 4, 24),
+    )
+
+
+def _motif(draw, model) -> dict:
+    return dict(
+        hidden_states=draw(BATCH, 4, draw.grid[0], *draw.cells),
+        timestep=time(500.0),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        encoder_attention_mask=draw.text_mask(),
+        image_embeds=draw(BATCH, 3, 16),
+    )
+
+
+def _framepack(draw, model, batch=BATCH) -> dict:
+    inputs = {name: x[:batch] for name, x in _hunyuan(draw, model).items()}
+    if batch == 1:
+        inputs["encoder_attention_mask"] = draw.text_mask()[1:]
+    cells = draw.cells
+    return {
+        **inputs,
+        "image_embeds": draw(batch, 3, 16),
+        "indices_latents": torch.arange(10, 13),
+        "latents_clean": draw(batch, 4, 2, *cells),
+        "indices_latents_clean": torch.tensor([0, 9]),
+        "latents_history_2x": draw(batch, 4, 2, *cells),
+        "indices_latents_history_2x": torch.arange(7, 9),
+        "latents_history_4x": draw(batch, 4, 5, *cells),
+        "indices_latents_history_4x": torch.arange(2, 7),
+    }
+
+
+def _helios(draw, model) -> dict:
+    cells = draw.cells
+    at = lambda *frames: torch.tensor(frames).expand(BATCH, -1)  # noqa: E731
+    return {
+        **_wan(draw, model),
+        "indices_hidden_states": at(10, 11, 12),
+        "indices_latents_history_short": at(0, 9),
+        "latents_history_short": draw(BATCH, 4, 2, *cells),
+        "indices_latents_history_mid": at(7, 8),
+        "latents_history_mid": draw(BATCH, 4, 2, *cells),
+        "indices_latents_history_long": at(2, 3, 4, 5, 6),
+        "latents_history_long": draw(BATCH, 4, 5, *cells),
+    }
+
+
+def _kandinsky6(draw, model, condition=False) -> dict:
+    frames, (height, width) = draw.grid[0], draw.cells
+    inputs = dict(
+        hidden_states=draw(BATCH, frames + condition, height, width, 4),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+        pooled_projections=draw(BATCH, 16),
+        timestep=time(500.0),
+        audio_hidden_states=draw(BATCH, 6, 5),
+    )
+    if condition:
+        kinds = torch.zeros(BATCH, frames + 1, dtype=torch.long)
+        kinds[:, -1] = 1
+        places = [torch.arange(n) for n in draw.grid]
+        places[0] = torch.cat([places[0], torch.zeros(1, dtype=torch.long)])
+        inputs.update(visual_token_type_ids=kinds, visual_rope_pos=tuple(places))
+    return inputs
+
+
+def _joyimage(draw, model, items=0) -> dict:
+    shape = (items, 4, 1, *draw.cells) if items else (4, draw.grid[0], *draw.cells)
+    return dict(
+        hidden_states=draw(BATCH, *shape),
+        timestep=time(500.0),
+        encoder_hidden_states=draw(BATCH, draw.text, 32),
+    )
+
+
 _WAN = dict(
     **HEADS, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2,
     rope_max_seq_len=64,
@@ -191,6 +290,43 @@ _LATTE = dict(
     video_length=VIDEO[0],
 )  # fmt: skip
 
+_WAN_ANIMATE = {
+    **_WAN, "in_channels": 12, "latent_channels": 4, "image_dim": 32, "added_kv_proj_dim": 32,
+    "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8,
+    "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4}, "face_encoder_hidden_dim": 8,
+    "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2,
+}  # fmt: skip
+_ANYFLOW = dict(
+    **HEADS, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2,
+    rope_max_seq_len=64,
+)  # fmt: skip
+_CONSISID = {**_COGVIDEOX, "use_rotary_positional_embeddings": True}
+_EASYANIMATE = dict(
+    **HEADS, in_channels=4, out_channels=4, patch_size=2, num_layers=2, mmdit_layers=1,
+    time_embed_dim=16, text_embed_dim=32, text_embed_dim_t5=24,
+)  # fmt: skip
+_MOTIF = dict(
+    **HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=2,
+    num_decoder_layers=1, mlp_ratio=1.0, text_embed_dim=32, image_embed_dim=16,
+    rope_axes_dim=(4, 4, 8), enable_text_cross_attention_dual=True,
+    enable_text_cross_attention_single=True,
+)  # fmt: skip
+_FRAMEPACK = dict(**_HUNYUAN, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True)
+_HELIOS = dict(
+    **HEADS, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2,
+    rope_dim=(4, 6, 6), is_amplify_history=True,
+)  # fmt: skip
+_KANDINSKY6 = dict(
+    in_visual_dim=4, out_visual_dim=4, in_text_dim=32, in_text_dim2=16, time_dim=16, model_dim=32,
+    ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 8), visual_cond=False,
+    in_audio_dim=5, out_audio_dim=5, scale_factor=(1.0, 1.0, 1.0),
+    visual_token_type_num_embeddings=2,
+)  # fmt: skip
+_JOYIMAGE = dict(
+    in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=32, mlp_width_ratio=1.0,
+    num_layers=2, rope_dim_list=[4, 4, 8],
+)  # fmt: skip
+
 _CUBE = ("hidden_states", (2, 3, 4))
 
 TINY_VIDEO: dict[str, Tiny] = {
@@ -230,4 +366,47 @@ TINY_VIDEO: dict[str, Tiny] = {
     "latte": Tiny(
         "LatteTransformer3DModel", _LATTE, _latte, (1, *IMAGE), ("hidden_states", (None, 3, 4))
     ),
+    "wan-animate": Tiny("WanAnimateTransformer3DModel", _WAN_ANIMATE, _wan_animate, VIDEO, _CUBE),
+    "chronoedit": Tiny("ChronoEditTransformer3DModel", _WAN_I2V, _wan_i2v, VIDEO, _CUBE),
+    "anyflow": Tiny(
+        "AnyFlowTransformer3DModel", _ANYFLOW, _anyflow, VIDEO, ("hidden_states", (1, 3, 4))
+    ),
+    "consisid": Tiny(
+        "ConsisIDTransformer3DModel", _CONSISID, _cogvideox, VIDEO, ("hidden_states", (1, 3, 4))
+    ),
+    "easyanimate": Tiny("EasyAnimateTransformer3DModel", _EASYANIMATE, _easyanimate, VIDEO, _CUBE),
+    "motif-video": Tiny("MotifVideoTransformer3DModel", _MOTIF, _motif, VIDEO, _CUBE),
+    "framepack": Tiny(
+        "HunyuanVideoFramepackTransformer3DModel", _FRAMEPACK, _framepack, VIDEO, _CUBE
+    ),
+    "framepack-alone": Tiny(
+        "HunyuanVideoFramepackTransformer3DModel",
+        _FRAMEPACK,
+        lambda draw, model: _framepack(draw, model, batch=1),
+        VIDEO,
+        _CUBE,
+    ),
+    "helios": Tiny("HeliosTransformer3DModel", _HELIOS, _helios, VIDEO, _CUBE),
+    "kandinsky6": Tiny(
+        "Kandinsky6Transformer3DModel",
+        _KANDINSKY6,
+        _kandinsky6,
+        VIDEO,
+        ("hidden_states", (1, 2, 3)),
+    ),
+    "kandinsky6-i2v": Tiny(
+        "Kandinsky6Transformer3DModel",
+        _KANDINSKY6,
+        lambda draw, model: _kandinsky6(draw, model, condition=True),
+        VIDEO,
+        ("hidden_states", (1, 2, 3)),
+    ),
+    "joyimage-edit": Tiny(
+        "JoyImageEditTransformer3DModel",
+        _JOYIMAGE,
+        lambda draw, model: _joyimage(draw, model, items=2),
+        (1, *VIDEO[1:]),
+        None,
+    ),
+    "joyimage": Tiny("JoyImageEditTransformer3DModel", _JOYIMAGE, _joyimage, VIDEO, _CUBE),
 }

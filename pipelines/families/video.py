@@ -6,6 +6,8 @@ Each takes ``(model, arguments by name)``. The comment says the order of the seq
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dittfast.layout import Grid, Layout
@@ -31,7 +33,7 @@ def skyreels(model, arguments: dict) -> Layout:
 def _grid(model, sizes) -> Grid:
     """Latents of models with ``patch_size_t``, which may be None."""
     config = model.config
-    return patches(sizes, (config.patch_size_t or 1, config.patch_size, config.patch_size))
+    return patches(sizes, (config.get("patch_size_t") or 1, *[config.patch_size] * 2))
 
 
 def allegro(model, arguments: dict) -> Layout:
@@ -115,3 +117,78 @@ def kandinsky5(model, arguments: dict) -> Layout:
             "use no dittfast"
         )
     return Layout((patches(arguments["hidden_states"].shape[1:4], model.config.patch_size),))
+
+
+def anyflow(model, arguments: dict) -> Layout:
+    # The video alone; latents are [B, F, C, H, W].
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    return Layout((patches((frames, height, width), model.config.patch_size),))
+
+
+def easyanimate(model, arguments: dict) -> Layout:
+    # Text of one or two encoders, then the video.
+    names = ("encoder_hidden_states", "encoder_hidden_states_t5")
+    text = sum(x.shape[1] for x in map(arguments.get, names) if x is not None)
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    return joint(text, patches((frames, height, width), (1, *(model.config.patch_size,) * 2)))
+
+
+def motif(model, arguments: dict) -> Sequences:
+    # Video, then image embeddings and text, padded. The last layers see the video twice: as the
+    # decoder has it, and as the encoder left it.
+    grid = _grid(model, arguments["hidden_states"].shape[2:])
+    names = ("image_embeds", "encoder_hidden_states")
+    text = sum(x.shape[1] for x in map(arguments.get, names) if x is not None)
+    main = (joint(grid, text),)
+    return Sequences((main, (joint(grid, grid),)) if model.config.num_decoder_layers else (main,))
+
+
+def _history(latents: torch.Tensor | None, cell: tuple[int, int, int]) -> int:
+    """Tokens of earlier frames that are cut into padded cells this large."""
+    if latents is None:
+        return 0
+    return math.prod(-(-n // c) for n, c in zip(latents.shape[2:], cell))
+
+
+def framepack(model, arguments: dict) -> Sequences:
+    # Earlier frames, the far ones in coarser cells; the video; image and text tokens. Alone in
+    # its batch, a prompt loses its padding.
+    grid = _grid(model, arguments["hidden_states"].shape[2:])
+    cells = {
+        "latents_history_4x": (4, 8, 8),
+        "latents_history_2x": (2, 4, 4),
+        "latents_clean": (1, 2, 2),
+    }
+    history = sum(_history(arguments.get(name), cell) for name, cell in cells.items())
+    mask = arguments["encoder_attention_mask"]
+    text = mask.shape[1] if len(mask) > 1 else text_lengths(mask)[0]
+    return joint(history, grid, arguments["image_embeds"].shape[1] + text)
+
+
+def helios(model, arguments: dict) -> Layout:
+    # Earlier frames, the far ones in coarser cells; the video.
+    patch = model.config.patch_size
+    history = sum(
+        _history(arguments.get(f"latents_history_{name}"), tuple(scale * p for p in patch))
+        for name, scale in (("long", 4), ("mid", 2), ("short", 1))
+        if arguments.get(f"indices_latents_history_{name}") is not None
+    )
+    return joint(history, patches(arguments["hidden_states"].shape[2:], patch))
+
+
+def kandinsky6(model, arguments: dict) -> Layout:
+    # The video, then a frame that it is to begin with; latents are [B, F, H, W, C]. Audio is a
+    # sequence of its own.
+    grid = patches(arguments["hidden_states"].shape[1:4], model.config.patch_size)
+    kinds = arguments.get("visual_token_type_ids")
+    frames = grid.frames if kinds is None else int((kinds[0] == 0).cumprod(0).sum())
+    video = Grid(frames, grid.height, grid.width)
+    return joint(video, grid.length - video.length)
+
+
+def joyimage(model, arguments: dict) -> Layout:
+    # Of several items [B, n, C, F, H, W] the last, which is drawn, and the others; then text.
+    latents = arguments["hidden_states"]
+    items = latents.shape[1] if latents.ndim == 6 else 1
+    grid = patches(latents.shape[-3:], model.config.patch_size)
+    return joint(*[grid] * items, arguments["encoder_hidden_states"].shape[1])

@@ -48,8 +48,9 @@ class Perturbation:
             same[0].num_tokens: tuple((layout, self._plan(layout, device)) for layout in same)
             for same in layouts
         }
-        self.num_tokens = layouts[0][0].num_tokens
-        self.text_before = layouts[0][0].grid_start
+        main = layouts[0][0]
+        self.num_tokens = main.num_tokens
+        self.text_before, self.text_behind = main.grid_start, main.text_behind
 
     def _plan(self, layout: Layout, device: torch.device | None) -> Plan | None:
         if self.weak is None:

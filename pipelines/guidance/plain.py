@@ -55,15 +55,18 @@ class GuidanceState:
         here.delta = None
         if self.config.guidance_scale == 0 or not self.config.is_guided_step(done.step[0]):
             return out
+        if state.family.fills_cache(arguments):
+            return out
         latents = arguments[state.family.latents]
         batch = len(latents)
-        batched = self._is_batched(state, latents)
+        parts = self._num_parts(state, latents)
         prediction = conditional = _prediction(out)
-        if batched:
-            half = slice(batch // 2) if state.family.cond_first else slice(batch // 2, None)
+        if parts > 1:
+            size = batch // parts
+            rows = slice(size) if state.family.cond_first else slice(batch - size, None)
             kinds = (list, torch.Tensor) if isinstance(latents, list) else (torch.Tensor,)
-            arguments = _part(arguments, batch, half, kinds)
-            conditional = prediction[half]
+            arguments = _part(arguments, batch, rows, kinds)
+            conditional = prediction[rows]
             if any(len(rows) > 1 for rows in done.sequences.kinds):
                 # What was read describes the rows of the whole batch.
                 done = state.begin(model, arguments)
@@ -74,22 +77,31 @@ class GuidanceState:
             weakened = _prediction(torch.nn.Module.__call__(model, **arguments))
         scale = self.config.guidance_scale
         here.delta = delta = _each(lambda c, w: scale * (c - w), conditional, weakened)
-        if batched:
-            delta = torch.cat([delta, delta]) if torch.is_tensor(delta) else delta + delta
+        if parts > 1:
+            delta = torch.cat([delta] * parts) if torch.is_tensor(delta) else delta * parts
         return _add(out, delta)
 
-    def _is_batched(self, state: ModelState, latents) -> bool:
-        """Whether a pass holds the conditional and the unconditional half of its batch."""
+    def _num_parts(self, state: ModelState, latents) -> int:
+        """How many predictions of the same latents a pass holds: conditional, unconditional.
+
+        OmniGen has a third, of its reference images alone.
+        """
         if state.context is not None:
-            return False
-        if not getattr(state.session.pipe, "do_classifier_free_guidance", False):
-            return False
-        # Some pipelines drop the other half in part of the steps (cfg_truncation), and say so
-        # nowhere: the halves of a batch that has both start from the same latents.
-        half = len(latents) // 2
-        return not isinstance(latents, list) or (
-            half * 2 == len(latents) and all(map(torch.equal, latents[:half], latents[half:]))
-        )
+            return 1
+        pipe = state.session.pipe
+        guided = getattr(pipe, "do_classifier_free_guidance", None)
+        if guided and torch.is_tensor(latents):
+            return 2
+        # Some pipelines do not say whether they guide. Others drop the other half in part of the
+        # steps (cfg_truncation), and say so nowhere. All parts start from the same latents.
+        if guided is None:
+            scale = getattr(pipe, "guidance_scale", None)
+            guided = scale is not None and scale > 1
+        for parts in (2, 3) if guided else ():
+            size, rest = divmod(len(latents), parts)
+            if not rest and all(map(torch.equal, latents[size:], latents[: len(latents) - size])):
+                return parts
+        return 1
 
     def _is_second_call(self, model, state: ModelState, arguments: dict) -> bool:
         """Whether a pipeline that names no cache context runs its uncond call now.
@@ -135,12 +147,16 @@ def _add(out, delta: Prediction):
 
 
 def _part(value, batch: int, rows: slice, kinds: tuple[type, ...], name: str = ""):
-    """Some rows of batched forward arguments of these kinds; position ids have no batch."""
+    """Some rows of batched forward arguments of these kinds; places ``[N, axes]`` have no batch."""
     if isinstance(value, dict):
+        if value and all(isinstance(key, int) for key in value):  # by batch row
+            first, end, _ = rows.indices(batch)
+            return {key - first: x for key, x in value.items() if first <= key < end}
         return {key: _part(x, batch, rows, kinds, key) for key, x in value.items()}
     if not isinstance(value, kinds) or (torch.is_tensor(value) and value.ndim == 0):
         return value
-    return value if len(value) != batch or name.endswith("_ids") else value[rows]
+    is_places = torch.is_tensor(value) and value.ndim == 2 and value.shape[1] in (3, 4)
+    return value if len(value) != batch or (is_places and name.endswith("_ids")) else value[rows]
 
 
 def heads_by_layer(model: torch.nn.Module) -> dict[str, int]:
@@ -198,7 +214,7 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
 
     Raises:
         ValueError: a field out of range, a layer or head that does not exist, a pipeline that is
-            guided already.
+            guided already, or whose unconditional predictions another transformer makes.
     """
     if config is None and isinstance(options.get("heads"), (str, Path)):
         config = HeadGuidance.load(options.pop("heads"), **options)
@@ -207,6 +223,11 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
     elif options:
         raise ValueError(f"give a HeadGuidance or its fields, not both; got {sorted(options)} too")
     models = transformers_of(pipe)
+    if "unconditional_transformer" in models:
+        raise ValueError(
+            f"{type(pipe).__name__} makes its unconditional predictions with another transformer, "
+            "and guidance would have to add the difference there too, which it does not"
+        )
     plain = [model for model in models.values() if not is_swapped(model)]
     guided = []
     for model in models.values():

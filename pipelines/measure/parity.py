@@ -45,8 +45,10 @@ METHODS: dict[str, Method] = {
 }
 
 # Weakened heads are no method: guidance runs beside any of them, here beside none and "full".
-GUIDED = "guided"
-COLUMNS = (*METHODS, GUIDED)
+# Gradient checkpointing and torch.compile are neither; they run "local". Tracing takes longer than
+# all else, so that column is run where it is asked for.
+GUIDED, CHECKPOINTED, COMPILED = "guided", "checkpointed", "compiled"
+COLUMNS = (*METHODS, GUIDED, CHECKPOINTED)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Cell:
         noise: what eager attention loses by another order of its sums, in the same unit.
         change: how far the method moves the output from the stock model's.
         problem: what is wrong; None if nothing is.
+        absent: whether diffusers has no such thing for this class, or it is broken there.
     """
 
     family: str
@@ -69,6 +72,7 @@ class Cell:
     noise: float = 0.0
     change: float = 0.0
     problem: str | None = None
+    absent: bool = False
 
     @property
     def ok(self) -> bool:
@@ -101,9 +105,9 @@ def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
     model, inputs = tiny.build()
     stock = output(model, inputs)
     noise = eager_noise(model, inputs, stock)
+    cells = {GUIDED: _guided_cell, CHECKPOINTED: _checkpointed_cell, COMPILED: _compiled_cell}
     for method in methods:
-        cell = _guided_cell if method == GUIDED else _cell
-        yield cell(name, method, model, inputs, stock, noise)
+        yield cells.get(method, _cell)(name, method, model, inputs, stock, noise)
 
 
 def _cell(name, method, model, inputs, stock, noise) -> Cell:
@@ -150,8 +154,82 @@ def _guided_cell(name, method, model, inputs, stock, noise) -> Cell:
     return Cell(name, method, None, error, noise, change, problem)
 
 
+def _gradients(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    """The gradients of all parameters, each scaled to its largest value, flat."""
+    model.zero_grad()
+    found = model(**inputs)[0]
+    parts = found if isinstance(found, list) else [found]
+    sum(x.float().square().mean() for x in parts).backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat([grad / grad.abs().max().clamp_min(1e-6) for grad in grads])
+
+
+def _can_be_checkpointed(model: torch.nn.Module, inputs: dict) -> bool:
+    """Whether the stock model's gradients stay what they are with diffusers' checkpointing.
+
+    Chroma's single blocks lose their mask there, and HunyuanImage's get an argument too many.
+    """
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        return False
+    plain = _gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    try:
+        return distance(_gradients(model, inputs), plain) <= 1e-4
+    except TypeError:
+        return False
+    finally:
+        model.disable_gradient_checkpointing()
+
+
+def _checkpointed_cell(name, method, model, inputs, stock, noise) -> Cell:
+    """Sparse gradients with the layers run again, and without: the same."""
+    if not _can_be_checkpointed(model, inputs):
+        return Cell(name, method, absent=True)
+    try:
+        with enable(model, METHODS["local"], backend="cpu", min_tokens=0):
+            plain = _gradients(model, inputs)
+            model.enable_gradient_checkpointing()
+            again = _gradients(model, inputs)
+            density = describe(model).density
+    except (ValueError, RuntimeError) as error:
+        return Cell(name, method, problem=f"{type(error).__name__}: {error}")
+    finally:
+        model.disable_gradient_checkpointing()
+        model.zero_grad()
+    error = distance(again, plain)
+    problem = None
+    if not error <= 1e-4:
+        problem = f"gradients differ by {error:.1e}"
+    elif not torch.equal(output(model, inputs), stock):
+        problem = "disable did not restore the stock model"
+    return Cell(name, method, density, error, noise, problem=problem)
+
+
+def _compiled_cell(name, method, model, inputs, stock, noise) -> Cell:
+    """A traced sparse pass and an eager one: the same."""
+    try:
+        with enable(model, METHODS["local"], backend="cpu", min_tokens=0):
+            eager = output(model, inputs)
+            torch._dynamo.reset()
+            model.compile(backend="eager")
+            traced = output(model, inputs)
+            density = describe(model).density
+    except Exception as error:  # whatever Dynamo raises
+        return Cell(name, method, problem=f"{type(error).__name__}: {error}")
+    finally:
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+    error, change = distance(traced, eager), distance(traced, stock)
+    problem = None
+    if not error <= 8 * noise:
+        problem = f"differs by {error:.1e} where eager attention loses {noise:.1e}"
+    elif change <= 20 * noise:
+        problem = f"the method changed nothing ({change:.1e})"
+    return Cell(name, method, density, error, noise, change, problem)
+
+
 def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterator[Cell]:
-    """The cells of the chosen families and methods, all of them by default.
+    """The cells of the chosen families and methods, by default all of them but "compiled".
 
     Raises:
         ValueError: an unknown family or method; all known ones are named.
@@ -159,7 +237,10 @@ def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterato
     from dittfast.config import unknown
 
     families, methods = list(families) or list(TINY), list(methods) or list(COLUMNS)
-    for kind, given, known in (("family", families, TINY), ("method", methods, COLUMNS)):
+    for kind, given, known in (
+        ("family", families, TINY),
+        ("method", methods, (*COLUMNS, COMPILED)),
+    ):
         for value in given:
             if value not in known:
                 raise unknown(kind, value, known)
@@ -168,7 +249,9 @@ def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterato
 
 
 def text_of(cell: Cell) -> str:
-    """What a table shows where a cell is good: the density, or that the heads are weakened."""
+    """What a table shows: the density of a method's good cell, "yes" where another is good."""
     if not cell.ok:
         return "FAILED"
-    return "yes" if cell.method == GUIDED else f"{cell.density:.2f}"
+    if cell.absent:
+        return "-"
+    return f"{cell.density:.2f}" if cell.method in METHODS else "yes"

@@ -66,6 +66,10 @@ class _Recorder:
     def text_before(self) -> int:
         return self.layout.grid_start
 
+    @property
+    def text_behind(self) -> int:
+        return self.layout.text_behind
+
     def covers(self, num_tokens: int) -> bool:
         return num_tokens == self.num_tokens
 
