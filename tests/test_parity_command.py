@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 from dittfast.cli import main
+from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.families.others import OTHERS
 from dittfast.pipelines.measure.parity import COLUMNS, TINY
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -46,3 +48,9 @@ def test_the_table_in_docs_is_complete_and_good():
         assert len(cells.split(" | ")) == len(COLUMNS)
         assert "FAILED" not in cells
     assert all(f"| {name} |" in text or f" {name} |" in text for name in COLUMNS)
+
+
+def test_every_class_of_diffusers_is_in_docs():
+    text = (DOCS / "families.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w -]+) \| .+ \|$", text, re.MULTILINE))
+    assert rows == dict.fromkeys(FAMILIES, "read") | {n: x.kind for n, x in OTHERS.items()}
