@@ -7,11 +7,14 @@ the method, which remembers what depends on the layout alone, and call ``method_
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 
 from .attention import method_attention
 from .layout import Layout
 from .methods import Local, LogLinear, Radial, Rectified
+from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
 __all__ = [
@@ -21,6 +24,26 @@ __all__ = [
     "rectified_attention",
     "soft_pag",
 ]
+
+
+# A tensor, or with return_lse the pair (out, lse). `Any` lets a type checker take it as either.
+Attended: TypeAlias = torch.Tensor | Any
+
+
+def _attend(
+    method: Method,
+    layout: Layout,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    backend: str,
+    scale: float | None,
+    return_lse: bool,
+    **parameters: torch.Tensor | None,
+) -> Attended:
+    """The one body of the functions below; parameters that are None are the method's own."""
+    given = {name: x for name, x in parameters.items() if x is not None}
+    return method_attention(
+        method, layout, *qkv, scale=scale, return_lse=return_lse, backend=backend, **given
+    )
 
 
 def radial_attention(
@@ -35,7 +58,7 @@ def radial_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
-):
+) -> Attended:
     """Radial attention (arXiv:2506.19852): frames see less of each other the further apart.
 
     Args:
@@ -53,9 +76,7 @@ def radial_attention(
         ValueError: an option out of range, or tensors that do not fit the layout.
     """
     method = Radial(decay_factor, block_size, variant)
-    return method_attention(
-        method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend
-    )
+    return _attend(method, layout, (q, k, v), backend, scale, return_lse)
 
 
 def local_attention(
@@ -73,7 +94,7 @@ def local_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
-):
+) -> Attended:
     """Local circular attention (CLEAR, arXiv:2412.16112): ``dy² + dx² < window²``, and all text.
 
     Args:
@@ -94,9 +115,8 @@ def local_attention(
         ValueError: an option out of range, or tensors that do not fit the layout.
     """
     method = Local(window, downsample, tile, frame_window, proportional)
-    parameters = {} if spatial_weight is None else {"spatial_weight": spatial_weight}
-    return method_attention(
-        method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend, **parameters
+    return _attend(
+        method, layout, (q, k, v), backend, scale, return_lse, spatial_weight=spatial_weight
     )
 
 
@@ -115,7 +135,7 @@ def log_linear_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
-):
+) -> Attended:
     """Log-linear sparse attention (LLSA, arXiv:2512.16615): top blocks, and means of the rest.
 
     Args:
@@ -135,10 +155,9 @@ def log_linear_attention(
             fit the layout.
     """
     method = LogLinear(block_size, topk, levels, order, enrich, text_queries)
-    layout = Layout.image(1, q.shape[-2]) if layout is None else layout
-    return method_attention(
-        method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend
-    )
+    if layout is None:
+        layout = Layout.image(1, q.shape[-2])
+    return _attend(method, layout, (q, k, v), backend, scale, return_lse)
 
 
 def rectified_attention(
@@ -159,7 +178,7 @@ def rectified_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
-):
+) -> Attended:
     """Rectified SpaAttn (arXiv:2511.19835): top blocks, corrected by the means of the others.
 
     Args:
@@ -184,6 +203,4 @@ def rectified_attention(
     method = Rectified(
         block_size, topk, drop, top_p, order, neighbors, first_frame, round_up, rectify
     )
-    return method_attention(
-        method, layout, q, k, v, scale=scale, return_lse=return_lse, backend=backend
-    )
+    return _attend(method, layout, (q, k, v), backend, scale, return_lse)
