@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,13 @@ from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.pipelines.adapter import disable, enable
 from dittfast.pipelines.fingerprint import base_parameters, difference
-from dittfast.pipelines.models import attention_layers, family_of, is_swapped, transformers_of
+from dittfast.pipelines.models import (
+    Pipeline,
+    attention_layers,
+    family_of,
+    is_swapped,
+    transformers_of,
+)
 
 from .adapter_files import (
     AGAIN,
@@ -170,7 +177,7 @@ def _loaded_in(pipe) -> tuple[torch.nn.Module, _Loaded]:
 
 
 def load_adapter(
-    pipe,
+    pipe: Pipeline,
     path: str | Path,
     *,
     method: Method | str | None = None,
@@ -178,7 +185,7 @@ def load_adapter(
     any_base: bool = False,
     verify: bool = True,
     backend: str = "auto",
-    **options,
+    **options: Any,
 ) -> None:
     """Put a trained method and its weights into a pipeline. Changes nothing if it must refuse.
 
@@ -378,7 +385,7 @@ def _set_own(path: Path, model: torch.nn.Module, own: dict[str, torch.Tensor]) -
         p.copy_(x)
 
 
-def merge(pipe) -> None:
+def merge(pipe: Pipeline) -> None:
     """Fold a loaded LoRA into the weights: no extra products, and nothing of PEFT is left.
 
     Weights that an adapter replaced are in their place already. :func:`unmerge` takes it back, to
@@ -411,7 +418,7 @@ def merge(pipe) -> None:
     loaded.merged = before
 
 
-def unmerge(pipe) -> None:
+def unmerge(pipe: Pipeline) -> None:
     """Undo :func:`merge`, to the bit.
 
     Raises:
@@ -426,7 +433,7 @@ def unmerge(pipe) -> None:
         _put_lora(model, *loaded.lora)
 
 
-def unload_adapter(pipe) -> None:
+def unload_adapter(pipe: Pipeline) -> None:
     """Take an adapter and its method out again; the weights are what they were, to the bit.
 
     Raises:

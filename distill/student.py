@@ -33,8 +33,6 @@ def component_of(pipe, component: str) -> torch.nn.Module:
     return models[component]
 
 
-
-
 @contextlib.contextmanager
 def without_adapters(model: torch.nn.Module):
     """Inside, PEFT layers run their base layer alone."""

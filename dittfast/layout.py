@@ -259,7 +259,7 @@ class Layout:
                     keep[row, start + next(remaining) : start + segment.length] = False
         return keep
 
-    def kv_log_weight(self, device=None) -> torch.Tensor | None:
+    def kv_log_weight(self, device: torch.device | str | None = None) -> torch.Tensor | None:
         """``[batch, 1, num_tokens]`` fp32: 0, and -inf on padding; None where nothing is padded."""
         valid = self.valid()
         if valid is None:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -254,7 +254,15 @@ class Plan:
         set_("is_dense", least == self.kv_blocks.count)
 
     @classmethod
-    def from_lists(cls, rows, cols, full, q_blocks: Blocks, kv_blocks: Blocks, **fields) -> Plan:
+    def from_lists(
+        cls,
+        rows: torch.Tensor,
+        cols: torch.Tensor,
+        full: torch.Tensor,
+        q_blocks: Blocks,
+        kv_blocks: Blocks,
+        **fields: Any,
+    ) -> Plan:
         """A plan for every batch row and head from a list of block pairs, in any order.
 
         Args:
@@ -266,7 +274,9 @@ class Plan:
         return cls(*lists.lists(), q_blocks, kv_blocks, **fields)
 
     @classmethod
-    def from_block_mask(cls, mask: torch.Tensor, q_blocks: Blocks, kv_blocks: Blocks, **fields):
+    def from_block_mask(
+        cls, mask: torch.Tensor, q_blocks: Blocks, kv_blocks: Blocks, **fields: Any
+    ) -> Plan:
         """A plan of full blocks from a bool mask ``[(B|1), (H|1), nQ, nK]``."""
         while mask.ndim < 4:
             mask = mask[None]
@@ -274,7 +284,9 @@ class Plan:
         return cls(indices, count, count.clone(), q_blocks, kv_blocks, **fields)
 
     @classmethod
-    def full(cls, num_queries: int, num_keys: int | None = None, block_size: int = 128, **fields):
+    def full(
+        cls, num_queries: int, num_keys: int | None = None, block_size: int = 128, **fields: Any
+    ) -> Plan:
         """Dense attention as a plan: every query block sees every key block."""
         blocks = [
             make_blocks(*split_evenly(0, n, block_size))
@@ -354,7 +366,7 @@ class Plan:
         """Bytes of all its tensors, with the transposed lists and work lists made so far."""
         return nbytes(vars(self))
 
-    def to(self, device) -> Plan:
+    def to(self, device: torch.device | str) -> Plan:
         """The same plan on ``device``; itself where it is there already."""
         device = torch.device(device)
         if device == self.device or (device.type == self.device.type and device.index is None):
@@ -366,7 +378,7 @@ class Plan:
             fields["rule"] = TokenRule(**rule)
         return Plan(**fields, validate=False)
 
-    def replace(self, **changes) -> Plan:
+    def replace(self, **changes: Any) -> Plan:
         """A validated copy with some fields changed."""
         if not changes.keys() <= {"out_scale", "out_residual", "num_real_keys"}:
             changes.setdefault("num_partial_pairs", None)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import weakref
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from dittfast.schedule import Schedule
 from .description import Description, dense_steps, describe, other_attention, other_models
 from .models import (
     LayoutReader,
+    Pipeline,
     attention_layers,
     exchanged,
     family_of,
@@ -142,14 +144,14 @@ class _Handle:
 class Enabled(_Handle):
     """What :func:`enable` returns; as a context manager it disables on exit."""
 
-    def __enter__(self):
+    def __enter__(self) -> Enabled:
         if not self._depth:
             self._check("this handle cannot enable again")
             self._put_in()
         self._depth += 1
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._depth -= 1
         if not self._depth:
             self._take_out()
@@ -161,14 +163,14 @@ class Enabled(_Handle):
 class Disabled(_Handle):
     """What :func:`disable` returns; as a context manager it enables again on exit."""
 
-    def __enter__(self):
+    def __enter__(self) -> Disabled:
         if not self._depth:
             self._check("this handle cannot disable again")
             self._take_out()
         self._depth += 1
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._depth -= 1
         if self._depth:
             return
@@ -182,14 +184,14 @@ class Disabled(_Handle):
 
 
 def enable(
-    pipe,
+    pipe: Pipeline,
     method: Method | str,
     *,
     schedule: Schedule | None = None,
     backend: str = "auto",
     layout: Layout | LayoutReader | None = None,
     any_model: bool = False,
-    **options,
+    **options: Any,
 ) -> Enabled:
     """Make a pipeline's self-attention sparse. Checks everything first; changes nothing on error.
 
@@ -282,7 +284,7 @@ def _layer_parameters(method: Method, module: torch.nn.Module) -> dict[str, torc
     }
 
 
-def disable(pipe) -> Disabled:
+def disable(pipe: Pipeline) -> Disabled:
     """Restore a pipeline to exactly what it was before :func:`enable`.
 
     Returns:

@@ -11,7 +11,7 @@ from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
 from .layer import PlannedLayout
-from .models import attention_backend, exchanged, is_swapped, transformers_of
+from .models import Pipeline, attention_backend, exchanged, is_swapped, transformers_of
 from .state import ModelState
 
 
@@ -120,7 +120,7 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(pipe) -> Description:
+def describe(pipe: Pipeline) -> Description:
     """Which layers run which method, at what density, and what is dense and why.
 
     Raises:

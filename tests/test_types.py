@@ -104,3 +104,48 @@ def test_mypy_finds_wrong_calls_and_only_those(installed, tmp_path):
     lines = WRONG.splitlines()
     for line in range(5, 9):
         assert any(f"use.py:{line}:" in text and "error" in text for text in found), lines[line - 1]
+
+
+def functions_of(module: str, name: str) -> list[tuple[str, ast.FunctionDef]]:
+    """The public functions that ``name`` in ``module`` stands for, a class's methods among them."""
+    file = ROOT / Path(*module.split(".")[1:]).with_suffix(".py")
+    file = file if file.exists() else ROOT / Path(*module.split(".")).with_suffix(".py")
+    (node,) = [
+        n
+        for n in ast.parse(file.read_text(encoding="utf-8")).body
+        if getattr(n, "name", None) == name and not ast.unparse(n).startswith("@overload")
+    ]
+    if isinstance(node, ast.FunctionDef):
+        return [(name, node)]
+    functions = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+    special = ("__init__", "__call__", "__enter__", "__exit__")
+    return [(f"{name}.{f.name}", f) for f in functions if f.name[0] != "_" or f.name in special]
+
+
+def untyped(function: ast.FunctionDef, is_method: bool) -> list[str]:
+    """The parameters of a function without a type, and "return" where what it gives has none."""
+    static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
+    given = function.args
+    taken = [*given.posonlyargs, *given.args][is_method and not static :]
+    taken += [*given.kwonlyargs, *(x for x in (given.vararg, given.kwarg) if x is not None)]
+    names = [x.arg for x in taken if x.annotation is None]
+    return names + ["return"] * (function.returns is None and function.name != "__init__")
+
+
+def test_public_names_are_fully_typed():
+    names = {name: module for name, module in dittfast._EXPORTS.items() if name != "attend"}
+    names |= dict.fromkeys(
+        (n for n in dittfast.functional.__all__ if n != "soft_pag"), "dittfast.functional"
+    )
+    names |= {cls.__name__: cls.__module__ for cls in dittfast.methods.METHODS.values()}
+    names |= {"Method": "dittfast.methods.base", "Family": "dittfast.pipelines.families.family"}
+    names |= {
+        "Enabled": "dittfast.pipelines.adapter",
+        "Guided": "dittfast.pipelines.guidance.plain",
+    }
+    assert untyped(ast.parse("def f(a, *b: int, c, **d): ...").body[0], False) == [
+        "a", "c", "d", "return",
+    ]  # fmt: skip
+    for name, module in names.items():
+        for label, function in functions_of(module, name):
+            assert not untyped(function, "." in label), label

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from ..layout import Layout
 from ..plan import Plan
 from .base import Method
@@ -31,7 +33,9 @@ class Dense(Method):
     def __post_init__(self):
         check_block_size(self.block_size)
 
-    def plan(self, layout: Layout, q=None, k=None) -> Plan:
+    def plan(
+        self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
+    ) -> Plan:
         return Plan.full(
             layout.num_tokens, block_size=self.block_size, kv_log_weight=layout.kv_log_weight()
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class HeadGuidance:
         return tuple(float(value) for value in self.strength)
 
     @classmethod
-    def load(cls, path: str | Path, **changes) -> HeadGuidance:
+    def load(cls, path: str | Path, **changes: Any) -> HeadGuidance:
         """The guidance in a JSON file, such as the heads.json of :func:`dittfast.hunt`.
 
         Args:

@@ -82,7 +82,9 @@ class Local(Method):
             check_integer("tokens in a tile", math.prod(tile), 1, MAX_BLOCK_SIZE)
             object.__setattr__(self, "tile", tile)
 
-    def plan(self, layout: Layout, q=None, k=None) -> Plan:
+    def plan(
+        self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
+    ) -> Plan:
         tile = self.tile or self._default_tile(layout.grid)
         blocks = layout.tiles(tile)
         extra = self._patches(layout)
@@ -103,7 +105,13 @@ class Local(Method):
             num_partial_pairs=partial,
         )
 
-    def extend(self, layout: Layout, k, v, spatial_weight: torch.Tensor | None = None):
+    def extend(
+        self,
+        layout: Layout,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spatial_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v ``[B, H, N + extra, D]``; ``extra`` patches follow in raster order.
 
         Args:

@@ -151,7 +151,15 @@ class LogLinear(DynamicMethod):
         return means
 
     @torch.no_grad()
-    def plan(self, layout, q=None, k=None, v=None, scale=None, kv_log_weight=None) -> Plan:
+    def plan(
+        self,
+        layout: Layout,
+        q: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        scale: float | None = None,
+        kv_log_weight: torch.Tensor | None = None,
+    ) -> Plan:
         """See :meth:`Method.plan`; only q and k make a difference.
 
         Raises:
@@ -256,7 +264,9 @@ class LogLinear(DynamicMethod):
         parts.append(spread(padding.context[:, None, None]))
         return torch.cat([x.int() for x in parts], -1), padding.count + seen
 
-    def extend(self, layout: Layout, k, v, **parameters):
+    def extend(
+        self, layout: Layout, k: torch.Tensor, v: torch.Tensor, **parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v ``[B, H, N + extra, D]``: the means of every level appended, differentiably.
 
         Raises:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from ..layout import Blocks, Layout, make_blocks, split_evenly
 from ..plan import ListBuilder, Plan, TokenRule
@@ -81,7 +82,9 @@ class Radial(Method):
                 "4 has none (use variant 'wan' or 'hunyuan' to set it)"
             )
 
-    def plan(self, layout: Layout, q=None, k=None) -> Plan:
+    def plan(
+        self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
+    ) -> Plan:
         return self._paper_plan(layout) if self.variant == "paper" else self._code_plan(layout)
 
     def _code_plan(self, layout: Layout) -> Plan:

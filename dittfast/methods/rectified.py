@@ -138,7 +138,15 @@ class Rectified(DynamicMethod):
             template,
         )
 
-    def plan(self, layout, q=None, k=None, v=None, scale=None, kv_log_weight=None) -> Plan:
+    def plan(
+        self,
+        layout: Layout,
+        q: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        scale: float | None = None,
+        kv_log_weight: torch.Tensor | None = None,
+    ) -> Plan:
         """See :meth:`Method.plan`. Without ``rectify``, v may be left out.
 
         ``out_scale`` and ``out_residual`` of the plan carry gradients to q, k and v.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -112,10 +113,10 @@ class HeadGuider(BaseGuidance):
     def is_conditional(self) -> bool:
         return self._passes()[max(self._count_prepared, 1) - 1][0] == 0
 
-    def prepare_inputs(self, data):
+    def prepare_inputs(self, data: dict) -> list:
         return [self._prepare_batch(data, index, name) for index, name in self._passes()]
 
-    def prepare_inputs_from_block_state(self, data, input_fields):
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict) -> list:
         return [
             self._prepare_batch_from_block_state(input_fields, data, index, name)
             for index, name in self._passes()

@@ -7,6 +7,7 @@ import copy
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from dittfast.methods.dense import Dense
 from dittfast.methods.head_guidance import HeadGuidance
 
 from ..adapter import disable, enable
-from ..models import attention_layers, family_of, is_swapped, transformers_of
+from ..models import Pipeline, attention_layers, family_of, is_swapped, transformers_of
 from ..passes import Pass
 from ..state import ModelState
 from .perturbation import HeadWeakening, head_strengths
@@ -179,11 +180,11 @@ class Guided:
         self._guided = guided
         self._depth = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Guided:
         self._depth += 1
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._depth -= 1
         if self._depth:
             return
@@ -199,7 +200,7 @@ def _stop(model: torch.nn.Module) -> None:
         disable(model)
 
 
-def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
+def guide(pipe: Pipeline, config: HeadGuidance | None = None, **options: Any) -> Guided:
     """Guide a pipeline by weakened heads; composes with a method that is enabled on it.
 
     Costs one more conditional pass at every guided step, with classifier-free guidance or without.
@@ -246,7 +247,7 @@ def guide(pipe, config: HeadGuidance | None = None, **options) -> Guided:
     return Guided(guided)
 
 
-def unguide(pipe) -> None:
+def unguide(pipe: Pipeline) -> None:
     """Stop guiding; a pipeline that :func:`guide` found plain is plain again, exactly.
 
     Raises:

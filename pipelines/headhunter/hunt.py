@@ -20,7 +20,7 @@ from dittfast.methods.head_guidance import HeadGuidance
 
 from ..fingerprint import weights_digest
 from ..guidance.plain import guide, head_counts
-from ..models import is_swapped, transformers_of
+from ..models import Pipeline, is_swapped, transformers_of
 from ..runs.call import PicturePerPrompt, call_arguments
 from ..runs.first_frame import with_first_frame
 from .objectives import Objective, describe_objective, evaluate
@@ -247,7 +247,7 @@ def _model_facts(pipe) -> dict:
 
 
 def hunt(
-    pipe,
+    pipe: Pipeline,
     objective: Objective,
     prompts: Sequence[str],
     *,

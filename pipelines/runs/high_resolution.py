@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ from dittfast.schedule import Schedule
 from ..adapter import enable
 from ..description import Description, describe
 from ..guidance.plain import guide
-from ..models import is_swapped, transformers_of
+from ..models import HasComponents, is_swapped, transformers_of
 from .call import accepted, call_arguments, check_ranges, is_video
 from .compare import Arm, generate
 from .positions import check_position_scale, positions_scaled
@@ -160,7 +160,7 @@ def _calls(pipe, larger, prompt: str, stages, call: dict) -> list[dict]:
 
 
 def generate_high_resolution(
-    pipe,
+    pipe: HasComponents,
     prompt: str,
     stages: Sequence[tuple[int, int]],
     *,
@@ -178,7 +178,7 @@ def generate_high_resolution(
     compare: bool = False,
     runs: int = 1,
     on_stage: Callable[[str], None] = lambda stage: None,
-    **options,
+    **options: Any,
 ) -> list[Stage]:
     """Draw small, then enlarge, put noise on and denoise again, stage after stage.
 
