@@ -69,16 +69,60 @@ def define_backend(
     if name in _LIBRARIES:  # a notebook's cell, run again
         _LIBRARIES.pop(name)._destroy()
     library = _LIBRARIES[name] = Library("dittfast", "FRAGMENT")
+    full = f"attend_{name}"
+    run, run_backward = _run(forward), _run_backward(backward)
+    op = _define(library, full, f"({_QKV}, {_PLAN}) -> (Tensor, Tensor)", run, _fake)
+    backward_op = _define(
+        library,
+        f"{full}_backward",
+        f"(Tensor grad_out, Tensor? grad_lse, {_QKV}, Tensor out, Tensor lse, {_PLAN}) -> Tensor[]",
+        run_backward,
+        _fake_backward,
+    )
+    tangent_op = _define(
+        library,
+        f"{full}_tangent",
+        f"({_TANGENTS}, {_QKV}, Tensor lse, {_PLAN}) -> (Tensor, Tensor)",
+        _run_tangent,
+        _fake_tangent,
+    )
+    attend, last = _attend_function(op, backward_op, tangent_op), _last_function(name)
 
-    def define(suffix: str, schema: str, run: Callable, fake: Callable):
-        full = f"attend_{name}{suffix}"
-        library.define(full + schema)
-        library.impl(full, run, "CompositeExplicitAutograd")
-        for key in ("FuncTorchBatched", "Batched"):  # torch.func.vmap, is_grads_batched
-            library.impl(full, _refuse_vmap, key)
-        torch.library.register_fake(f"dittfast::{full}", fake, lib=library)
-        return getattr(torch.ops.dittfast, full).default
+    def autograd(*inputs):
+        return _apply(attend, *inputs)
 
+    def autograd_backward(*inputs):
+        # Traced for a graph, or run by backward(), it stays one op.
+        if twice and (torch.is_grad_enabled() or in_forward_mode()):
+            return run_backward(*inputs)
+        return list(_apply(last, backward_op, *inputs))
+
+    def autograd_tangent(*inputs):
+        return _apply(last, tangent_op, *inputs)
+
+    library.impl(full, autograd, "Autograd")
+    library.impl(f"{full}_backward", autograd_backward, "Autograd")
+    library.impl(f"{full}_tangent", autograd_tangent, "Autograd")
+
+    def call(q, k, v, t: PlanTensors, scale: float):
+        tensors = list(t[:_NUM_TENSORS])
+        tensors[_SCALE] = tensors[_RESIDUAL] = None
+        return op(q, k, v, tensors, t.out_scale, t.out_residual, list(t[_NUM_TENSORS:]), scale)
+
+    return call
+
+
+def _define(library: Library, full: str, schema: str, run: Callable, fake: Callable):
+    """One op without derivatives: its schema, what it runs, and its shapes."""
+    library.define(full + schema)
+    library.impl(full, run, "CompositeExplicitAutograd")
+    for key in ("FuncTorchBatched", "Batched"):  # torch.func.vmap, is_grads_batched
+        library.impl(full, _refuse_vmap, key)
+    torch.library.register_fake(f"dittfast::{full}", fake, lib=library)
+    return getattr(torch.ops.dittfast, full).default
+
+
+def _run(forward: Callable) -> Callable:
     def run(q, k, v, tensors, out_scale, out_residual, sizes, scale):
         if not q.numel():  # an empty batch: backends need not survive it
             return empty_outputs(q)
@@ -90,9 +134,15 @@ def define_backend(
             out = torch.empty_like(q).copy_(out)
         return out, lse
 
-    def run_backward(
-        grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, sizes, scale
-    ):
+    return run
+
+
+def _fake(q, *_):
+    return empty_outputs(q)
+
+
+def _run_backward(backward: Callable) -> Callable:
+    def run(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, sizes, scale):
         inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
         if not q.numel():
             return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
@@ -102,46 +152,31 @@ def define_backend(
         grads = [g for g in grads if g is not None]
         return [_reduce(g, x).contiguous() for g, x in zip(grads, inputs)]
 
-    def run_tangent(
-        dq,
-        dk,
-        dv,
-        d_scale,
-        d_residual,
-        q,
-        k,
-        v,
-        lse,
-        tensors,
-        out_scale,
-        out_residual,
-        sizes,
-        scale,
-    ):
-        if not q.numel():
-            return empty_outputs(q)
-        t = _plan_tensors(tensors, out_scale, out_residual, sizes)
-        with own_precision(q):
-            d_out, d_lse = tangents((dq, dk, dv, d_scale, d_residual), q, k, v, lse, t, scale)
-        return torch.empty_like(q).copy_(d_out), d_lse.to(lse.dtype)
+    return run
 
-    def fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, *_):
-        inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
-        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
 
-    op = define("", f"({_QKV}, {_PLAN}) -> (Tensor, Tensor)", run, lambda q, *_: empty_outputs(q))
-    backward_op = define(
-        "_backward",
-        f"(Tensor grad_out, Tensor? grad_lse, {_QKV}, Tensor out, Tensor lse, {_PLAN}) -> Tensor[]",
-        run_backward,
-        fake_backward,
-    )
-    tangent_op = define(
-        "_tangent",
-        f"({_TANGENTS}, {_QKV}, Tensor lse, {_PLAN}) -> (Tensor, Tensor)",
-        run_tangent,
-        lambda dq, dk, dv, d_scale, d_residual, q, *_: empty_outputs(q),
-    )
+def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, *_):
+    inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+
+
+def _run_tangent(
+    dq, dk, dv, d_scale, d_residual, q, k, v, lse, tensors, out_scale, out_residual, sizes, scale,
+):  # fmt: skip
+    if not q.numel():
+        return empty_outputs(q)
+    t = _plan_tensors(tensors, out_scale, out_residual, sizes)
+    with own_precision(q):
+        d_out, d_lse = tangents((dq, dk, dv, d_scale, d_residual), q, k, v, lse, t, scale)
+    return torch.empty_like(q).copy_(d_out), d_lse.to(lse.dtype)
+
+
+def _fake_tangent(dq, dk, dv, d_scale, d_residual, q, *_):
+    return empty_outputs(q)
+
+
+def _attend_function(op, backward_op, tangent_op) -> type:
+    """The autograd function of a backend's ``op``, whose derivatives are the other two ops."""
 
     class Attend(_SingleLevelFunction):
         @staticmethod
@@ -175,9 +210,13 @@ def define_backend(
                 ctx.sizes, ctx.scale,
             )  # fmt: skip
 
-    class Derivative(_SingleLevelFunction):
-        """A derivative that has none itself."""
+    return Attend
 
+
+def _last_function(name: str) -> type:
+    """The autograd function of a backend's derivatives, which have none themselves."""
+
+    class Derivative(_SingleLevelFunction):
         @staticmethod
         def forward(derivative, *inputs):
             return tuple(_below_autograd(derivative, inputs))
@@ -192,29 +231,7 @@ def define_backend(
 
         jvp = backward
 
-    def derivative_kernel(derivative, as_result, composite=None):
-        def kernel(*inputs):
-            # Traced for a graph, or run by backward(), it stays one op.
-            if composite and (torch.is_grad_enabled() or in_forward_mode()):
-                return composite(*inputs)
-            return as_result(_apply(Derivative, derivative, *inputs))
-
-        return kernel
-
-    composite = run_backward if twice else None
-    for full, kernel in (
-        ("", lambda *inputs: _apply(Attend, *inputs)),
-        ("_backward", derivative_kernel(backward_op, list, composite)),
-        ("_tangent", derivative_kernel(tangent_op, tuple)),
-    ):
-        library.impl(f"attend_{name}{full}", kernel, "Autograd")
-
-    def call(q, k, v, t: PlanTensors, scale: float):
-        tensors = list(t[:_NUM_TENSORS])
-        tensors[_SCALE] = tensors[_RESIDUAL] = None
-        return op(q, k, v, tensors, t.out_scale, t.out_residual, list(t[_NUM_TENSORS:]), scale)
-
-    return call
+    return Derivative
 
 
 def _apply(function, *inputs):
