@@ -23,13 +23,13 @@ from dittfast.pipelines.fingerprint import difference
 from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.sources import choose_dtype, find, load
 
-from . import objectives
 from .adapter_files import OWN, read_weights
 from .artifacts import save_adapter
 from .checkpoint import PROGRESS, Checkpoints, RunState, read_progress
 from .config import DistillConfig
 from .launch import make_accelerator, wants_shards
 from .loader import Batch, Dataset, Prefetch, mixed_batches
+from .losses import attention_loss, denoising_loss, feature_loss, prediction_loss, weighted_sum
 from .noise import generator, sample_noise, sample_times
 from .optim import Average, learning_rate, make_optimizer
 from .resume import check_resume, run_facts
@@ -258,14 +258,14 @@ class Trainer:
         found = {}
         if weights.denoising:
             target = self.process.target(batch.latents, noise, t)
-            found["denoising"] = objectives.denoising_loss(prediction, target)
+            found["denoising"] = denoising_loss(prediction, target)
         if weights.prediction:
             wanted = self.process.velocity(teacher[0], noisy, t)
-            found["prediction"] = objectives.prediction_loss(prediction, wanted)
+            found["prediction"] = prediction_loss(prediction, wanted)
         if weights.attention:
-            found["attention"] = objectives.attention_loss(attention, teacher[1])
+            found["attention"] = attention_loss(attention, teacher[1])
         if weights.features:
-            found["features"] = objectives.feature_loss(features, teacher[2])
+            found["features"] = feature_loss(features, teacher[2])
         return found
 
     def _pass(self, arguments: dict):
@@ -295,7 +295,7 @@ class Trainer:
         for micro in micros:
             with self.accelerator.accumulate(self._reducing):
                 losses = self.losses(micro)
-                total = objectives.weighted_sum(losses, weights)
+                total = weighted_sum(losses, weights)
                 self._sync_gradients(self.accelerator.sync_gradients)
                 self.accelerator.backward(total)
                 values = torch.stack([total, *losses.values()]).detach().double()

@@ -17,7 +17,8 @@ from distill_run import fresh_accelerate, make_config, one_thread, write_config 
 from safetensors.torch import load_file
 
 from dittfast.cli import main
-from dittfast.distill import checkpoint, objectives
+from dittfast.distill import checkpoint
+from dittfast.distill import trainer as training
 from dittfast.distill.adapter_files import read_weights
 from dittfast.distill.checkpoint import Checkpoints
 from dittfast.distill.loader import Dataset, mixed_batches
@@ -407,14 +408,14 @@ def test_two_processes_with_fsdp_give_the_curve_of_one(folder, tmp_path, student
 def test_nan_stops_the_run_and_names_the_loss(folder, tmp_path, monkeypatch):
     config = run_config(folder, tmp_path / "run", train={"steps": 6, "checkpoint_every": 2})
     trainer = Trainer(config)
-    real, seen = objectives.attention_loss, []
+    real, seen = training.attention_loss, []
 
     def broken(student, teacher):
         seen.append(0)
         value = real(student, teacher)
         return value * float("nan") if len(seen) == 4 else value
 
-    monkeypatch.setattr(objectives, "attention_loss", broken)
+    monkeypatch.setattr(training, "attention_loss", broken)
     kept = {}
 
     def remember(*args):
@@ -443,8 +444,6 @@ def with_loss_scaling(monkeypatch, scale: float) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from dittfast.distill import trainer
-
     def make(config):
         accelerator = Accelerator(cpu=True, mixed_precision="fp16")
         accelerator.native_amp = True
@@ -452,7 +451,7 @@ def with_loss_scaling(monkeypatch, scale: float) -> None:
         return accelerator
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it holds the precision before
-    monkeypatch.setattr(trainer, "make_accelerator", make)
+    monkeypatch.setattr(training, "make_accelerator", make)
 
 
 def test_fp16_scales_the_loss_and_resumes_to_the_bit(folder, tmp_path, monkeypatch):

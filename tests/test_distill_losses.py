@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dittfast.distill import objectives
+from dittfast.distill import losses as distillation
 from dittfast.distill.config import TrainConfig
 from dittfast.distill.muon import orthogonalise
 from dittfast.distill.noise import (
@@ -27,21 +27,23 @@ def test_losses(size, dtype):
     a, b = (size * torch.randn(2, 63, 7)).to(dtype), (size * torch.randn(2, 63, 7)).to(dtype)
     x, y = a.double().numpy(), b.double().numpy()
     mse = ((x - y) ** 2).mean()
-    assert float(objectives.denoising_loss(a, b)) == pytest.approx(mse, rel=1e-5)
-    assert float(objectives.prediction_loss(a, b)) == pytest.approx(mse, rel=1e-5)
-    layers = float(objectives.attention_loss([a, 2 * a], [b, 2 * b]))
+    assert float(distillation.denoising_loss(a, b)) == pytest.approx(mse, rel=1e-5)
+    assert float(distillation.prediction_loss(a, b)) == pytest.approx(mse, rel=1e-5)
+    layers = float(distillation.attention_loss([a, 2 * a], [b, 2 * b]))
     assert layers == pytest.approx(2.5 * mse, rel=1e-5)
     norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
     cosine = ((x * y).sum(-1) / norms).mean()
-    assert float(objectives.feature_loss([a], [b])) == pytest.approx(1 - cosine, rel=1e-4, abs=1e-5)
+    assert float(distillation.feature_loss([a], [b])) == pytest.approx(
+        1 - cosine, rel=1e-4, abs=1e-5
+    )
 
 
 def test_no_gradient_reaches_the_teacher():
     a, b = torch.randn(2, 1, 5, 3).requires_grad_().unbind(0)
     losses = [
-        objectives.prediction_loss(a, b),
-        objectives.attention_loss([a], [b]),
-        objectives.feature_loss([a], [b]),
+        distillation.prediction_loss(a, b),
+        distillation.attention_loss([a], [b]),
+        distillation.feature_loss([a], [b]),
     ]
     for loss in losses:
         student, teacher = torch.autograd.grad(loss, (a, b), retain_graph=True, allow_unused=True)
@@ -51,8 +53,8 @@ def test_no_gradient_reaches_the_teacher():
 def test_losses_refuse_what_does_not_fit():
     a = torch.zeros(1, 3)
     with pytest.raises(ValueError, match=r"\[1, 3\] and \[3, 1\]"):
-        objectives.denoising_loss(a, a.T)
-    for loss in (objectives.attention_loss, objectives.feature_loss):
+        distillation.denoising_loss(a, a.T)
+    for loss in (distillation.attention_loss, distillation.feature_loss):
         with pytest.raises(ValueError, match="same layers"):
             loss([a], [a, a])
         with pytest.raises(ValueError, match="same layers"):
@@ -61,7 +63,7 @@ def test_losses_refuse_what_does_not_fit():
 
 def test_weighted_sum():
     losses = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
-    assert float(objectives.weighted_sum(losses, {"a": 0.5, "b": 2.0, "c": 9.0})) == 7.0
+    assert float(distillation.weighted_sum(losses, {"a": 0.5, "b": 2.0, "c": 9.0})) == 7.0
 
 
 def test_flow_agrees_with_diffusers():
