@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import subprocess
@@ -158,26 +159,37 @@ def test_ci_runs_the_readme_test_command():
     assert ci[-1] == command
 
 
-# A number in prose with its source behind it, unseen in the page: file, path in it, format. A
-# factor may stand before the format, as in 1e-9*.1f.
-NUMBER = re.compile(r"([\d.,]+)<!-- (\S+\.json) (\S+) (\S+) -->")
+# A number in prose with its source behind it, unseen in the page: file, path in it, format.
+# A path may be two of them, or one and a number, with an operator between.
+NUMBER = re.compile(r"(-?[\d.,]*\d)<!-- (\S+\.json) (.+?) (\S+) -->")
+OPERATORS = {"-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def value_at(data, path: str):
+    left, sign, right = re.fullmatch(r"(.+?)(?: ([-*/]) (.+))?", path).groups()
+    if sign is not None:
+        return OPERATORS[sign](value_at(data, left), value_at(data, right))
+    if path.isdigit():
+        return int(path)
     for key in path.split("."):
         data = data[int(key)] if isinstance(data, list) else data[key]
     return data
 
 
+def shown(value, form: str, number: str) -> str:
+    """The value as prose has it: the words around it say "below", and the unit."""
+    return format(value if number.startswith("-") else abs(value), form).rstrip("%")
+
+
 def test_numbers_are_those_of_the_files_beside_them():
     documents = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
     found = [(d, *groups) for d in documents for groups in NUMBER.findall(text_of(d))]
-    assert {d for d, *_ in found} >= {"README.md", "docs/performance.md"}
+    pages = ("performance", "distill", "head-guidance", "sample-model")
+    assert {d for d, *_ in found} >= {"README.md", *(f"docs/{page}.md" for page in pages)}
     for document, number, file, path, form in found:
         value = value_at(json.loads((ROOT / file).read_text(encoding="utf-8")), path)
-        factor, times, form = form.rpartition("*")
-        shown = format(value * float(factor) if times else value, form)
-        assert number == shown, f"{document}: {number}, but {file} {path} is {value}"
+        said = f"{document}: {number}, but {file} {path} is {value}"
+        assert number == shown(value, form, number), said
 
 
 def test_the_backends_say_what_they_take():
