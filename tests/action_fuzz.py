@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from caches import CACHES, cache_config
 
 import dittfast
 from dittfast.layout import make_blocks
@@ -401,45 +402,10 @@ def compile_(world, blocks=True):
     world.flags.add("compiled")
 
 
-def _cache(kind, pipe):
-    import diffusers
-
-    common = dict(current_timestep_callback=lambda: pipe.time)
-    if kind == "FirstBlockCache":
-        return diffusers.FirstBlockCacheConfig(threshold=10.0)
-    if kind == "PyramidAttentionBroadcast":
-        return diffusers.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(1, 999),
-            spatial_attention_block_identifiers=("transformer_blocks", "blocks"),
-            **common,
-        )
-    if kind == "FasterCache":
-        return diffusers.FasterCacheConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(-1, 901),
-            attention_weight_callback=lambda _: 0.5,
-            is_guidance_distilled=True,
-            **common,
-        )
-    if kind == "MagCache":
-        return diffusers.MagCacheConfig(
-            threshold=0.5, num_inference_steps=3, retention_ratio=0.2, mag_ratios=[1.0] * 3
-        )
-    return diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1)
-
-
-CACHES = (
-    "FirstBlockCache",
-    "PyramidAttentionBroadcast",
-    "FasterCache",
-    "MagCache",
-    "TaylorSeerCache",
-)
-
-
 def cache_on(world, kind):
-    world.both(lambda pipe: pipe.transformer.enable_cache(_cache(kind, pipe)))
+    world.both(
+        lambda pipe: pipe.transformer.enable_cache(cache_config(kind, lambda: pipe.time, steps=3))
+    )
     world.flags.add("cache")
 
 

@@ -90,6 +90,15 @@ def random_plan(
     return Plan(indices, count, full, q_blocks, kv_blocks, rule=rule, **fields)
 
 
+# Strides that tensors come with.
+VIEWS = {
+    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "slice": lambda x: torch.cat([x, x, x], -1)[..., x.shape[-1] : -x.shape[-1]],
+    "column-major": lambda x: x.mT.contiguous().mT,
+    "every second token": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
+}
+
+
 def results(q, k, v, grad_out, grad_lse, plan: Plan, backend: str, **options) -> dict:
     """out, lse and all gradients of one backend."""
     leaves = {

@@ -9,6 +9,7 @@ import copy
 import pytest
 import tiny
 import torch
+from caches import CACHES, cache_config
 from patterns import Band
 
 import dittfast
@@ -168,56 +169,23 @@ def is_linear(module):
     return isinstance(module, torch.nn.Linear)
 
 
-def cache_config(kind, pipe):
-    import diffusers
-
-    common = dict(current_timestep_callback=lambda: pipe._current_timestep)
-    if kind == "FirstBlockCache":
-        return diffusers.FirstBlockCacheConfig(threshold=10.0)
-    if kind == "PyramidAttentionBroadcast":
-        return diffusers.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(1, 999),
-            spatial_attention_block_identifiers=("transformer_blocks", "blocks"),
-            **common,
-        )
-    if kind == "FasterCache":
-        return diffusers.FasterCacheConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(-1, 901),
-            attention_weight_callback=lambda _: 0.5,
-            is_guidance_distilled=True,
-            **common,
-        )
-    if kind == "MagCache":
-        return diffusers.MagCacheConfig(
-            threshold=0.5, num_inference_steps=5, retention_ratio=0.2, mag_ratios=[1.0] * 5
-        )
-    return diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1)
+def cache_of(kind, pipe):
+    return cache_config(kind, lambda: pipe._current_timestep, steps=5)
 
 
 @pytest.mark.parametrize("first", ["dittfast", "cache"])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "FirstBlockCache",
-        "PyramidAttentionBroadcast",
-        "FasterCache",
-        "MagCache",
-        "TaylorSeerCache",
-    ],
-)
+@pytest.mark.parametrize("kind", CACHES)
 def test_caches(kind, first):
     pipe = tiny.flux_pipeline()
     run = dict(num_inference_steps=5)
     plain = tiny.run(pipe, **run)
-    pipe.transformer.enable_cache(cache_config(kind, pipe))
+    pipe.transformer.enable_cache(cache_of(kind, pipe))
     expected = tiny.run(pipe, **run)
     assert not torch.equal(expected, plain)
     pipe.transformer.disable_cache()
     if first == "dittfast":
         sparse(pipe, Full())
-    pipe.transformer.enable_cache(cache_config(kind, pipe))
+    pipe.transformer.enable_cache(cache_of(kind, pipe))
     if first == "cache":
         sparse(pipe, Full())
     assert distance(tiny.run(pipe, **run), expected) < 1e-4
@@ -234,7 +202,7 @@ def test_caches_with_two_calls_a_step_and_dense_steps(kind):
     """What a cache skips is no step: both calls of Wan's guidance agree in every step."""
     pipe = tiny.wan_pipeline()
     run = dict(num_inference_steps=5)
-    pipe.transformer.enable_cache(cache_config(kind, pipe))
+    pipe.transformer.enable_cache(cache_of(kind, pipe))
     expected = tiny.run(pipe, **run)
     steps = {}
     with dittfast.enable(

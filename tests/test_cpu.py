@@ -12,7 +12,7 @@ from parity import (
     results,
 )
 
-from dittfast import Layout, attend, methods
+from dittfast import Layout, attend
 from dittfast.kernels import cpu, cpu_worklist
 from dittfast.kernels.cpu_worklist import Worklist, make_worklist
 from dittfast.layout import make_blocks
@@ -20,55 +20,6 @@ from dittfast.plan import Plan, TokenRule, dense_mask
 from dittfast.testing import attention_inputs
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp64": torch.float64,
-}
-LISTS = [(1, 1), (2, 1), (1, 3), (2, 3)]
-
-
-@pytest.mark.parametrize("num_tokens", [1, 63, 111, 390, 1000])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_sizes_and_dtypes(num_tokens, dtype):
-    blocks = ragged_blocks(num_tokens, 64, seed=num_tokens)
-    assert_parity(random_plan(blocks, blocks), "cpu", dtype=dtype, head_dim=32)
-
-
-@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_input_scales(size, dtype):
-    blocks = even_blocks(192, 64)
-    plan = random_plan(blocks, blocks, rule=random_rule(192, 192))
-    assert_parity(plan, "cpu", dtype=dtype, size=size, head_dim=64)
-
-
-@pytest.mark.parametrize("head_dim", [1, 8, 15, 64, 80, 256])
-def test_head_dims(head_dim):
-    plan = random_plan(ragged_blocks(63, 16, 1), ragged_blocks(70, 32, 2))
-    assert_parity(plan, "cpu", head_dim=head_dim)
-
-
-@pytest.mark.parametrize("lists", LISTS, ids=str)
-@pytest.mark.parametrize("with_rule", [False, True], ids=["full", "partial"])
-def test_lists_per_batch_row_and_per_head(lists, with_rule):
-    rule = random_rule(111, 111) if with_rule else None
-    blocks = ragged_blocks(111, 32, 3)
-    assert_parity(random_plan(blocks, blocks, lists, rule), "cpu", batch=2, heads=3)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 50), (50, 1), (16, 128), (300, 7)], ids=str)
-def test_block_sizes(sizes):
-    plan = random_plan(ragged_blocks(300, sizes[0], 4), ragged_blocks(200, sizes[1], 5))
-    assert_parity(plan, "cpu", heads=1)
-
-
-@pytest.mark.parametrize("sides", ["q", "kv", "both"])
-def test_orders(sides):
-    q_blocks = ragged_blocks(90, 32, 6, shuffle=sides != "kv")
-    kv_blocks = ragged_blocks(111, 32, 7, shuffle=sides != "q")
-    assert_parity(random_plan(q_blocks, kv_blocks, (1, 2)), "cpu")
 
 
 def test_an_order_whose_ends_look_like_a_run_of_tokens():
@@ -77,14 +28,6 @@ def test_an_order_whose_ends_look_like_a_run_of_tokens():
     kv_blocks = even_blocks(8, 4)._replace(order=order.int())
     mask = torch.tensor([[True, False]])
     assert_parity(Plan.from_block_mask(mask, even_blocks(16, 16), kv_blocks), "cpu")
-
-
-@pytest.mark.parametrize("metric", ["disc", "raster"])
-@pytest.mark.parametrize("frames", [1, 3, 20])
-def test_token_rule_anywhere(metric, frames):
-    rule = random_rule(90, 130, metric, frames, sink_frames=frames // 3)
-    blocks = ragged_blocks(90, 32, 8), ragged_blocks(130, 64, 9, shuffle=True)
-    assert_parity(random_plan(*blocks, rule=rule), "cpu")
 
 
 def test_a_block_over_more_frames_than_are_looked_at():
@@ -96,16 +39,6 @@ def test_a_block_over_more_frames_than_are_looked_at():
     rows, cols = np.indices((2, 2)).reshape(2, -1)
     partial = np.zeros(4, dtype=bool)
     assert_parity(Plan.from_lists(rows, cols, partial, blocks, blocks, rule=rule), "cpu")
-
-
-def test_rule_of_distances_beyond_what_fp32_counts_exactly():
-    # 70000² is no fp32 number, and neighbours in distance lie on both sides of the limit.
-    place = torch.arange(0, 70_001, 350, dtype=torch.int32)
-    frame = torch.zeros_like(place)
-    limit = torch.tensor([35_000], dtype=torch.int32)
-    rule = TokenRule("raster", limit, frame, place, frame, place + 1)
-    blocks = even_blocks(place.numel(), 32)
-    assert_parity(random_plan(blocks, blocks, rule=rule), "cpu")
 
 
 def test_lists_that_do_not_rise():
@@ -120,73 +53,10 @@ def test_lists_that_do_not_rise():
     assert_parity(plan, "cpu")
 
 
-PATTERNS = {
-    "radial": (methods.Radial(0.5, 16), Layout.video(5, 6, 7, text=9)),
-    "radial paper": (methods.Radial(block_size=16, variant="paper"), Layout.video(9, 5, 6)),
-    "local": (methods.Local(3, tile=(1, 4, 8)), Layout.image(21, 30, text=13)),
-    "local summaries": (methods.Local(4, downsample=3, tile=(1, 4, 4)), Layout.image(14, 16)),
-    "local video": (methods.Local(2, frame_window=2, tile=(2, 4, 4)), Layout.video(4, 9, 9)),
-}
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_methods(name):
-    method, layout = PATTERNS[name]
-    assert_parity(method.plan(layout), "cpu", batch=2, head_dim=32)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
-@pytest.mark.parametrize("with_rule", [False, True], ids=["full", "partial"])
-def test_log_weight(shape, with_rule):
-    weight = torch.randn(*shape, 111)
-    weight[..., ::7] = -torch.inf
-    blocks = ragged_blocks(111, 32, 10, shuffle=True)
-    rule = random_rule(111, 111) if with_rule else None
-    plan = random_plan(blocks, blocks, rule=rule)
-    assert_parity(plan, "cpu", batch=2, heads=3, kv_log_weight=weight)
-
-
 def test_log_weights_of_plan_and_call_add_up():
     blocks = even_blocks(96, 32)
     plan = random_plan(blocks, blocks, kv_log_weight=torch.rand(1, 1, 96))
     assert_parity(plan, "cpu", kv_log_weight=torch.rand(1, 1, 96))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hidden_by", ["weight", "rule"])
-def test_queries_that_see_nothing(hidden_by, dtype):
-    blocks = even_blocks(96, 32)
-    mask = torch.ones(3, 3, dtype=torch.bool)
-    mask[0, 1:] = False
-    plan, weight = Plan.from_block_mask(mask, blocks, blocks), None
-    if hidden_by == "weight":
-        weight = torch.zeros(1, 1, 96)
-        weight[..., :32] = -torch.inf
-    else:
-        place = torch.arange(96, dtype=torch.int32)
-        frame, never = torch.zeros_like(place), torch.tensor([-1], dtype=torch.int32)
-        rule = TokenRule("raster", never, frame, place, frame, place)
-        full = torch.tensor([[[0, 3, 3]]], dtype=torch.int32)
-        plan = plan.replace(rule=rule, kv_num_full_blocks=full)
-    found = assert_parity(plan, "cpu", dtype=dtype, kv_log_weight=weight)
-    assert bool((found["lse"][:, :, :32] == -torch.inf).all())
-    assert float(found["out"][:, :, :32].abs().max()) == 0
-    assert float(found["dq"][:, :, :32].abs().max()) == 0
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_epilogue(shape, dtype):
-    blocks = ragged_blocks(111, 32, 11, shuffle=True)
-    plan = random_plan(
-        blocks,
-        blocks,
-        out_scale=torch.rand(*shape, blocks.count) + 0.5,
-        out_residual=torch.randn(*shape, blocks.count, 16),
-    )
-    assert_parity(plan, "cpu", batch=2, heads=3, dtype=dtype)
-    assert_parity(plan.replace(out_residual=None), "cpu", batch=2, heads=3, dtype=dtype)
-    assert_parity(plan.replace(out_scale=None), "cpu", batch=2, heads=3, dtype=dtype)
 
 
 def test_everything_at_once():
@@ -202,44 +72,6 @@ def test_everything_at_once():
         out_residual=torch.randn(2, 1, q_blocks.count, 20),
     )
     assert_parity(plan, "cpu", batch=2, heads=3, head_dim=20, kv_log_weight=weight)
-
-
-def test_without_a_gradient_of_lse_and_with_a_negative_scale():
-    blocks = even_blocks(96, 32)
-    plan = random_plan(blocks, blocks)
-    assert_parity(plan, "cpu", with_lse=False)
-    assert_parity(plan, "cpu", scale=-2.0)
-
-
-VIEWS = {
-    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "slice": lambda x: torch.cat([x, x, x], -1)[..., x.shape[-1] : -x.shape[-1]],
-    "column-major": lambda x: x.mT.contiguous().mT,
-    "every second token": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
-}
-
-
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-@pytest.mark.parametrize("lists", [(1, 1), (2, 2)], ids=str)
-def test_strided_inputs(view, lists):
-    blocks = ragged_blocks(63, 16, 14)
-    assert_parity(random_plan(blocks, blocks, lists), "cpu", batch=2, view=view)
-
-
-def test_output_keeps_the_memory_order_of_the_queries():
-    q, k, v, _ = attention_inputs(2, 3, 40, 16)
-    for view in VIEWS.values():
-        out = attend(view(q), view(k), view(v), Plan.full(40, block_size=16), backend="cpu")
-        assert out.stride() == torch.empty_like(view(q)).stride()
-
-
-def test_inputs_are_left_alone():
-    blocks = ragged_blocks(63, 16, 15, shuffle=True)
-    plan = random_plan(blocks, blocks, kv_log_weight=torch.zeros(1, 1, 63))
-    inputs = attention_inputs(1, 2, 63, 16)
-    before = [x.clone() for x in inputs]
-    results(*inputs, torch.ones(1, 2, 63), plan, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from dittfast.files import check_output
+
 # Arguments of the pipeline's call that have an option of the same name.
 CALL = (
     "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2",
@@ -277,6 +279,20 @@ def add_any_model_argument(group) -> None:
     group.add_argument(
         "--any-model", action="store_true", help="take a preset that is for other models, too"
     )
+
+
+def add_picture_and_numbers(parser: argparse.ArgumentParser) -> None:
+    """Where a picture and its numbers are written."""
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", metavar="FILE", help="write the picture here, as .png")
+    out.add_argument("--json", metavar="FILE", help="write the numbers here")
+
+
+def check_picture_and_numbers(args) -> None:
+    """Raise now rather than after the work if a file cannot be written; see ``check_output``."""
+    for path, endings in ((args.output, (".png",)), (args.json, None)):
+        if path is not None:
+            check_output(path, endings)
 
 
 def chosen_method(args) -> str | None:

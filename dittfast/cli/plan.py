@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dittfast.files import check_output, write_image, write_json
+from dittfast.files import write_image, write_json
 
-from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
+from .options import (
+    add_method_arguments,
+    add_picture_and_numbers,
+    check_picture_and_numbers,
+    chosen_method,
+    compact,
+    parse_options,
+    seconds,
+)
 
 EXAMPLE = """\
 examples:
@@ -44,16 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
     work.add_argument("--head-dim", type=int, default=128, metavar="N", help="(default: 128)")
     work.add_argument("--heads", type=int, default=24, metavar="N", help="(default: 24)")
-    out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", metavar="FILE", help="write the picture here, as .png")
-    out.add_argument("--json", metavar="FILE", help="write the numbers here")
+    add_picture_and_numbers(parser)
 
 
 def run(args) -> int:
     """Build the plan, print its numbers, and write what was asked for."""
-    for path, endings in ((args.output, (".png",)), (args.json, None)):
-        if path is not None:
-            check_output(path, endings)
+    check_picture_and_numbers(args)
     for name in ("head_dim", "heads"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dittfast.files import check_output, write_image, write_json
+from dittfast.files import write_image, write_json
 
-from .options import add_method_arguments, add_model_argument, chosen_method, parse_options
+from .options import (
+    add_method_arguments,
+    add_model_argument,
+    add_picture_and_numbers,
+    check_picture_and_numbers,
+    chosen_method,
+    parse_options,
+)
 
 EXAMPLE = """\
 examples:
@@ -28,16 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--step", type=int, metavar="N", help="the step to look at, from 0")
     group.add_argument("--layers", metavar="N,N", help="self-attention layers (default: all)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", metavar="FILE", help="write the picture here, as .png")
-    out.add_argument("--json", metavar="FILE", help="write the numbers here")
+    add_picture_and_numbers(parser)
 
 
 def run(args) -> int:
     """Draw the kept and the dropped attention of every head, and print the numbers."""
-    for path, endings in ((args.output, (".png",)), (args.json, None)):
-        if path is not None:
-            check_output(path, endings)
+    check_picture_and_numbers(args)
     asked, options = chosen_method(args), parse_options(args.options)
     if asked is None:
         raise ValueError("the method is missing; add --method rectified, or --config FILE")
