@@ -45,6 +45,8 @@ class PublishedModel:
 
     def build(self) -> torch.nn.Module:
         """The transformer on the meta device: shapes, no memory."""
+        # One class loads the package of all of diffusers' transformers, and that PEFT where it is
+        # installed; there is no smaller door to it.
         import diffusers
 
         with torch.device("meta"):
