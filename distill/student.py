@@ -93,26 +93,10 @@ class Student(torch.nn.Module):
             add_lora(model, config.rank, config.alpha, config.targets, config.dropout)
         enable(pipe, method, schedule=schedule)
         self.transformer = model
-        state = model._dittfast
-        self._family = state.family
-        self.layers = list(attention_layers(model, state.family))
-        chosen = objectives.attention_layers, objectives.feature_layers
-        options = "objectives.attention_layers", "objectives.feature_layers"
-        weights = objectives.attention, objectives.features
-        self.attention_taps, self.feature_taps = (
-            matching_layers(entries, self.layers, option) if weight else []
-            for entries, option, weight in zip(chosen, options, weights)
-        )
-        own = {
-            name.removeprefix(f"{component}."): p
-            for name, p in method_parameters(pipe).items()
-            if name.startswith(f"{component}.")
-        }
-        dense = tuple(f"{layer}." for layer in state.dense_layers)
-        for name, p in own.items():
-            p.requires_grad_(not name.startswith(dense))  # dense layers never use theirs
-        self.own = [name for name, p in own.items() if p.requires_grad]
-        self._own = torch.nn.ParameterList([own[name] for name in self.own])
+        self._family = model._dittfast.family
+        self.layers = list(attention_layers(model, self._family))
+        self.attention_taps, self.feature_taps = self._taps(objectives)
+        self.own, self._own = self._own_parameters()
         for name in self._model_names():
             p = model.get_parameter(name)
             p.data = p.data.float()
@@ -132,6 +116,29 @@ class Student(torch.nn.Module):
             self._original = {
                 name: model.get_parameter(name).detach().clone() for name in self._model_names()
             }
+
+    def _taps(self, objectives: ObjectiveConfig) -> tuple[list[str], list[str]]:
+        """The layers whose attention, and whose blocks' output, the losses compare."""
+        attention, features = [], []
+        if objectives.attention:
+            option = "objectives.attention_layers"
+            attention = matching_layers(objectives.attention_layers, self.layers, option)
+        if objectives.features:
+            option = "objectives.feature_layers"
+            features = matching_layers(objectives.feature_layers, self.layers, option)
+        return attention, features
+
+    def _own_parameters(self) -> tuple[list[str], torch.nn.ParameterList]:
+        """The method's parameters in layers that are not dense: dense ones never use theirs."""
+        dense = tuple(f"{layer}." for layer in self.transformer._dittfast.dense_layers)
+        prefix, own = f"{self.component}.", {}
+        for full, p in method_parameters(self.pipe).items():
+            if full.startswith(prefix):
+                name = full.removeprefix(prefix)
+                p.requires_grad_(not name.startswith(dense))
+                if p.requires_grad:
+                    own[name] = p
+        return list(own), torch.nn.ParameterList(own.values())
 
     def _model_names(self) -> list[str]:
         names = [name for name, _ in self.transformer.named_parameters()]
