@@ -47,6 +47,19 @@ out: torch.Tensor = attend(q, q, q, methods.Local(window=2).plan(layout))
 both: tuple[torch.Tensor, torch.Tensor] = attend(
     q, q, q, dittfast.Plan.full(16), return_lse=True
 )
+plain: torch.Tensor = dittfast.functional.local_attention(q, q, q, layout, window=2)
+pair: tuple[torch.Tensor, torch.Tensor] = dittfast.functional.radial_attention(
+    q, q, q, layout, return_lse=True
+)
+
+
+class Pipe:
+    @property
+    def components(self) -> dict[str, object]:
+        return {}
+
+
+dittfast.guide(Pipe(), heads=[(0, 0)])
 """
 WRONG = """
 import dittfast
@@ -56,6 +69,7 @@ dittfast.nonexistent(1)
 Layout.image("four", 4)
 attend(1, 2, 3, "no plan")
 Plan.full("sixteen")
+dittfast.functional.local_attention(1, 2, 3, 4)
 """
 
 
@@ -102,7 +116,7 @@ def test_mypy_finds_wrong_calls_and_only_those(installed, tmp_path):
     found = errors(WRONG, installed, tmp_path)
     assert 'no attribute "nonexistent"' in found[0]
     lines = WRONG.splitlines()
-    for line in range(5, 9):
+    for line in range(5, 10):
         assert any(f"use.py:{line}:" in text and "error" in text for text in found), lines[line - 1]
 
 
