@@ -105,14 +105,17 @@ typedef struct {
     /* [batch, own_heads, num_own]: lse forward, else delta = sum(y * out) */
     float *per_query;
     int64_t num_own;
+    /* If not NULL, how many pairs were computed is added here, those hidden afterwards too. */
+    int64_t *pairs;
 } Problem;
 
-/* Rows being walked: pointers, and what is added to their scores. */
+/* Rows being walked, and what is added to their scores. `a` and `b` are fp32 once it is taken, and
+   before that wherever and whatever the rows are. */
 typedef struct {
-    const float *a[CHUNK], *b[CHUNK];
-    int32_t position[CHUNK];
+    const void *a[CHUNK], *b[CHUNK];
+    int32_t position[CHUNK], token[CHUNK];
     float bias[CHUNK], delta[CHUNK], grad_lse[CHUNK];
-    int count;
+    int count, asked_for;
 } Chunk;
 
 typedef struct {
@@ -136,8 +139,9 @@ typedef struct {
     /* Rows of partial blocks, tile by tile: those that every lane sees, then the undecided ones. */
     Positions seen, undecided;
     int64_t begin[TILES + 1], middle[TILES];
-    int64_t culled;
-    Chunk chunk;
+    int64_t culled, pairs;
+    /* The one being computed, and the one after it. */
+    Chunk *chunk, *next, chunks[2];
 } Scratch;
 
 /* Where the walked rows of one head are. */
@@ -196,33 +200,44 @@ static float from_bfloat(uint16_t x)
     return value;
 }
 
+static int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 static const void *head_of(const Rows *rows, int64_t dtype, int64_t batch, int64_t head)
 {
     int64_t offset = batch * rows->batch + head * rows->head;
-    return (const char *)rows->data + offset * (dtype == FLOAT32 ? 4 : 2);
+    return (const char *)rows->data + offset * size_of(dtype);
 }
 
-static void widen(const Rows *rows, const void *head, int64_t dtype, int64_t token, int64_t dim,
-                  float *to)
+static void widen(const Rows *rows, const void *row, int64_t dtype, int64_t dim, float *to)
 {
-    const int64_t at = token * rows->row, step = rows->column;
-    const float *wide = head;
-    const uint16_t *half = head;
+    const int64_t step = rows->column;
+    const float *wide = row;
+    const uint16_t *half = row;
     if (dtype == FLOAT32)
-        for (int64_t d = 0; d < dim; d++) to[d] = wide[at + d * step];
+        for (int64_t d = 0; d < dim; d++) to[d] = wide[d * step];
     else if (dtype == FLOAT16)
-        for (int64_t d = 0; d < dim; d++) to[d] = from_half(half[at + d * step]);
+        for (int64_t d = 0; d < dim; d++) to[d] = from_half(half[d * step]);
     else
-        for (int64_t d = 0; d < dim; d++) to[d] = from_bfloat(half[at + d * step]);
+        for (int64_t d = 0; d < dim; d++) to[d] = from_bfloat(half[d * step]);
 }
 
-/* The row itself where it can be read as it lies, else a copy at `buffer`. */
-static const float *row_at(const Rows *rows, const void *head, int64_t dtype, int64_t token,
-                           int64_t dim, float *buffer)
+/* Rows here and there are nothing that the hardware would foresee: they are asked for beforehand. */
+static const char *row_in_memory(const Rows *rows, const void *head, int64_t dtype, int64_t token)
 {
-    if (dtype == FLOAT32 && rows->column == 1) return (const float *)head + token * rows->row;
-    widen(rows, head, dtype, token, dim, buffer);
-    return buffer;
+    return (const char *)head + token * rows->row * size_of(dtype);
+}
+
+static int lines_of(int64_t dim, int64_t dtype) { return (int)((dim * size_of(dtype) + 63) / 64); }
+
+INLINE void fetch(const char *row, int lines)
+{
+    for (int line = 0; line < lines; line++) __builtin_prefetch(row + 64 * line, 0, 2);
+}
+
+/* Whether rows can be read as they lie. */
+static int lies_ready(const Rows *rows, int64_t dtype)
+{
+    return dtype == FLOAT32 && rows->column == 1;
 }
 
 static const float *values_of(const Values *values, int64_t batch, int64_t head)
@@ -237,10 +252,22 @@ static int32_t token_of(const Side *side, int32_t position)
 
 /* ---- the three loops that take the time ---- */
 
-/* out[j] = sum over d of rows[j][d] * x[d], a tile of owners at once. */
-static void products(const float *const *rows, int count, const float *x, int64_t dim, float *out)
+/* Ask for the rows of a chunk before `end`, those that nobody has asked for. */
+INLINE void ask_for(Chunk *c, int end, int lines)
+{
+    for (; c->asked_for < end && c->asked_for < c->count; c->asked_for++) {
+        fetch(c->a[c->asked_for], lines);
+        fetch(c->b[c->asked_for], lines);
+    }
+}
+
+/* out[j] = sum over d of rows[j][d] * x[d], a tile of owners at once. Asks for the rows of the next
+   chunk on the way. */
+static void products(const void *const *rows, int count, const float *x, int64_t dim, float *out,
+                     Chunk *next, int lines)
 {
     for (int j = 0; j < count; j += GROUP) {
+        ask_for(next, j + GROUP < count ? j + GROUP : CHUNK, lines);
         const float *row[GROUP];
         Vector sum[GROUP][VECTORS];
         UNROLL for (int i = 0; i < GROUP; i++) {
@@ -260,14 +287,14 @@ static void products(const float *const *rows, int count, const float *x, int64_
 }
 
 /* `width` columns of accumulate() from d on. */
-INLINE void columns(const float *const *rows, int count, const float *weights, const Vector *keep,
+INLINE void columns(const void *const *rows, int count, const float *weights, const Vector *keep,
                     float *sums, int64_t d, const int width)
 {
     Vector sum[GROUP][VECTORS];
     UNROLL for (int i = 0; i < width; i++)
         UNROLL for (int z = 0; z < VECTORS; z++) sum[i][z] = (Vector){0};
     for (int j = 0; j < count; j++) {
-        const float *row = rows[j] + d;
+        const float *row = (const float *)rows[j] + d;
         Vector weight[VECTORS];
         UNROLL for (int z = 0; z < VECTORS; z++) weight[z] = load(weights + j * TILE + z * LANES);
         UNROLL for (int i = 0; i < width; i++)
@@ -282,7 +309,7 @@ INLINE void columns(const float *const *rows, int count, const float *weights, c
 
 /* sums[d] = keep * sums[d] + sum over j of rows[j][d] * weights[j]. Each chunk is summed by itself:
    long sums are the more exact for it. */
-static void accumulate(const float *const *rows, int count, const float *weights,
+static void accumulate(const void *const *rows, int count, const float *weights,
                        const Vector *keep, float *sums, int64_t dim)
 {
     int64_t d = 0;
@@ -318,8 +345,8 @@ static void apply_rule(const Problem *p, Scratch *s, int tile, int first)
 {
     _Alignas(64) int32_t limits[TILE];
     int32_t frame = 0;
-    for (int j = first; j < s->chunk.count; j++) {
-        int32_t position = s->chunk.position[j], y, x;
+    for (int j = first; j < s->chunk->count; j++) {
+        int32_t position = s->chunk->position[j], y, x;
         if (j == first || p->walked.frame[position] != frame) {
             frame = p->walked.frame[position];
             limits_to(p, s, tile, frame, limits);
@@ -396,36 +423,61 @@ static int cull_block(const Problem *p, Scratch *s, int tile, int32_t block)
 
 /* ---- one chunk of walked rows and one tile of owners ---- */
 
-/* Pointers to the rows at chunk.position, and what is added to their scores. */
-static void point(const Problem *p, Scratch *s, const Head *head)
+/* Say which rows the chunk after the current one has. */
+static void announce(const Problem *p, Scratch *s, const Head *head, const int32_t *positions,
+                     int count)
 {
-    Chunk *c = &s->chunk;
-    const int64_t dim = p->dim;
-    for (int j = 0; j < c->count; j++) {
-        int64_t token = token_of(&p->walked, c->position[j]);
-        c->a[j] = row_at(&p->a, head->a, p->dtype, token, dim, s->wide_a + j * dim);
-        c->b[j] = row_at(&p->b, head->b, p->dtype, token, dim, s->wide_b + j * dim);
-        c->bias[j] = head->bias ? head->bias[token] : 0.0f;
-        c->delta[j] = head->delta ? head->delta[token] : 0.0f;
-        c->grad_lse[j] = head->grad_lse ? head->grad_lse[token] : 0.0f;
+    Chunk *c = s->next;
+    c->count = count, c->asked_for = 0;
+    memcpy(c->position, positions, count * sizeof *positions);
+    for (int j = 0; j < count; j++) {
+        const int64_t token = c->token[j] = token_of(&p->walked, positions[j]);
+        c->a[j] = row_in_memory(&p->a, head->a, p->dtype, token);
+        c->b[j] = row_in_memory(&p->b, head->b, p->dtype, token);
     }
+}
+
+/* What was announced becomes the chunk to compute. */
+static void take(const Problem *p, Scratch *s, const Head *head)
+{
+    Chunk *c = s->next;
+    const int64_t dim = p->dim;
+    s->next = s->chunk, s->next->count = 0;
+    s->chunk = c;
+    ask_for(c, CHUNK, lines_of(dim, p->dtype));
+    if (!lies_ready(&p->a, p->dtype))
+        for (int j = 0; j < c->count; j++) {
+            widen(&p->a, c->a[j], p->dtype, dim, s->wide_a + j * dim);
+            c->a[j] = s->wide_a + j * dim;
+        }
+    if (!lies_ready(&p->b, p->dtype))
+        for (int j = 0; j < c->count; j++) {
+            widen(&p->b, c->b[j], p->dtype, dim, s->wide_b + j * dim);
+            c->b[j] = s->wide_b + j * dim;
+        }
+    if (p->walked_bias.data || p->backward)
+        for (int j = 0; j < c->count; j++) {
+            c->bias[j] = head->bias ? head->bias[c->token[j]] : 0.0f;
+            c->delta[j] = head->delta ? head->delta[c->token[j]] : 0.0f;
+            c->grad_lse[j] = head->grad_lse ? head->grad_lse[c->token[j]] : 0.0f;
+        }
     for (int j = c->count; j % GROUP; j++) c->a[j] = c->a[j - 1], c->b[j] = c->b[j - 1];
 }
 
 static void add_bias(Scratch *s)
 {
-    for (int j = 0; j < s->chunk.count; j++)
+    for (int j = 0; j < s->chunk->count; j++)
         UNROLL for (int z = 0; z < VECTORS; z++) {
             float *at = s->scores + j * TILE + z * LANES;
-            store(at, load(at) + s->chunk.bias[j]);
+            store(at, load(at) + s->chunk->bias[j]);
         }
 }
 
 static void forward_step(const Problem *p, Scratch *s, int tile, int undecided)
 {
-    const Chunk *c = &s->chunk;
+    const Chunk *c = s->chunk;
     const int64_t at = (int64_t)tile * p->dim * TILE;
-    products(c->a, c->count, s->x + at, p->dim, s->scores);
+    products(c->a, c->count, s->x + at, p->dim, s->scores, s->next, lines_of(p->dim, p->dtype));
     if (p->walked_bias.data) add_bias(s);
     if (undecided < c->count) apply_rule(p, s, tile, undecided);
     Vector keep[VECTORS];
@@ -454,13 +506,13 @@ static void forward_step(const Problem *p, Scratch *s, int tile, int undecided)
 
 static void backward_step(const Problem *p, Scratch *s, int tile, int undecided)
 {
-    const Chunk *c = &s->chunk;
+    const Chunk *c = s->chunk;
     const int64_t at = (int64_t)tile * p->dim * TILE;
     Vector keep[VECTORS];
-    products(c->a, c->count, s->x + at, p->dim, s->scores);
+    products(c->a, c->count, s->x + at, p->dim, s->scores, s->next, lines_of(p->dim, p->dtype));
     if (p->walked_bias.data) add_bias(s);
     if (undecided < c->count) apply_rule(p, s, tile, undecided);
-    products(c->b, c->count, s->y + at, p->dim, s->grads);
+    products(c->b, c->count, s->y + at, p->dim, s->grads, s->next, lines_of(p->dim, p->dtype));
     UNROLL for (int z = 0; z < VECTORS; z++) {
         const int lane = tile * TILE + z * LANES;
         const Vector bias = load(s->bias + lane), delta = load(s->delta + lane);
@@ -482,6 +534,7 @@ static void backward_step(const Problem *p, Scratch *s, int tile, int undecided)
 
 static void step(const Problem *p, Scratch *s, int tile, int undecided)
 {
+    s->pairs += (int64_t)s->chunk->count * TILE;
     if (p->backward) backward_step(p, s, tile, undecided);
     else forward_step(p, s, tile, undecided);
 }
@@ -523,9 +576,16 @@ static void take_rows(const Problem *p, Scratch *s, int32_t block, int32_t first
 static void load_tiles(const Problem *p, Scratch *s, const Rows *rows, const void *head,
                        float factor, float *to)
 {
+    const int lines = lines_of(p->dim, p->dtype);
+    for (int i = 0; i < s->rows; i++) {
+        const int64_t token = token_of(&p->own, s->position[i]);
+        fetch(row_in_memory(rows, head, p->dtype, token), lines);
+    }
     for (int i = 0; i < s->tiles * TILE; i++) {
         const int64_t dim = p->dim, token = token_of(&p->own, s->position[i]);
-        const float *row = row_at(rows, head, p->dtype, token, dim, s->wide_a);
+        const void *at = row_in_memory(rows, head, p->dtype, token);
+        const float *row = at;
+        if (!lies_ready(rows, p->dtype)) widen(rows, at, p->dtype, dim, s->wide_a), row = s->wide_a;
         float *lane = to + i / TILE * dim * TILE + i % TILE;
         for (int64_t d = 0; d < dim; d++) lane[d * TILE] = row[d] * factor;
     }
@@ -618,37 +678,70 @@ static int cull(const Problem *p, Scratch *s, int64_t list)
     return OK;
 }
 
+/* Positions in the full blocks of a list, chunk by chunk. */
+typedef struct {
+    int64_t list, count, full, entry;
+    int32_t position, end;
+} Cursor;
+
+/* How many of the next positions were written to `to`, at most CHUNK; -1 for a bad block. */
+static int advance(const Problem *p, Cursor *at, int32_t *to)
+{
+    int found = 0;
+    while (found < CHUNK) {
+        if (at->position == at->end) {
+            if (at->entry == at->full) break;
+            int32_t block = listed(p, at->list, at->count, at->entry++);
+            if (block < 0) return -1;
+            at->position = p->walked.starts[block];
+            at->end = at->position + p->walked.lengths[block];
+            continue;
+        }
+        to[found++] = at->position++;
+    }
+    return found;
+}
+
+/* The end of the chunk of partial blocks that begins at `at`; `tile` becomes the tile it is for. */
+static int64_t piece(const Scratch *s, int *tile, int64_t at)
+{
+    if (at == s->begin[s->tiles]) return at;
+    while (at == s->begin[*tile + 1]) ++*tile;
+    const int64_t end = s->begin[*tile + 1];
+    return end - at < CHUNK ? end : at + CHUNK;
+}
+
 static int walk(const Problem *p, Scratch *s, const Head *head, int64_t list)
 {
-    Chunk *c = &s->chunk;
-    int64_t count = p->lists.count[list], full = p->lists.full[list];
-    if (full > count) full = count;
-    c->count = 0;
-    for (int64_t i = 0; i < full; i++) {
-        int32_t block = listed(p, list, count, i);
-        if (block < 0) return BAD_BLOCK;
-        int32_t position = p->walked.starts[block], end = position + p->walked.lengths[block];
-        for (; position < end; position++) {
-            c->position[c->count++] = position;
-            int last = i + 1 == full && position + 1 == end;
-            if (c->count < CHUNK && !last) continue;
-            point(p, s, head);
-            for (int tile = 0; tile < s->tiles; tile++) step(p, s, tile, c->count);
-            c->count = 0;
-        }
+    const int64_t count = p->lists.count[list], full = p->lists.full[list];
+    Cursor cursor = {list, count, full < count ? full : count, 0, 0, 0};
+    int32_t next[CHUNK];
+    int found = advance(p, &cursor, next);
+    if (found > 0) announce(p, s, head, next, found);
+    while (found > 0) {
+        take(p, s, head);
+        found = advance(p, &cursor, next);
+        if (found > 0) announce(p, s, head, next, found);
+        for (int tile = 0; tile < s->tiles; tile++) step(p, s, tile, s->chunk->count);
     }
+    if (found < 0) return BAD_BLOCK;
     if (s->culled != list) {
         int status = cull(p, s, list);
         if (status != OK) return status;
     }
-    for (int tile = 0; tile < s->tiles; tile++)
-        for (int64_t at = s->begin[tile]; at < s->begin[tile + 1]; at += CHUNK) {
-            int64_t left = s->begin[tile + 1] - at, decided = s->middle[tile] - at;
-            c->count = left < CHUNK ? (int)left : CHUNK;
-            memcpy(c->position, s->seen.at + at, c->count * sizeof *c->position);
-            point(p, s, head);
-            step(p, s, tile, decided < 0 ? 0 : decided < c->count ? (int)decided : c->count);
-        }
+    /* Chunks of partial blocks have one tile each. */
+    int tile = 0;
+    int64_t at = 0, end = piece(s, &tile, at);
+    if (at < end) announce(p, s, head, s->seen.at, (int)(end - at));
+    while (at < end) {
+        const int64_t decided = s->middle[tile] - at;
+        const int own = tile;
+        take(p, s, head);
+        at = end, end = piece(s, &tile, at);
+        if (at < end) announce(p, s, head, s->seen.at + at, (int)(end - at));
+        const int n = s->chunk->count;
+        step(p, s, own, decided < 0 ? 0 : decided < n ? (int)decided : n);
+    }
     return OK;
 }
 
@@ -726,6 +819,7 @@ static void *work(void *argument)
     int64_t size = (4 * tiles + 5 * lanes + 2 * chunk + 2 * wide) * sizeof(float) + 16 * 64;
     if (posix_memalign((void **)&s, 64, sizeof *s) == 0) {
         memset(s, 0, sizeof *s);
+        s->chunk = s->chunks, s->next = s->chunks + 1;
         if (posix_memalign((void **)&memory, 64, size) == 0) status = OK;
     }
     if (status == OK) {
@@ -748,6 +842,7 @@ static void *work(void *argument)
         status = panel(p, s, at.block, at.first, from, to < job->owners ? to : job->owners);
     }
     if (status != OK) __atomic_store_n(&job->status, status, __ATOMIC_RELAXED);
+    if (s && p->pairs) __atomic_fetch_add(p->pairs, s->pairs, __ATOMIC_RELAXED);
     if (s) free(s->seen.at), free(s->undecided.at);
     free(memory);
     free(s);

@@ -66,6 +66,7 @@ class _Problem(Structure):
         *((name, _Rows) for name in ("dx", "dy")),
         ("per_query", c_void_p),
         ("num_own", c_int64),
+        ("pairs", POINTER(c_int64)),
     ]
 
 
@@ -185,7 +186,17 @@ def forward(q, k, v, t: PlanTensors, scale: float):
     return out.to(q.dtype), lse
 
 
-def _forward(q, k, v, t: PlanTensors, scale: float):
+def computed_pairs(q, k, v, t: PlanTensors) -> int:
+    """How many pairs of queries and keys the forward pass computes, those it then hides included.
+
+    Sums over batch rows and heads; shapes as in :func:`dittfast.attend`.
+    """
+    pairs = c_int64(0)
+    _forward(q, k, v, t, 1.0, pairs)
+    return pairs.value
+
+
+def _forward(q, k, v, t: PlanTensors, scale: float, pairs: c_int64 | None = None):
     _, lse = empty_outputs(q)
     out = torch.empty_like(q, dtype=torch.float32)
     call = _Call(q, k, t, scale)
@@ -193,6 +204,8 @@ def _forward(q, k, v, t: PlanTensors, scale: float):
     p = call.problem
     p.dx, p.per_query, p.num_own = call.rows(out), call.pointer(lse, torch.float32), q.shape[2]
     p.out_scale, p.out_residual = call.values(t.out_scale), call.values(t.out_residual)
+    if pairs is not None:
+        p.pairs = ctypes.pointer(pairs)
     call.run()
     return out, lse
 

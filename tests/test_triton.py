@@ -314,14 +314,6 @@ def test_negative_scale(scale, size):
     check(random_plan(even(64, 32), even(64, 32)), scale=scale, size=size)
 
 
-VIEWS = {
-    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "slice of a fused projection": lambda x: torch.cat([x, x, x], -1).chunk(3, -1)[1],
-    "column-major": lambda x: x.mT.contiguous().mT,
-    "every second token": lambda x: torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("view", VIEWS, ids=str)
 def test_strided_inputs(view):
     blocks = ragged(40, 32, seed=22)
