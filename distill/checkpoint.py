@@ -112,10 +112,7 @@ class Checkpoints:
             if self._is_main:
                 files = [str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()]
                 write_record(part / PROGRESS, progress, files)
-                for file in sorted(p for p in part.rglob("*") if p.is_file()):
-                    with open(file, "rb+") as handle:
-                        os.fsync(handle.fileno())
-                _sync_folder(part)
+                _sync_folder(part)  # the files themselves were synced when they were written
                 os.rename(part, final)
                 _sync_folder(self.folder)
                 self._rotate()
