@@ -44,6 +44,8 @@ _FAMILY = {
     "HunyuanVideoPipeline": "HunyuanVideoTransformer3DModel",
     "QwenImagePipeline": "QwenImageTransformer2DModel",
 }
+FLUX = dict(double=2, single=11, heads=4)  # as many layers and heads as documents name
+WAN_LAYERS = 3  # one more than any preset keeps dense
 MOST_STEPS = 13  # one more than any preset keeps dense
 
 
@@ -57,12 +59,18 @@ def build(cls, name):
         return pipeline(
             cls.__name__, transformer=model, scheduler=FlowMatchEulerDiscreteScheduler()
         )
+    if cls.__name__ == "FluxPipeline":
+        return tiny.flux_pipeline(**FLUX)
     if cls.__name__ == "WanPipeline":
-        return tiny.wan_pipeline(two_experts="Wan2.2" in str(name))
-    return {
-        "FluxPipeline": tiny.flux_pipeline,
-        "WanImageToVideoPipeline": tiny.wan_image_pipeline,
-    }[cls.__name__]()
+        pipe = tiny.wan_pipeline(two_experts="Wan2.2" in str(name))
+    else:
+        pipe = tiny.wan_image_pipeline()
+    for component in ("transformer", "transformer_2"):
+        model = getattr(pipe, component, None)
+        if model is not None:
+            deep = tiny.wan_transformer(WAN_LAYERS, model.config.in_channels)
+            pipe.register_modules(**{component: deep})
+    return pipe
 
 
 class Ran(list):
@@ -87,7 +95,7 @@ def stand_in(monkeypatch) -> Ran:
     monkeypatch.setattr(
         diffusers.DiffusionPipeline,
         "enable_model_cpu_offload",
-        lambda self: offload(self, device="cpu"),
+        lambda self, **where: offload(self, **{"device": "cpu"} | where),
     )
     enable = dittfast.enable
     monkeypatch.setitem(
@@ -148,46 +156,53 @@ def flux_kohya(model) -> tuple[dict, dict]:
     return file, added
 
 
-def _wan(model, name: str, down: str, up: str, alpha: bool) -> tuple[dict, dict]:
+# Layers of a block of Wan: as the original code calls them, and as diffusers does.
+_WAN_LAYERS = {
+    **{
+        f"{theirs}.{part}": f"{ours}.{name}"
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+    },
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+
+
+def _wan(model, name: str, down: str, up: str, extra: str = "") -> tuple[dict, dict]:
+    """Args: ``extra`` is "alpha", "bias" or nothing."""
     file, added = {}, {}
-    seed = 0
     for number, block in enumerate(model.blocks):
-        for theirs, ours in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
-            seed += 1
-            weight = block.attn1.get_submodule(ours).weight
-            a, b = low_rank(weight.shape, seed)
-            key = name.format(number=number, part=theirs)
+        for seed, (theirs, ours) in enumerate(_WAN_LAYERS.items()):
+            weight = block.get_submodule(ours).weight
+            a, b = low_rank(weight.shape, 100 * number + seed)
+            layer = f"blocks.{number}.{theirs}"
+            key = name.format(layer if "." in name else layer.replace(".", "_"))
             file |= {f"{key}.{down}.weight": a, f"{key}.{up}.weight": b}
-            if alpha:
+            if extra == "alpha":
                 file[f"{key}.alpha"] = torch.tensor(1.0)
-            added[f"blocks.{number}.attn1.{ours}.weight"] = b @ a / (2 if alpha else 1)
+            added[f"blocks.{number}.{ours}.weight"] = b @ a / (2 if extra == "alpha" else 1)
+            if extra == "bias":
+                file[f"{key}.diff_b"] = added[f"blocks.{number}.{ours}.bias"] = 0.1 * b[:, 0]
     return file, added
 
 
 def wan_comfyui(model):
     """As ComfyUI names Wan's layers."""
-    return _wan(
-        model, "diffusion_model.blocks.{number}.self_attn.{part}", "lora_A", "lora_B", False
-    )
+    return _wan(model, "diffusion_model.{}", "lora_A", "lora_B")
 
 
 def wan_lightx2v(model):
-    """As lightx2v writes them: down and up, biases and norms beside."""
-    file, added = _wan(
-        model, "diffusion_model.blocks.{number}.self_attn.{part}", "lora_down", "lora_up", False
-    )
+    """As lightx2v writes them: down and up, with biases, and norms that diffusers leaves out."""
+    file, added = _wan(model, "diffusion_model.{}", "lora_down", "lora_up", "bias")
     for number, block in enumerate(model.blocks):
-        width = block.attn1.to_q.weight.shape[0]
-        bias = torch.full((width,), 0.05)
-        file[f"diffusion_model.blocks.{number}.self_attn.q.diff_b"] = bias
-        file[f"diffusion_model.blocks.{number}.self_attn.norm_q.diff"] = torch.zeros(width)
-        added[f"blocks.{number}.attn1.to_q.bias"] = bias
+        zeros = torch.zeros_like(block.attn1.norm_q.weight)
+        file[f"diffusion_model.blocks.{number}.self_attn.norm_q.diff"] = zeros
     return file, added
 
 
 def wan_kohya(model):
     """As kohya's musubi-tuner writes them."""
-    return _wan(model, "lora_unet_blocks_{number}_self_attn_{part}", "lora_down", "lora_up", True)
+    return _wan(model, "lora_unet_{}", "lora_down", "lora_up", "alpha")
 
 
 def _qwen(model, name: str) -> tuple[dict, dict]:
@@ -219,8 +234,8 @@ def write_loras(folder: Path) -> None:
     """The files that recipes name, for the tiny models."""
     from safetensors.torch import save_file
 
-    flux = tiny.flux_transformer()
-    wan = tiny.wan_transformer()
+    flux = tiny.flux_transformer(**FLUX)
+    wan = tiny.wan_transformer(WAN_LAYERS)
     qwen = transformer("QwenImageTransformer2DModel")
     files = {
         "style": flux_kohya(flux),

@@ -131,7 +131,10 @@ def test_python_runs(block, here, monkeypatch):
         assert ran, "no pipeline was called while dittfast was enabled"
         for said in ran:
             assert any(layer.dense is None for layer in said.layers), str(said)
-            assert not any("passes so far ran the method" in note for note in said.notes), str(said)
+            idle = sum("passes so far ran the method" in note for note in said.notes)
+            # Of two experts the first may have the dense steps alone, in a run as short as this.
+            experts = any(layer.name.startswith("transformer_2.") for layer in said.layers)
+            assert idle <= experts, str(said)
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language == "yaml"], ids=str)
@@ -139,7 +142,10 @@ def test_yaml_is_a_configuration(block, here):
     from dittfast.distill.config import load_config
 
     (here / "block.yaml").write_text(block.code)
-    assert load_config("block.yaml", []).to_dict()["model"] == yaml.safe_load(block.code)["model"]
+    read = load_config("block.yaml", []).to_dict()
+    for section, values in yaml.safe_load(block.code).items():
+        for name, value in values.items():
+            assert read[section][name] == value
 
 
 class Loaded(Exception):
@@ -203,20 +209,31 @@ def check_dittfast(words: list[str], monkeypatch) -> None:
         assert not unknown
         resolve_methods(args)
         return
+    if command == "distill":
+        check_distill(words)
+        return
 
     def load(*args, **kwargs):
         raise Loaded
 
     monkeypatch.setattr(sources, "load", load)
-    if command in ("plan", "methods", "estimate") or "--list" in words or "--dry-run" in words:
+    if command in ("plan", "methods", "estimate"):
         assert main(words) == 0
         return
-    if words[:1] == ["distill"] and "prepare" not in words:
-        from dittfast.distill import trainer
-
-        monkeypatch.setattr(trainer, "load", load, raising=False)
     with pytest.raises(Loaded):
         main(words)
+
+
+def check_distill(words: list[str]) -> None:
+    from dittfast import cli
+    from dittfast.distill.config import load_config
+
+    args, rest = cli._parser("distill").parse_known_args(words)
+    assert not [word for word in rest if word.startswith("-")]
+    given = [word for word in [*args.words, *rest] if word != "prepare"]
+    assert bool(given) != args.list
+    if given:
+        load_config(given[0], given[1:])
 
 
 def resolve_methods(args) -> None:
@@ -243,15 +260,11 @@ def check_accelerate(words: list[str], monkeypatch) -> None:
 def check_script(words: list[str]) -> None:
     """A script of samples/: it is there and has the options, by what its parser is given."""
     tree = ast.parse((ROOT / words[0]).read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    called = lambda n: getattr(n.func, "attr", None)  # noqa: E731
-    texts = lambda n: {c.value for c in ast.walk(n) if isinstance(c, ast.Constant)}  # noqa: E731
-    known = set().union(*(texts(n) for n in calls if called(n) in ("add_argument", "add_parser")))
-    for word in words[1:]:
-        if word.startswith("--"):
-            assert word in known, f"{words[0]} has no {word}"
-    if any(called(n) == "add_parser" for n in calls):
-        assert words[1] in set().union(*(texts(n) for n in calls if called(n) == "add_parser"))
+    known = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    named = [word for word in words[1:] if word.startswith("--")]
+    commands = any(getattr(node, "attr", "") == "add_parser" for node in ast.walk(tree))
+    for word in [words[1], *named] if commands else named:
+        assert word in known, f"{words[0]} knows no {word}"
 
 
 def check_pip(words: list[str]) -> None:
