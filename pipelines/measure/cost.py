@@ -6,6 +6,7 @@ which runs twice; the shapes come from the model in question, on the meta device
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,15 +57,35 @@ class Cost:
 _MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-def _key(name: str) -> str:
-    """Module names of all blocks as one: ``blocks.3.attn1`` -> ``blocks.*.attn1``."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+def _keys(name: str) -> tuple[str, str]:
+    """Under what a module of a block is noted, and under what it is looked up where that is absent.
+
+    The first block may do more than the others, which are one: ``blocks.3.attn1`` is
+    ``blocks.*.attn1``, or else ``blocks.0.attn1``.
+    """
+    first, later = (re.sub(r"\.\d+(?=\.|$)", by, name, count=1) for by in (".0", ".*"))
+    return (first, later) if name == first else (later, first)
+
+
+def _noted(notes: dict[str, list], name: str, family: str) -> list:
+    """What was noted of a module of this name, or of its like in another block.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for key in _keys(name):
+        if key in notes:
+            return notes[key]
+    raise ValueError(
+        f"{family} has a module {name} that its tiny model lacks or never runs, so its cost is "
+        "unknown"
+    )
 
 
 class _Lengths(TorchFunctionMode):
     """Rows in each call of each matrix module, and the lengths of each attention module's calls.
 
-    By the names that all blocks share; the last block's count.
+    By :func:`_keys`; of the blocks after the first, the last one's count.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -75,9 +96,9 @@ class _Lengths(TorchFunctionMode):
         self.hooks = []
         for name, module in model.named_modules():
             if isinstance(module, _MATRICES):
-                self.hooks.append(module.register_forward_hook(self._matrix(_key(name))))
+                self.hooks.append(module.register_forward_hook(self._matrix(_keys(name)[0])))
             if callable(getattr(module, "processor", None)):
-                self.hooks.append(module.register_forward_pre_hook(self._enter(_key(name))))
+                self.hooks.append(module.register_forward_pre_hook(self._enter(_keys(name)[0])))
                 self.hooks.append(module.register_forward_hook(self._leave))
 
     def _matrix(self, key):
@@ -127,7 +148,7 @@ class _Learned:
 
     Attributes:
         rows: for each matrix module the kind of length, or a number, of each call.
-        calls: for each attention module the same of queries and keys.
+        calls: for each attention module the same of queries and keys; empty where it has none.
     """
 
     def __init__(self, family: str):
@@ -143,9 +164,8 @@ class _Learned:
             for key, rows in one[0].rows.items()
         }
         self.calls = {
-            key: self._kinds_of(key, calls[0], other[0].calls[key][0])
+            key: self._kinds_of(key, calls[0], other[0].calls[key][0]) if calls else []
             for key, calls in one[0].calls.items()
-            if calls
         }
 
     def _run(self, tiny: Tiny, grid: tuple[int, int, int]) -> tuple[_Lengths, dict[str, int]]:
@@ -185,17 +205,12 @@ def forward_cost(model: torch.nn.Module, sequences: Sequences, text: int) -> Cos
     linear = attention = other = 0.0
     layers, heads, width = 0, 0, 0
     for name, module in model.named_modules():
-        key = _key(name)
         if isinstance(module, _MATRICES):
-            if key not in learned.rows:
-                raise ValueError(
-                    f"{family_name} has a module {name} that its tiny model lacks or never runs, "
-                    "so its cost is unknown"
-                )
-            linear += sum(2 * module.weight.numel() * real(kind) for kind in learned.rows[key])
-        if key in learned.calls:
-            q, k = map(real, learned.calls[key])
-            flops = 4.0 * q * k * family.query_width(module)
+            rows = _noted(learned.rows, name, family_name)
+            linear += sum(2 * module.weight.numel() * real(kind) for kind in rows)
+        if callable(getattr(module, "processor", None)):
+            tokens = [real(kind) for kind in _noted(learned.calls, name, family_name)]
+            flops = 4.0 * math.prod(tokens) * family.query_width(module) if tokens else 0.0
             if re.fullmatch(family.layers, name):
                 attention += flops
                 layers, heads = layers + 1, family.num_heads(module)
