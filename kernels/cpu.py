@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from dittfast.plan import PlanTensors
 
 from .cpu_worklist import Call, Worklist, coordinates, make_worklist, squared_limits
-from .op import define_backend
+from .op import cpu_refusals, define_backend
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -44,13 +44,7 @@ _FEW_CODES = 8
 
 def not_supported_reasons(q, k, v) -> list[str]:
     """Why the CPU backend cannot run these tensors; empty if it can."""
-    reasons = []
-    if q.device.type != "cpu":
-        reasons.append(f"it needs CPU tensors, got {q.device}")
-    if q.dtype not in _DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-        reasons.append(f"it computes {names}, got {str(q.dtype).removeprefix('torch.')}")
-    return reasons
+    return cpu_refusals(q, _DTYPES)
 
 
 class _Rule:

@@ -15,7 +15,7 @@ import torch
 from dittfast.plan import PlanTensors, transpose_lists
 
 from .native_build import BuildError, library
-from .op import define_backend, empty_outputs
+from .op import cpu_refusals, define_backend, empty_outputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # k and v may have fewer heads than q.
@@ -86,13 +86,7 @@ unavailable._dynamo_marked_constant = True
 
 def not_supported_reasons(q, k, v) -> list[str]:
     """Why the native backend cannot run these tensors; empty if it can."""
-    reasons = []
-    if q.device.type != "cpu":
-        reasons.append(f"it needs CPU tensors, got {q.device}")
-    if q.dtype not in DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        got = str(q.dtype).removeprefix("torch.")
-        reasons.append(f"it computes {names}, got {got}; backend='cpu' computes float64")
+    reasons = cpu_refusals(q, DTYPES, "; backend='cpu' computes float64")
     if not reasons and (reason := unavailable()) is not None:
         reasons.append(reason)
     return reasons

@@ -41,6 +41,21 @@ _NO_SECOND = (
 )
 
 
+def cpu_refusals(q: torch.Tensor, dtypes: tuple[torch.dtype, ...], remedy: str = "") -> list[str]:
+    """Why a backend for CPU tensors of these dtypes cannot take ``q``.
+
+    Args:
+        remedy: what ends the sentence about the dtype.
+    """
+    reasons = []
+    if q.device.type != "cpu":
+        reasons.append(f"it needs CPU tensors, got {q.device}")
+    if q.dtype not in dtypes:
+        *names, got = (str(d).removeprefix("torch.") for d in (*dtypes, q.dtype))
+        reasons.append(f"it computes {', '.join(names)}, got {got}{remedy}")
+    return reasons
+
+
 def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised ``(out, lse)``; ``out`` has q's memory order, so a strided view stays one."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

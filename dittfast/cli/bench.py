@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from time import perf_counter
 
 from dittfast.files import check_output, write_json
 
@@ -19,8 +20,8 @@ examples:
   dittfast bench growth --method log_linear --method radial --plot growth.png
   dittfast bench overhead --model wan --heads 2
 """
-# Of rounds; compiling flex_attention and checking the results take as long again.
-TABLE_SECONDS = 240
+# Of a table, whatever its rows; the last ones may begin a round shortly before.
+TABLE_SECONDS = 480
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument(
         "--table",
         action="store_true",
-        help="float32 and bfloat16, forward and with backward; ends rounds early, so that one "
-        f"method takes {TABLE_SECONDS // 60} minutes or so",
+        help="float32 and bfloat16, forward and with backward, in processor time of one thread; "
+        f"rounds end early, so that all rows together take {TABLE_SECONDS // 60} minutes or so",
     )
     even = tasks.add_parser(
         "break-even", help="the number of tokens from which a method is faster than dense"
@@ -212,13 +213,43 @@ def _attention(args, methods, work) -> dict:
     if args.table:
         kinds = [(d, b) for d in (torch.float32, torch.bfloat16) for b in (False, True)]
         cases = [(m, replace(w, dtype=d, backward=b)) for m, w in cases for d, b in kinds]
-        options["most_seconds"] = TABLE_SECONDS / len(kinds)
-    rows = []
-    for method, case in cases:
-        row = bench_attention(method, case, **options)
-        rows.append(row)
-        _print_attention(row)
+        options["brief"] = True
+        end = perf_counter() + TABLE_SECONDS
+    rows, threads = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if args.table else threads)
+        for number, (method, case) in enumerate(cases):
+            if args.table:
+                options["most_seconds"] = (end - perf_counter()) / (len(cases) - number)
+            row = bench_attention(method, case, **options)
+            rows.append(row)
+            _print_attention(row)
+    finally:
+        torch.set_num_threads(threads)
+    if args.table:
+        _print_table(rows)
     return {"rows": rows}
+
+
+def _print_table(rows: list[dict]) -> None:
+    columns = ("method", "pass", "dtype", "density", "work", "dense s", "native", "cpu", "flex")
+    print(f"\n{'efficiency by backend':>72}")
+    print("{:<26}{:<9}{:<10}{:>8}{:>7}{:>9}{:>9}{:>7}{:>7}".format(*columns))
+    for row in rows:
+        found = {row["backend"]: row, **row["others"], "flex": row["flex"]}
+        cells = (
+            f"{found[n]['useful_efficiency']['p50']:.2f}"
+            if "useful_efficiency" in found.get(n, {})
+            else "-"
+            for n in columns[6:]
+        )
+        options = row["method"]
+        name = f"{options['name']}" + (f" {options['window']:g}" if "window" in options else "")
+        print(
+            f"{name:<26}{'both' if row['backward'] else 'forward':<9}{row['dtype']:<10}"
+            f"{row['density']:>8.3f}{row['work']:>7.3f}{row['dense_seconds']['p50']:>9.3g}"
+            "{:>9}{:>7}{:>7}".format(*cells)
+        )
 
 
 def _print_attention(row: dict) -> None:

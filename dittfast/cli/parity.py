@@ -9,8 +9,9 @@ from dittfast.files import check_output, write_json, write_text
 
 EXAMPLE = """\
 Runs each family of the installed diffusers as a tiny random model, on the CPU, in a minute or two:
-the stock model, a plan that keeps everything, each method on the cpu and reference backends,
-guidance and gradient checkpointing; with --method compiled torch.compile, which takes minutes.
+the stock model, a plan that keeps everything, each method on the native, cpu and reference
+backends, guidance and gradient checkpointing; with --method compiled torch.compile, which takes
+minutes.
 
 examples:
   dittfast parity
@@ -20,7 +21,7 @@ examples:
 LEGEND = """\
 A number is the density of a good cell: the kept fraction of the token pairs of a sequence of about
 100 tokens, a mean over layers where a method chooses from q and k. A good cell means: where the
-plan keeps everything (1.00) the output is the stock model's, and elsewhere the cpu backend gives
+plan keeps everything (1.00) the output is the stock model's, and elsewhere the CPU backends give
 what the reference backend gives, both within the noise of eager attention; a plan that leaves
 something out changes the output; and after dittfast.disable the output is bit for bit the stock
 model's. "guided" says the same of dittfast.guide with one weakened head: equal beside stock

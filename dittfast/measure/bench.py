@@ -19,8 +19,17 @@ from ..plan import Plan
 from ..testing import attention_inputs
 from .check import check_parity, detached
 from .flex import flex_function
-from .timing import check_repeats, interleaved_seconds, percentiles, synchronize, with_gradient
+from .timing import (
+    check_repeats,
+    clock_for,
+    interleaved_seconds,
+    percentiles,
+    synchronize,
+    with_gradient,
+)
 
+# As many query rows as dense attention needs for its full rate: the rest would only take longer.
+_DENSE_ROWS = 1024
 # Of a method that tells frames apart, where only a number of tokens is given.
 _DEFAULT_FRAMES = 16
 
@@ -88,6 +97,7 @@ def bench_attention(
     backend: str = "auto",
     compare: tuple[str, ...] = (),
     most_seconds: float | None = None,
+    brief: bool = False,
 ) -> dict:
     """Check, then time dense attention, ``method`` and compiled flex_attention in turns.
 
@@ -96,7 +106,10 @@ def bench_attention(
 
     Args:
         compare: more backends to check and time with the same plans, where they can run.
-        most_seconds: as for :func:`~dittfast.measure.timing.interleaved_seconds`.
+        most_seconds: as for :func:`~dittfast.measure.timing.interleaved_seconds`, counted from
+            the call; checks and compiling take their share of it.
+        brief: take processor time where one CPU thread computes, count the checks as the warm-up,
+            and time dense attention on 1,024 of the query rows.
 
     Returns:
         A row of plain values. ``work`` is the part of dense attention's pairs that is computed:
@@ -110,6 +123,7 @@ def bench_attention(
         ValueError: options or sizes that do not work.
     """
     check_repeats(repeats)
+    begin = perf_counter()
     layout = work.layout
     q, k, v, grad_out = work.inputs()
     if work.backward:
@@ -131,8 +145,11 @@ def bench_attention(
     for name in (backend, *others):
         check_parity(*inputs, grad_out, detached(plan), scale, name, work.backward)
 
+    dense_rows = min(q.shape[2], _DENSE_ROWS) if brief else q.shape[2]
+    dense_q = q.detach()[:, :, :dense_rows].requires_grad_(work.backward)
+
     def dense():
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(dense_q, k, v)
 
     kept = {"plan": plan} if method.static else {}
 
@@ -151,10 +168,18 @@ def bench_attention(
         except Exception as error:  # whatever a compiler throws belongs in the table
             flex_row = {"not_run": _reason(error)}
     if work.backward:
-        for name in ("dense", "attend", *others):
+        grad = grad_out[:, :, :dense_rows]
+        functions["dense"] = with_gradient(functions["dense"], (dense_q, k, v), grad)
+        for name in ("attend", *others):
             functions[name] = with_gradient(functions[name], (q, k, v), grad_out)
+    options = {}
+    if brief:
+        options = {"warmup": 0, "clock": clock_for(work.device)}
+    if most_seconds is not None:
+        options["most_seconds"] = begin + most_seconds - perf_counter()
     with torch.set_grad_enabled(work.backward):
-        seconds = interleaved_seconds(functions, repeats, work.device, most_seconds=most_seconds)
+        seconds = interleaved_seconds(functions, repeats, work.device, **options)
+    seconds["dense"] = [s * q.shape[2] / dense_rows for s in seconds["dense"]]
     return _row(method, work, plan, plan_seconds, seconds, flex_row, chosen, others)
 
 

@@ -14,7 +14,7 @@ from ..layout import Layout
 from ..methods.base import Method
 from .bench import Workload
 from .check import check_parity, detached
-from .timing import interleaved_seconds, percentiles
+from .timing import clock_for, interleaved_seconds, percentiles
 
 # Longest sequence on which plain dense attention is timed beside the method.
 _DENSE_TOKENS = 16384
@@ -55,8 +55,9 @@ def growth(
     """Time ``method`` at growing lengths, and fit exponents.
 
     A row's seconds cover everything a new layout costs: planning (for a static method building the
-    plan, once) and attention. Results are checked against a dense fp64 oracle on sampled rows
-    before a row is timed. Up to 16,384 tokens dense attention is timed in the same rounds.
+    plan, once) and attention; processor time where one CPU thread computes. Results are checked
+    against a dense fp64 oracle on sampled rows before a row is timed. Up to 16,384 tokens dense
+    attention is timed in the same rounds.
 
     Args:
         tokens: lengths of the sequence. frame: rows and columns of a frame, None for one image.
@@ -102,7 +103,8 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention
         functions["dense"] = partial(dense, q, k, v)
-    times = interleaved_seconds(functions, repeats, q.device)
+    # The check was the warm-up.
+    times = interleaved_seconds(functions, repeats, q.device, warmup=0, clock=clock_for(q.device))
     density = plan.density
     return {
         "tokens": layout.num_tokens,

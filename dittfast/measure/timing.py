@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TypeVar
 
 import torch
@@ -16,6 +16,12 @@ def synchronize(device) -> None:
     """Wait until the device has finished what it was given."""
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize()
+
+
+def clock_for(device) -> Callable[[], float]:
+    """Processor time where one CPU thread computes, so that what else runs there does not count."""
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return process_time if alone else perf_counter
 
 
 def check_repeats(repeats: int) -> None:
@@ -42,10 +48,12 @@ def interleaved_seconds(
     device,
     warmup: int = 1,
     most_seconds: float | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of each function in ``repeats`` rounds, :func:`in_turns`.
+    """Seconds of each function in ``repeats`` rounds, :func:`in_turns`.
 
-    No round begins after ``most_seconds``, but two always run where ``repeats`` allows it.
+    No round begins after ``most_seconds`` of wall-clock time, but two always run where ``repeats``
+    allows it.
     """
     check_repeats(repeats)
     for function in functions.values():
@@ -58,10 +66,10 @@ def interleaved_seconds(
         if begins and round_ > 1 and perf_counter() > end:
             break
         synchronize(device)
-        start = perf_counter()
+        start = clock()
         functions[name]()
         synchronize(device)
-        seconds[name].append(perf_counter() - start)
+        seconds[name].append(clock() - start)
     return seconds
 
 

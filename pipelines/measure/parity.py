@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dittfast.attention import choose_backend
 from dittfast.methods import Local, LogLinear, Radial, Rectified
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
@@ -58,7 +59,7 @@ class Cell:
     Attributes:
         density: kept fraction of the token pairs; None for guidance, and where nothing ran.
         error: largest difference that should be none, relative to the largest output: of the full
-            plan from the stock model, of a sparse one between the cpu and reference backends.
+            plan from the stock model, of a sparse one between the CPU backends and reference.
         noise: what eager attention loses by another order of its sums, in the same unit.
         change: how far the method moves the output from the stock model's.
         problem: what is wrong; None if nothing is.
@@ -113,14 +114,15 @@ def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
 def _cell(name, method, model, inputs, stock, noise) -> Cell:
     found, density = {}, None
     try:
-        for backend in ("cpu", "reference"):
+        for backend in (*_cpu_backends(stock), "reference"):
             with enable(model, METHODS[method], backend=backend, min_tokens=0):
                 found[backend] = output(model, inputs)
                 density = describe(model).density
     except (ValueError, RuntimeError) as error:
         return Cell(name, method, problem=f"{type(error).__name__}: {error}")
-    error = distance(found["cpu"], found["reference"])
-    change = distance(found["reference"], stock)
+    *ours, reference = found.values()
+    error = max(distance(x, reference) for x in ours)
+    change = distance(reference, stock)
     if density == 1:
         error, change = max(error, change), 0.0
     problem = None
@@ -131,6 +133,11 @@ def _cell(name, method, model, inputs, stock, noise) -> Cell:
     elif density != 1 and change <= 20 * noise:
         problem = f"the method changed nothing ({change:.1e})"
     return Cell(name, method, density, error, noise, change, problem)
+
+
+def _cpu_backends(stock: torch.Tensor) -> list[str]:
+    """The backend in plain PyTorch, and the native one where there is a compiler."""
+    return list(dict.fromkeys(("cpu", choose_backend(stock.device, stock.dtype))))
 
 
 def _guided_cell(name, method, model, inputs, stock, noise) -> Cell:
