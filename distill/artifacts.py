@@ -32,6 +32,7 @@ from dittfast.pipelines.models import (
     is_swapped,
     transformers_of,
 )
+from dittfast.schedule import Schedule
 
 from .adapter_files import (
     AGAIN,
@@ -161,7 +162,6 @@ class _Loaded:
         merged: base weights from before a merge, on the CPU; None while unmerged.
     """
 
-    component: str
     original: dict[str, torch.Tensor] = field(default_factory=dict)
     lora: tuple[dict[str, torch.Tensor], dict] | None = None
     trainable: dict[str, bool] = field(default_factory=dict)
@@ -210,23 +210,53 @@ def load_adapter(
         FileNotFoundError: no adapter there, or files of it are missing.
     """
     path = Path(path)
-    record, lora, timing = None, None, {}
-    if path.is_dir():
-        record = read_description(path, verify)
-        component, lora = record.data["base"]["component"], record.data["lora"]
-        if method is None:
-            with reading(record.path, "its method's options are impossible", AGAIN):
-                own_shapes(method_of(record)[0])
-            method, timing = record.data["preset"], record.data["schedule"]
-            options = {**record.data["options"], **options}
-        else:
-            timing = record.data["schedule"]
-    elif not path.is_file():
+    record = read_description(path, verify) if path.is_dir() else None
+    if record is None and not path.is_file():
         raise FileNotFoundError(f"there is no adapter at {path}")
-    elif method is None:
+    model = _free_base(pipe, record, component)
+    if record is not None and not any_base:
+        base = record.data["base"]
+        wrong = difference(base["fingerprint"], model)
+        if wrong:
+            raise ValueError(
+                f"{path} was trained on {base['model']}, and this is another model: {wrong}. "
+                "any_base=True loads it all the same"
+            )
+    chosen, schedule = _chosen(path, record, method, options)
+    # All from headers; values are read when all of it fits.
+    weights = _fitting(path, record, model, chosen)
+    check_base(model, weights.plain, [*weights.plain, *weights.lora])
+    lora = None if record is None else record.data["lora"]
+    with contextlib.ExitStack() as undo:
+        enable(pipe, chosen, schedule=schedule, backend=backend)
+        undo.callback(disable, pipe)
+        model._dittfast_adapter = _put_in(path, model, weights, lora, undo)
+        undo.pop_all()
+
+
+def _chosen(path: Path, record, method, options: dict) -> tuple[Method, Schedule]:
+    """The method that an adapter runs with: the user's, else the adapter's own."""
+    timing = {} if record is None else record.data["schedule"]
+    if method is None and record is None:
         method, options = "local", {**_clear_options(path), **options}
-    with contextlib.nullcontext() if record is None else reading(record.path, "it does not fit"):
+    elif method is None:
+        with reading(record.path, "its method's options are impossible", AGAIN):
+            own_shapes(method_of(record)[0])
+        method, options = record.data["preset"], {**record.data["options"], **options}
+    return resolve(method, **{"min_tokens": 0, **timing, **options})
+
+
+def _free_base(pipe, record, component: str) -> torch.nn.Module:
+    """The transformer that takes an adapter; it has none yet.
+
+    Raises:
+        ValueError: there is no such transformer, or an adapter is in it.
+    """
+    if record is None:
         model = component_of(pipe, component)
+    else:
+        with reading(record.path, "it does not fit"):
+            model = component_of(pipe, record.data["base"]["component"])
     if hasattr(model, "_dittfast_adapter"):
         raise ValueError(
             "this pipeline has an adapter of dittfast; call unload_adapter(pipe) first"
@@ -236,35 +266,25 @@ def load_adapter(
             f"this pipeline has a LoRA named {ADAPTER!r}, the name that adapters of dittfast take; "
             "unload it, or load it under another adapter_name"
         )
-    if record is not None and not any_base:
-        wrong = difference(record.data["base"]["fingerprint"], model)
-        if wrong:
-            raise ValueError(
-                f"{path} was trained on {record.data['base']['model']}, and this is another "
-                f"model: {wrong}. any_base=True loads it all the same"
-            )
-    chosen, schedule = resolve(method, **{"min_tokens": 0, **timing, **options})
-    # All from headers; values are read when all of it fits.
-    weights = _fitting(path, record, model, chosen)
-    check_base(model, weights.plain, [*weights.plain, *weights.lora])
-    with contextlib.ExitStack() as undo:
-        enable(pipe, chosen, schedule=schedule, backend=backend)
-        undo.callback(disable, pipe)
-        loaded = _Loaded(component)
-        loaded.trainable = {n: p.requires_grad for n, p in base_parameters(model).items()}
-        undo.callback(_ask_for_gradients, model, loaded.trainable)
-        _set_own(path, model, weights.own)
-        if weights.lora:
-            loaded.lora = weights.lora, lora
-            _put_lora(model, *loaded.lora)
-            undo.callback(remove_lora, model)
-            loaded.watch = model.register_forward_pre_hook(_Unfused(model))
-            undo.callback(loaded.watch.remove)
-        loaded.original = _values(model, weights.plain)
-        undo.callback(_set, model, loaded.original)
-        _set(model, weights.plain)
-        model._dittfast_adapter = loaded
-        undo.pop_all()
+    return model
+
+
+def _put_in(path: Path, model, weights: Weights, lora, undo: contextlib.ExitStack) -> _Loaded:
+    """Put an adapter's values into an enabled transformer; ``undo`` learns how to take them out."""
+    loaded = _Loaded()
+    loaded.trainable = {n: p.requires_grad for n, p in base_parameters(model).items()}
+    undo.callback(_ask_for_gradients, model, loaded.trainable)
+    _set_own(path, model, weights.own)
+    if weights.lora:
+        loaded.lora = weights.lora, lora
+        _put_lora(model, *loaded.lora)
+        undo.callback(remove_lora, model)
+        loaded.watch = model.register_forward_pre_hook(_Unfused(model))
+        undo.callback(loaded.watch.remove)
+    loaded.original = _values(model, weights.plain)
+    undo.callback(_set, model, loaded.original)
+    _set(model, weights.plain)
+    return loaded
 
 
 def _fitting(path: Path, record, model: torch.nn.Module, method: Method) -> Weights:
@@ -411,9 +431,16 @@ def merge(pipe: Pipeline) -> None:
     }
     check_mergeable(model, layers.values())
     before = {}
-    for name, module in layers.items():
-        before[f"{name}.weight"] = module.base_layer.weight.detach().cpu().clone()
-        module.merge(safe_merge=True, adapter_names=[ADAPTER])
+    try:
+        for name, module in layers.items():
+            before[f"{name}.weight"] = module.base_layer.weight.detach().cpu().clone()
+            module.merge(safe_merge=True, adapter_names=[ADAPTER])
+    except BaseException:
+        for module in layers.values():
+            if module.merged:
+                module.unmerge()
+        _set(model, before)
+        raise
     model.unload_lora()
     loaded.merged = before
 
