@@ -73,17 +73,24 @@ def _guarded(path: Path) -> Iterator[int]:
     except ImportError:  # Windows
         fcntl = None
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if fcntl is not None:
                 with contextlib.suppress(OSError):  # a file system that cannot
                     fcntl.flock(handle, fcntl.LOCK_EX)
             # Who was in here before may have removed the file.
-            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+            if _is_at(handle, path):
                 yield handle
                 return
         finally:
             os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class FolderLock:
