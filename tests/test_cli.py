@@ -143,7 +143,41 @@ def test_generate_says_when_it_ran_dense(model, out, capsys):
     assert shown.err.count("dense: 108 tokens are fewer than the 5,000") == 1
     assert "108 tokens are below min_tokens 5,000" in shown.out
     assert "identical pictures" in shown.out
-    assert json.loads((out / "a.json").read_text())["sparse"]["density"] == 1.0
+    data = json.loads((out / "a.json").read_text())
+    assert data["sparse"]["density"] == 1.0
+    assert data["dense_over_sparse"] == {"per_step": None, "whole": None}
+    assert "below min_tokens 5,000; min_tokens=0 runs it at any size" in data["did_not_run"]
+    assert "no ratio: local DID NOT RUN (0 of 4 layers sparse" in shown.out
+
+
+def test_a_name_means_on_the_command_line_what_it_means_in_python(model, out, capsys):
+    """No preset is taken that was not asked for; one that was is named."""
+    arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
+    assert main([*arguments, "--method", "local"]) == 0
+    assert np.array_equal(pixels(out / "a.png"), by_hand(method="local"))
+    data = json.loads((out / "a.json").read_text())
+    assert data["preset"] is None and data["attention"]["schedule"]["min_tokens"] is None
+    assert main([*arguments, "--method", "local/sample-flux", "--compare"]) == 0
+    shown = capsys.readouterr().out
+    assert "preset    local/sample-flux" in shown and "DID NOT RUN" in shown  # 4 dense steps
+    assert json.loads((out / "a.json").read_text())["preset"] == "local/sample-flux"
+    with pytest.raises(ValueError, match="is for WanTransformer3DModel, and this model is Flux"):
+        dittfast.enable(flux_pipeline(), "radial/wan2.1")
+    with dittfast.enable(flux_pipeline(), "radial/wan2.1", any_model=True, dense_layers=()):
+        pass
+    assert main([*arguments, *words("--method radial/wan2.1 --any-model")]) == 0
+    assert "this model is FluxTransformer2DModel; taken all the same" in capsys.readouterr().err
+
+
+def test_stages_say_where_the_method_did_not_run(model, out, capsys):
+    arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png")]
+    arguments += words("--stages 64x96,80x120 --max-sequence-length 12 --device cpu --steps 3")
+    assert main([*arguments, "--method", "local/sample-flux"]) == 0
+    shown = capsys.readouterr().out
+    assert "local DID NOT RUN (0 of 2 denoising steps sparse" in shown
+    assert "preset    local/sample-flux" in shown
+    stage = json.loads((out / "a.json").read_text())["stages"][1]
+    assert stage["attention"]["did_not_run"].startswith("0 of 2 denoising steps")
 
 
 def test_density_of_a_method_that_chooses_at_every_call(model, out):
@@ -153,11 +187,16 @@ def test_density_of_a_method_that_chooses_at_every_call(model, out):
     assert main([*arguments, *words("--method rectified --set block_size=16 --compare")]) == 0
     data = json.loads((out / "a.json").read_text())
     assert 0 < data["sparse"]["density"] < 1  # the mean over calls
-    described = SimpleNamespace(
-        layers=[SimpleNamespace(dense=None)], method=Local(), schedule=Schedule(dense_first_steps=2)
-    )
+    described = SimpleNamespace(method=Local(), schedule=Schedule(dense_first_steps=2))
     arms = [
-        SimpleNamespace(name=n, seconds=1.0, seconds_per_step=0.1, density=d, description=about)
+        SimpleNamespace(
+            name=n,
+            seconds=1.0,
+            seconds_per_step=0.1,
+            density=d,
+            description=about,
+            did_not_run=None,
+        )
         for n, d, about in (("dense", 1.0, None), ("x", None, described))
     ]
     assert "density differs by call" in _captions(arms, data, 1)[1][1][1]
@@ -184,7 +223,7 @@ def test_a_sample_model_brings_its_own_call(model, out, capsys, monkeypatch):
         assert main(["generate", "a red cat", *options, "-o", str(out / "a.png")]) == 0
         data = json.loads((out / "a.json").read_text())
         assert data["call"]["height"] == 64 and data["model"] == "tiny-flux"
-        assert data["attention"]["schedule"]["min_tokens"] == 0
+        assert data["attention"]["schedule"]["min_tokens"] is None
         options += ["--set", "min_tokens=7", "-o", str(out / "b.png")]
         assert main(["generate", "a", *options]) == 0
         data = json.loads((out / "b.json").read_text())

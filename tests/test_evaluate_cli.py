@@ -15,7 +15,7 @@ from dittfast.cli import main
 
 SMALL = [
     *("--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "12"),
-    *("--device", "cpu"),
+    *("--device", "cpu", "--json", "-"),
 ]
 SPARSE = [
     *("-m", "near=local", "-m", "far=local", "--set", "tile=[1,4,4]", "--set", "near.window=3"),
@@ -80,6 +80,39 @@ def test_latency_is_kept(model, tmp_path, capsys):
     (tmp_path / "latency.json").write_text("[]")
     assert main([*command, "-o", str(tmp_path)]) == 2
     assert "latency.json: it is not what is read here" in capsys.readouterr().err
+
+
+def test_a_method_that_did_not_run_has_no_numbers(model, prompts, tmp_path, capsys):
+    """All steps dense, in every output; and the same method where it runs."""
+    folder = ["-o", str(tmp_path)]
+    method = ["-m", "idle=local", "-m", "runs=local", "--set", "tile=[1,4,4]"]
+    method += ["--set", "window=3", "--set", "min_tokens=0", "--set", "idle.dense_first_steps=2"]
+    fidelity = ["evaluate", "fidelity", *model, *prompts, *SMALL, *method, *folder]
+    assert main(fidelity) == 0
+    idle, runs = last_json(capsys)["methods"]
+    why = "0 of 2 denoising steps sparse: all belong to dense steps (dense_first_steps=2"
+    assert idle["did_not_run"].startswith(why) and runs["did_not_run"] is None
+    assert idle["dense_over_method_seconds"] is None and runs["dense_over_method_seconds"]
+    assert idle["pooled"]["identical"] == 2
+    timed = ["evaluate", "latency", *model, *SMALL, *method, *folder, "--pairs", "1"]
+    assert main([*timed, "--prompt", "a red cat"]) == 0
+    idle, runs = last_json(capsys)["rows"]
+    assert idle["did_not_run"].startswith(why) and runs["did_not_run"] is None
+    assert "end_to_end" not in idle and "seconds" not in idle and runs["end_to_end"]["p50"] > 0
+    for name in ("fidelity.md", "latency.md"):
+        (row,) = [x for x in (tmp_path / name).read_text().splitlines() if x[:8] == "| idle |"]
+        assert "did not run" in row
+    assert main(["report", str(tmp_path), "--no-plots"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert '<p role="alert"><strong>idle did not run: 0 of 2 denoising steps' in page
+    assert page.count(">did not run<") == 4, "in the overview twice, and in both tables"
+    # Other steps: what was timed does not stand beside the pictures.
+    assert main([*timed[:-2], "--pairs", "1", "--prompt", "a red cat", "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--no-plots"]) == 0
+    overview, *_ = (tmp_path / "report.md").read_text().split("\n## ")[1:]
+    assert "other settings" in overview
+    assert "speed of runs was measured with call.num_inference_steps: 2 -> 3" in overview
 
 
 def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):

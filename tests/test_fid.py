@@ -175,7 +175,7 @@ def test_the_command_names_the_features(network, tmp_path, capsys):
 
     save_features(network, tmp_path / "net", {})
     a, b = fill(tmp_path / "a", 12), fill(tmp_path / "b", 12, seed=4)
-    features = ["--features", str(tmp_path / "net"), "--device", "cpu"]
+    features = ["--features", str(tmp_path / "net"), "--device", "cpu", "--json", "-"]
     assert main(["evaluate", "fid", str(a), str(b), "--against", str(b), *features]) == 0
     out = capsys.readouterr().out
     assert "Fréchet distance of tiny (not Inception, so not FID; clean-fid)" in out

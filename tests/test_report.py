@@ -12,7 +12,7 @@ from PIL import Image
 
 from dittfast.cli import main
 from dittfast.measure.plots import Point, distance_plot, pareto_front, pareto_plot
-from dittfast.measure.report import html_report, markdown_report, read_results, tables_of
+from dittfast.measure.report import _points, html_report, markdown_report, read_results, tables_of
 from dittfast.measure.summary import bootstrap_mean
 
 EVIL = 'a <script>alert("x")</script> & "cat" | dog'
@@ -133,8 +133,9 @@ def test_markdown_holds_the_tables_and_prompts(folder):
     assert "- a &lt;script&gt;" in text and "<script" not in text
 
 
-def latency_row(label, median):
-    """What the tables read of a row of latency.json."""
+def latency_row(label, median, name="local"):
+    """What the tables read of a row of latency.json, with the settings of the pictures."""
+    schedule = {"dense_first_steps": 1, "dense_last_steps": 0, "min_tokens": 0}
     spread = {"p20": median - 0.1, "p50": median, "p80": median + 0.1}
     seconds = {"whole": spread, "step": spread}
     return {
@@ -143,13 +144,15 @@ def latency_row(label, median):
         "share": {"dense": {"attention": 0.3}}, "ceiling": 1.4, "ceiling_at_density": 1.3,
         "parity": {"layers": 2, "backend": "cpu", "density": 0.2},
         "peak_memory_bytes": {"dense": None, "method": None}, "against_dense": {"psnr_db": 20.0},
-        "model": "tiny", "weights": "abc", "call": {}, "dtype": "float32", "versions": {},
-        "device": {"name": "a CPU"}, "method": {"name": "local"}, "schedule": {},
+        "model": "tiny", "weights": "abc", "dtype": "float32", "versions": {"torch": "1"},
+        "call": {"height": 40, "width": 60, "num_inference_steps": 2}, "schedule": schedule,
+        "device": {"type": "cpu", "name": "a CPU"}, "method": {"name": name, "window": 3},
+        "backend": "cpu",
     }  # fmt: skip
 
 
 def test_one_table_has_density_speed_and_quality(folder):
-    rows = [latency_row("wide", 0.8), latency_row("top", 0.5)]
+    rows = [latency_row("wide", 0.8), latency_row("top", 0.5, "rectified")]
     (folder / "latency.json").write_text(json.dumps({"task": "latency", "rows": rows}))
     distances = [
         {
@@ -177,8 +180,31 @@ def test_one_table_has_density_speed_and_quality(folder):
     assert "dense seconds / method seconds, whole call<" in text
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"call": {"height": 40, "width": 60, "num_inference_steps": 4}}, "num_inference_steps: 2"),
+        ({"dtype": "bfloat16"}, "dtype: 'float32' -> 'bfloat16'"),
+        ({"device": {"type": "cuda", "name": "a GPU"}}, "device.name: 'a CPU' -> 'a GPU'"),
+        ({"method": {"name": "local", "window": 4}}, "method.window: 3 -> 4"),
+        ({"schedule": {"dense_first_steps": 0}}, "schedule.dense_first_steps: 1 -> 0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_was_timed_otherwise_does_not_stand_beside(folder, change, words):
+    rows = [latency_row("wide", 7.77) | change, latency_row("near", 0.5)]
+    (folder / "latency.json").write_text(json.dumps({"task": "latency", "rows": rows}))
+    results = read_results(folder)
+    table, *_ = tables_of(results)
+    assert [row[2] for row in table.rows] == ["other settings", "0.50 [0.40, 0.60]", "-"]
+    (note,) = [n for n in table.notes if n.startswith("other settings: speed of wide")]
+    assert words in note
+    ((points, *_), *_) = _points(results)
+    assert [p.label for p in points] == ["near"]
+
+
 def test_the_command_writes_three_files(folder, capsys):
-    assert main(["report", str(folder), "--pictures", "1", "--no-plots"]) == 0
+    assert main(["report", str(folder), "--pictures", "1", "--no-plots", "--json", "-"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = ("report.html", "report.md", "report.json")
     assert last["files"] == [str(folder / n) for n in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import logging
 import re
@@ -40,9 +41,29 @@ _ENDING = ("SIGTERM", "SIGHUP")
 _MOVED = {"--probe": "probe", "--model": "estimate"}
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong and where help is; knows what an option was meant to be."""
+
+    def error(self, message: str):
+        self.exit(2, f"dittfast: error: {message}; {self.prog} --help lists the options\n")
+
+    def meant(self, word: str) -> str:
+        """A hint at the option nearest to an unknown one, of this command or its tasks."""
+        near = difflib.get_close_matches(word.partition("=")[0], self._all_options(), n=1)
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def _all_options(self) -> set[str]:
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for sub in action.choices.values():
+                    found |= sub._all_options()
+        return found
+
+
+def _parser(command: str | None) -> _Parser:
     """The parser, with the arguments of ``command`` only."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dittfast",
         description="Faster diffusion transformers: sparse attention in diffusers pipelines.",
         epilog="dittfast COMMAND --help lists a command's options.",
@@ -176,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # A command that takes a list of words takes them between its options, too.
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = next(filter(None, (parser.meant(word) for word in rest if word[0] == "-")), "")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     elif rest:
         args.words.extend(rest)
     logger, handler = logging.getLogger("dittfast"), _OnStderr()

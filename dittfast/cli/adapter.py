@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,29 @@ class Adapter:
     @property
     def name(self) -> str:
         return Path(self.path).resolve().name
+
+    def digest(self) -> str:
+        """A short hash of what training wrote, and the options that were changed."""
+        path, found = Path(self.path), hashlib.sha256(repr(sorted(self.options.items())).encode())
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and file.suffix in (".safetensors", ".json"):
+                found.update(file.read_bytes())
+        return found.hexdigest()[:16]
+
+    def resolved(self):
+        """Its method and schedule, as they run.
+
+        Raises:
+            ValueError: an option that the method does not have.
+        """
+        from dittfast.config import resolve
+        from dittfast.distill.artifacts import read_description
+
+        if Path(self.path).is_file():
+            raise ValueError(f"{self.path} is a file; evaluate takes an adapter's folder")
+        about = read_description(self.path)
+        given = {"min_tokens": 0, **about["schedule"], **about["options"], **self.options}
+        return resolve(about["preset"], **given)
 
     @contextlib.contextmanager
     def __call__(self, pipe, schedule: dict) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 
 from .options import compact, seconds
@@ -105,8 +106,20 @@ def _train(config, resume: str | None) -> int:
         if last:
             print(f"step {trainer.step}: " + ", ".join(f"{k} {v:.5g}" for k, v in last.items()))
         print(f"{seconds(trainer.seconds)} of training steps")
-        print(f"wrote {trainer.output / 'adapter'}")
+        adapter = trainer.output / "adapter"
+        print(f"wrote {adapter}")
+        print(f"draw with it: {drawing_command(config, adapter)}")
     return 0
+
+
+def drawing_command(config, adapter) -> str:
+    """The command that draws with what a run trained."""
+    from dittfast.pipelines.runs.sources import find
+
+    path = config.model.path
+    prompts = find(path).settings.get("prompts") or ["a red apple"]
+    words = ["dittfast", "generate", prompts[0], "--model", path, "--adapter", str(adapter)]
+    return shlex.join([*words, "--compare", "-o", "picture.png"])
 
 
 def _dry_run(config) -> int:

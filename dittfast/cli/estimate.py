@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dittfast.files import check_output, write_json
-
-from .options import add_method_arguments, chosen_method, compact, parse_options, seconds
+from .options import (
+    add_json_argument,
+    add_method_arguments,
+    check_json,
+    chosen_method,
+    compact,
+    parse_options,
+    seconds,
+    write_json_result,
+)
 
 EXAMPLE = """\
 examples:
@@ -28,15 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--height", type=int, metavar="PX")
     size.add_argument("--width", type=int, metavar="PX")
     size.add_argument("--text", type=int, metavar="N", help="text tokens")
-    add_method_arguments(parser)
+    add_method_arguments(parser, for_model=True)
     out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="write the numbers here")
+    add_json_argument(out)
 
 
 def run(args) -> int:
     """Print the table of a published model."""
-    if args.json is not None:
-        check_output(args.json)
+    check_json(args)
+    from dittfast.config import check_fits
     from dittfast.pipelines.families.published import published_model, published_models
 
     if args.model is None:
@@ -47,6 +53,8 @@ def run(args) -> int:
     if options and asked is None:
         raise ValueError("--set needs a method: add --method radial, or --config FILE")
     card = published_model(args.model)
+    if asked is not None:
+        check_fits(asked, [card.model], args.any_model)
 
     from dittfast.environment import versions
     from dittfast.pipelines.measure.estimate import estimate
@@ -61,9 +69,7 @@ def run(args) -> int:
         **options,
     )
     print("\n".join(_lines(found)))
-    if args.json is not None:
-        write_json(args.json, found.to_dict() | {"versions": versions()})
-        print(f"wrote {Path(args.json)}")
+    write_json_result(args, found.to_dict() | {"versions": versions()})
     return 0
 
 

@@ -10,6 +10,7 @@ from dittfast.disk.locks import locked
 from dittfast.disk.records import read_record, write_record
 from dittfast.files import check_output, write_text
 
+from .adapter import Adapter
 from .options import (
     CALL,
     add_any_model_argument,
@@ -144,6 +145,13 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         help="an option of every method, or of one; repeatable",
     )
     add_any_model_argument(group)
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[LABEL=]FOLDER",
+        help="what dittfast distill trained, as one more method; repeatable",
+    )
 
 
 def _add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
@@ -260,10 +268,23 @@ def _variants(args, source):
         label = label if equals else name.replace("/", "-")
         labels.append(label)
         chosen[label] = (name, {})
+    adapters = dict(_adapters(args))
+    labels += adapters
     check_labels(labels, pairs)
     options = parse_options(args.options)
     classes = () if args.any_model else transformer_classes(source).values()
-    return make_variants(chosen, options, args.backend, classes), pairs
+    return make_variants(chosen, options, args.backend, classes) + [*adapters.values()], pairs
+
+
+def _adapters(args):
+    """A label and a variant for every ``--adapter``."""
+    from dittfast.pipelines.measure.variants import Variant
+
+    for text in args.adapter:
+        label, equals, folder = text.partition("=")
+        adapter = Adapter(folder if equals else text, {}, args.backend)
+        label = label if equals else adapter.name
+        yield label, Variant(label, *adapter.resolved(), args.backend, way=adapter)
 
 
 def _shipped(file: str) -> str:
@@ -314,11 +335,13 @@ def _known_prompts(settings: dict) -> list[str]:
 
 def _load(args, source, variants, device=None):
     """The pipeline, and the arguments of its call."""
+    from dittfast.pipelines.measure.fidelity import check_dense_kernel
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.first_frame import with_first_frame
 
     given = {name: getattr(args, name) for name in CALL}
     check_ranges(prompt="any", seed=args.seed, **given)
+    check_dense_kernel(args.dense_kernel)
     if args.offload == "sequential":
         raise ValueError(
             "--offload sequential leaves nothing of the weights to tell whether pictures that are "
@@ -369,6 +392,8 @@ def _latency(args) -> int:
     variants, _ = _variants(args, source)
     if not variants:
         raise ValueError("there is no method to time; add --method local, or --config FILE")
+    if args.pairs < 1:
+        raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
     prompt = args.prompt or next(iter(source.settings.get("prompts", [])), None)
     if prompt is None:
         raise ValueError(f"{source.name} has no prompts of its own; add --prompt TEXT")

@@ -42,7 +42,7 @@ VIDEOS = (".mp4", ".gif")
 EXAMPLE = """\
 examples:
   dittfast generate "a panda on a green background" -o panda.png
-  dittfast generate "a panda on a green background" --method local/sample-flux --compare
+  dittfast generate "a panda on a green background" -m local/sample-flux --compare -o panda.png
   dittfast generate "a fox, blue background" --stages 256,1024 --method local --compare -o fox.png
   dittfast generate "a car moves right on a green background" --model sample-video -o car.mp4
   dittfast generate --examples

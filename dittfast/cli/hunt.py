@@ -170,24 +170,16 @@ def run(args) -> int:
 
 def _prompts(args, source) -> tuple[list[str], list[str]]:
     """The prompts to search with, and those held out."""
+    from dittfast.pipelines.runs.prompts import read_prompts
+
     own = source.settings.get("prompts", [])
     half = len(own) // 2
     if args.prompts is None and not own:
         raise ValueError(f"{source.name} brings no prompts; add --prompts FILE, one prompt a line")
-    prompts = own[:half] if args.prompts is None else _lines(args.prompts)
+    prompts = own[:half] if args.prompts is None else read_prompts(args.prompts)
     if args.holdout is not None:
-        return prompts, _lines(args.holdout)
+        return prompts, read_prompts(args.holdout)
     return prompts, own[half:] if args.prompts is None else []
-
-
-def _lines(path: str) -> list[str]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file with prompts at {path}")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return prompts
 
 
 def _print_round(found) -> None:

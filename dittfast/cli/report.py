@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from dittfast.files import check_output, write_json, write_text
+
+from .options import add_json_argument, check_json, write_json_result
 
 EXAMPLE = """\
 example:
@@ -44,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify", action="store_true", help="read results whose SHA-256 differs, too"
     )
+    add_json_argument(parser)
 
 
 def run(args) -> int:
     """Read the results, and only when all is made write the three files."""
+    check_json(args)
     output = Path(args.output) if args.output else Path(args.folder) / "report.html"
 
     from dittfast.measure.report import (
@@ -72,5 +75,5 @@ def run(args) -> int:
     write_json(data, json_report(results))
     written = [str(p) for p in (html, markdown, data)]
     print("wrote " + ", ".join(written))
-    print(json.dumps({"task": "report", "files": written, "bytes": html.stat().st_size}))
+    write_json_result(args, {"task": "report", "files": written, "bytes": html.stat().st_size})
     return 0

@@ -7,7 +7,7 @@ _RUN = (
     "model", "pipeline", "weights", "dtype", "call", "dense_attention", "dense_kernel",
     "loading",
 )  # fmt: skip
-_METHOD = ("method", "schedule", "backend")
+_METHOD = ("method", "schedule", "backend", "adapter")
 
 
 def difference_of_settings(wanted: dict, found: dict, prefix: str = "") -> list[str]:

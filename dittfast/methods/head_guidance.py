@@ -88,7 +88,9 @@ class HeadGuidance:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no file with heads at {path}")
+            raise FileNotFoundError(
+                f"no file with heads at {path}; dittfast hunt writes one, heads.json"
+            )
         from dittfast.disk.problems import FileProblem, reading
         from dittfast.disk.records import read_record
 

@@ -47,6 +47,12 @@ DENSE_KERNELS = {
 }
 
 
+def check_dense_kernel(name: str) -> None:
+    """Raise ValueError for a name that is no kernel of PyTorch's dense attention."""
+    if name not in DENSE_KERNELS:
+        raise ValueError(f"dense_kernel must be one of {', '.join(DENSE_KERNELS)}, got {name!r}")
+
+
 @contextlib.contextmanager
 def dense_kernel(name: str) -> Iterator[None]:
     """Hold PyTorch's dense attention to one kernel, in every arm; "auto" leaves the choice to it.
@@ -54,8 +60,7 @@ def dense_kernel(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in DENSE_KERNELS:
-        raise ValueError(f"dense_kernel must be one of {', '.join(DENSE_KERNELS)}, got {name!r}")
+    check_dense_kernel(name)
     if name == "auto":
         yield
         return
@@ -100,7 +105,13 @@ class Arm:
         else:
             v = self.variant
             result, description = draw(
-                self.pipe, call, seed, v.method, v.schedule, backend=v.backend, warm_up=warm_up
+                self.pipe,
+                call,
+                seed,
+                v.way or v.method,
+                v.schedule,
+                backend=v.backend,
+                warm_up=warm_up,
             )
         return result, None if description is None else description.to_dict()
 

@@ -154,7 +154,7 @@ class _Arms:
 
     def draw(self, arm: str) -> Run:
         v = self.variant
-        method = None if arm == "dense" else v.method
+        method = None if arm == "dense" else v.way or v.method
         found, description = draw(
             self.pipe, self.call, self.seed, method, v.schedule, backend=v.backend
         )

@@ -13,6 +13,8 @@ from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
+from ..runs.compare import Way
+
 DENSE = "dense"
 _LABEL = re.compile(r"[\w+-][\w.+-]*")
 _KEYS = ("methods", "pairs", "schedule")
@@ -26,6 +28,7 @@ class Variant:
     Args:
         label: its name in tables and folders: letters, digits and ``_.+-``.
         preset: the preset or file that method and schedule were taken from, for tables.
+        way: what draws with them where that is more than the method: a trained adapter.
 
     Raises:
         ValueError: another label, or "dense", which is the arm that all are compared with.
@@ -36,6 +39,7 @@ class Variant:
     schedule: Schedule = field(default_factory=Schedule)
     backend: str = "auto"
     preset: str | None = None
+    way: Way | None = None
 
     def __post_init__(self):
         if not _LABEL.fullmatch(self.label):
@@ -48,10 +52,12 @@ class Variant:
 
     def settings(self) -> dict:
         """Plain data, for manifests and tables."""
+        trained = {} if self.way is None else {"adapter": self.way.digest()}
         return {
             "method": {"name": self.method.name, **asdict(self.method)},
             "schedule": asdict(self.schedule),
             "backend": self.backend,
+            **trained,
         }
 
 

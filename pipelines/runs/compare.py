@@ -78,6 +78,9 @@ class Way(Protocol):
     def __call__(self, pipe, schedule: dict) -> contextlib.AbstractContextManager:
         """Inside, the pipeline draws so; ``schedule`` holds fields that win over its own."""
 
+    def digest(self) -> str:
+        """Tells it from others of its name."""
+
 
 def installed(
     pipe,

@@ -77,8 +77,9 @@ def check_loading(how: Loading, source: Source, device: torch.device) -> None:
         ValueError: a file of another kind, a package that is missing, an unknown name, or what
             does not work on this device; with the remedy.
     """
+    known = sources.transformer_classes(source)
     for lora in how.loras:
-        _check_lora(lora, source)
+        _check_lora(lora, source, known)
     if how.loras and importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs the package peft, and it is not installed; pip install peft")
     if how.offload is not None:
@@ -90,7 +91,7 @@ def check_loading(how: Loading, source: Source, device: torch.device) -> None:
                 "accelerator needs them, and this run is on the CPU; leave it out"
             )
     if how.quantize is not None:
-        _check_quantize(how.quantize, source, device)
+        _check_quantize(how.quantize, source, known, device)
     if how.attention_backend is not None:
         from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -150,7 +151,7 @@ def _place(pipe, offload: str | None, device: torch.device) -> None:
         )
 
 
-def _check_lora(lora: Lora, source: Source) -> None:
+def _check_lora(lora: Lora, source: Source, known: dict[str, str]) -> None:
     path = Path(lora.path)
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA at {lora.path}; name a .safetensors file, or FILE:SCALE")
@@ -173,7 +174,6 @@ def _check_lora(lora: Lora, source: Source) -> None:
             f"{path} holds no LoRA: none of its {len(names)} tensors is named one "
             f"({', '.join(names[:3])} ...)"
         )
-    known = sources.transformer_classes(source)
     if known and lora.component not in known:
         raise ValueError(
             f"{source.name} has no {lora.component}, only {', '.join(known)}; leave out --lora-2"
@@ -234,7 +234,9 @@ def _files_of(quantize: str) -> tuple[str, list[str]]:
     return kind, [x for x in rest.split(",") if x]
 
 
-def _check_quantize(quantize: str, source: Source, device: torch.device) -> None:
+def _check_quantize(
+    quantize: str, source: Source, known: dict[str, str], device: torch.device
+) -> None:
     kind, files = _files_of(quantize)
     if kind not in QUANTIZATIONS:
         from dittfast.config import unknown
@@ -259,7 +261,6 @@ def _check_quantize(quantize: str, source: Source, device: torch.device) -> None
             begins = file.read(4)
         if begins != b"GGUF":
             raise ValueError(f"{name} is no GGUF file: it does not begin with GGUF")
-    known = sources.transformer_classes(source)
     if not known:
         raise ValueError(
             f"--quantize gguf needs the model's folder for its configuration; fetch {source.name} "

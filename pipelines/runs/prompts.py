@@ -19,6 +19,9 @@ class Item:
     seed: int
 
 
+# More is a slip of the finger, and its list would fill the memory.
+_MOST_PICTURES = 10_000_000
+
 # Names that lists in use give to the text of an entry, first choice first.
 _KEYS = ("prompt", "prompt_en", "caption", "text")
 
@@ -73,12 +76,16 @@ def make_items(prompts: list[str], count: int | None = None, seed: int = 0) -> l
     With more pictures than prompts the prompts are used again, with new seeds.
 
     Raises:
-        ValueError: no prompts, or a count below 1.
+        ValueError: no prompts, or a count out of range.
     """
     if not prompts:
         raise ValueError("there are no prompts")
     if count is not None and count < 1:
         raise ValueError(f"the number of pictures must be at least 1, got {count}")
+    if count is not None and count > _MOST_PICTURES:
+        raise ValueError(
+            f"the number of pictures must be at most {_MOST_PICTURES:,}, got {count:,}"
+        )
     number = len(prompts) if count is None else count
     drawn = itertools.islice(itertools.cycle(prompts), number)
     return [Item(index, prompt, seed + index) for index, prompt in enumerate(drawn)]
