@@ -123,7 +123,8 @@ EXAMPLES = [(d, title) for d in DOCUMENTS for title in sections(d)]
 
 
 @pytest.mark.parametrize("document, title", EXAMPLES, ids=lambda x: x)
-def test_examples_run(document, title, restored, tiny_wan, monkeypatch):
+def test_examples_run(document, title, restored, tiny_wan, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # some save what they drew
     example = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", example)
     example.tiny_dit = tiny_dit
