@@ -14,17 +14,17 @@ def versions() -> dict[str, str | None]:
     """Versions of dittfast, Python and the packages it stands on; None where one is missing."""
     from . import __version__
 
-    found: dict[str, str | None] = {"dittfast": __version__, "python": platform.python_version()}
+    known: dict[str, str | None] = {"dittfast": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         loaded = getattr(sys.modules.get(name), "__version__", None)
         if loaded is not None:  # torch's own knows its build, such as 2.14.1+cu130
-            found[name] = str(loaded)
+            known[name] = str(loaded)
             continue
         try:
-            found[name] = importlib.metadata.version(name)
+            known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            known[name] = None
+    return known
 
 
 def cpu_name() -> str:
@@ -59,11 +59,11 @@ def devices() -> list:
     """The ``torch.device`` of the CPU and of every accelerator that can be used here."""
     import torch
 
-    found = [torch.device("cpu")]
+    usable = [torch.device("cpu")]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
-        found += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
-    return found
+        usable += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
+    return usable
 
 
 def total_memory(device="cpu") -> int | None:
@@ -108,7 +108,7 @@ def peak_memory(device) -> int | None:
         return None
     try:
         with open("/proc/self/status") as file:
-            found = [int(x.split()[1]) for x in file if x.startswith("VmHWM:")]
+            kibibytes = [int(x.split()[1]) for x in file if x.startswith("VmHWM:")]
     except OSError:
-        found = []
-    return found[0] * 1024 if found else None
+        kibibytes = []
+    return kibibytes[0] * 1024 if kibibytes else None

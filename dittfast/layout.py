@@ -228,11 +228,11 @@ class Layout:
 
     def spans(self) -> list[tuple[int, Context | Grid]]:
         """``(first token, segment)`` for every segment, in sequence order."""
-        start, found = 0, []
+        start, pairs = 0, []
         for segment in self.segments:
-            found.append((start, segment))
+            pairs.append((start, segment))
             start += segment.length
-        return found
+        return pairs
 
     def coordinates(self) -> np.ndarray:
         """``[num_tokens, 4]`` int32: grid number, frame, row, column; -1 for context tokens."""

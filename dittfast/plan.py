@@ -470,8 +470,8 @@ class Plan:
         """For each key block the query blocks that see it, full ones first; computed once."""
         if self._transpose is None:
             with torch.inference_mode(False):
-                found = transpose_lists(*self._lists, self.kv_blocks.count, self._run_rows)
-            object.__setattr__(self, "_transpose", found)
+                lists = transpose_lists(*self._lists, self.kv_blocks.count, self._run_rows)
+            object.__setattr__(self, "_transpose", lists)
         return self._transpose
 
     def worklist(self, backend: str, make: Callable[[PlanTensors], torch.Tensor]) -> torch.Tensor:

@@ -214,7 +214,7 @@ def matrix_unit(assembly: str) -> str:
 
 def measure(compiled, log: str) -> dict:
     """Registers, spilled bytes, shared memory, loads and matrix unit of a compiled kernel."""
-    found = {
+    row = {
         "shared_bytes": compiled.metadata.shared,
         "async_loads": has_async_loads(compiled.asm["ttgir"]),
         "serialized": "wgmma.mma_async instructions are serialized" in log,
@@ -222,16 +222,16 @@ def measure(compiled, log: str) -> dict:
     if "ptx" in compiled.asm:
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
         registers = re.search(r"Used (\d+) registers", log)
-        found["matrix_unit"] = matrix_unit(compiled.asm["ptx"])
-        found["registers"] = int(registers[1])
-        found["spilled_bytes"] = max(int(n) for n in spills.groups())
-        return found
+        row["matrix_unit"] = matrix_unit(compiled.asm["ptx"])
+        row["registers"] = int(registers[1])
+        row["spilled_bytes"] = max(int(n) for n in spills.groups())
+        return row
     assembly = compiled.asm["amdgcn"]
     value = lambda name: int(re.search(rf"\.{name}: +(\d+)", assembly)[1])  # noqa: E731
-    found["matrix_unit"] = matrix_unit(assembly)
-    found["registers"] = value("vgpr_count")
-    found["spilled_bytes"] = max(value("private_segment_fixed_size"), 4 * value("vgpr_spill_count"))
-    return found
+    row["matrix_unit"] = matrix_unit(assembly)
+    row["registers"] = value("vgpr_count")
+    row["spilled_bytes"] = max(value("private_segment_fixed_size"), 4 * value("vgpr_spill_count"))
+    return row
 
 
 def report(targets, kernels, head_dims, dtypes, features):

@@ -196,8 +196,8 @@ def other_attention(model: torch.nn.Module, state: ModelState) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if callable(getattr(module, "processor", None)) and name not in state.layers:
-            found = (why for names, why in state.family.dense if re.fullmatch(names, name))
-            why = next(found, "not self-attention over the image or video")
+            reasons = (why for names, why in state.family.dense if re.fullmatch(names, name))
+            why = next(reasons, "not self-attention over the image or video")
             kinds.setdefault(why, []).append(name)
     return [
         f"{len(names)} other attention modules are dense: {why} ({names[0]}"

@@ -79,15 +79,15 @@ def transformers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
         raise ValueError(
             f"expected a diffusers pipeline or a transformer, got {type(pipe).__name__}"
         )
-    found = {
+    models = {
         name: unwrapped(module)
         for name, module in components.items()
         if isinstance(module, torch.nn.Module)
         and re.fullmatch(r"(unconditional_)?transformer(_\d+|_ref)?", name)
     }
-    if not found:
+    if not models:
         raise ValueError(f"{type(pipe).__name__} has no transformer; dittfast needs a DiT pipeline")
-    return found
+    return models
 
 
 def execution_device(pipe: Pipeline) -> torch.device:

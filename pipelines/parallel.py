@@ -130,7 +130,7 @@ def _attention(
 _BACKENDS: list = []
 
 
-def prepare(model: torch.nn.Module) -> None:
+def check_and_register(model: torch.nn.Module) -> None:
     """Before a context-parallel model runs sparse: what torch.compile cannot trace.
 
     Raises:

@@ -172,12 +172,12 @@ class Passes:
     def note(self, current: Pass, frame: FrameType) -> None:
         """Let the checkpointed calls around ``frame`` know the pass, if any are."""
         for call in _checkpointed_calls(frame):
-            found = getattr(call, _NOTE, None)
-            if found is None:
-                found = []
-                setattr(call, _NOTE, found)
-            if all(current is not noted for _, noted in found):
-                found.append((self, current))
+            notes = getattr(call, _NOTE, None)
+            if notes is None:
+                notes = []
+                setattr(call, _NOTE, notes)
+            if all(current is not noted for _, noted in notes):
+                notes.append((self, current))
 
     def note_current(self, frame: FrameType) -> None:
         """The same for the pass under way, if a backward pass may come back to it."""

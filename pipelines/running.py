@@ -40,8 +40,8 @@ class Running(NamedTuple):
 
 def running_pipeline(model: torch.nn.Module) -> object | None:
     """The pipeline whose loop calls ``model`` right now in this thread; None outside of any."""
-    found = running(model).pipelines
-    return found[0] if found else None
+    pipelines = running(model).pipelines
+    return pipelines[0] if pipelines else None
 
 
 def running(model: torch.nn.Module) -> Running:
@@ -51,41 +51,41 @@ def running(model: torch.nn.Module) -> Running:
     wrapper that the call came through, among its attributes or ``components``. Nothing is found
     while torch.compile traces. No frame keeps a variable alive for having been looked at.
     """
-    found = Running([], [], [])
+    loops = Running([], [], [])
     if torch.compiler.is_compiling():
-        return found
+        return loops
     called, owner = [model], None
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__", "").startswith(_OWN):
         frame = frame.f_back  # our own, which know the pipeline that was enabled
     while frame is not None:
-        first = _look(frame, called, found, only_times=owner is not None)
+        first = _look(frame, called, loops, only_times=owner is not None)
         if owner is not None and first is not owner:
             break
-        if found.pipelines:
-            if first is None or found.times:
+        if loops.pipelines:
+            if first is None or loops.times:
                 break
             owner = first  # the loop may stand in another method of it, further out
         if callable(first):
             called.append(first)
         frame = frame.f_back
-    return found
+    return loops
 
 
-def _look(frame: FrameType, called: list, found: Running, only_times: bool) -> object:
+def _look(frame: FrameType, called: list, loops: Running, only_times: bool) -> object:
     """Enter what one frame holds into ``found``; returns its first argument, mostly ``self``."""
     code, variables = frame.f_code, frame.f_locals
     name = code.co_varnames[0] if code.co_argcount else None
     first = variables.get(name)
     if isinstance(t := variables.get("t"), torch.Tensor):
-        found.times.append(t)
+        loops.times.append(t)
     if not only_times:
         if type(first) not in _PLAIN:
-            _sort(first, called, found)
-        if not (found.pipelines and name == "self"):  # a pipeline's own method: it runs
+            _sort(first, called, loops)
+        if not (loops.pipelines and name == "self"):  # a pipeline's own method: it runs
             for value in variables.values():
                 if type(value) not in _PLAIN:
-                    _sort(value, called, found)
+                    _sort(value, called, loops)
     if _COPIES and code.co_flags & inspect.CO_OPTIMIZED and sys.getrefcount(variables) <= 3:
         # Nobody in that function called locals() and holds the copy: of the three references one
         # is the frame's, one ours, and one getrefcount's.
@@ -93,7 +93,7 @@ def _look(frame: FrameType, called: list, found: Running, only_times: bool) -> o
     return first
 
 
-def _sort(value, called: list, found: Running) -> None:
+def _sort(value, called: list, loops: Running) -> None:
     """Enter ``value`` if it is a scheduler, or a pipeline that holds what was called."""
     if isinstance(value, (torch.Tensor, type)):
         return
@@ -102,11 +102,11 @@ def _sort(value, called: list, found: Running) -> None:
     except Exception:  # it has none, or is a stranger's proxy without a target
         return
     if isinstance(parts.get("timesteps"), torch.Tensor) and hasattr(value, "step"):
-        found.schedulers.append(value)
+        loops.schedulers.append(value)
     elif "scheduler" in parts or hasattr(type(value), "components"):
-        known = any(value is pipeline for pipeline in found.pipelines)
+        known = any(value is pipeline for pipeline in loops.pipelines)
         if not known and _is_pipeline(value, parts, called):
-            found.pipelines.append(value)
+            loops.pipelines.append(value)
 
 
 def _is_pipeline(value, parts: dict, called: list) -> bool:

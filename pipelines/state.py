@@ -266,7 +266,7 @@ class ModelState:
         if core is not None and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
-            parallel.prepare(model)
+            parallel.check_and_register(model)
         differentiable = is_differentiable(arguments)
         plain, sparse = LayerRun(), LayerRun(core)
         runs = {name: plain if name in self.dense_layers else sparse for name in self.layers}
@@ -473,8 +473,8 @@ def dtype_of(arguments) -> torch.dtype:
     device = device_of(arguments).type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    found = (x.dtype for x in _tensors(arguments) if x.is_floating_point())
-    return next(found, torch.get_default_dtype())
+    dtypes = (x.dtype for x in _tensors(arguments) if x.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
 
 
 def _tensors(arguments) -> Iterator[torch.Tensor]:

@@ -181,21 +181,21 @@ class Steps:
         Raises:
             ValueError: there is neither a scheduler that tells the step nor a timestep.
         """
-        found = running(model)
-        pipes = found.pipelines or [enabled]
+        loops = running(model)
+        pipes = loops.pipelines or [enabled]
         pairs = [(pipe, getattr(pipe, "scheduler", None)) for pipe in pipes]
-        pairs += [(None, scheduler) for scheduler in found.schedulers]
+        pairs += [(None, scheduler) for scheduler in loops.schedulers]
         given = [timestep] if isinstance(timestep, torch.Tensor) else []
         for pipe, scheduler in pairs:
             timesteps = getattr(scheduler, "timesteps", None)
             if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
                 continue
-            for t in found.times + given:
+            for t in loops.times + given:
                 index = place_in(timesteps, t)
                 if index is not None:
                     begin = self._run(timesteps).begin(scheduler, pipe, index)
                     return user_step(scheduler, index, begin)
-        for t in found.times:
+        for t in loops.times:
             place = place_in_own_table(pipes[0], t)
             if place is not None:
                 return place

@@ -152,12 +152,12 @@ def _methods(args) -> list:
             raise ValueError(f"--set {key}: no --method {name} is given")
         if key.rpartition(".")[2] in SCHEDULE_FIELDS:
             raise ValueError(f"{key} belongs to the schedule; it does not change one attention")
-    found = []
+    methods = []
     for name in args.method:
         common = {k: v for k, v in options.items() if "." not in k}
         own = {k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == name}
-        found.append(resolve(name, **(common | own))[0])
-    return found
+        methods.append(resolve(name, **(common | own))[0])
+    return methods
 
 
 def _workload(args):
@@ -168,8 +168,8 @@ def _workload(args):
 
     device = args.device
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if found is None else found.type
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else accelerator.type
     dtype = args.dtype
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"

@@ -141,13 +141,13 @@ def _print_native() -> None:
     from dittfast.kernels.native_build import BuildError, library
 
     print("\nnative CPU kernel")
-    found = library()
-    if isinstance(found, BuildError):
-        _row("missing", f"{found}; until then attention on CPUs takes the slower 'cpu' backend")
+    native = library()
+    if isinstance(native, BuildError):
+        _row("missing", f"{native}; until then attention on CPUs takes the slower 'cpu' backend")
         return
-    _row("built with", found.compiler)
-    _row("instructions", found.instructions)
-    _row("kept in", str(found.folder or "no folder: every process compiles it again (see above)"))
+    _row("built with", native.compiler)
+    _row("instructions", native.instructions)
+    _row("kept in", str(native.folder or "no folder: every process compiles it again (see above)"))
 
 
 def backends_markdown() -> str:
@@ -250,11 +250,11 @@ def _print_content() -> None:
     print("\ncontents")
     _row("methods", ", ".join(METHODS))
     _row("presets", ", ".join(presets()) or "none")
-    found = []
+    lines = []
     for name, folder in sample_models().items():
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-        found.append(f"{name} ({size / 1e6:.1f} MB)")
-    _row("sample models", ", ".join(found) or "none")
+        lines.append(f"{name} ({size / 1e6:.1f} MB)")
+    _row("sample models", ", ".join(lines) or "none")
     _row("video", _video_finding())
 
 

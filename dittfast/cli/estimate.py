@@ -59,7 +59,7 @@ def run(args) -> int:
     from dittfast.environment import versions
     from dittfast.pipelines.measure.estimate import estimate
 
-    found = estimate(
+    model = estimate(
         card,
         args.num_frames,
         args.height,
@@ -68,21 +68,21 @@ def run(args) -> int:
         [] if asked is None else [asked],
         **options,
     )
-    print("\n".join(_lines(found)))
-    write_json_result(args, found.to_dict() | {"versions": versions()})
+    print("\n".join(_lines(model)))
+    write_json_result(args, model.to_dict() | {"versions": versions()})
     return 0
 
 
-def _lines(found) -> list[str]:
-    layout, cost = found.layout, found.cost
+def _lines(model) -> list[str]:
+    layout, cost = model.layout, model.cost
     frames, height, width = layout.grid.shape
-    video = f"{found.num_frames} frames, " if found.num_frames > 1 else ""
+    video = f"{model.num_frames} frames, " if model.num_frames > 1 else ""
     rows = [
         ["method", "settings", "density", "attention", "FLOPs of a pass", "lists", "planned in"]
     ]
     dense = ["dense", "", "1", compact(cost.attention), compact(cost.total), "", ""]
     rows.append(dense)
-    for x in found.methods:
+    for x in model.methods:
         if x.problem is not None:
             rows.append([x.method, x.settings, f"cannot run: {x.problem}"])
             continue
@@ -107,8 +107,8 @@ def _lines(found) -> list[str]:
     ]
     return [
         "Computed, not measured: FLOPs are no seconds.",
-        f"model     {found.name} ({found.model}), {found.parameters / 1e9:.3g} billion parameters",
-        f"size      {video}{found.height} x {found.width} pixels",
+        f"model     {model.name} ({model.model}), {model.parameters / 1e9:.3g} billion parameters",
+        f"size      {video}{model.height} x {model.width} pixels",
         f"tokens    {layout.num_tokens:,}: {frames} x {height} x {width}, "
         f"{layout.num_context} text",
         f"one pass  {compact(cost.total, 'FLOP')}: {cost.attention_share:.1%} in {cost.layers} "

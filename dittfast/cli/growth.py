@@ -39,7 +39,7 @@ def run(args, methods, work) -> dict:
     if args.plot is not None:
         check_output(args.plot, (".png", ".svg"))
         _pyplot()
-    found = []
+    rows = []
     for method in methods:
         frame = tuple(args.frame) if method.for_videos else None
         print(f"\n{method!r}")
@@ -52,11 +52,11 @@ def run(args, methods, work) -> dict:
             "exponents: "
             + ", ".join(f"{k} {'-' if v is None else f'{v:.2f}'}" for k, v in fitted.items())
         )
-        found.append(result)
+        rows.append(result)
     if args.plot is not None:
-        _draw(args.plot, found)
+        _draw(args.plot, rows)
         print(f"wrote {args.plot}")
-    return {"methods": found}
+    return {"methods": rows}
 
 
 def _print_row(row: dict) -> None:

@@ -259,9 +259,9 @@ def least_faster(rows: list[dict]) -> int | None:
 
     A row is faster if the median of its speed-ups is above 1.
     """
-    found = None
+    least = None
     for row in sorted(rows, key=lambda r: r["tokens"], reverse=True):
         if row["speedup"]["p50"] <= 1:
             break
-        found = row["tokens"]
-    return found
+        least = row["tokens"]
+    return least

@@ -80,7 +80,7 @@ def check_parity(
     mask = mask_rows(plan, tokens)
     sampled = torch.zeros_like(grad_out)
     sampled[:, :, tokens] = grad_out[:, :, tokens]
-    found = []
+    sides = []
     for name, dtype in (("attend", q.dtype), ("exact", torch.float64), ("eager", q.dtype)):
         leaves = [x.detach().to(dtype).requires_grad_(backward) for x in (q, k, v)]
         if name == "attend":
@@ -90,9 +90,9 @@ def check_parity(
             out = rows = _oracle_rows(*leaves, plan, tokens, mask, scale)
             grad = grad_out[:, :, tokens].to(dtype)
         grads = torch.autograd.grad(out, leaves, grad) if backward else ()
-        found.append([rows.detach(), *grads])
+        sides.append([rows.detach(), *grads])
     try:
-        for name, actual, exact, eager in zip(("out", "dq", "dk", "dv"), *found):
+        for name, actual, exact, eager in zip(("out", "dq", "dk", "dv"), *sides):
             assert_within_budget(name, actual, exact, eager, floor=8)
     except AssertionError as error:
         raise ParityError(f"attend disagrees with dense attention: {error}") from error

@@ -85,8 +85,8 @@ class FeatureNetwork(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of labels and of backgrounds."""
-        found = self.features(images)
-        return self.label_head(found), self.background_head(found)
+        features = self.features(images)
+        return self.label_head(features), self.background_head(features)
 
     def named_in(self, prompt: str) -> tuple[int | None, int | None]:
         """Indices of the label and the background that a prompt names; None where it names none.

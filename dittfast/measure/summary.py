@@ -29,9 +29,9 @@ def bootstrap_mean(values: Iterable[float], seed: int = 0) -> dict[str, float | 
     if not torch.isfinite(x).all():
         raise ValueError("the mean of values that are not finite was asked for")
     n = x.numel()
-    found = {"mean": float(x.mean()) if n else None, "low": None, "high": None, "n": n}
+    summary = {"mean": float(x.mean()) if n else None, "low": None, "high": None, "n": n}
     if n < 2:
-        return found
+        return summary
     draw = torch.Generator().manual_seed(seed)
     means = torch.empty(RESAMPLES, dtype=torch.float64)
     step = max(1, (1 << 22) // n)
@@ -41,7 +41,7 @@ def bootstrap_mean(values: Iterable[float], seed: int = 0) -> dict[str, float | 
         means[start : start + count] = x[at].mean(1)
     tail = (1 - LEVEL) / 2
     ends = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return found | {"low": float(ends[0]), "high": float(ends[1])}
+    return summary | {"low": float(ends[0]), "high": float(ends[1])}
 
 
 def interval(estimate: dict, digits: int = 2) -> str:

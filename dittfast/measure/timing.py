@@ -76,8 +76,8 @@ def interleaved_seconds(
 def percentiles(values) -> dict[str, float]:
     """``{"p20", "p50", "p80"}`` of some numbers."""
     x = torch.tensor(list(values), dtype=torch.float64)
-    found = torch.quantile(x, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return dict(zip(("p20", "p50", "p80"), found))
+    quantiles = torch.quantile(x, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return dict(zip(("p20", "p50", "p80"), quantiles))
 
 
 def with_gradient(function: Callable, inputs, grad_out) -> Callable:

@@ -153,13 +153,13 @@ class DynamicMethod(Method):
         # A text, because torch.compile guards a graph by all keys of a dict unless they are texts.
         key = f"{kind} {layout.key} {device.type}:{device.index}"
         if torch.compiler.is_compiling():
-            found = self._cache.peek(key)
-            if found is None:
+            kept = self._cache.peek(key)
+            if kept is None:
                 raise RuntimeError(
                     f"{self.name} has nothing prepared for {layout.key}; call "
                     "method.prepare(layout, device) before each pass through compiled code"
                 )
-            return found
+            return kept
 
         def lasting():
             with to_be_kept():

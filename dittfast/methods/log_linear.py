@@ -236,8 +236,8 @@ class LogLinear(DynamicMethod):
             rows = _groups(query, self.block_size)  # [B, H, parents, size, D]
             children = (parents[..., None] * self.block_size + offset).flatten(3)
             families = _groups(key, self.block_size).flatten(3)
-            found = take_rows(families, parents).view(*children.shape, key.shape[-1])
-            scores = rows @ found.transpose(-1, -2)
+            children_of = take_rows(families, parents).view(*children.shape, key.shape[-1])
+            scores = rows @ children_of.transpose(-1, -2)
             scores.masked_fill_((children >= n)[..., None, :], -torch.inf)
             # There are always enough children: all parents but the last have block_size of them.
             best = top_indices(scores, min(self.topk, n))
@@ -312,5 +312,5 @@ def top_indices(scores: torch.Tensor, k: int) -> torch.Tensor:
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: no negative zero
     bits = bits ^ (bits >> 31 & 0x7FFFFFFF)
     key = bits.long() << 32 | torch.arange(n - 1, -1, -1, device=scores.device)
-    found = key.topk(min(k, n), -1, sorted=False).values & 0xFFFFFFFF
-    return (n - 1 - found).sort(-1).values
+    best = key.topk(min(k, n), -1, sorted=False).values & 0xFFFFFFFF
+    return (n - 1 - best).sort(-1).values

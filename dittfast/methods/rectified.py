@@ -255,11 +255,11 @@ def isolated_shares(logits, q_mean, words, scale: float):
 def mean_deviation(x: torch.Tensor, mean: torch.Tensor, pool: Pool) -> torch.Tensor:
     """``[B, H, n, D]``: mean over each block of ``|x - mean|``, in the dtype of ``mean``."""
     step = max(1, _WORKSPACE // (x.shape[0] * pool.token.numel() * x.shape[-1]))
-    found = []
+    parts = []
     for heads, centre in zip(x.detach().split(step, 1), mean.detach().split(step, 1)):
         off = pool.hide((pool.gather(heads) - centre[..., None, :]).abs_())
-        found.append(off.sum(-2) / pool.count)
-    return torch.cat(found, 1)
+        parts.append(off.sum(-2) / pool.count)
+    return torch.cat(parts, 1)
 
 
 def neighbor_blocks(layout: Layout, block: torch.Tensor, n: int) -> torch.Tensor:

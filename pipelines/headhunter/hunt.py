@@ -341,11 +341,11 @@ def hunt(
         total += len(every_layer) * len(splits["search"])
         total += (1 + len(every_layer) + rounds) * len(splits.get("holdout", ()))
 
-        def finish(found: Round) -> None:
+        def finish(round_: Round) -> None:
             if folder is not None:
-                sheet = round_sheet(studio.pictures, splits["search"], found, judge(()), settings)
-                write_image(folder / f"round-{found.number}.png", sheet)
-            on_round(found)
+                sheet = round_sheet(studio.pictures, splits["search"], round_, judge(()), settings)
+                write_image(folder / f"round-{round_.number}.png", sheet)
+            on_round(round_)
 
         from tqdm.auto import tqdm
 

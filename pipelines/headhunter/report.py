@@ -146,7 +146,7 @@ def paired(a: Contender, b: Contender) -> dict:
 def round_sheet(
     pictures: Callable[[Heads, Sequence], Sequence[np.ndarray]],
     samples: Sequence[tuple[str, int]],
-    found: Round,
+    round_: Round,
     unguided: Sequence[float],
     settings: dict,
 ):
@@ -158,7 +158,7 @@ def round_sheet(
         unguided: their scores without guidance.
     """
     shown = samples[:SHEET_COLUMNS]
-    before = tuple(h for h in found.heads if h not in found.added)
+    before = tuple(h for h in round_.heads if h not in round_.added)
 
     def line(mean: float, count: int) -> str:
         gain = mean - statistics.fmean(unguided[:count])
@@ -167,12 +167,12 @@ def round_sheet(
 
     base = f"{statistics.fmean(unguided):.5g}"
     rows = [SheetRow("unguided", base, pictures((), shown))]
-    if len(found.heads) > 1:
-        title = f"all chosen: {name_of(found.heads)}"
-        rows.append(SheetRow(title, line(found.mean, len(samples)), pictures(found.heads, shown)))
-    for candidate in found.candidates[:SHEET_ROWS]:
+    if len(round_.heads) > 1:
+        title = f"all chosen: {name_of(round_.heads)}"
+        rows.append(SheetRow(title, line(round_.mean, len(samples)), pictures(round_.heads, shown)))
+    for candidate in round_.candidates[:SHEET_ROWS]:
         title = f"{'+ ' if before else ''}{name_of([candidate.head])}"
-        title += " (chosen)" if candidate.head in found.added else ""
+        title += " (chosen)" if candidate.head in round_.added else ""
         drawn = pictures((*before, candidate.head), shown)
         rows.append(SheetRow(title, line(candidate.mean, candidate.samples), drawn))
     options = settings["guidance"]
@@ -181,7 +181,7 @@ def round_sheet(
         f"{options['guidance_scale']:g}, strength {options['strength']:g}, rows {options['rows']}"
     )
     columns = [f"{prompt}, seed {seed}" for prompt, seed in shown]
-    return contact_sheet(rows, columns, f"HeadHunter, round {found.number}", footer)
+    return contact_sheet(rows, columns, f"HeadHunter, round {round_.number}", footer)
 
 
 def holdout_sheet(

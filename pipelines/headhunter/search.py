@@ -229,8 +229,8 @@ def first_difference(a, b, where: str = "") -> tuple[str, object, object] | None
     """Where two pieces of JSON data differ first, and the two values there."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
-            found = first_difference(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-            if found:
-                return found
+            deeper = first_difference(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+            if deeper:
+                return deeper
         return None
     return None if a == b else (where, a, b)

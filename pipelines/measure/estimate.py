@@ -110,13 +110,13 @@ def estimate(
     sequences = card.sequences(model, num_frames, height, width, text)
     layout, cost = sequences.layout, forward_cost(model, sequences, text)
     names = list(attention_layers(model, FAMILIES[card.model]))
-    found = [
+    estimates = [
         method_estimate(settings, method, len(schedule.dense_layer_names(names)), layout, cost)
         for settings, (method, schedule) in chosen
     ]
     parameters = sum(x.numel() for x in model.parameters())
     return ModelEstimate(
-        card.name, card.model, parameters, num_frames, height, width, layout, cost, found
+        card.name, card.model, parameters, num_frames, height, width, layout, cost, estimates
     )
 
 

@@ -111,9 +111,9 @@ def check_captured(
     backend = (
         choose_backend(captured[0].q.device, captured[0].q.dtype) if backend == "auto" else backend
     )
-    found = [_check(method, c, backend) for c in captured]
-    density, work = (statistics.fmean(x) for x in list(zip(*found))[:2])
-    return Checked(backend, len(found), density, work), found[0][2]
+    checks = [_check(method, c, backend) for c in captured]
+    density, work = (statistics.fmean(x) for x in list(zip(*checks))[:2])
+    return Checked(backend, len(checks), density, work), checks[0][2]
 
 
 def check_method(

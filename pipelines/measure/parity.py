@@ -83,9 +83,9 @@ class Cell:
 def output(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     """The prediction of one forward pass without gradients, flat."""
     with torch.no_grad():
-        found = model(**inputs)
-    found = found[0] if isinstance(found, tuple) else found
-    parts = found if isinstance(found, list) else [found]
+        out = model(**inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    parts = out if isinstance(out, list) else [out]
     return torch.cat([x.flatten() for x in parts])
 
 
@@ -112,15 +112,15 @@ def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
 
 
 def _cell(name, method, model, inputs, stock, noise) -> Cell:
-    found, density = {}, None
+    outputs, density = {}, None
     try:
         for backend in (*_cpu_backends(stock), "reference"):
             with enable(model, METHODS[method], backend=backend, min_tokens=0):
-                found[backend] = output(model, inputs)
+                outputs[backend] = output(model, inputs)
                 density = describe(model).density
     except (ValueError, RuntimeError) as error:
         return Cell(name, method, problem=f"{type(error).__name__}: {error}")
-    *ours, reference = found.values()
+    *ours, reference = outputs.values()
     error = max(distance(x, reference) for x in ours)
     change = distance(reference, stock)
     if density == 1:

@@ -118,7 +118,7 @@ def capture(
     for step in steps:
         if not 0 <= step < total:
             raise ValueError(f"steps must lie in 0..{total - 1} for this run, got {step}")
-    found: list[Captured] = []
+    captured: list[Captured] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable(pipe, "dense"))
         for model in transformers_of(pipe).values():
@@ -129,10 +129,10 @@ def capture(
                         f"layers must lie in 0..{len(names) - 1} for this model, got {number}"
                     )
                 name = names[number]
-                recorder = _Recorder(model, name, steps, found)
+                recorder = _Recorder(model, name, steps, captured)
                 model._dittfast.recorders[name] = recorder
         run(pipe, call, seed)
-    return found
+    return captured
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,6 @@ def _block_of(blocks, n: int) -> torch.Tensor:
     block = torch.repeat_interleave(by, lengths[by])
     if blocks.order is None:
         return block[:n]
-    found = torch.empty_like(block)
-    found[blocks.order.long().cpu()] = block
-    return found[:n]
+    by_token = torch.empty_like(block)
+    by_token[blocks.order.long().cpu()] = block
+    return by_token[:n]

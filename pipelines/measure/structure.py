@@ -55,17 +55,17 @@ def mass_by_distance(captured: Captured) -> dict:
     on_grid = shares[:, :, grid]
     total = on_grid.sum(-1, keepdim=True)
     apart = (at[rows][:, None] - at[grid][None]).abs()
-    found = {"layer": c.layer, "step": c.step, "context": (1 - total[..., 0]).mean(-1).tolist()}
+    row = {"layer": c.layer, "step": c.step, "context": (1 - total[..., 0]).mean(-1).tolist()}
     for name, distance in (("space", apart[..., 2:].amax(-1)), ("frames", apart[..., 1])):
         longest = int(distance.max())
         edges = torch.tensor(distance_edges(longest)[1:])
         which = torch.bucketize(distance.contiguous(), edges, right=True)
         masks = [which == i for i in range(len(edges) + 1)]
         mass = [(on_grid * m).sum(-1).div(total[..., 0]).mean(-1) for m in masks]
-        found["bins" if name == "space" else "frame_bins"] = bin_names(longest)
-        found[name] = torch.stack(mass, -1).tolist()
-        found[f"{name}_uniform"] = [float(m.double().mean()) for m in masks]
-    return found
+        row["bins" if name == "space" else "frame_bins"] = bin_names(longest)
+        row[name] = torch.stack(mass, -1).tolist()
+        row[f"{name}_uniform"] = [float(m.double().mean()) for m in masks]
+    return row
 
 
 def mask_picture(plan: Plan, layout: Layout, title: str, layer: str):
