@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from dittfast.pipelines.families import FAMILIES
+from dittfast.pipelines.families import Family
 from dittfast.pipelines.families.published import published_model, published_models
 from dittfast.pipelines.families.sequences import Sequences
-from dittfast.pipelines.models import attention_layers
+from dittfast.pipelines.models import attention_layers, family_of
 from dittfast.pipelines.runs.sources import Source, choose_dtype, find
 
-from .config import DistillConfig
+from .config import DistillConfig, StudentConfig
 from .loader import Dataset
 from .lora import ADAPTER, add_lora
 
@@ -65,27 +65,10 @@ def estimate(config: DistillConfig) -> dict:
     source, student, train = find(config.model.path), config.student, config.train
     model = empty_model(source, config.model.component)
     total = sum(p.numel() for p in model.parameters())
-    family = FAMILIES.get(type(model).__name__)
-    if family is None:
-        raise ValueError(
-            f"no layout reader for {type(model).__name__}; known: {', '.join(sorted(FAMILIES))}"
-        )
+    family = family_of(model)
     layers = list(attention_layers(model, family))
-    method, schedule = student.resolved()
-    dense = schedule.dense_layer_names(layers)
-    own = sum(x.numel() for x in method.parameters().values()) * (len(layers) - len(dense))
-    shapes = {name: p.numel() for name, p in model.named_parameters()}
-    base = 0
-    if student.trainable == "attention":
-        base = sum(shapes[name] for name in family.projection_weights(model, layers))
-    elif student.trainable == "all":
-        base = total
-    lora = 0
-    if student.trainable == "lora":
-        with torch.device("meta"):
-            add_lora(model, student.rank, student.alpha, student.targets)
-        lora = sum(p.numel() for n, p in model.named_parameters() if f".{ADAPTER}." in n)
-    trained = base + lora + own
+    base, added = _trained(student, model, family, layers)
+    trained = base + added
     # The device of the run may be another; a name says what "auto" would mean here.
     size = choose_dtype(config.model.dtype, torch.device("cpu")).itemsize
     shared = config.objectives.needs_teacher and not config.model.separate_teacher
@@ -102,13 +85,10 @@ def estimate(config: DistillConfig) -> dict:
     if tokens is None:
         notes.append("activations are not in it: the training set is not prepared yet")
     else:
-        blocks = len(layers)
         wide = family.query_width(model.get_submodule(layers[0])) * tokens * train.batch_size
-        wide *= max(size, 2) / 2
-        if train.gradient_checkpointing:
-            bytes_of["activations, roughly"] = int(wide * (2 * blocks + _SAVED_BYTES))
-        else:
-            bytes_of["activations, roughly"] = int(wide * blocks * _SAVED_BYTES)
+        blocks = len(layers)
+        saved = 2 * blocks + _SAVED_BYTES if train.gradient_checkpointing else blocks * _SAVED_BYTES
+        bytes_of["activations, roughly"] = int(wide * max(size, 2) / 2 * saved)
     bytes_of["total"] = sum(bytes_of.values())
     return {
         "parameters": {"model": total, "trained": trained},
@@ -116,6 +96,23 @@ def estimate(config: DistillConfig) -> dict:
         "notes": notes,
         "tokens": tokens,
     }
+
+
+def _trained(student: StudentConfig, model, family: Family, layers: list[str]) -> tuple[int, int]:
+    """Trained parameters: the model's own, and those that the student adds to it."""
+    method, schedule = student.resolved()
+    sparse = len(layers) - len(schedule.dense_layer_names(layers))
+    added = sum(x.numel() for x in method.parameters().values()) * sparse
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    if student.trainable == "attention":
+        return sum(sizes[name] for name in family.projection_weights(model, layers)), added
+    if student.trainable == "all":
+        return sum(sizes.values()), added
+    if student.trainable == "lora":
+        with torch.device("meta"):
+            add_lora(model, student.rank, student.alpha, student.targets)
+        added += sum(p.numel() for n, p in model.named_parameters() if f".{ADAPTER}." in n)
+    return 0, added
 
 
 def _tokens(config: DistillConfig, model, family) -> int | None:
