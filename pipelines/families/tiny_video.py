@@ -184,7 +184,7 @@ def _framepack(draw, model, batch=BATCH) -> dict:
     return {
         **inputs,
         "image_embeds": draw(batch, 3, 16),
-        "indices_latents": torch.arange(10, 13),
+        "indices_latents": torch.arange(10, 10 + draw.grid[0]),
         "latents_clean": draw(batch, 4, 2, *cells),
         "indices_latents_clean": torch.tensor([0, 9]),
         "latents_history_2x": draw(batch, 4, 2, *cells),
@@ -199,7 +199,7 @@ def _helios(draw, model) -> dict:
     at = lambda *frames: torch.tensor(frames).expand(BATCH, -1)  # noqa: E731
     return {
         **_wan(draw, model),
-        "indices_hidden_states": at(10, 11, 12),
+        "indices_hidden_states": at(*range(10, 10 + draw.grid[0])),
         "indices_latents_history_short": at(0, 9),
         "latents_history_short": draw(BATCH, 4, 2, *cells),
         "indices_latents_history_mid": at(7, 8),
