@@ -40,6 +40,7 @@ KNOWN = {
 
 def test_there_is_a_known_figure_for_every_model():
     assert set(KNOWN) == set(published_models())
+    assert not {published_model(name).model for name in KNOWN} & set(UNLEARNED)
 
 
 @pytest.mark.parametrize("name", KNOWN)
