@@ -60,7 +60,7 @@ def capture(model: torch.nn.Module, attention: list[str] = (), features: list[st
         module = modules[name]
         before, after = into(captured.attention.setdefault(name, []))
         out = getattr(module, "to_out", None)
-        if out is None:
+        if out is None or isinstance(out, torch.nn.Identity):
             handles.append(module.register_forward_hook(after))
             continue
         first = out[0] if isinstance(out, (torch.nn.ModuleList, torch.nn.Sequential)) else out

@@ -13,6 +13,7 @@ from dittfast.layout import Context, Grid
 from dittfast.pipelines.families import FAMILIES, tiny_image, tiny_packed
 from dittfast.pipelines.families.others import OTHERS, transformer_classes
 from dittfast.pipelines.families.sequences import Sequences
+from dittfast.pipelines.families.tiny_model import TEXT, Draw
 from dittfast.pipelines.guidance.plain import GuidanceState
 from dittfast.pipelines.layer import key_log_weight
 from dittfast.pipelines.measure import parity
@@ -66,7 +67,7 @@ def drawn(out, tokens):
 def test_padding_in_front_of_a_text_is_not_seen(method):
     """Ideogram 4: the image of a padded row is what it is without its padding."""
     model, inputs = TINY["ideogram4"].build()
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    draw = Draw(TINY["ideogram4"].grid, TEXT, seed=1)
     inputs = tiny_packed._ideogram4(draw, model, lengths=(7, 3)) | {"return_dict": False}
     tokens = 99
     with torch.no_grad():
@@ -319,8 +320,9 @@ def test_two_amounts_of_gist():
         Context(8), Grid(1, 11, 9), Grid(1, 4, 6), Grid(1, 3, 5),
     )  # fmt: skip
     tiny = TINY["bria-fibo-2"]
-    draw = torch.randn
-    even = dataclasses.replace(tiny, inputs=lambda _, m: tiny_image._bria_fibo2(draw, m, False))
+    even = dataclasses.replace(
+        tiny, inputs=lambda draw, model: tiny_image._bria_fibo2(draw, model, False)
+    )
     model, inputs = even.build()
     found = FAMILIES[tiny.name].read(model, inputs)
     assert found.layout.segments == (Context(8), Grid(1, 11, 9))

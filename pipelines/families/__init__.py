@@ -119,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         heads="num_heads",
         dense=((r"text_fusion\..*", TEXT),),
         width="hidden_size",
+        projections=r"to_(q|k|v|gate)|to_out\.0",
     ),
     "ErnieImageTransformer2DModel": Family(r"layers\.\d+\.self_attention", image.ernie_image),
     "CogView3PlusTransformer2DModel": Family(
