@@ -37,7 +37,7 @@ MOTIONS = {
 
 # How often training shows each motion. Where the way depends on the place in the frame, it takes
 # longer to learn than where everything shifts alike.
-SHARES = {motion: 1 for motion in MOTIONS} | {"grows": 2, "shrinks": 3, "spins": 4}
+SHARES = {motion: 1 for motion in MOTIONS} | {"grows": 2, "shrinks": 3, "spins": 3}
 
 _HOP = (0, 4, 6, 4, 0, 4, 6, 4, 0)
 
@@ -69,7 +69,7 @@ def poses():
     table[0, :, 0], table[1, :, 0] = way, -way
     table[2, :, 1], table[3, :, 1] = -way, way
     table[4, :, 2], table[5, :, 2] = 1 + 0.6 * time, 1 - 0.45 * time
-    table[6, :, 3] = math.pi / 2 * time
+    table[6, :, 3] = math.pi * time
     table[7, :, 1] = -STEP * torch.tensor(_HOP)
     return table
 

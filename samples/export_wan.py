@@ -1,11 +1,13 @@
 """Turn a training run into a WanImageToVideoPipeline folder, and draw strips with that folder.
 
-python samples/export_wan.py save --run work/wan --vae work/wan-vae --out work/sample-video
+python samples/export_wan.py save --run work/wan --vae work/wan-vae --out work/plain
+python samples/export_wan.py decoder --model work/plain --vae work/decoder --out work/sample-video
 python samples/export_wan.py strips --model work/sample-video --out work/strips.png
 """
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -60,10 +62,7 @@ def save(args):
     )
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
     rename_tokenizer_class(args.out)
-    for path in args.out.glob("*/config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)  # a folder of the machine that trained it
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    forget_folders(args.out)
     (args.out / "NOTICE").write_text(NOTICE.format(n=len(LABELS)))
 
     progress = state["progress"]
@@ -96,6 +95,25 @@ def save(args):
     print(f"{args.out}: {size / 1e6:.2f} MB")
 
 
+def forget_folders(model):
+    """Take the folders of the machine that trained it out of a pipeline's configurations."""
+    for path in model.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def replace_decoder(args):
+    """Copy a pipeline folder, with the VAE of ``train_wan_vae.py``; its latents are the same."""
+    shutil.copytree(args.model, args.out)
+    vae = AutoencoderKLWan.from_pretrained(args.vae, torch_dtype=torch.float16)
+    vae.save_pretrained(args.out / "vae")
+    forget_folders(args.out)
+    sample = json.loads((args.out / "sample.json").read_text()) | CALL_DEFAULTS
+    sample["training"]["decoder"] = json.loads((args.vae / "training.json").read_text())
+    (args.out / "sample.json").write_text(json.dumps(sample, indent=2) + "\n")
+
+
 def strips(args):
     """Animate prompts with the stock pipeline; one row of frames each in one PNG."""
     from dittfast.pictures import read_picture
@@ -125,6 +143,11 @@ def main():
     command.add_argument("--vae", type=Path, required=True, help="--out of wan_vae.py")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.set_defaults(run_command=save)
+    command = commands.add_parser("decoder", help="a pipeline folder with another decoder")
+    command.add_argument("--model", type=Path, required=True, help="pipeline folder")
+    command.add_argument("--vae", type=Path, required=True, help="--out of train_wan_vae.py")
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.set_defaults(run_command=replace_decoder)
     command = commands.add_parser("strips", help="animate the sample prompts, or given ones")
     command.add_argument("--model", type=Path, required=True, help="pipeline folder")
     command.add_argument("--out", type=Path, required=True, help="PNG to write")

@@ -1,6 +1,6 @@
 """Train the video VAE's decoder to take away what the transformer leaves: blocks and grain.
 
-    python samples/train_wan_vae.py --data work/emoji.npz --model work/sample-video --out work/vae
+    python samples/train_wan_vae.py --data work/emoji.npz --model work/plain --out work/decoder
 
 The encoder stays as ``wan_vae.py`` computed it, and with it every latent. The decoder is computed
 again, ``WIDTH`` channels wide, which leaves room for its residual branches; they start at nothing
@@ -12,6 +12,7 @@ Both halves continue where they stopped when started again.
 """
 
 import argparse
+import json
 import os
 import random
 import time
@@ -131,13 +132,10 @@ class Run:
         computed = AutoencoderKLWan.from_pretrained(args.model / "vae", torch_dtype=torch.float32)
         self.codec, self.vae = Codec(computed), widen(computed, WIDTH)
         source = Clips(args.data)
-        self.pairs, self.held_out = (
-            make_pairs(args, self.codec, source, args.out / f"{name}.pt", count, seed)
-            for name, count, seed in (
-                ("held-out", HELD_OUT, 10_000),
-                ("train", args.clips, 20_000),
-            )
+        self.held_out = make_pairs(
+            args, self.codec, source, args.out / "held-out.pt", HELD_OUT, 10_000
         )
+        self.pairs = make_pairs(args, self.codec, source, args.out / "train.pt", args.clips, 20_000)
         # The closed form's own weights learn as well, but for what reads the latents.
         parts = (self.vae.decoder.mid_block.resnets, self.vae.decoder.up_blocks)
         self.trained = [p for part in parts for p in part.parameters()]
@@ -145,7 +143,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.trained, lr=args.lr, weight_decay=0.0)
         self.rng = torch.Generator().manual_seed(args.seed)
         self.step, self.cpu_seconds, self.losses = 0, 0.0, []
-        self.start = self.psnr()
+        self.untrained = psnr(*self.restored())
         if self.checkpoint.exists():
             self.load()
 
@@ -191,10 +189,8 @@ class Run:
         latents, pixels = self.held_out
         frames = latents.float().transpose(1, 2).flatten(0, 1) * self.codec.std[:, :, 0]
         found = torch.cat([decode_frames(self.vae, part) for part in frames.split(FRAMES)])
+        found = found.clamp(-1, 1)  # as ``vae.decode`` does
         return found.view(-1, FRAMES, *found.shape[1:]).transpose(1, 2), pixels.float() / 127.5 - 1
-
-    def psnr(self):
-        return psnr(*self.restored())
 
     def train(self):
         saved = time.time()
@@ -206,20 +202,32 @@ class Run:
                 loss = sum(self.losses) / len(self.losses)
                 print(
                     f"step {self.step}/{self.args.steps} ({self.cpu_seconds / 60:.1f} CPU min) "
-                    f"loss {loss:.4f}, held out {self.psnr():.2f} dB",
+                    f"loss {loss:.4f}",
                     flush=True,
                 )
             if time.time() - saved > 60:
                 self.save()
                 saved = time.time()
         self.save()
-        self.vae.save_pretrained(self.args.out)
-        found, wanted = self.restored()
-        before = widen(self.codec.vae, WIDTH)
-        self.vae.load_state_dict(before.state_dict())
-        rows = [self.restored()[0][:4], found[:4], wanted[:4]]
-        save_strips(torch.stack(rows, 1).flatten(0, 1), self.args.out / "clips.png")
-        print(f"{self.args.out}: {self.start:.2f} dB before, {psnr(found, wanted):.2f} dB after")
+        self.write()
+
+    def write(self):
+        """The VAE, what its training was, and the held-out clips: computed, trained, and true."""
+        args, out = self.args, self.args.out
+        self.vae.half().save_pretrained(out)
+        self.vae.float()
+        trained, wanted = self.restored()
+        facts = {
+            **{name: getattr(args, name) for name in ("clips", "steps", "batch", "lr", "seed")},
+            "cpu_minutes_of_steps": round(self.cpu_seconds / 60, 1),
+            "held_out_psnr_db": [round(self.untrained, 2), round(psnr(trained, wanted), 2)],
+        }
+        (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with torch.no_grad():
+            computed = self.codec.decode(self.held_out[0].float())
+        rows = torch.stack([computed, trained, wanted], 1).flatten(0, 1)
+        save_strips(rows.clamp(-1, 1), out / "clips.png")
+        print(f"{out}: {facts}")
 
 
 def make_parser():

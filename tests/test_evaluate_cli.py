@@ -216,6 +216,8 @@ def test_shipped_evaluations_can_be_read():
         chosen, pairs = read_variants(_shipped(f"evaluations/{name}"))
         check_labels(list(chosen), pairs)
         assert {v.method.name for v in make_variants(chosen)} == set(METHODS) - left_out, name
+    chosen, _ = read_variants(_shipped("evaluations/sample-video-long"))
+    assert [v.method.name for v in make_variants(chosen)] == ["radial", "radial"]
     prompts = read_prompts(path.replace(".yaml", ".txt"))
     assert len(set(prompts)) == 16
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import math
 import random
 import sys
@@ -103,13 +104,11 @@ def test_an_object_grows_and_shrinks(source):
         assert max((x - x[0]).abs().max(), (y - y[0]).abs().max()) < 3
 
 
-def test_an_object_spins_a_quarter_turn_clockwise(source):
+def test_an_object_spins_half_a_turn_clockwise(source):
     clip = source.one("cat", "red", "spins")
+    assert (clip[:, 8] - clip[:, 0].flip(-1, -2)).abs().mean() < 0.01
     # A quarter turn, clockwise on the screen, sends the upper right to the lower right.
-    assert (clip[:, 8] - clip[:, 0].rot90(-1, (-2, -1))).abs().mean() < 0.01
-    half_way, mirrored = clip[:, 4], clip[:, 4].transpose(-1, -2).flip(-1, -2)
-    assert (clip[:, 4] - clip[:, 0]).abs().mean() > 0.02
-    assert torch.allclose(mirrored.sum(), half_way.sum(), rtol=1e-3)
+    assert (clip[:, 4] - clip[:, 0].rot90(-1, (-2, -1))).abs().mean() < 0.01
 
 
 def test_an_object_bounces_twice(source):
@@ -140,7 +139,7 @@ def test_batches_repeat_and_motions_come_by_their_shares(scripts, source):
     words, shares = scripts.clips.MOTIONS.items(), scripts.clips.SHARES
     rng = torch.Generator().manual_seed(6)
     _, texts = source.batch(
-        sum(shares.values()), rng, random.Random(6), chosen[:1, :1].expand(14, 1), 16
+        sum(shares.values()), rng, random.Random(6), chosen[:1, :1].expand(13, 1), 16
     )
     found = [next(m for m, other in words if any(w in t for w in (m, *other))) for t in texts]
     assert {m: found.count(m) for m in shares} == shares
@@ -236,21 +235,25 @@ def decoder_run(scripts, data, vae, tmp_path_factory):
     patch.undo()
 
 
-def test_training_the_decoder_restores_more_and_leaves_latents_alone(vae, decoder_run):
+def test_training_the_decoder_restores_more_and_leaves_latents_alone(scripts, vae, decoder_run):
     run = decoder_run("whole")
-    before = run.psnr()
+    assert len(run.pairs[0]) == 4 and len(run.held_out[0]) == 2
     for _ in range(25):
         run.train_step()
-    assert run.psnr() > before + 0.5
+    run.write()
+    facts = json.loads((run.args.out / "training.json").read_text())
+    before, after = facts["held_out_psnr_db"]
+    assert after > before + 0.2 and facts["clips"] == 4
     for name in ("encoder", "quant_conv", "post_quant_conv"):
         kept, found = (getattr(x, name).state_dict() for x in (vae, run.vae))
         assert all(torch.equal(kept[key], found[key]) for key in kept)
-    # Frames are decoded one by one, and the pipeline's decoder does the same.
+    # Training decodes frames one by one; so does the saved VAE, which knows of no shortcut.
+    written = AutoencoderKLWan.from_pretrained(run.args.out, torch_dtype=torch.float32).eval()
     latents = run.pairs[0][:1, :, :3].float() * run.codec.std
     with torch.no_grad():
-        clip = run.vae.decode(latents).sample[0].transpose(0, 1)
-        alone = [run.vae.decode(latents[:, :, i : i + 1]).sample[0, :, 0] for i in range(3)]
-    assert torch.allclose(clip, torch.stack(alone), atol=1e-4)
+        clip = written.decode(latents).sample[0].transpose(0, 1)
+        alone = scripts.train_wan_vae.decode_frames(run.vae, latents[0].transpose(0, 1))
+    assert torch.allclose(clip, alone.clamp(-1, 1), atol=5e-3)  # it is kept in fp16
 
 
 def test_a_resumed_decoder_run_is_the_same_run(decoder_run):
@@ -263,6 +266,23 @@ def test_a_resumed_decoder_run_is_the_same_run(decoder_run):
     assert again.step == 4 and again.losses == whole.losses
     for found, expected in zip(again.vae.parameters(), whole.vae.parameters()):
         assert torch.equal(found, expected)
+
+
+def test_a_trained_decoder_goes_into_an_exported_model(scripts, training, decoder_run, tmp_path):
+    trained = training("run")
+    trained.save()
+    old, out = tmp_path / "old", tmp_path / "new"
+    scripts.export_wan.save(argparse.Namespace(run=tmp_path / "run", vae=tmp_path / "vae", out=old))
+    decoder = decoder_run("short")
+    decoder.train_step(), decoder.write()
+    scripts.export_wan.replace_decoder(argparse.Namespace(model=old, vae=decoder.args.out, out=out))
+    source = sources.find(str(out))
+    assert source.settings["training"]["decoder"]["clips"] == 4
+    pipe = sources.load(source, "cpu", torch.float32)
+    for found, expected in zip(pipe.vae.parameters(), decoder.vae.parameters()):
+        assert torch.equal(found, expected)
+    for found, expected in zip(pipe.transformer.parameters(), trained.average):
+        assert torch.equal(found, expected.half().float())
 
 
 @torch.no_grad()
