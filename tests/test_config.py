@@ -102,3 +102,29 @@ def test_bad_schedules(fields):
 def test_dense_steps():
     schedule = Schedule(dense_first_steps=2, dense_last_steps=1)
     assert [schedule.is_dense_step(i, 5) for i in range(5)] == [True, True, False, False, True]
+
+
+def test_every_preset_names_the_transformers_it_is_for():
+    from dittfast.config import _read, check_fits
+    from dittfast.pipelines.families import FAMILIES
+
+    for name in presets():
+        meant = _read(name)["transformers"]
+        assert meant and set(meant) <= set(FAMILIES), name
+        check_fits(name, meant)
+        with pytest.raises(ValueError, match=rf"{meant[0]}, and this model is UNet.*--any-model"):
+            check_fits(name, ["UNet"])
+
+
+def test_settings_for_another_model_are_taken_with_a_warning(tmp_path, caplog):
+    from dittfast.config import check_fits
+
+    check_fits("radial/wan2.1", ["WanTransformer3DModel", "FluxTransformer2DModel"], True)
+    assert "this model is FluxTransformer2DModel; taken all the same" in caplog.text
+    check_fits("radial", ["UNet"])
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: local\n")
+    check_fits(str(path), ["UNet"])
+    path.write_text("method: local\ntransformers: FluxTransformer2DModel\n")
+    with pytest.raises(ValueError, match="'transformers' must be a list of class names"):
+        check_fits(str(path), ["UNet"])

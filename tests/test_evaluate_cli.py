@@ -129,8 +129,12 @@ def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):
 def test_draw_for_fid_goes_on(model, prompts, tmp_path, capsys):
     command = ["evaluate", "draw", *model, *prompts, *SMALL, "-m", "local", "--set", "window=3"]
     command += ["--set", "min_tokens=0", "-o", str(tmp_path / "many")]
-    assert main([*command, "-n", "1"]) == 0
-    assert last_json(capsys)["drawn_here"] == 2
+    idle = ["-m", "idle=local", "--set", "idle.dense_last_steps=2"]
+    assert main([*command, *idle, "-n", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown.splitlines()[-1])["drawn_here"] == 3
+    assert "idle DID NOT RUN, dense attention drew these: 0 of 2" in shown
+    assert "local DID NOT" not in shown
     assert main([*command, "-n", "3"]) == 0
     data = last_json(capsys)
     assert data["drawn_here"] == 4 and data["processes"] == 1

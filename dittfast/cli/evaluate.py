@@ -446,7 +446,13 @@ def _draw(args) -> int:
 
     from accelerate import PartialState
 
-    from dittfast.pipelines.measure.fidelity import Arm, base_settings, dense_kernel, draw_missing
+    from dittfast.pipelines.measure.fidelity import (
+        Arm,
+        base_settings,
+        dense_kernel,
+        did_not_run,
+        draw_missing,
+    )
 
     state = PartialState(cpu=args.device == "cpu")
     device = state.device if args.device == "auto" or state.num_processes > 1 else None
@@ -462,7 +468,17 @@ def _draw(args) -> int:
         folders = {arm.label: str(arm.drawings.folder) for arm in arms}
         for label, folder in folders.items():
             print(f"{label}: {len(items)} pictures in {folder}")
-        facts = {"processes": state.num_processes, "pictures": len(items), "drawn_here": drawn}
+        records = {x.label: [x.drawings.record(item) for item in items] for x in arms[1:]}
+        idle = {label: did_not_run(found) for label, found in records.items()}
+        for label, why in idle.items():
+            if why is not None:
+                print(f"{label} DID NOT RUN, dense attention drew these: {why}")
+        facts = {
+            "did_not_run": idle,
+            "processes": state.num_processes,
+            "pictures": len(items),
+            "drawn_here": drawn,
+        }
         write_json_result(args, base | {"task": "draw", "folders": folders} | facts)
     return 0
 

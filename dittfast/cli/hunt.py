@@ -73,6 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--seeds", default="0", metavar="N,...", help="(default: 0)")
     what.add_argument("--holdout-seeds", metavar="N,...", help="(default: as --seeds)")
+    _add_search(parser)
+    add_guidance_arguments(parser, heads=False)
+    add_method_arguments(parser, "; dense attention without it", for_model=True)
+    add_adapter_argument(parser)
+    add_call_arguments(parser)
+    add_pipeline_arguments(parser)
+    add_place_arguments(parser)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("search")
     how.add_argument("--rounds", type=int, default=3, metavar="R", help="at most (default: 3)")
     how.add_argument(
@@ -99,12 +109,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take scores in the folder even where their SHA-256 differs",
     )
-    add_guidance_arguments(parser, heads=False)
-    add_method_arguments(parser, "; dense attention without it", for_model=True)
-    add_adapter_argument(parser)
-    add_call_arguments(parser)
-    add_pipeline_arguments(parser)
-    add_place_arguments(parser)
 
 
 def run(args) -> int:

@@ -163,8 +163,21 @@ def _check_inception(reference) -> None:
         )
 
 
-def _inception(device) -> tuple[Callable, Callable]:
-    """clean-fid's Inception and its resizer."""
+def _check_request(reference, network: FeatureNetwork | None, batch_size: int) -> None:
+    """Raise what can be told before a picture is read."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if network is None:
+        _check_inception(reference)
+    elif isinstance(reference, Reference):
+        raise ValueError("a dataset's statistics are of Inception; name a folder to compare")
+
+
+def _extractor(network: FeatureNetwork | None, device) -> tuple[Callable, Callable]:
+    """What makes features of pictures, and what scales pictures for it; None is Inception."""
+    if network is not None:
+        extract = CleanFidExtractor(network.to(device))
+        return extract, extract.resize
     from cleanfid.features import build_feature_extractor
     from cleanfid.resize import build_resizer
 
@@ -223,25 +236,16 @@ def frechet(
 
     Pictures are read by :func:`dittfast.pictures.open_picture`, resized and compared by clean-fid.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_request(reference, network, batch_size)
     inception = network is None
     dims = INCEPTION_DIMS if inception else network.dims
     name = "Inception" if inception else network.name
-    if isinstance(reference, Reference) and not inception:
-        raise ValueError("a dataset's statistics are of Inception; name a folder to compare")
-    if inception:
-        _check_inception(reference)
     both = (folder,) if isinstance(reference, Reference) else (folder, reference)
     folders = [picture_folder(f) for f in both]
     found = [check_pictures(f, mixed_sizes) for f in folders]
     for at, pictures in zip(folders, found):
         _check_count(at, len(pictures.files), dims, name, allow_few)
-    if inception:
-        extract, resize = _inception(device)
-    else:
-        extract = CleanFidExtractor(network.to(device))
-        resize = extract.resize
+    extract, resize = _extractor(network, device)
     known = [_known_moments(reference)] if isinstance(reference, Reference) else []
     moments = [
         _moments(p.files, extract, resize, batch_size, device, progress) for p in found

@@ -143,8 +143,8 @@ def draw_missing(
         item = items[number]
         if item.index not in left[arm.label]:
             continue
-        left = (total - done) * (time.perf_counter() - begun) / done if done else 0
-        after = f", about {duration(left)} left" if left >= 5 else ""
+        wait = (total - done) * (time.perf_counter() - begun) / done if done else 0
+        after = f", about {duration(wait)} left" if wait >= 5 else ""
         on_stage(f"{arm.label}, picture {item.index} ({done + 1} of {total}{after})")
         result, description = arm.draw(call | {"prompt": item.prompt}, item.seed)
         facts = {
@@ -273,13 +273,8 @@ def evaluate_fidelity(
         drawn = draw_missing(arms, call, items, on_stage=on_stage)
     on_stage("comparing")
     missing = missing_for_lpips()
-    lpips = None if missing else load_lpips(device)
-    records = {arm.label: [arm.drawings.record(item) for item in items] for arm in arms}
-    dense = arms[0].drawings
-    measured = {
-        arm.label: [measure(dense, arm.drawings, item, lpips) for item in items] for arm in arms[1:]
-    }
-    rows = [_row(v, checks[v.label], records, measured[v.label]) for v in variants]
+    rows = _compare(arms, items, checks, None if missing else load_lpips(device))
+    measured = {row["label"]: row["pictures"] for row in rows}
     return base | {
         "task": "fidelity",
         "dense": "the model's own attention (PyTorch's scaled_dot_product_attention, kernel "
@@ -317,10 +312,20 @@ def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
     return checks, [mass_by_distance(c) for c in found]
 
 
+def _compare(arms: Sequence[Arm], items: Sequence[Item], checks: dict, lpips) -> list[dict]:
+    """The row of every method: its pictures against those of the first arm."""
+    records = {arm.label: [arm.drawings.record(item) for item in items] for arm in arms}
+    rows = []
+    for arm in arms[1:]:
+        measured = [measure(arms[0].drawings, arm.drawings, item, lpips) for item in items]
+        rows.append(_row(arm.variant, checks[arm.label], records, measured))
+    return rows
+
+
 def _row(variant: Variant, checked: Checked, records: dict, measured: list[dict]) -> dict:
     """What is known of one method, as plain data; without a ratio where it did not run."""
     own = records[variant.label]
-    idle = _did_not_run(own)
+    idle = did_not_run(own)
     return {
         "label": variant.label,
         "preset": variant.preset,
@@ -335,7 +340,7 @@ def _row(variant: Variant, checked: Checked, records: dict, measured: list[dict]
     }
 
 
-def _did_not_run(records: Sequence[dict]) -> str | None:
+def did_not_run(records: Sequence[dict]) -> str | None:
     """Why the method ran in no picture; None where it ran in any."""
     found = [r["attention"].get("did_not_run") for r in records]
     return None if None in found else found[0]

@@ -101,13 +101,8 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
     pairs = data.get("pairs") or []
     if not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise ValueError(f"{path}: 'pairs' must be a list of two labels each, got {pairs!r}")
-<<<<<<< HEAD
-    found = {str(label): _entry(path, label, e, common) for label, e in data["methods"].items()}
-    return found, [tuple(map(str, pair)) for pair in pairs]
-=======
-    variants = {str(label): _entry(path, label, e) for label, e in data["methods"].items()}
+    variants = {str(label): _entry(path, label, e, common) for label, e in data["methods"].items()}
     return variants, [tuple(map(str, pair)) for pair in pairs]
->>>>>>> 5ce34da (Results are named by what they are; what a parallel model needs before a pass is checked and registered)
 
 
 def _check_schedule(where: str, schedule) -> None:
@@ -165,11 +160,6 @@ def make_variants(
             k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == label
         }
         method, schedule = resolve(name, **(own | common | mine))
-<<<<<<< HEAD
         preset = None if name in METHODS else name
-        found.append(Variant(label, method, schedule, backend, preset))
-    return found
-=======
-        variants.append(Variant(label, method, schedule, backend))
+        variants.append(Variant(label, method, schedule, backend, preset))
     return variants
->>>>>>> 5ce34da (Results are named by what they are; what a parallel model needs before a pass is checked and registered)
