@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,15 +180,15 @@ def test_a_method_that_equals_dense_is_identical(pipe, tmp_path):
 def test_a_full_disk_keeps_what_was_drawn(pipe, tmp_path, monkeypatch):
     from dittfast.pipelines.measure import drawings
 
-    write, written = drawings.write_json, []
+    write, written = drawings.write_record, []
 
-    def full(path, value):
+    def full(path, *args):
         written.append(path)
         if "records" in str(path) and len(written) > 3:
             raise OSError(28, "No space left on device", str(path))
-        write(path, value)
+        write(path, *args)
 
-    monkeypatch.setattr(drawings, "write_json", full)
+    monkeypatch.setattr(drawings, "write_record", full)
     base = fidelity.base_settings(pipe, SOURCE, CALL, "auto")
     arms = [fidelity.Arm(pipe, base, tmp_path, v) for v in (None, LOCAL)]
     with pytest.raises(OSError, match=r"No space left.*1 pictures drawn before it are kept"):
@@ -200,10 +199,10 @@ def test_a_full_disk_keeps_what_was_drawn(pipe, tmp_path, monkeypatch):
 def test_stored_pictures_that_cannot_be_read_are_named(pipe, evaluated, tmp_path):
     folder = shutil.copytree(evaluated[0], tmp_path / "copy")
     (folder / "dense" / "images" / "00002.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"00002.png is no picture"):
+    with pytest.raises(ValueError, match=r"images/00002.png: it was changed or damaged"):
         evaluate_fidelity(pipe, SOURCE, CALL, ITEMS, [LOCAL], folder)
     (folder / "dense" / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"settings.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"settings.json: it is not valid JSON"):
         evaluate_fidelity(pipe, SOURCE, CALL, ITEMS, [LOCAL], folder)
 
 
@@ -304,7 +303,9 @@ def test_variants_from_yaml_and_options(tmp_path):
     assert best.method == Rectified(block_size=32, topk=3)
     single = tmp_path / "one.yaml"
     single.write_text("method: local\noptions: {window: 5}\n")
-    assert make_variants(read_variants(single)[0]) == [Variant("one", Local(window=5))]
+    assert make_variants(read_variants(single)[0]) == [
+        Variant("one", Local(window=5), preset=str(single))
+    ]
     with pytest.raises(ValueError, match="no method is labelled 'wde'; labels: wide, best"):
         make_variants(chosen, {"wde.window": 3})
     for text, words in (
@@ -360,7 +361,7 @@ def test_prompts_of_every_form(tmp_path):
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(text)
     text.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         read_prompts(text)
 
 
@@ -374,7 +375,7 @@ def test_items_have_their_own_seeds():
 def test_drawings_count_when_their_record_is_there(tmp_path):
     store = Drawings(tmp_path / "a", {"x": 1})
     assert store.missing(ITEMS) == ITEMS
-    assert Path(tmp_path / "a" / "settings.json").read_text() == '{\n  "x": 1\n}\n'
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["x"] == 1
 
 
 def test_lpips_is_never_downloaded(tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_the_book_keeps_scores_and_refuses_another_search(tmp_path):
     with pytest.raises(ValueError, match=r"guidance\.rows"):
         ScoreBook(dict(guidance=dict(strength=1.0, rows="image"), samples=[]), path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="not the state of a head search"):
+    with pytest.raises(ValueError, match=r"state.json: it is not valid JSON .*; remove it"):
         ScoreBook(settings, path)
 
 
@@ -378,7 +378,7 @@ def test_a_guided_pipeline_is_refused(pipe):
     "text, message",
     [
         ("[", "not valid JSON"),
-        ("[1]", "names no heads"),
+        ("[1]", "it must be a mapping, got a list"),
         ('{"heads": []}', "heads is empty"),
         ('{"heads": [1]}', "pairs"),
         ('{"heads": [[0, 1]], "scale": 2}', "'scale'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class Record:
             FileProblem: it is not the file that was written.
             OSError: it cannot be had.
         """
-        path = self.path.parent / name
+        path = Path(os.path.normpath(self.path.parent / name))
         if not self.verify or not self.sums:
             return path
         if name not in self.sums:
