@@ -106,7 +106,8 @@ class Description:
                 density += "" if self.method.static else ", mean over calls"
             lines.append(f"density   {density}")
         sparse = sum(x.dense is None for x in self.layers)
-        lines.append(f"layers    {len(self.layers)} self-attention: {sparse} sparse")
+        ran = "sparse" if self.did_not_run is None or not sparse else "would be sparse"
+        lines.append(f"layers    {len(self.layers)} self-attention: {sparse} {ran}")
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.dense is not None:
