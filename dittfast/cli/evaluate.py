@@ -379,6 +379,7 @@ def _fidelity(args) -> int:
         verify=not args.no_verify,
         on_stage=on_stage(pipe),
         loading=loading(args).to_dict(),
+        progress=_bar,
     )
     _finish(args, data, f"Fidelity of {source.name}", fidelity_tables(data), prefixes)
     return 0

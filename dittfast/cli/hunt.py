@@ -20,6 +20,7 @@ from .options import (
     method_and_schedule,
     number_list,
     parse_options,
+    preset_of,
 )
 
 EXAMPLE = """\
@@ -155,6 +156,7 @@ def run(args) -> int:
     )
     given = {name: getattr(args, name) for name in CALL}
 
+    from dittfast.pipelines.description import describe
     from dittfast.pipelines.headhunter.hunt import hunt
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.compare import installed
@@ -167,7 +169,12 @@ def run(args) -> int:
         result = hunt(
             pipe, objective, prompts, call=call, folder=folder, on_round=_print_round, **search
         )
+        idle = None if method is None else describe(pipe).did_not_run
     _print_result(result)
+    if preset_of(args) is not None:
+        print(f"preset {preset_of(args)}")
+    if idle is not None:
+        print(f"{method.name} DID NOT RUN, the heads were found with dense attention: {idle}")
     print(f"wrote {folder}/heads.json, curve.png and sheets of pictures")
     return 0
 

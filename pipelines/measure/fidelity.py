@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -239,6 +239,7 @@ def evaluate_fidelity(
     verify: bool = True,
     on_stage: Callable[[str], None] = lambda stage: None,
     loading: dict | None = None,
+    progress: Callable[[Iterable, str], Iterable] = lambda values, name: values,
 ) -> dict:
     """Check, draw what is missing, compare: the whole table as plain data.
 
@@ -251,6 +252,7 @@ def evaluate_fidelity(
         pairs: labels of two methods whose difference is to be tabled, too.
         verify: compare pictures and latents that are there with their SHA-256.
         loading: as :func:`base_settings`.
+        progress: as :func:`dittfast.measure.fid.frechet`, of the comparison.
 
     Raises:
         dittfast.measure.check.ParityError: a method is wrong on this model; nothing is drawn
@@ -273,7 +275,7 @@ def evaluate_fidelity(
         drawn = draw_missing(arms, call, items, on_stage=on_stage)
     on_stage("comparing")
     missing = missing_for_lpips()
-    rows = _compare(arms, items, checks, None if missing else load_lpips(device))
+    rows = _compare(arms, items, checks, None if missing else load_lpips(device), progress)
     measured = {row["label"]: row["pictures"] for row in rows}
     return base | {
         "task": "fidelity",
@@ -312,12 +314,15 @@ def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
     return checks, [mass_by_distance(c) for c in found]
 
 
-def _compare(arms: Sequence[Arm], items: Sequence[Item], checks: dict, lpips) -> list[dict]:
+def _compare(
+    arms: Sequence[Arm], items: Sequence[Item], checks: dict, lpips, progress
+) -> list[dict]:
     """The row of every method: its pictures against those of the first arm."""
     records = {arm.label: [arm.drawings.record(item) for item in items] for arm in arms}
     rows = []
     for arm in arms[1:]:
-        measured = [measure(arms[0].drawings, arm.drawings, item, lpips) for item in items]
+        mine = progress(items, f"comparing {arm.label}")
+        measured = [measure(arms[0].drawings, arm.drawings, item, lpips) for item in mine]
         rows.append(_row(arm.variant, checks[arm.label], records, measured))
     return rows
 
