@@ -138,22 +138,7 @@ def run(args) -> int:
     method, schedule = adapter, None
     if adapter is None:
         method, schedule = method_and_schedule(args, source)
-    search = dict(
-        seeds=number_list(args.seeds),
-        rounds=args.rounds,
-        topk=args.topk,
-        layers=None if args.layers is None else number_list(args.layers),
-        heads=None if args.heads is None else head_list(args.heads),
-        screen=args.screen,
-        keep=args.keep,
-        min_gain=None if args.all_rounds else 0.0,
-        batch_size=args.batch_size,
-        holdout=holdout,
-        holdout_seeds=None if args.holdout_seeds is None else number_list(args.holdout_seeds),
-        compare_layers=args.compare_layers,
-        verify=not args.no_verify,
-        **guidance_options(args),
-    )
+    search = _search(args, holdout)
     given = {name: getattr(args, name) for name in CALL}
 
     from dittfast.pipelines.description import describe
@@ -177,6 +162,26 @@ def run(args) -> int:
         print(f"{method.name} DID NOT RUN, the heads were found with dense attention: {idle}")
     print(f"wrote {folder}/heads.json, curve.png and sheets of pictures")
     return 0
+
+
+def _search(args, holdout: list[str]) -> dict:
+    """What the search takes, from the options."""
+    return dict(
+        seeds=number_list(args.seeds),
+        rounds=args.rounds,
+        topk=args.topk,
+        layers=None if args.layers is None else number_list(args.layers),
+        heads=None if args.heads is None else head_list(args.heads),
+        screen=args.screen,
+        keep=args.keep,
+        min_gain=None if args.all_rounds else 0.0,
+        batch_size=args.batch_size,
+        holdout=holdout,
+        holdout_seeds=None if args.holdout_seeds is None else number_list(args.holdout_seeds),
+        compare_layers=args.compare_layers,
+        verify=not args.no_verify,
+        **guidance_options(args),
+    )
 
 
 def _prompts(args, source) -> tuple[list[str], list[str]]:
