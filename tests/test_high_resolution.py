@@ -32,10 +32,10 @@ def pixels(images):
 def draw(pipe, height, width, seed, **more):
     generator = torch.Generator().manual_seed(seed)
     return pixels(pipe("a red cat", height=height, width=width, generator=generator,
-                       output_type="np", **CALL, **more).images)  # fmt: skip
+                       output_type="np", **CALL | more).images)  # fmt: skip
 
 
-def by_hand(pipe, strength, theta=1.0, **method):
+def by_hand(pipe, strength, theta=1.0, later=None, **method):
     """Both stages with stock pipelines."""
     from diffusers import FluxImg2ImgPipeline
 
@@ -46,7 +46,7 @@ def by_hand(pipe, strength, theta=1.0, **method):
     pipe.transformer.pos_embed.theta *= theta
     if method:
         dittfast.enable(larger, "local", **method)
-    large = draw(larger, *STAGES[1], seed=6, image=image, strength=strength)
+    large = draw(larger, *STAGES[1], seed=6, image=image, strength=strength, **later or {})
     if method:
         dittfast.disable(larger)
     pipe.transformer.pos_embed.theta /= theta
@@ -192,17 +192,22 @@ def test_the_command_line(pipe, tmp_path, capsys):
 def test_the_command_line_compares_the_last_stage(pipe, tmp_path, capsys):
     """Dense attention and the method from one picture and noise; the sample's own settings."""
     pipe.save_pretrained(tmp_path / "model")
-    own = {"stages": {"strength": 0.5, "ntk_factor": 1.0}, "max_sequence_length": 12}
+    later = {"guidance_scale": 1.0, "num_inference_steps": 2}
+    own = {
+        "stages": {"strength": 0.5, "ntk_factor": 1.0, "later_call": later},
+        "max_sequence_length": 12,
+    }
     (tmp_path / "model" / "sample.json").write_text(json.dumps(own))
     arguments = [
         "generate", "a red cat", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png"),
-        "--stages", "48x64,96x128", "--steps", "3", "--seed", "5", "--guidance-scale", "3.5",
-        "--device", "cpu", "--method", "local", "--set", "window=3", "--set", "tile=[1,4,4]",
-        "--compare", "--save-all",
+        "--stages", "48x64,96x128", "--steps", "3", "--seed", "5", "--device", "cpu",
+        "--method", "local", "--set", "window=3", "--set", "tile=[1,4,4]", "--compare",
+        "--save-all",
     ]  # fmt: skip
     assert main(arguments) == 0
-    small, dense = by_hand(pipe, 0.5)
-    _, local = by_hand(pipe, 0.5, **LOCAL, proportional=6 * 8 + 12)
+    later = {"guidance_scale": 1.0}  # --steps was given and stays
+    small, dense = by_hand(pipe, 0.5, later=later)
+    _, local = by_hand(pipe, 0.5, later=later, **LOCAL, proportional=6 * 8 + 12)
     for name, wanted in (("stage-1", small), ("dense", dense), ("local", local)):
         drawn = np.asarray(Image.open(tmp_path / f"a.{name}.png")).astype(int)
         assert np.abs(drawn - wanted).max() <= 1

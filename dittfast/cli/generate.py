@@ -286,8 +286,15 @@ def _draw_stages(args, pipe, source, call, stages, guided, attention: dict):
         runs=args.runs,
         **attention,
         **source.settings.get("stages", {})
-        | {name: value for name, value in given.items() if value is not None},
+        | {name: value for name, value in given.items() if value is not None}
+        | {"later_call": _later_call(args, source)},
     )
+
+
+def _later_call(args, source) -> dict:
+    """What a sample model's stages after the first are called with, where nobody says otherwise."""
+    own = source.settings.get("stages", {}).get("later_call", {})
+    return {name: value for name, value in own.items() if getattr(args, name) is None}
 
 
 def _write_stages(args, pipe, source, call, done, guided, output: Path, asked: dict) -> int:
@@ -302,7 +309,7 @@ def _write_stages(args, pipe, source, call, done, guided, output: Path, asked: d
     else:
         data = describe_run(pipe, source, call, args.seed, guided) | asked
         parts = {output: last.run.frames}
-    data["stages"] = as_record(done)
+    data |= {"stages": as_record(done), "later_call": _later_call(args, source)}
     if args.save_all:
         for number, stage in enumerate(done[:-1], 1):
             parts[output.with_name(f"{output.stem}.stage-{number}{output.suffix}")] = (

@@ -147,12 +147,16 @@ def _running(pipe, method, guidance: HeadGuidance | None, **how) -> Iterator[Non
         yield
 
 
-def _calls(pipe, larger, prompt: str, stages, call: dict) -> list[dict]:
+def _calls(pipe, larger, prompt: str, stages, call: dict, later: dict) -> list[dict]:
     """The arguments of each stage's call, checked against the pipeline that takes them."""
-    for name in {"prompt", "height", "width", "image", "strength"} & set(call):
+    for name in {"prompt", "height", "width", "image", "strength"} & {*call, *later}:
         raise ValueError(f"call holds {name}, which the stages set themselves; leave it out")
     own = getattr(pipe, "call_defaults", None)  # of dittfast.sample
-    calls = [call_arguments(pipe, prompt, own, height=h, width=w, **call) for h, w in stages]
+    given = [call, *[call | later] * (len(stages) - 1)]
+    calls = [
+        call_arguments(pipe, prompt, own, height=h, width=w, **arguments)
+        for (h, w), arguments in zip(stages, given)
+    ]
     for arguments in calls[1:]:
         for name in set(arguments) - set(accepted(larger)):
             raise ValueError(f"{type(larger).__name__} takes no {name}; leave it out")
@@ -165,6 +169,7 @@ def generate_high_resolution(
     stages: Sequence[tuple[int, int]],
     *,
     call: dict | None = None,
+    later_call: dict | None = None,
     strength: float | Sequence[float] = 0.7,
     method: Method | str | None = "local",
     schedule: Schedule | None = None,
@@ -192,6 +197,8 @@ def generate_high_resolution(
         stages: (height, width) in pixels, each larger than the one before; the first at the size
             the model was trained for.
         call: the other arguments of the pipeline's call, such as num_inference_steps.
+        later_call: arguments over those in the stages after the first, such as true_cfg_scale=1,
+            which halves their work.
         strength: above 0, to 1, where nothing but the prompt is kept; one for all stages after
             the first, or one for each.
         method, schedule, options: as :func:`dittfast.enable`; of the stages after the first.
@@ -238,7 +245,7 @@ def generate_high_resolution(
     if compare and chosen is None:
         raise ValueError("there is nothing to compare dense attention with; choose a method")
     larger = image_to_image(pipe)
-    calls = _calls(pipe, larger, prompt, stages, call or {})
+    calls = _calls(pipe, larger, prompt, stages, call or {}, later_call or {})
     scales = [_position_scale(position_scale, stages[0], stage) for stage in stages[1:]]
     with rope_theta_scaled(pipe, ntk_factor), positions_scaled(pipe, scales[-1], position_until):
         pass  # checks them
