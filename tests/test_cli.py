@@ -154,7 +154,9 @@ def test_a_name_means_on_the_command_line_what_it_means_in_python(model, out, ca
     """No preset is taken that was not asked for; one that was is named."""
     arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
     assert main([*arguments, "--method", "local"]) == 0
-    assert np.array_equal(pixels(out / "a.png"), by_hand(method="local"))
+    drawn = pixels(out / "a.png").astype(int)
+    # A kernel may add in another order where memory lies otherwise: one value in thousands.
+    assert (drawn != by_hand(method="local")).mean() < 1e-3 < (drawn != by_hand()).mean()
     data = json.loads((out / "a.json").read_text())
     assert data["preset"] is None and data["attention"]["schedule"]["min_tokens"] is None
     assert main([*arguments, "--method", "local/sample-flux", "--compare"]) == 0
@@ -174,10 +176,10 @@ def test_stages_say_where_the_method_did_not_run(model, out, capsys):
     arguments += words("--stages 64x96,80x120 --max-sequence-length 12 --device cpu --steps 3")
     assert main([*arguments, "--method", "local/sample-flux"]) == 0
     shown = capsys.readouterr().out
-    assert "local DID NOT RUN (0 of 2 denoising steps sparse" in shown
+    assert "local DID NOT RUN (0 of 3 denoising steps sparse" in shown
     assert "preset    local/sample-flux" in shown
     stage = json.loads((out / "a.json").read_text())["stages"][1]
-    assert stage["attention"]["did_not_run"].startswith("0 of 2 denoising steps")
+    assert stage["attention"]["did_not_run"].startswith("0 of 3 denoising steps")
 
 
 def test_density_of_a_method_that_chooses_at_every_call(model, out):
@@ -514,7 +516,7 @@ def test_help_is_quick_and_loads_no_torch():
         assert result.returncode == 0 and "generate" in result.stdout
     assert min(times) < 1
     modules = {p.stem for p in (ROOT / "dittfast" / "cli").glob("*.py")}
-    modules -= {"__init__", "options", "growth", "overhead"}  # parts of commands
+    modules -= {"__init__", "adapter", "options", "growth", "overhead"}  # parts of commands
     assert modules == set(COMMANDS)
     code = (
         f"import sys\nfrom dittfast.cli import _parser\nfor name in {modules}: _parser(name)\n"
