@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import hub
 import pytest
+import torch
 import yaml
 from PIL import Image
 from test_docs import DOCUMENTS, ROOT
@@ -87,7 +88,7 @@ def lora_adapter(folder: Path) -> None:
     from dittfast.files import write_json
 
     folder.mkdir(parents=True)
-    model = flux_pipeline().transformer
+    model = flux_pipeline(**hub.FLUX).transformer
     tensors = {}
     for name, module in model.named_modules():
         if name.endswith("attn.to_q"):
@@ -129,12 +130,7 @@ def test_python_runs(block, here, monkeypatch):
     exec(compile(code, str(block), "exec"), example.__dict__)
     if block.document in SPARSE:
         assert ran, "no pipeline was called while dittfast was enabled"
-        for said in ran:
-            assert any(layer.dense is None for layer in said.layers), str(said)
-            idle = sum("passes so far ran the method" in note for note in said.notes)
-            # Of two experts the first may have the dense steps alone, in a run as short as this.
-            experts = any(layer.name.startswith("transformer_2.") for layer in said.layers)
-            assert idle <= experts, str(said)
+        assert not [str(said) for said in ran if said.did_not_run is not None]
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language == "yaml"], ids=str)
@@ -217,6 +213,8 @@ def check_dittfast(words: list[str], monkeypatch) -> None:
         raise Loaded
 
     monkeypatch.setattr(sources, "load", load)
+    # Documents are written for people with a GPU; nothing runs on it before the model is loaded.
+    monkeypatch.setattr(sources, "choose_device", lambda *_: torch.device("cuda"))
     if command in ("plan", "methods", "estimate"):
         assert main(words) == 0
         return

@@ -42,7 +42,13 @@ def merged(model, added):
     return model
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# By default one of each kind: fused q, k, v with alphas, and biases.
+QUICK = ("flux-kohya", "wan-lightx2v")
+
+
+@pytest.mark.parametrize(
+    "layout", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
+)
 def test_a_lora_file_is_the_sum_it_stands_for(layout, tmp_path):
     import diffusers
 
@@ -68,6 +74,7 @@ def test_a_lora_file_is_the_sum_it_stands_for(layout, tmp_path):
     assert torch.equal(parity.output(pipe.transformer, inputs), plain)
 
 
+@pytest.mark.slow
 def test_each_expert_has_its_own_lora(tmp_path):
     pipe = tiny.wan_pipeline(two_experts=True)
     before = [parity.output(m, tiny.wan_inputs()) for m in (pipe.transformer, pipe.transformer_2)]

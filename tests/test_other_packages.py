@@ -173,6 +173,7 @@ def test_a_modular_flux_pipeline():
     assert torch.equal(run_modular(made), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_dense_steps_of_a_modular_pipeline(steps):
     """Steps are counted as in the plain pipeline."""

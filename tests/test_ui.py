@@ -66,6 +66,7 @@ def test_it_looks_at_the_attention_in_the_middle(result, here, folder):
     assert look.density == 1 and look.mass == pytest.approx(1) and look.error < 1e-5
 
 
+@pytest.mark.slow
 def test_the_look_ends_with_its_step(here, folder):
     """After the step that is looked at, the transformer is not asked again."""
     job = Job()
@@ -84,7 +85,14 @@ def test_no_look_where_it_would_take_long(here, folder, monkeypatch):
     assert found.look is None and "up to 50 tokens, and this has 108" in found.no_look
 
 
-@pytest.mark.parametrize("stage", ["dense, warm-up", "local, step 2", "attention, step 1"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("dense, warm-up", marks=pytest.mark.slow),
+        "local, step 2",
+        pytest.param("attention, step 1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cancelled_job_leaves_the_pipeline_as_it_was(stage, here, folder, result):
     job = Job()
     job.on_progress = lambda share, words: words.startswith(stage) and job.cancel()
@@ -105,6 +113,7 @@ def test_a_job_cancelled_while_it_waits_does_not_begin(here, folder):
         here.draw(request(folder), job)
 
 
+@pytest.mark.slow
 def test_one_job_at_a_time(here, folder, monkeypatch):
     inside, most = [], []
     draw = studio.generate
@@ -133,6 +142,7 @@ def test_one_job_at_a_time(here, folder, monkeypatch):
         (dict(prompt=" "), "the prompt is empty"),
         (dict(method="lokal"), "Did you mean 'local'"),
         (dict(method="dense", options={}), "choose another method"),
+        (dict(method="radial/wan2.1", options={}), "is for WanTransformer3DModel"),
         (dict(options={"windw": 3}), "Did you mean 'window'"),
         (dict(options={"window": -1}), "window"),
         (dict(call=CALL | {"height": 65}), "the nearest is 64"),
@@ -195,11 +205,14 @@ def test_answers_have_times_density_and_distance(result):
     assert f"{result.look.mass:.1%} of dense attention" in looked
 
 
-def test_a_method_that_did_not_run_gets_no_ratio(here, folder):
-    for options in ({"min_tokens": 10_000}, {"dense_first_steps": 3}):
-        found = here.draw(request(folder, options=LOCAL | options, look=False))
-        page = Tags(answers.comparison(found)).text
-        assert "local did not run" in page and "as fast" not in page
+@pytest.mark.parametrize(
+    "options",
+    [{"min_tokens": 10_000}, pytest.param({"dense_first_steps": 3}, marks=pytest.mark.slow)],
+)
+def test_a_method_that_did_not_run_gets_no_ratio(options, here, folder):
+    found = here.draw(request(folder, options=LOCAL | options, look=False))
+    page = Tags(answers.comparison(found)).text
+    assert "local did not run" in page and "as fast" not in page
 
 
 def test_what_people_type_is_no_markup(here, folder):
@@ -231,7 +244,7 @@ def components(blocks):
 def test_every_option_of_every_method_has_a_field(page, here):
     import gradio as gr
 
-    with gr.Blocks():
+    with gr.Blocks(analytics_enabled=False):
         options = page._options(gr, "local")
     assert list(options.fields) == [name for name, cls in METHODS.items() if not cls.dense]
     for name, fields in options.fields.items():
@@ -248,12 +261,15 @@ def test_every_option_of_every_method_has_a_field(page, here):
 def test_fields_that_were_not_touched_change_nothing(page, chosen):
     import gradio as gr
 
-    with gr.Blocks():
+    with gr.Blocks(analytics_enabled=False):
         options = page._options(gr, "local")
     values = {field: getattr(field, "value", None) for field in options.all()}
     update = dict(zip(options.all(), page._on_method(gr, options)(chosen)))
     for field, change in update.items():
         values[field] = change.get("value", values.get(field)) or ""
+    # The page runs a method at any size unless it is told otherwise.
+    assert options.given(chosen, values) == {"min_tokens": 0}
+    values[options.schedule["min_tokens"]] = " "
     assert options.given(chosen, values) == {}
     method, schedule = resolve(chosen)
     fields = options.fields[method.name]

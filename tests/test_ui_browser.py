@@ -78,6 +78,11 @@ def opened(browser, address, tmp_path):
     assert asked and not elsewhere
 
 
+def option(page, name: str):
+    """The field of an option: its meaning follows the name in the label."""
+    return page.get_by_label(re.compile(rf"^\s*{name}\b"))
+
+
 def filled(page, **fields):
     given = {"Height, px": "64", "Width, px": "96", "Steps": "3"} | fields
     for label, value in given.items():
@@ -89,8 +94,7 @@ def test_it_draws_and_shows_the_difference(opened, width, scheme, tmp_path):
     page = opened(width, 844, scheme)
     filled(page)
     page.get_by_role("button", name="Options of the method").click()
-    page.get_by_label("window", exact=True).fill("3")
-    page.get_by_label("min_tokens", exact=True).fill("0")
+    option(page, "window").fill("3")
     page.get_by_role("button", name="Draw").click()
     page.get_by_text("Done in").wait_for()
     pictures = page.locator(".dittfast img").all()
@@ -137,10 +141,10 @@ def test_a_job_is_cancelled_and_the_next_one_runs(opened):
 def test_a_preset_brings_its_own_values(opened):
     page = opened()
     page.get_by_role("button", name="Options of the method").click()
-    field = page.get_by_label("Method", exact=True)
+    field = option(page, "Method")
     field.fill("radial/wan2.1")
     field.press("Enter")
-    window = page.get_by_label("decay_factor", exact=True)
-    window.wait_for()
-    assert window.get_attribute("placeholder") == "0.2"
-    assert page.get_by_label("dense_first_steps", exact=True).get_attribute("placeholder") == "12"
+    decay = option(page, "decay_factor")
+    decay.wait_for()
+    assert decay.get_attribute("placeholder") == "0.2"
+    assert option(page, "dense_first_steps").get_attribute("placeholder") == "12"

@@ -7,7 +7,6 @@ from html import escape
 from dittfast.measure.draw import difference
 from dittfast.measure.embed import image_tag, png_source, webp_source
 
-from ..runs.compare import Arm
 from .studio import Look, Result
 
 SIZE = 768  # pixels a picture is wide, at most
@@ -46,27 +45,20 @@ def problem(error: BaseException) -> str:
     return _box(f'<p class="problem"><b>That did not work.</b> {escape(words)}</p>', role="alert")
 
 
-def did_not_run(arm: Arm) -> str | None:
-    """Why a method left every layer dense; None where it ran."""
-    layers = arm.description.layers
-    if all(layer.dense for layer in layers):
-        return "; ".join(sorted({layer.dense for layer in layers}))
-    return next((n for n in arm.description.notes if "passes so far ran the method" in n), None)
-
-
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3g} s"
 
 
 def _table(result: Result) -> str:
     dense, sparse, data = result.dense, result.sparse, result.record
-    why = did_not_run(sparse)
-    ratio = data["dense_over_sparse"]["per_step"] or data["dense_over_sparse"]["whole"]
-    speed = "did not run" if why else f"{ratio:.2f} x as fast"
+    ratios = data["dense_over_sparse"]
+    speed = "did not run"
+    if sparse.did_not_run is None:
+        speed = f"{ratios['per_step'] or ratios['whole']:.2f} x as fast"
     density = "differs by call" if sparse.density is None else f"{sparse.density:.3f}"
     rows = [
         (dense.name, "1", dense.seconds_per_step, dense.seconds, ""),
-        (sparse.name, "1" if why else density, sparse.seconds_per_step, sparse.seconds, speed),
+        (sparse.name, density, sparse.seconds_per_step, sparse.seconds, speed),
     ]
     head = ("", "density", "a step", "in all", "against dense")
     lines = "".join(
@@ -114,12 +106,10 @@ def comparison(result: Result) -> str:
         f"<figcaption>{escape(name)}</figcaption></figure>"
         for frames, name, alt in panels
     )
-    why = did_not_run(sparse)
-    warning = (
-        f'<p class="problem"><b>{escape(sparse.name)} did not run:</b> {escape(why)}</p>'
-        if why
-        else ""
-    )
+    warning = ""
+    if sparse.did_not_run is not None:
+        words = f"<b>{escape(sparse.name)} did not run:</b> {escape(sparse.did_not_run)}"
+        warning = f'<p class="problem">{words}</p>'
     setting = (
         f"{data['model']} on {data['device']['name']}, {data['dtype']}, seed {data['seed']}; one "
         "run of each after a warm-up of one step"

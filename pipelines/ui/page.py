@@ -27,6 +27,9 @@ _POLICY = (
 _SYSTEM_FONTS = ["system-ui", "sans-serif"]
 _SYSTEM_MONO = ["ui-monospace", "monospace"]
 _WAITING = 8  # requests that may wait for their turn
+_FIRST = "local"  # the method that the page begins with
+# What stands in a field at first. Below the break-even nothing would be seen of a method.
+_PRESET = {"min_tokens": "0"}
 _ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
 
 CALL = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
@@ -94,7 +97,7 @@ def _option_field(gr, name: str, kind: str, default, meaning: str):
     meaning = meaning.replace("``", "")
     if kind == "bool":
         return gr.Checkbox(default, label=name, info=meaning)
-    return gr.Textbox(label=name, info=meaning, placeholder=str(default))
+    return gr.Textbox(_PRESET.get(name, ""), label=name, info=meaning, placeholder=str(default))
 
 
 def _options(gr, chosen: str) -> _Options:
@@ -136,9 +139,90 @@ def _on_method(gr, options: _Options) -> Callable:
         value = getattr(owner, field)
         if isinstance(value, bool):
             return gr.update(value=value)
-        return gr.update(value="", placeholder=str(value))
+        return gr.update(value=_PRESET.get(field, ""), placeholder=str(value))
 
     return update
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """All fields: components by what they mean."""
+
+    options: _Options
+    call: dict
+    prompt: object
+    model: object
+    method: object
+    negative: object
+    image: object
+    seed: object
+    look: object
+    layer: object
+    step: object
+
+    def all(self) -> set:
+        """Every component whose value a drawing needs."""
+        own = {f.name for f in dataclasses.fields(self)} - {"options", "call"}
+        fields = {getattr(self, name) for name in own} | {*self.call.values()}
+        return fields | {f for f in self.options.all() if f not in self.options.groups.values()}
+
+    def request(self, values: dict) -> Request:
+        """What the fields ask for.
+
+        Raises:
+            ValueError: a field that holds no number, or no YAML value.
+        """
+        call = {
+            name: _number(values[field], _CALL_LABELS[name], _KINDS.get(name, int))
+            for name, field in self.call.items()
+        }
+        call |= {"negative_prompt": values[self.negative] or None, "image": values[self.image]}
+        return Request(
+            values[self.model] or "",
+            values[self.prompt],
+            values[self.method],
+            self.options.given(values[self.method], values),
+            call,
+            seed=_number(values[self.seed], _SEED) or 0,
+            look=values[self.look],
+            step=_number(values[self.step], _STEP),
+            layer=_number(values[self.layer], _LAYER),
+        )
+
+
+def _inputs(gr, model: str) -> _Inputs:
+    prompt = gr.Textbox("a panda on a green background", label="Prompt", lines=2)
+    known = gr.Dropdown(
+        [*dict.fromkeys([model, *sources.sample_models()])],
+        value=model,
+        label="Model",
+        info="a sample, a diffusers folder or a hub id",
+        allow_custom_value=True,
+    )
+    method = gr.Dropdown(choices(), value=_FIRST, label="Method", info="or a preset: method/model")
+    with gr.Accordion("Options of the method", open=False):
+        options = _options(gr, _FIRST)
+    with gr.Accordion("Size, steps and seed", open=True):
+        gr.Markdown("Where a field is empty, the model's own value holds.")
+        with gr.Row():
+            call = {name: gr.Textbox(label=_CALL_LABELS[name], min_width=120) for name in CALL[:-1]}
+            seed = gr.Textbox("0", label=_SEED, min_width=120)
+    with gr.Accordion("More", open=False):
+        call["guidance_scale"] = gr.Textbox(label=_CALL_LABELS["guidance_scale"])
+        negative = gr.Textbox(label="Negative prompt")
+        image = gr.File(
+            label="First frame, for a pipeline that animates a picture",
+            file_types=["image"],
+            type="filepath",
+        )
+    with gr.Accordion("Attention", open=False):
+        look = gr.Checkbox(
+            True, label="Show the mask and what it keeps", info="takes up to one more dense run"
+        )
+        with gr.Row():
+            layer = gr.Textbox(label=_LAYER, placeholder="the middle", min_width=120)
+            step = gr.Textbox(label=_STEP, placeholder="the middle", min_width=120)
+    return _Inputs(options, call, prompt, known, method, negative, image, seed, look, layer, step)
 
 
 def build(studio: Studio, model: str = "sample-flux"):
@@ -148,7 +232,31 @@ def build(studio: Studio, model: str = "sample-flux"):
         ValueError: Gradio is not installed.
     """
     gr = _gradio()
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}  # under way, by browser session
+
+    def on_draw(values: dict, browser: gr.Request, progress=gr.Progress()):  # noqa: B008
+        job = jobs[browser.session_hash] = Job(lambda share, words: progress(share, desc=words))
+        began = time.perf_counter()
+        try:
+            result = studio.draw(inputs.request(values), job)
+        except Cancelled as stopped:
+            return answers.sentence(f"{stopped}".capitalize() + "."), "", ""
+        except _ERRORS as error:
+            return answers.problem(error), "", ""
+        finally:
+            if jobs.get(browser.session_hash) is job:
+                del jobs[browser.session_hash]
+        done = answers.sentence(f"Done in {time.perf_counter() - began:.3g} s.")
+        looked = answers.attention(result.look, result.no_look)
+        return done, answers.comparison(result), looked
+
+    def cancel(browser: gr.Request) -> None:
+        if browser.session_hash in jobs:
+            jobs[browser.session_hash].cancel()
+
+    def on_stop(browser: gr.Request):
+        cancel(browser)
+        return answers.sentence("Cancelled.")
 
     with gr.Blocks(title="dittfast", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
@@ -157,45 +265,7 @@ def build(studio: Studio, model: str = "sample-flux"):
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                prompt = gr.Textbox("a panda on a green background", label="Prompt", lines=2)
-                known = gr.Dropdown(
-                    [*dict.fromkeys([model, *sources.sample_models()])],
-                    value=model,
-                    label="Model",
-                    info="a sample, a diffusers folder or a hub id",
-                    allow_custom_value=True,
-                )
-                offered = choices()
-                method = gr.Dropdown(
-                    offered, value="local", label="Method", info="or a preset: method/model"
-                )
-                with gr.Accordion("Options of the method", open=False):
-                    options = _options(gr, "local")
-                with gr.Accordion("Size, steps and seed", open=True):
-                    gr.Markdown("Where a field is empty, the model's own value holds.")
-                    with gr.Row():
-                        call = {
-                            name: gr.Textbox(label=_CALL_LABELS[name], min_width=120)
-                            for name in CALL[:-1]
-                        }
-                        seed = gr.Textbox("0", label=_SEED, min_width=120)
-                with gr.Accordion("More", open=False):
-                    call["guidance_scale"] = gr.Textbox(label=_CALL_LABELS["guidance_scale"])
-                    negative = gr.Textbox(label="Negative prompt")
-                    image = gr.File(
-                        label="First frame, for a pipeline that animates a picture",
-                        file_types=["image"],
-                        type="filepath",
-                    )
-                with gr.Accordion("Attention", open=False):
-                    look = gr.Checkbox(
-                        True,
-                        label="Show the mask and what it keeps",
-                        info="takes up to one more dense run",
-                    )
-                    with gr.Row():
-                        layer = gr.Textbox(label=_LAYER, placeholder="the middle", min_width=120)
-                        step = gr.Textbox(label=_STEP, placeholder="the middle", min_width=120)
+                inputs = _inputs(gr, model)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary")
                     stop = gr.Button("Cancel", variant="stop")
@@ -203,57 +273,11 @@ def build(studio: Studio, model: str = "sample-flux"):
                 status = gr.HTML(answers.sentence("Ready."))
                 pictures = gr.HTML()
                 attention = gr.HTML()
-
-        def request_of(values: dict) -> Request:
-            given = {
-                name: _number(values[field], _CALL_LABELS[name], _KINDS.get(name, int))
-                for name, field in call.items()
-            }
-            given |= {"negative_prompt": values[negative] or None, "image": values[image]}
-            return Request(
-                values[known] or "",
-                values[prompt],
-                values[method],
-                options.given(values[method], values),
-                given,
-                seed=_number(values[seed], _SEED) or 0,
-                look=values[look],
-                step=_number(values[step], _STEP),
-                layer=_number(values[layer], _LAYER),
-            )
-
-        def on_draw(values: dict, browser: gr.Request, progress=gr.Progress()):  # noqa: B008
-            job = jobs[browser.session_hash] = Job(lambda share, words: progress(share, desc=words))
-            began = time.perf_counter()
-            try:
-                result = studio.draw(request_of(values), job)
-            except Cancelled as stopped:
-                return answers.sentence(f"{stopped}".capitalize() + "."), "", ""
-            except _ERRORS as error:
-                return answers.problem(error), "", ""
-            finally:
-                if jobs.get(browser.session_hash) is job:
-                    del jobs[browser.session_hash]
-            done = answers.sentence(f"Done in {time.perf_counter() - began:.3g} s.")
-            looked = answers.attention(result.look, result.no_look)
-            return done, answers.comparison(result), looked
-
-        def cancel(browser: gr.Request) -> None:
-            if browser.session_hash in jobs:
-                jobs[browser.session_hash].cancel()
-
-        def on_stop(browser: gr.Request):
-            cancel(browser)
-            return answers.sentence("Cancelled.")
-
-        fields = {prompt, known, method, seed, negative, image, look, layer, step}
-        fields |= {*call.values(), *options.schedule.values()}
-        fields |= {f for of_method in options.fields.values() for f in of_method.values()}
         quiet = {"api_visibility": "private"}
         drawing = gr.on(
-            [draw.click, prompt.submit],
+            [draw.click, inputs.prompt.submit],
             on_draw,
-            inputs=fields,
+            inputs=inputs.all(),
             outputs=[status, pictures, attention],
             show_progress_on=status,
             concurrency_id="studio",
@@ -261,7 +285,9 @@ def build(studio: Studio, model: str = "sample-flux"):
             **quiet,
         )
         stop.click(on_stop, outputs=status, cancels=[drawing], queue=False, **quiet)
-        method.change(_on_method(gr, options), method, options.all(), queue=False, **quiet)
+        options = inputs.options
+        changed = _on_method(gr, options)
+        inputs.method.change(changed, inputs.method, options.all(), queue=False, **quiet)
         page.unload(cancel)
     return page.queue(max_size=_WAITING, api_open=False)
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from dittfast.config import resolve
+from dittfast.config import check_fits, resolve
 from dittfast.measure.draw import block_mask
 from dittfast.methods.base import Method
+from dittfast.pictures import read_picture
 
 from ..measure.probe import capture, kept_picture, measure
-from ..models import attention_layers, family_of, transformers_of
+from ..models import attention_layers, family_of, stock_class, transformers_of
 from ..runs import sources
 from ..runs.call import call_arguments, check_ranges
 from ..runs.compare import Arm, generate, record
-from ..runs.first_frame import read_image, with_first_frame
+from ..runs.first_frame import with_first_frame
 
 # What is kept of the attention is computed against all pairs, in fp64.
 MOST_TOKENS = 16_384
@@ -150,16 +151,14 @@ class Studio:
         numbers = {k: v for k, v in call.items() if k != "image"}
         check_ranges(prompt=request.prompt, seed=request.seed, **numbers)
         if image is not None:
-            call["image"] = read_image(image)
+            call["image"] = read_picture(image)
         source = sources.find(request.model.strip())
-        options = dict(request.options)
-        if source.settings:
-            # A sample model is too small for sparse attention to pay: let it run all the same.
-            options.setdefault("min_tokens", 0)
-        method, schedule = resolve(request.method, **options)
+        method, schedule = resolve(request.method, **request.options)
         if method.dense:
             raise ValueError("dense is what a method is compared with; choose another method")
         pipe = self._load(source, job)
+        classes = [stock_class(type(model)).__name__ for model in transformers_of(pipe).values()]
+        check_fits(request.method, classes)
         call = call_arguments(pipe, request.prompt, source.settings, **call)
         call = with_first_frame(pipe, call, source.settings)
         steps = _steps(pipe, call)
