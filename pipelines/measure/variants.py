@@ -38,7 +38,7 @@ class Variant:
     method: Method
     schedule: Schedule = field(default_factory=Schedule)
     backend: str = "auto"
-    preset: str | None = None
+    preset: str | None = field(default=None, compare=False)
     way: Way | None = None
 
     def __post_init__(self):
