@@ -21,13 +21,14 @@ FACTS = dict(
 )  # fmt: skip
 
 
-def make_adapter(folder, kind, values=lambda shape: 0.1 * torch.randn(shape)):
+def make_adapter(folder, kind, values=lambda shape: 0.1 * torch.randn(shape), **sizes):
     """An adapter of one kind ("attention", "lora", "method") for tiny.flux_pipeline().
 
     Args:
         values: tensors by shape.
+        sizes: of the pipeline.
     """
-    pipe = flux_pipeline()
+    pipe = flux_pipeline(**sizes)
     base = fingerprint(pipe.transformer)
     student = StudentConfig("local", OPTIONS, trainable=kind, rank=3, alpha=6.0)
     config = DistillConfig(ModelConfig("tiny"), student, DataConfig("data"), TrainConfig("out", 1))

@@ -84,7 +84,7 @@ WRONG = [
     (ASK + " --model sample-fluks", "'sample-fluks'", "sample-flux"),
     (ASK + " --model {out}", "{out}", "model_index.json"),
     (ASK + " --model {out}/text.txt", "text.txt", "name the folder"),
-    (ASK + " --model {out}/broken", "model_index.json", "no model_index.json"),
+    (ASK + " --model {out}/broken", "model_index.json", "save the pipeline again"),
     (ASK + " --device gpu", "'gpu'", "cuda"),
     (ASK + " --device cuda:99", "cuda:99", "found cpu"),
     (ASK + " --dtype int8", "'int8'", "bfloat16"),
@@ -122,7 +122,6 @@ WRONG = [
     (ASK + " --ntk-factor 2", "--ntk-factor", "--stages"),
     (ASK + " --stages 256,abc", "'abc'", "256,512"),
     (ASK + " --stages 256,512 --height 64", "--height", "--stages"),
-    (ASK + " --stages 256,512 --compare --method local", "--compare", "--stages"),
     (ASK + " --position-until 0.5", "0.5", "--position-scale"),
     (ASK + " --position-scale wide", "'wide'", "--help"),
     # What is put into the pipeline.

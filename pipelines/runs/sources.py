@@ -23,6 +23,11 @@ _SETTINGS = {
     "backgrounds?": [str],
     "motions?": [str],
     "first_frame?": {"model": str, "part?": float, "moving_words?": [str]},
+    "stages?": {
+        **dict.fromkeys(("strength?", "ntk_factor?"), float),
+        "proportional?": bool,
+        "later_call?": {"*": (None, bool, float)},
+    },
     "training?": object,
     "*": (None, bool, float),
 }
@@ -155,7 +160,7 @@ def transformer_classes(source: Source) -> dict[str, str]:
     if source.kind == "hub":
         return {}
     file = Path(source.location) / "model_index.json"
-    index = read_json(file, dict)
+    index = read_json(file, dict, "save the pipeline again with save_pretrained")
     named = {k: v for k, v in index.items() if re.fullmatch(r"transformer(_\d+)?", k)}
     with reading(file, "it is no model_index.json of diffusers"):
         return {k: str(v[1]) for k, v in named.items() if v[0] is not None}
