@@ -12,6 +12,7 @@ Both halves continue where they stopped when started again.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -214,8 +215,7 @@ class Run:
     def write(self):
         """The VAE, what its training was, and the held-out clips: computed, trained, and true."""
         args, out = self.args, self.args.out
-        self.vae.half().save_pretrained(out)
-        self.vae.float()
+        copy.deepcopy(self.vae).half().save_pretrained(out)
         trained, wanted = self.restored()
         facts = {
             **{name: getattr(args, name) for name in ("clips", "steps", "batch", "lr", "seed")},

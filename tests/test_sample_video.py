@@ -280,7 +280,7 @@ def test_a_trained_decoder_goes_into_an_exported_model(scripts, training, decode
     assert source.settings["training"]["decoder"]["clips"] == 4
     pipe = sources.load(source, "cpu", torch.float32)
     for found, expected in zip(pipe.vae.parameters(), decoder.vae.parameters()):
-        assert torch.equal(found, expected)
+        assert torch.equal(found, expected.half().float())
     for found, expected in zip(pipe.transformer.parameters(), trained.average):
         assert torch.equal(found, expected.half().float())
 
