@@ -290,7 +290,7 @@ def test_fields_that_were_not_touched_change_nothing(page, chosen):
 
 
 def test_numbers_are_read_or_refused(page):
-    assert page._number(" ", "Height, px") is None
+    assert page._number(" ", "Height, px") is None and page._number(None, "Height, px") is None
     assert page._number(" 64 ", "Height, px") == 64
     assert page._number("3.5", "Guidance scale", float) == 3.5
     with pytest.raises(ValueError, match=r"Height, px takes a whole number, got '6\.5'"):

@@ -44,13 +44,13 @@ _KINDS = {"guidance_scale": float}
 _SEED, _LAYER, _STEP = "Seed", "Layer, from 0", "Step, from 0"
 
 
-def _number(text: str, label: str, kind: type = int):
+def _number(text: str | None, label: str, kind: type = int):
     """What a field for a number holds; None where it is empty.
 
     Raises:
         ValueError: no number.
     """
-    text = text.strip()
+    text = (text or "").strip()  # Gradio gives None for a field that was never touched
     try:
         return kind(text) if text else None
     except ValueError:
@@ -83,6 +83,8 @@ class _Options:
         for owner, fields in ((method, self.fields[method.name]), (schedule, self.schedule)):
             for name, field in fields.items():
                 value = values[field]
+                if value is None:
+                    continue
                 if isinstance(value, str):
                     value = value.strip()
                     if not value:
@@ -179,7 +181,7 @@ class _Inputs:
         call |= {"negative_prompt": values[self.negative] or None, "image": values[self.image]}
         return Request(
             values[self.model] or "",
-            values[self.prompt],
+            values[self.prompt] or "",
             values[self.method],
             self.options.given(values[self.method], values),
             call,
