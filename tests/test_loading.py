@@ -167,6 +167,8 @@ def test_needs_are_those_of_the_pass(caplog):
         found = {}
 
         def before(model, args, kwargs, pipe=pipe, found=found):
+            if "live" in found:  # the pass without a prompt
+                return
             found["needs"] = needs_of_pass(pipe, model, args, kwargs)
             found["live"] = Live()
             found["live"].__enter__()
