@@ -52,6 +52,7 @@ MANIFEST_FORM = {
         "time_scale": float,
         "alphas_cumprod": [float],
         "noise_scale?": float,
+        "smallest_time?": float,
     },
     "constants": dict,
     "latent_shape": [int],

@@ -91,7 +91,7 @@ def test_overrides_and_types(tmp_path):
         ({}, ["train"], "KEY.KEY=VALUE"),
         ({}, ["train..lr=1"], "KEY.KEY=VALUE"),
         ({}, ["train.lr.a=1"], "no 'a'|must be a mapping|must be a number"),
-        ({}, ["train.lr=[1"], "no YAML value"),
+        ({}, ["train.lr=[1"], "train.lr=.1 is not valid YAML"),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, overrides, message):

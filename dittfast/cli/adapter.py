@@ -54,7 +54,7 @@ class Adapter:
 
         if Path(self.path).is_file():
             raise ValueError(f"{self.path} is a file; evaluate takes an adapter's folder")
-        about = read_description(self.path)
+        about = read_description(self.path).data
         given = {"min_tokens": 0, **about["schedule"], **about["options"], **self.options}
         return resolve(about["preset"], **given)
 
