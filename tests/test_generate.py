@@ -218,7 +218,7 @@ def test_a_sample_model_is_found_by_name(folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match="Did you mean 'tiny-flux'"):
         sources.find("tiny-fluks")
     (folder / "sample.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sample\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"sample\.json: it is not valid JSON"):
         sources.find("tiny-flux")
     (folder / "sample.json").unlink()
 

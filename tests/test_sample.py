@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import dittfast
 from dittfast.pipelines.runs.call import call_arguments
 from dittfast.pipelines.runs.first_frame import FirstFrame
 from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import find
 
 PROMPT = "a red cat moves right"
 IMAGE = dict(height=64, width=96, num_inference_steps=2, max_sequence_length=12)
@@ -30,7 +32,8 @@ def models(tmp_path_factory):
     flux_pipeline().save_pretrained(folder / "image")
     (folder / "image" / "sample.json").write_text(json.dumps(IMAGE | {"labels": ["cat"]}))
     wan_image_pipeline().save_pretrained(folder / "video")
-    first = {"model": str(folder / "image"), "part": 0.5, "moving_words": ["moves right"]}
+    shutil.copytree(folder / "image", folder / "video" / "image")  # nothing else is followed
+    first = {"model": "image", "part": 0.5, "moving_words": ["moves right"]}
     (folder / "video" / "sample.json").write_text(json.dumps(VIDEO | {"first_frame": first}))
     wan_pipeline().save_pretrained(folder / "other")
     return folder
@@ -80,7 +83,7 @@ def test_a_clip_starts_from_a_picture_of_its_prompt(models):
     pipe = dittfast.sample(str(models / "video"), device="cpu")
     stock = DiffusionPipeline.from_pretrained(models / "video", dtype=torch.float32)
     assert isinstance(pipe, WanImageToVideoPipeline)
-    settings = json.loads((models / "video" / "sample.json").read_text())
+    settings = find(str(models / "video")).settings
     first = FirstFrame(settings["first_frame"], VIDEO["height"], VIDEO["width"])
     call = call_arguments(stock, PROMPT, settings)
     for _ in range(2):  # the second time with the same image model
