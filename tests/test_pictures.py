@@ -84,7 +84,7 @@ def test_arrays_are_pictures_or_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=rf"b\.npy holds {wrong.dtype} \["):
             read_picture(tmp_path / "b.npy")
     (tmp_path / "c.npy").write_text("no array")
-    with pytest.raises(ValueError, match=r"c\.npy: it is damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"c\.npy is no array that can be read"):
         read_picture(tmp_path / "c.npy")
 
 

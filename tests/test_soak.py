@@ -17,7 +17,7 @@ from dittfast.methods import Local, LogLinear, Radial, Rectified
 METHODS = (
     Local(window=2, tile=(1, 4, 4)),
     Radial(block_size=16),
-    LogLinear(block_size=8, topk=2),
+    LogLinear(block_size=8, topk=2, levels="auto"),
     Rectified(block_size=16, topk=2),
 )
 SIZES = [(8 * h, 8 * w) for h in range(4, 12, 2) for w in range(4, 14, 2)]
@@ -109,8 +109,9 @@ def test_changing_everything_leaves_no_objects(tmp_path):
             height, width = next(sizes)
             run(server.pipe, height=height, width=width, num_inference_steps=1)
 
-    round_trip(), round_trip()
-    kinds = objects()
+    for _ in range(3):  # isinstance and the like keep what they learn
+        round_trip()
+        kinds = objects()
     for _ in range(3):
         round_trip()
     more = objects()
