@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_a_method_that_did_not_run_has_no_numbers(model, prompts, tmp_path, caps
     assert main(["report", str(tmp_path), "--no-plots"]) == 0
     overview, *_ = (tmp_path / "report.md").read_text().split("\n## ")[1:]
     assert "other settings" in overview
-    assert "speed of runs was measured with call.num_inference_steps: 2 -> 3" in overview
+    assert "speed of runs was measured with call.num_inference_steps: 2 -> 3" in unescape(overview)
 
 
 def test_a_wrong_method_gets_no_numbers(model, capsys, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_network_is_saved_and_loaded(network, tmp_path):
         LABELS, COLOURS, {"cat": ("kitten",)},
     )  # fmt: skip
     (tmp_path / "net" / "features.json").write_text("{}")
-    with pytest.raises(ValueError, match="features.json: it is not what is read here"):
+    with pytest.raises(ValueError, match=r"features\.json: it is not what is read here"):
         load_features(tmp_path / "net")
     with pytest.raises(FileNotFoundError, match=r"features.json is missing"):
         load_features(tmp_path)
