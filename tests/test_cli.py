@@ -310,6 +310,12 @@ def test_debug_shows_the_traceback(model):
         main(["generate", " ", "--model", model, "-o", "a.png", "--debug"])
 
 
+@pytest.mark.parametrize("before, after", [(["--debug"], []), ([], ["--debug"])])
+def test_debug_stands_before_a_task_or_after_it(before, after):
+    with pytest.raises(ValueError, match="--pairs must be at least 1"):
+        main(["evaluate", *before, "latency", "-m", "local", "--pairs", "0", *after])
+
+
 def test_overflow_is_no_picture(model, out, capsys, monkeypatch):
     from dittfast.pipelines.runs import sources
 

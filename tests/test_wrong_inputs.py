@@ -21,6 +21,8 @@ WRONG = [
     ("generat", "generat", "--help"),
     ("", "COMMAND", "--help"),
     ("--verison", "COMMAND", "--help"),
+    ("--debug doctor", "--debug", "write it after dittfast doctor"),
+    ("doctor ''", "unrecognized", "dittfast doctor --help lists the options"),
     # generate: what to draw, and where to.
     ("generate -o {out}/a.png", "prompt is missing", "dittfast generate"),
     ('generate " " -o {out}/a.png', "prompt is empty", "describe the picture"),
@@ -33,6 +35,7 @@ WRONG = [
     (ASK + " --json {out}/no/a.json", "{out}/no", "mkdir -p"),
     (ASK + " --heigth 64", "--heigth", "did you mean --height"),
     (ASK + " --methd local", "--methd", "did you mean --method"),
+    (ASK + " --frobnicate", "--frobnicate", "dittfast generate --help lists the options"),
     (ASK + " extra words", "extra words", "--help"),
     # generate: sizes and counts.
     (ASK + " --height abc", "abc", "--help"),
@@ -169,6 +172,8 @@ WRONG = [
     ("evaluate fidelity -m local -o {out}/text.txt", "text.txt", "name a folder"),
     (FIDELITY + " --adapter {out}/none", "{out}/none", "no adapter"),
     ("evaluate latency", "no method", "--method local"),
+    (LATENCY + " --pear 3", "--pear", "dittfast evaluate latency --help lists the options"),
+    ("evaluate --no-verify latency", "--no-verify", "write it after dittfast evaluate latency"),
     (LATENCY + " --pairs 0", "got 0", "at least 1"),
     (LATENCY + " --pairs x", "'x'", "--help"),
     (LATENCY + " --dense-kernel fast", "'fast'", "flash"),

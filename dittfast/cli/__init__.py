@@ -48,17 +48,30 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"dittfast: error: {message}; {self.prog} --help lists the options\n")
 
     def meant(self, word: str) -> str:
-        """A hint at the option nearest to an unknown one, of this command or its tasks."""
-        near = difflib.get_close_matches(word.partition("=")[0], self._all_options(), n=1)
+        """A hint at the option of this parser nearest to an unknown one."""
+        option = word.partition("=")[0]
+        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        if near == [option]:
+            return f"; write it after {self.prog}"
         return f"; did you mean {near[0]}?" if near else ""
 
-    def _all_options(self) -> set[str]:
-        found = set(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for sub in action.choices.values():
-                    found |= sub._all_options()
-        return found
+    def tasks(self) -> argparse._SubParsersAction | None:
+        """What chooses among the parsers below this one; None where there are none."""
+        return next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+
+    def chosen(self, args: argparse.Namespace) -> _Parser:
+        """The parser of the command, and of its task, that ``args`` names."""
+        tasks = self.tasks()
+        return tasks.choices[getattr(args, tasks.dest)].chosen(args) if tasks else self
+
+    def add_debug(self, default=False) -> None:
+        """Adds ``--debug``, which may stand before a task and after it."""
+        self.add_argument(
+            "--debug", action="store_true", default=default, help="show the traceback of an error"
+        )
+        tasks = self.tasks()
+        for task in tasks.choices.values() if tasks else ():
+            task.add_debug(default=argparse.SUPPRESS)  # keeps what stood before it
 
 
 def _parser(command: str | None) -> _Parser:
@@ -80,7 +93,7 @@ def _parser(command: str | None) -> _Parser:
         if name == command:
             module = importlib.import_module(f".{name}", __name__)
             module.add_arguments(sub)
-            sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            sub.add_debug()
             sub.set_defaults(run=module.run)
     return parser
 
@@ -197,8 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # A command that takes a list of words takes them between its options, too.
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
-        hint = next(filter(None, (parser.meant(word) for word in rest if word[0] == "-")), "")
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        chosen = parser.chosen(args)
+        hint = next(filter(None, (chosen.meant(word) for word in rest if word[:1] == "-")), "")
+        chosen.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     elif rest:
         args.words.extend(rest)
     logger, handler = logging.getLogger("dittfast"), _OnStderr()
