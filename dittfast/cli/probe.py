@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dittfast probe``."""
     parser.epilog = EXAMPLE
     add_model_argument(parser)
-    add_method_arguments(parser)
+    add_method_arguments(parser, for_model=True)
     group = parser.add_argument_group("run", "the dense run whose q and k are planned on")
     group.add_argument("--prompt", default=DEFAULT_PROMPT, help='(default: "%(default)s")')
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps of the run")
@@ -50,18 +50,20 @@ def run(args) -> int:
             layers = [int(x) for x in args.layers.split(",")]
         except ValueError:
             raise ValueError(f"--layers takes numbers such as 0,3; got {args.layers!r}") from None
-    from dittfast.config import resolve
+    from dittfast.config import check_fits, resolve
+    from dittfast.pipelines.runs.call import call_arguments, check_ranges
 
+    check_ranges(prompt=args.prompt, seed=args.seed, num_inference_steps=args.steps)
     options.setdefault("min_tokens", 0)
     method, _ = resolve(asked, **options)
     from dittfast.pipelines.measure.probe import capture, kept_picture, measure
     from dittfast.pipelines.runs import sources
-    from dittfast.pipelines.runs.call import call_arguments
     from dittfast.pipelines.runs.first_frame import with_first_frame
 
     from .options import quiet_libraries
 
     source = sources.find(args.model)
+    check_fits(asked, sources.transformer_classes(source).values(), args.any_model)
     device = sources.choose_device("auto")
     quiet_libraries()
     pipe = sources.load(source, device, sources.choose_dtype("auto", device))

@@ -86,6 +86,10 @@ class PublishedModel:
                 family's tiny model are not written for.
         """
         grid = self.grid(num_frames, height, width)
+        if text < 1:
+            raise ValueError(
+                f"text tokens of {self.name} must be at least 1, got {text}; it takes {self.text}"
+            )
         arguments = tiny_of(self.model).inputs(Draw(grid, text, device="meta"), model)
         sequences = Sequences.of(FAMILIES[self.model].read(model, arguments))
         made = sequences.layout.grid.shape
