@@ -59,8 +59,8 @@ def seeded():
 @pytest.fixture
 def nan_empty(monkeypatch):
     """torch.empty and its kin return NaN, so that memory nobody wrote shows up."""
-    # `with torch.device(...)` remembers the constructors at its first use. Were it the patched ones,
-    # later tests would make models of the meta device in memory.
+    # `with torch.device(...)` remembers the constructors at its first use. Were it the patched
+    # ones, later tests would make models of the meta device in memory.
     with torch.device("cpu"):
         torch.empty(0)
     for name, make in _EMPTY.items():

@@ -166,7 +166,7 @@ def test_every_picture_of_the_site_has_words(site):
 def test_the_site_has_what_it_should(site):
     by_name = {path.name: page for path, page in site.items() if path.parent.name != "reference"}
     home = by_name["index.html"]
-    assert any(src.endswith("panda.png") for src in home.loads)
+    assert any(src.endswith("panda-compared.webp") for src in home.loads)
     assert "pip install -e . && dittfast generate" in home.text
     (reference,) = (p for path, p in site.items() if path.match("reference/dittfast.html"))
     for name, where in dittfast._EXPORTS.items():

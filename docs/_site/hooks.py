@@ -29,6 +29,7 @@ PAGES = {
     "ARCHITECTURE.md": "architecture.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "samples/README.md": "samples.md",
 }
 # Besides the names of dittfast/__init__.py.
