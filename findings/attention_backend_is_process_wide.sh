@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # set_attention_backend on one model changes others, and reset_attention_backend does not undo it
 #
-# Versions: diffusers 0.42.1, torch 2.14.1, CPU
+# Versions: diffusers 0.42.1, torch 2.14.1, CPU; seen on 2026-11-29
 #
 # Two models that were never told a backend call scaled_dot_product_attention. After
 # first.set_attention_backend('flex') neither the second model nor one made later calls it any

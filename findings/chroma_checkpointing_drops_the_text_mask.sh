@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gradient checkpointing takes the text mask out of half of Chroma's blocks
 #
-# Versions: diffusers 0.42.1, torch 2.14.1
+# Versions: diffusers 0.42.1, torch 2.14.1; seen on 2026-11-29
 #
 # ChromaTransformer2DModel gives attention_mask to its double and to its single blocks. With
 # enable_gradient_checkpointing() the single blocks are called without it: padding tokens of the text

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ChromaInpaintPipeline cannot run with any ChromaTransformer2DModel
 #
-# Versions: diffusers 0.42.1, torch 2.14.1
+# Versions: diffusers 0.42.1, torch 2.14.1; seen on 2026-11-29
 #
 # The pipeline reads transformer.config.guidance_embeds. Chroma's transformer has no such field
 # (ChromaPipeline and ChromaImg2ImgPipeline do not ask for it), so every call ends in

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch.library.custom_op: forward-mode derivatives are zero or absent, without an error
 #
-# Versions: torch 2.14.1, CPU
+# Versions: torch 2.14.1, CPU; seen on 2026-11-29
 #
 # An operator made with torch.library.custom_op and register_autograd has a backward and no
 # forward-mode formula. An autograd.Function without a jvp raises when it meets a dual number. The

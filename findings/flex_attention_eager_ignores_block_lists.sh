@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # flex_attention without torch.compile attends to blocks that the BlockMask does not list
 #
-# Versions: torch 2.14.1, CPU
+# Versions: torch 2.14.1, CPU; seen on 2026-11-29
 #
 # A BlockMask made by from_kv_blocks, with lists of full blocks and no mask_mod, says by its lists
 # alone what is seen. Compiled, flex_attention follows the lists. Called without torch.compile it

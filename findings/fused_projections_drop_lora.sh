@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # fuse_qkv_projections takes a loaded LoRA away, without an error
 #
-# Versions: diffusers 0.42.1, peft 0.21.2, torch 2.14.1
+# Versions: diffusers 0.42.1, peft 0.21.2, torch 2.14.1; seen on 2026-11-29
 #
 # A LoRA on to_q, to_k and to_v of a Flux transformer changes its output. After
 # fuse_qkv_projections the output is, bit for bit, that of the model without the LoRA: the fused

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LTXI2VLongMultiPromptPipeline runs one step fewer than asked for
 #
-# Versions: diffusers 0.42.1, transformers 5.23.0, torch 2.14.1
+# Versions: diffusers 0.42.1, transformers 5.23.0, torch 2.14.1; seen on 2026-11-29
 #
 # num_inference_steps=8 is documented as the denoising steps of each window. The transformer is
 # called seven times, at times 1000 to 143.7; the scheduler has gone seven of its eight steps when

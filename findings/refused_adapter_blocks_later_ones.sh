@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # After one refused add_adapter, a diffusers model takes no adapter any more
 #
-# Versions: diffusers 0.42.1, peft 0.21.2, torch 2.14.1
+# Versions: diffusers 0.42.1, peft 0.21.2, torch 2.14.1; seen on 2026-11-29
 #
 # add_adapter with target modules that match nothing raises, as it should. But the model is marked
 # as having PEFT adapters before PEFT has looked for them: the next add_adapter, with a right

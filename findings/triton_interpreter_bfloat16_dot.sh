@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Triton's interpreter multiplies bfloat16 matrices as if they were integers
 #
-# Versions: triton 3.8.0, torch 2.14.1, CPU with TRITON_INTERPRET=1
+# Versions: triton 3.8.0, torch 2.14.1, CPU with TRITON_INTERPRET=1; seen on 2026-11-29
 #
 # tl.dot of two 16 x 16 matrices. In float16 it is right to the rounding error. In bfloat16 the
 # interpreter returns values of about 1e10 where 15 is the largest that is right, without a

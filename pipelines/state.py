@@ -72,7 +72,7 @@ class Session:
 
     @property
     def pipe(self):
-        """The pipeline (or transformer) this session was enabled on; None once it is gone."""
+        """The pipeline (or transformer) that was enabled; None once it is gone."""
         return self._pipe()
 
     def step(self, model, family: Family, arguments: dict) -> tuple[int, int | None]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import vector_art
 from captions import BACKGROUNDS
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 import dittfast
@@ -171,6 +172,10 @@ def export(args):
     with torch.no_grad():
         for name, p in own.items():
             p.lerp_(weights[name], args.part)
+    # diffusers writes down where the base was found, which is a folder of this machine.
+    transformer._internal_dict = FrozenDict(
+        {k: v for k, v in transformer.config.items() if k != "_name_or_path"}
+    )
     transformer.to(torch.float16).save_pretrained(args.out / "transformer")
     print(f"wrote {args.out}")
 
