@@ -134,16 +134,16 @@ def promised(record: Record, model: torch.nn.Module) -> Weights:
     layers = list(attention_layers(model, family_of(model)))
     with reading(record.path, "it does not fit the model"):
         dense = schedule.dense_layer_names(layers)
-    found = Weights()
+    weights = Weights()
     with reading(record.path, "its method's options are impossible", AGAIN):
         shapes = own_shapes(method)
     sparse = [layer for layer in layers if layer not in dense]
-    found.own = {f"{layer}.{name}": shape for layer in sparse for name, shape in shapes.items()}
+    weights.own = {f"{layer}.{name}": shape for layer in sparse for name, shape in shapes.items()}
     parameters = base_parameters(model)
     if data["trainable"] == "attention":
-        found.plain = {n: tuple(parameters[n].shape) for n in stock_weights(model, layers)}
+        weights.plain = {n: tuple(parameters[n].shape) for n in stock_weights(model, layers)}
     elif data["trainable"] == "all":
-        found.plain = {name: tuple(p.shape) for name, p in parameters.items()}
+        weights.plain = {name: tuple(p.shape) for name, p in parameters.items()}
     elif data["trainable"] not in ("lora", "method"):
         raise FileProblem(record.path, f"trainable is {data['trainable']!r}", AGAIN)
     lora = data["lora"]
@@ -152,8 +152,8 @@ def promised(record: Record, model: torch.nn.Module) -> Weights:
     if lora is not None:
         if not lora["targets"] or lora["rank"] < 1:
             raise FileProblem(record.path, f"rank {lora['rank']} on {lora['targets']}", AGAIN)
-        found.lora = lora_shapes(model, lora["rank"], lora["targets"])
-    return found
+        weights.lora = lora_shapes(model, lora["rank"], lora["targets"])
+    return weights
 
 
 def stock_weights(model: torch.nn.Module, layers: Iterable[str]) -> list[str]:
@@ -170,7 +170,7 @@ def read_folder(record: Record, headers: bool = False) -> Weights:
         FileNotFoundError: a file that the adapter needs is missing.
     """
     folder, data = record.path.parent, record.data
-    found = Weights()
+    weights = Weights()
     for name in (WEIGHTS, LORA):
         path = folder / name
         if not path.is_file():
@@ -183,18 +183,18 @@ def read_folder(record: Record, headers: bool = False) -> Weights:
             tensors = read_tensors(record.check(name, CHANGED), remedy=AGAIN)
             check_finite(path, tensors, AGAIN)
         for key, x in tensors.items():
-            _put(found, key, x, data, name == LORA)
-    return found
+            _put(weights, key, x, data, name == LORA)
+    return weights
 
 
-def _put(found: Weights, key: str, x, data: dict, lora: bool) -> None:
+def _put(weights: Weights, key: str, x, data: dict, lora: bool) -> None:
     if lora:
         key = key.removeprefix(f"{data['base']['component']}.")
-        found.lora[re.sub(r"\.(lora_[AB])\.", rf".\1.{ADAPTER}.", key)] = x
+        weights.lora[re.sub(r"\.(lora_[AB])\.", rf".\1.{ADAPTER}.", key)] = x
     elif key.startswith(OWN):
-        found.own[key.removeprefix(OWN)] = x
+        weights.own[key.removeprefix(OWN)] = x
     else:
-        found.plain[key] = x
+        weights.plain[key] = x
 
 
 def read_file(path: Path, headers: bool = False) -> dict:
@@ -233,14 +233,14 @@ def sort_out(tensors: dict, model: torch.nn.Module, own: Iterable[str]) -> Weigh
         own: names of the method's parameters.
     """
     in_model, own = base_parameters(model), set(own)
-    found = Weights()
+    weights = Weights()
     for name, x in tensors.items():
         mine = name not in in_model and name.rpartition(".")[2] in own
-        (found.own if mine else found.plain)[name] = x
-    return found
+        (weights.own if mine else weights.plain)[name] = x
+    return weights
 
 
-def check_promise(path: Path, found: Weights, wanted: Weights, model: torch.nn.Module) -> None:
+def check_promise(path: Path, headers: Weights, wanted: Weights, model: torch.nn.Module) -> None:
     """Compare headers with what must be there.
 
     Raises:
@@ -248,18 +248,18 @@ def check_promise(path: Path, found: Weights, wanted: Weights, model: torch.nn.M
             floating-point dtype.
     """
     parameters = base_parameters(model)
-    have, want = dict(found.items()), dict(wanted.items())
+    have, want = dict(headers.items()), dict(wanted.items())
     for name in have:
         if name not in want:
             what = "is not described in adapter.json"
-            if name in found.plain and name not in parameters:
+            if name in headers.plain and name not in parameters:
                 what = f"has no place: {type(model).__name__} has no parameter {name}"
             raise FileProblem(path, f"{name} {what}", AGAIN)
     for name, header in have.items():
         if not header.is_floating:
             raise FileProblem(path, f"{name} has dtype {header.dtype}, weights are floats", AGAIN)
         if want[name] is not None and tuple(want[name]) != header.shape:
-            whose = "the model's" if name in found.plain else "the one promised"
+            whose = "the model's" if name in headers.plain else "the one promised"
             raise FileProblem(
                 path, f"{name} is {list(header.shape)}, {whose} is {list(want[name])}", AGAIN
             )
@@ -285,5 +285,5 @@ def read_weights(path: str | Path, verify: bool = True) -> dict[str, torch.Tenso
     if path.is_file():
         with reading(path, "it is no file of weights", AGAIN):
             return read_file(path)
-    found = read_folder(read_description(path, verify))
-    return {OWN + name: x for name, x in found.own.items()} | found.lora | found.plain
+    weights = read_folder(read_description(path, verify))
+    return {OWN + name: x for name, x in weights.own.items()} | weights.lora | weights.plain

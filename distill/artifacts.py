@@ -291,11 +291,11 @@ def _fitting(path: Path, record, model: torch.nn.Module, method: Method) -> Weig
     """An adapter's tensors, read once their headers are all that they should be."""
     shapes = own_shapes(method)
 
-    def sort(found: Weights, own) -> Weights:
+    def sort(weights: Weights, own) -> Weights:
         if record is not None and record.data["format"] != 1:
-            return found
-        sorted_ = sort_out(found.plain, model, own)
-        return Weights(sorted_.own, found.lora, sorted_.plain)
+            return weights
+        sorted_ = sort_out(weights.plain, model, own)
+        return Weights(sorted_.own, weights.lora, sorted_.plain)
 
     if record is None:
         with reading(path, "it is no file of weights"):
@@ -341,13 +341,13 @@ def _ask_for_gradients(model: torch.nn.Module, wanted: Mapping[str, bool]) -> No
 
 
 def _clear_options(path: Path) -> dict:
-    found = _CLEAR_NAME.search(path.stem)
-    if not found:
+    match = _CLEAR_NAME.search(path.stem)
+    if not match:
         raise ValueError(
             f"{path.name} does not say which method its weights belong to; pass method='local', "
             "window=..., and downsample=... where it has one"
         )
-    window, down = found.groups()
+    window, down = match.groups()
     return {"window": int(window)} | ({"downsample": int(down)} if down else {})
 
 

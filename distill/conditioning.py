@@ -82,11 +82,11 @@ def _read(model: torch.nn.Module, args: tuple, kwargs: dict) -> Conditioning:
     noisy = model.config.out_channels if family and family.appended_channels else channels
     # Of a batch for guidance, the row of the prompt.
     row = slice(1) if family and family.cond_first else slice(-1, None)
-    found = Conditioning(
+    conditioning = Conditioning(
         latent_shape=(1, noisy, *latents.shape[2:]), timestep=float(arguments["timestep"].max())
     )
     if noisy < channels:
-        found.own["hidden_states"] = latents[row, noisy:].detach().clone()
+        conditioning.own["hidden_states"] = latents[row, noisy:].detach().clone()
     for key, argument in arguments.items():
         if key in _INPUTS or key == "return_dict" or argument is None:
             continue
@@ -94,12 +94,12 @@ def _read(model: torch.nn.Module, args: tuple, kwargs: dict) -> Conditioning:
             if not torch.is_tensor(value):
                 _check_constant(type(model).__name__, name, value)
                 if value not in ({}, [], None):
-                    found.constants[name] = value
+                    conditioning.constants[name] = value
             elif value.ndim and value.shape[0] == batch:
-                found.own[name] = value[row].detach().clone()
+                conditioning.own[name] = value[row].detach().clone()
             else:
-                found.shared[name] = value.detach().clone()
-    return found
+                conditioning.shared[name] = value.detach().clone()
+    return conditioning
 
 
 def _check_constant(model: str, name: str, value) -> None:

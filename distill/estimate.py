@@ -51,8 +51,8 @@ def empty_model(source: Source, component: str) -> torch.nn.Module:
 
 def _shipped_model(hub_id: str) -> torch.nn.Module | None:
     cards = (published_model(name) for name in published_models())
-    found = [card for card in cards if card.source.split(",")[0] == hub_id]
-    return found[0].build() if found else None
+    matching = [card for card in cards if card.source.split(",")[0] == hub_id]
+    return matching[0].build() if matching else None
 
 
 def estimate(config: DistillConfig) -> dict:

@@ -16,12 +16,12 @@ def lora_modules(model: torch.nn.Module, targets) -> dict[str, torch.nn.Module]:
         targets: the ends of module names, as PEFT takes them.
     """
     ends = tuple(f".{target}" for target in targets)
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         inside = ".lora_" in f".{name}." or name.endswith(".base_layer") or ".base_layer." in name
         if not inside and (name in targets or name.endswith(ends)):
-            found[name] = getattr(module, "base_layer", module)
-    return found
+            modules[name] = getattr(module, "base_layer", module)
+    return modules
 
 
 def lora_shapes(model: torch.nn.Module, rank: int, targets) -> dict[str, tuple[int, ...] | None]:

@@ -38,7 +38,7 @@ def find_pictures(folder: str | Path) -> list[Picture]:
         raise FileNotFoundError(f"there is no folder {folder} with pictures")
     metadata = folder / "metadata.jsonl"
     captions = _metadata(metadata) if metadata.is_file() else {}
-    found = []
+    pictures = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in IMAGES + VIDEOS:
             continue
@@ -51,10 +51,10 @@ def find_pictures(folder: str | Path) -> list[Picture]:
                 f"{path} has no caption; write it into {beside.name} beside it, or into "
                 f'{metadata} as a line {{"file_name": ..., "text": ...}}'
             )
-        found.append(Picture(path, text))
-    if not found:
+        pictures.append(Picture(path, text))
+    if not pictures:
         raise ValueError(f"{folder} holds no picture ({', '.join(IMAGES + VIDEOS)})")
-    return found
+    return pictures
 
 
 def _text(path: Path) -> str:
@@ -85,8 +85,8 @@ def _metadata(path: Path) -> dict[str, str]:
             raise ValueError(f'{where}: expected {{"file_name": ..., "text": ...}}: {line[:60]}')
         for key in ("file_name", "text"):
             if not isinstance(row.get(key), str):
-                found = f"is {row[key]!r}" if key in row else f"is not among {', '.join(row)}"
-                raise ValueError(f"{where}: {key!r} must be one text, and {found[:80]}")
+                problem = f"is {row[key]!r}" if key in row else f"is not among {', '.join(row)}"
+                raise ValueError(f"{where}: {key!r} must be one text, and {problem[:80]}")
         if row["file_name"] in captions:
             raise ValueError(f"{where}: {row['file_name']} has a caption already")
         if not (path.parent / row["file_name"]).is_file():

@@ -115,10 +115,10 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with prompts (data.prompts)")
     lines = (line.strip() for line in read_text(path).splitlines())
-    found = [line for line in lines if line]
-    if not found:
+    prompts = [line for line in lines if line]
+    if not prompts:
         raise ValueError(f"{path} holds no prompt; write one on each line")
-    return found
+    return prompts
 
 
 def _manifest(pipe, model, source: Source, config: DataConfig, items: list[Item], call) -> dict:
@@ -317,12 +317,12 @@ class _Freshness:
         if not record.exists():
             return not self.has_records and self._is_older(path, items)
         try:
-            found = read_record(record, SHARD_FORM)
-            found.check(name)
+            written = read_record(record, SHARD_FORM)
+            written.check(name)
         except FileProblem as problem:
             logger.warning("%s; it is made again", first_words(problem, 400))
             return False
-        before = found.data["samples"]
+        before = written.data["samples"]
         if len(before) != len(items):
             return False
         now = [self.facts(item, old["picture"]) for item, old in zip(items, before)]
@@ -354,8 +354,8 @@ def _sample(pipe, model, call: dict, item: Item) -> tuple[torch.Tensor, Conditio
     wanted, frames = _call(pipe, call, item)
     if frames is None:
         return draw(pipe, model, wanted)
-    found = condition(pipe, model, wanted)
-    return encode(pipe, torch.from_numpy(frames), found.latent_shape), found
+    conditioning = condition(pipe, model, wanted)
+    return encode(pipe, torch.from_numpy(frames), conditioning.latent_shape), conditioning
 
 
 def _save(
@@ -368,16 +368,16 @@ def _save(
     """
     tensors = {}
     shared = samples[0][1].shared
-    for index, (latents, found) in enumerate(samples):
-        same = found.shared.keys() == shared.keys()
-        if not same or not all(torch.equal(found.shared[k], shared[k]) for k in shared):
+    for index, (latents, conditioning) in enumerate(samples):
+        same = conditioning.shared.keys() == shared.keys()
+        if not same or not all(torch.equal(conditioning.shared[k], shared[k]) for k in shared):
             raise ValueError(
                 "position ids and other shared arguments differ between samples of one set; give "
                 "them one size (data.call)"
             )
         if latents is not None:
             tensors[f"{index}/latents"] = latents
-        tensors |= {f"{index}/{name}": x for name, x in found.own.items()}
+        tensors |= {f"{index}/{name}": x for name, x in conditioning.own.items()}
     tensors |= {f"shared/{name}": x for name, x in shared.items()}
     tensors = {name: x.to("cpu").contiguous() for name, x in tensors.items()}
     write_tensors(path, tensors)

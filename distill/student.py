@@ -151,8 +151,8 @@ class Student(torch.nn.Module):
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, in a fixed order; fp32."""
-        found = {name: self.transformer.get_parameter(name) for name in self._model_names()}
-        return found | dict(zip(self.own, self._own))
+        parameters = {name: self.transformer.get_parameter(name) for name in self._model_names()}
+        return parameters | dict(zip(self.own, self._own))
 
     def shard(self, device: torch.device) -> None:
         """Spread the transformer over the processes (FSDP2), block by block.

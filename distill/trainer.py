@@ -185,16 +185,16 @@ class Trainer:
         verify = self.config.train.verify
         weights = {name.removeprefix(OWN): x for name, x in read_weights(folder, verify).items()}
         own = self.student.trainable()
-        found = {name: weights[name] for name in own if name in weights}
-        if not found:
+        starting = {name: weights[name] for name in own if name in weights}
+        if not starting:
             raise ValueError(
                 f"student.start={folder} holds no parameter that student.trainable="
                 f"{self.config.student.trainable} trains"
             )
         with torch.no_grad():
-            for name, value in found.items():
+            for name, value in starting.items():
                 own[name].copy_(value)
-        logger.info("%d of %d parameters start from %s", len(found), len(own), folder)
+        logger.info("%d of %d parameters start from %s", len(starting), len(own), folder)
 
     @property
     def global_batch(self) -> int:
@@ -255,18 +255,18 @@ class Trainer:
         with force_dense(self.pipe, False):
             prediction, attention, features = self._pass(arguments)
         prediction = self.process.velocity(prediction, noisy, t)
-        found = {}
+        losses = {}
         if weights.denoising:
             target = self.process.target(batch.latents, noise, t)
-            found["denoising"] = denoising_loss(prediction, target)
+            losses["denoising"] = denoising_loss(prediction, target)
         if weights.prediction:
             wanted = self.process.velocity(teacher[0], noisy, t)
-            found["prediction"] = prediction_loss(prediction, wanted)
+            losses["prediction"] = prediction_loss(prediction, wanted)
         if weights.attention:
-            found["attention"] = attention_loss(attention, teacher[1])
+            losses["attention"] = attention_loss(attention, teacher[1])
         if weights.features:
-            found["features"] = feature_loss(features, teacher[2])
-        return found
+            losses["features"] = feature_loss(features, teacher[2])
+        return losses
 
     def _pass(self, arguments: dict):
         if not self.sharded:
@@ -303,8 +303,8 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     self._average_gradients()
                     means = self.accelerator.reduce(sums / len(micros), "mean").tolist()
-                    found = dict(zip(["loss", *losses], means))
-                    self._guard(found)
+                    metrics = dict(zip(["loss", *losses], means))
+                    self._guard(metrics)
                     limit = float("inf") if train.clip is None else train.clip
                     norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
                     norm = float(whole(norm))
@@ -317,7 +317,7 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update(self.parameters)
-        return found | {"lr": rate, "gradient_norm": norm}
+        return metrics | {"lr": rate, "gradient_norm": norm}
 
     def _guard(self, values: dict[str, float]) -> None:
         """Stop before a step that would ruin the weights.
@@ -444,9 +444,9 @@ class Trainer:
         """What a checkpoint must have in common with the run that goes on from it."""
         return run_facts(self.config, self.sets, self.global_batch)
 
-    def _restore(self, found: list[Path]) -> None:
+    def _restore(self, checkpoints: list[Path]) -> None:
         """Go on from the first of some checkpoints that is whole."""
-        for folder, older in itertools.zip_longest(found, found[1:]):
+        for folder, older in itertools.zip_longest(checkpoints, checkpoints[1:]):
             try:
                 self._restore_from(folder)
                 return

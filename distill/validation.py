@@ -61,14 +61,14 @@ class Validation:
             with as_teacher():
                 self._teacher = self.draw()
         student = self.draw()
-        found = [quality(a, b) for a, b in zip(self._teacher, student)]
+        qualities = [quality(a, b) for a, b in zip(self._teacher, student)]
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_image(self.folder / f"step-{step:08d}.png", _sheet(self._teacher, student))
         # Equal pictures have no finite PSNR; 8-bit values cannot be nearer than this otherwise.
-        values = {"psnr_db": [100.0 if x["identical"] else x["psnr_db"] for x in found]}
-        if all(x["ssim"] is not None for x in found):
-            values["ssim"] = [x["ssim"] for x in found]
+        values = {"psnr_db": [100.0 if x["identical"] else x["psnr_db"] for x in qualities]}
+        if all(x["ssim"] is not None for x in qualities):
+            values["ssim"] = [x["ssim"] for x in qualities]
         return {name: statistics.fmean(numbers) for name, numbers in values.items()}
 
 

@@ -35,8 +35,8 @@ def check_output(path: str | Path, suffixes: Sequence[str] | None = None) -> Pat
     """
     path = Path(path)
     if suffixes is not None and path.suffix.lower() not in suffixes:
-        found = f"{path.suffix!r}" if path.suffix else "no ending"
-        raise ValueError(f"{path}: the file must end in {', '.join(suffixes)}; it has {found}")
+        ending = f"{path.suffix!r}" if path.suffix else "no ending"
+        raise ValueError(f"{path}: the file must end in {', '.join(suffixes)}; it has {ending}")
     folder = path.parent
     if not folder.exists():
         raise FileNotFoundError(f"the folder {folder} does not exist; create it: mkdir -p {folder}")
@@ -110,12 +110,12 @@ def _remove_leftovers(path: Path) -> None:
         + re.escape(path.suffix)
     )
     for entry in os.scandir(path.parent):
-        found = pattern.fullmatch(entry.name)
-        if not found:
+        match = pattern.fullmatch(entry.name)
+        if not match:
             continue
         with contextlib.suppress(OSError):  # its writer may be finishing it
-            if found["host"] == _short(host_name()):
-                gone = _writer(int(found["pid"])) != found["writer"]
+            if match["host"] == _short(host_name()):
+                gone = _writer(int(match["pid"])) != match["writer"]
             else:
                 gone = time.time() - entry.stat().st_mtime > _A_DAY
             if gone:

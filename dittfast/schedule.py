@@ -79,14 +79,14 @@ def matching_layers(
     """
     chosen: set[str] = set()
     for entry in entries:
-        found = _matching(entry, names)
-        if not found:
+        matching = _matching(entry, names)
+        if not matching:
             raise ValueError(
                 f"{option} entry {entry!r} matches no layer; this model has "
                 f"{len(names)} self-attention layers, 0..{len(names) - 1}, "
                 f"named {names[0]} ... {names[-1]}"
             )
-        chosen.update(found)
+        chosen.update(matching)
     return [name for name in names if name in chosen]
 
 

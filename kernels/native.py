@@ -75,8 +75,8 @@ def unavailable() -> str | None:
 
     The first call of a process looks for the library and may compile it.
     """
-    found = library()
-    return str(found) if isinstance(found, BuildError) else None
+    built = library()
+    return str(built) if isinstance(built, BuildError) else None
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo:
@@ -158,10 +158,10 @@ class _Call:
         p.own_bias = self.values(t.kv_log_weight)
 
     def run(self) -> None:
-        found = library()
-        if isinstance(found, BuildError):
-            raise found
-        attend = found.handle.dittfast_attend
+        built = library()
+        if isinstance(built, BuildError):
+            raise built
+        attend = built.handle.dittfast_attend
         attend.argtypes, attend.restype = [POINTER(_Problem)], ctypes.c_int
         status = attend(byref(self.problem))
         if status:

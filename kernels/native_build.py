@@ -156,11 +156,11 @@ def _cache_folder() -> Path:
         root = Path.home() / ".cache"
     folder = root / "dittfast"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.geteuid():
-        raise OSError(f"{folder} belongs to user {found.st_uid}, not to {os.geteuid()}")
-    if found.st_mode & 0o022:
-        raise OSError(f"{folder} can be written by others (mode {found.st_mode & 0o777:o})")
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise OSError(f"{folder} belongs to user {status.st_uid}, not to {os.geteuid()}")
+    if status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others (mode {status.st_mode & 0o777:o})")
     return folder
 
 

@@ -95,10 +95,10 @@ def _add_list(queries, keys, v, dv, lse, weight, sums, t: PlanTensors, at, scale
             p = logits.exp()
             p_ds = p * (near_q @ near_k.mT * scale)
             near_v, near_dv = v[:, :, kv_token], dv[:, :, kv_token]
-            found = [p @ near_v, p_ds @ near_v + p @ near_dv, p_ds.sum(-1, keepdim=True)]
+            added = [p @ near_v, p_ds @ near_v + p @ near_dv, p_ds.sum(-1, keepdim=True)]
             # Slots past the end of a short block repeat a query: they must add nothing.
-            found = torch.cat(found, -1).masked_fill(~q_in[..., None], 0)
-            sums.index_add_(2, q_token.flatten(), found.flatten(2, 3))
+            added = torch.cat(added, -1).masked_fill(~q_in[..., None], 0)
+            sums.index_add_(2, q_token.flatten(), added.flatten(2, 3))
 
 
 def _row_blocks(t: PlanTensors) -> torch.Tensor:

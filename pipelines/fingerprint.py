@@ -128,12 +128,12 @@ def difference(expected: dict, model: torch.nn.Module, changed: set[str] = froze
         if place in changed or place not in parameters:
             continue
         try:
-            found, moved = _probed(parameters[place])
+            actual, moved = _probed(parameters[place])
         except ValueError:
             kinds = ", ".join(quantised) or "not in memory"
             return f"its weights cannot be compared ({kinds})"
         size = max(abs(x) for x in values) if values else 0.0
-        apart = max((abs(a - b) for a, b in zip(values, found)), default=0.0)
+        apart = max((abs(a - b) for a, b in zip(values, actual)), default=0.0)
         if not math.isfinite(apart) or apart > max(moved, _TOLERANCE * size):
             return f"its {place} has other values"
     return ""

@@ -92,8 +92,8 @@ def transformers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
 
 def execution_device(pipe: Pipeline) -> torch.device:
     """Where a pipeline computes: with offload not where its transformer's weights wait."""
-    found = getattr(pipe, "_execution_device", None)
-    return next(iter(transformers_of(pipe).values())).device if found is None else found
+    device = getattr(pipe, "_execution_device", None)
+    return next(iter(transformers_of(pipe).values())).device if device is None else device
 
 
 def exchanged(pipe: Pipeline) -> list[torch.nn.Module]:

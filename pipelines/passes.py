@@ -210,9 +210,9 @@ class Passes:
         Raises:
             RuntimeError: nothing tells which pass the call belongs to.
         """
-        again, found = self.run_again()
+        again, original = self.run_again()
         if again:
-            return LayerRun() if found is None else found.runs[name]
+            return LayerRun() if original is None else original.runs[name]
         if in_backward():
             raise RuntimeError(
                 f"{name} is computed again in a backward pass, and dittfast cannot tell which "

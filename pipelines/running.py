@@ -73,7 +73,7 @@ def running(model: torch.nn.Module) -> Running:
 
 
 def _look(frame: FrameType, called: list, loops: Running, only_times: bool) -> object:
-    """Enter what one frame holds into ``found``; returns its first argument, mostly ``self``."""
+    """Enter what one frame holds into ``loops``; returns its first argument, mostly ``self``."""
     code, variables = frame.f_code, frame.f_locals
     name = code.co_varnames[0] if code.co_argcount else None
     first = variables.get(name)

@@ -315,12 +315,12 @@ class ModelState:
         shapes = [_shapes(x) for x in arguments.values()]
         state = shapes, [0 if x.is_inference() else x._version for x in sources]
         if sources and self._here.read is not None:
-            tensors, seen, found = self._here.read
+            tensors, seen, sequences = self._here.read
             if seen == state and all(a() is b for a, b in zip(tensors, sources)):
-                return found
-        found = Sequences.of(self.family.read(model, arguments))
-        self._here.read = [weakref.ref(x) for x in sources], state, found
-        return found
+                return sequences
+        sequences = Sequences.of(self.family.read(model, arguments))
+        self._here.read = [weakref.ref(x) for x in sources], state, sequences
+        return sequences
 
     def core(
         self, sequences: Sequences, device: torch.device, dtype: torch.dtype

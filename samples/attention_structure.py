@@ -94,7 +94,7 @@ class Recorder:
         self.n_layers = len(transformer.transformer_blocks) + len(
             transformer.single_transformer_blocks
         )
-        self.steps, self.calls, self.found = steps, 0, {}
+        self.steps, self.calls, self.by_call = steps, 0, {}
         self.dispatch = transformer_flux.dispatch_attention_fn
 
     def __call__(self, query, key, value, **kwargs):
@@ -103,7 +103,7 @@ class Recorder:
         self.calls += 1
         if step in self.steps and not is_negative:
             numbers = statistics(query, key, self.n_image)
-            self.found.setdefault((step, layer), []).append(numbers)
+            self.by_call.setdefault((step, layer), []).append(numbers)
         return self.dispatch(query, key, value, **kwargs)
 
     def start(self, n_image):
@@ -130,7 +130,7 @@ def measure(model_folder, n_prompts, steps):
 
     n_double = len(pipe.transformer.transformer_blocks)
     rows = []
-    for (step, layer), many in sorted(recorder.found.items()):
+    for (step, layer), many in sorted(recorder.by_call.items()):
 
         def mean(read, many=many):
             return torch.stack([read(numbers) for numbers in many]).mean(0)

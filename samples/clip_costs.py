@@ -61,9 +61,9 @@ def main():
     transformer = WanTransformer3DModel.from_pretrained(
         Path(folder) / "transformer", torch_dtype=torch.float32
     ).eval()
-    found = json.loads(args.output.read_text()) if args.output.exists() else {}
+    costs = json.loads(args.output.read_text()) if args.output.exists() else {}
     for frames in args.frames:
-        rows = found.setdefault(str(frames), {})
+        rows = costs.setdefault(str(frames), {})
         for number in range(args.rounds):
             for name, options in METHODS.items():
                 row = rows.setdefault(name, {"seconds": []})
@@ -74,7 +74,7 @@ def main():
                 row["median"] = statistics.median(row["seconds"])
                 if name != "dense":
                     row["speedup"] = rows["dense"]["median"] / row["median"]
-                write_json(args.output, found)
+                write_json(args.output, costs)
                 print(frames, name, row, flush=True)
 
 

@@ -107,13 +107,13 @@ class Results:
         """``PICTURES`` captions, each label in turn, none of them in the training set."""
         known = set(self.config.data.prompts)
         settings = self.source.settings
-        found = []
+        captions = []
         for index in range(PICTURES):
             turn, number = divmod(index, len(settings["labels"]))
             label, colours = settings["labels"][number], settings["backgrounds"]
             options = [caption(label, colours[(number + i) % len(colours)]) for i in range(8)]
-            found.append([text for text in options if text not in known][turn])
-        return found
+            captions.append([text for text in options if text not in known][turn])
+        return captions
 
     def draw(self, name: str, adapter: Path | None = None, count: int = PICTURES, **method):
         """Pictures of an arm: an adapter's, a method's without training, or the teacher's.
@@ -291,9 +291,10 @@ def llsa(results: Results) -> dict:
     for name, folder in runs.items():
         results.draw(name, folder / "adapter", FEWER)
     arms = {name: results.measure(name, FEWER) for name in ("teacher", *runs)}
-    found = describe_runs({"stage 1": stage1.parent, **runs})
+    runs_as_data = describe_runs({"stage 1": stage1.parent, **runs})
     ratio = arms["log_linear"]["distance_to_art"] / arms["dense"]["distance_to_art"]
-    return {"arms": arms, "distance_ratio": ratio, "seconds_per_step": step_seconds(runs)} | found
+    compared = {"arms": arms, "distance_ratio": ratio, "seconds_per_step": step_seconds(runs)}
+    return compared | runs_as_data
 
 
 def write_table(data: dict, path: Path, title: str, picture: str) -> None:
@@ -314,9 +315,9 @@ def write_table(data: dict, path: Path, title: str, picture: str) -> None:
             lines += [*_rows(data[part]), ""]
     lines += ["| run | steps | seed | minutes of steps, wall clock |", "|---|---|---|---|"]
     for name, run_of in data["runs"].items():
-        found = run_of["facts"]
-        minutes = found["seconds"] / 60
-        lines.append(f"| {name} | {found['steps']} | {found['seed']} | {minutes:.0f} |")
+        facts = run_of["facts"]
+        minutes = facts["seconds"] / 60
+        lines.append(f"| {name} | {facts['steps']} | {facts['seed']} | {minutes:.0f} |")
     text = "\n".join(lines)
     write_text(
         path,
@@ -432,9 +433,9 @@ def held_out_loss(pipe, dataset: Dataset) -> float:
             noisy = dataset.process.noisy(batch.latents, noise, t)
             arguments["hidden_states"] = torch.cat([noisy, batch.arguments["hidden_states"]], 1)
             arguments["timestep"] = dataset.process.timestep(t)
-            found = pipe.transformer(**arguments, return_dict=False)[0]
+            velocity = pipe.transformer(**arguments, return_dict=False)[0]
             total.append(
-                float((found - dataset.process.target(batch.latents, noise, t)).square().mean())
+                float((velocity - dataset.process.target(batch.latents, noise, t)).square().mean())
             )
     return statistics.fmean(total)
 

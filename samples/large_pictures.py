@@ -92,13 +92,13 @@ def shifted(ids, scale):
 def compare_positions(args):
     """The flow-matching loss of windows of prepared sets, by what is done about positions."""
     pipe = load(find(args.model), "cpu", torch.float32)
-    found = {str(folder): position_losses(pipe, folder, args) for folder in args.set}
-    for folder, losses in found.items():
+    by_set = {str(folder): position_losses(pipe, folder, args) for folder in args.set}
+    for folder, losses in by_set.items():
         for name, by_time in losses.items():
             means = "".join(f"  t={t}: {np.mean(x):.4f}" for t, x in by_time.items())
             print(f"{folder}  {name:15}{means}")
     if args.out:
-        write_json(args.out, {"model": args.model, "count": args.count, "losses": found})
+        write_json(args.out, {"model": args.model, "count": args.count, "losses": by_set})
 
 
 def position_losses(pipe, folder, args):

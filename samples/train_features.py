@@ -57,8 +57,8 @@ def draw(art, label, background, size, generator=None):
 def accuracy(network, images, label, background):
     """Shares of right labels and right backgrounds."""
     with torch.no_grad():
-        found = network(images)
-    return [float((x.argmax(-1) == y).float().mean()) for x, y in zip(found, (label, background))]
+        logits = network(images)
+    return [float((x.argmax(-1) == y).float().mean()) for x, y in zip(logits, (label, background))]
 
 
 def main():

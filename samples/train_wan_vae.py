@@ -57,23 +57,23 @@ def make_pairs(args, codec, source, file, count, seed):
 
     Each clip has a seed of its own, so that a later start goes on with the next.
     """
-    found = torch.load(file) if file.exists() else []
+    pairs = torch.load(file) if file.exists() else []
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model / "tokenizer")
     model = SampleWan(len(tokenizer)).eval()
     model.load_pipeline(args.model)
     grey = codec.encode(torch.zeros(1, 3, 1, 4, 4))
-    while len(found) < count:
-        i = len(found)
+    while len(pairs) < count:
+        i = len(pairs)
         rng, caption_rng = torch.Generator().manual_seed(seed + i), random.Random(seed + i)
         clip, texts = source.batch(1, rng, caption_rng)
         steps = LAST_STEPS[i % len(LAST_STEPS)]
         latents = denoised(model, tokenizer, codec.encode(clip), grey, texts, steps, rng)
         pixels = ((clip + 1) * 127.5).round().byte()
-        found.append((latents[0].half(), pixels[0]))
-        if len(found) % 16 == 0 or len(found) == count:
-            _save(found, file)
-            print(f"{file}: {len(found)} of {count}", flush=True)
-    latents, pixels = zip(*found[:count])
+        pairs.append((latents[0].half(), pixels[0]))
+        if len(pairs) % 16 == 0 or len(pairs) == count:
+            _save(pairs, file)
+            print(f"{file}: {len(pairs)} of {count}", flush=True)
+    latents, pixels = zip(*pairs[:count])
     return torch.stack(latents), torch.stack(pixels)
 
 
@@ -105,11 +105,11 @@ def decode_frames(vae, latents):
     return unpatchify(patches, PATCH)[:, :, 0]
 
 
-def difference(found, wanted):
+def difference(decoded, wanted):
     """Mean error of pixels, and of the steps between neighbours, where blocks show."""
-    total = (found - wanted).abs().mean()
+    total = (decoded - wanted).abs().mean()
     for axis in (-1, -2):
-        total = total + (found.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
+        total = total + (decoded.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
     return total
 
 
@@ -175,8 +175,8 @@ class Run:
         clip = torch.randint(len(latents), (args.batch,), generator=self.rng)
         frame = torch.randint(FRAMES, (args.batch,), generator=self.rng)
         z, wanted = crops(latents[clip, :, frame], pixels[clip, :, frame], self.rng)
-        found = decode_frames(self.vae, z * self.codec.std[:, :, 0])
-        loss = difference(found, wanted)
+        decoded = decode_frames(self.vae, z * self.codec.std[:, :, 0])
+        loss = difference(decoded, wanted)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -189,9 +189,10 @@ class Run:
         """The held-out clips, decoded, and as they were."""
         latents, pixels = self.held_out
         frames = latents.float().transpose(1, 2).flatten(0, 1) * self.codec.std[:, :, 0]
-        found = torch.cat([decode_frames(self.vae, part) for part in frames.split(FRAMES)])
-        found = found.clamp(-1, 1)  # as ``vae.decode`` does
-        return found.view(-1, FRAMES, *found.shape[1:]).transpose(1, 2), pixels.float() / 127.5 - 1
+        decoded = torch.cat([decode_frames(self.vae, part) for part in frames.split(FRAMES)])
+        decoded = decoded.clamp(-1, 1)  # as ``vae.decode`` does
+        clips = decoded.view(-1, FRAMES, *decoded.shape[1:]).transpose(1, 2)
+        return clips, pixels.float() / 127.5 - 1
 
     def train(self):
         saved = time.time()

@@ -159,10 +159,10 @@ def build_umt5(vocab_size):
 
 def tokenize(tokenizer, texts):
     """Token ids and mask, [B, MAX_LENGTH] each, as the pipeline makes them."""
-    found = tokenizer(
+    encoded = tokenizer(
         texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
     )
-    return found.input_ids, found.attention_mask
+    return encoded.input_ids, encoded.attention_mask
 
 
 def condition_on(first, grey, frames):

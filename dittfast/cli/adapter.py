@@ -37,11 +37,11 @@ class Adapter:
 
     def digest(self) -> str:
         """A short hash of what training wrote, and the options that were changed."""
-        path, found = Path(self.path), hashlib.sha256(repr(sorted(self.options.items())).encode())
+        path, sha256 = Path(self.path), hashlib.sha256(repr(sorted(self.options.items())).encode())
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and file.suffix in (".safetensors", ".json"):
-                found.update(file.read_bytes())
-        return found.hexdigest()[:16]
+                sha256.update(file.read_bytes())
+        return sha256.hexdigest()[:16]
 
     def resolved(self):
         """Its method and schedule, as they run.

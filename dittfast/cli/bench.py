@@ -236,10 +236,10 @@ def _print_table(rows: list[dict]) -> None:
     print(f"\n{'efficiency by backend':>72}")
     print("{:<26}{:<9}{:<10}{:>8}{:>7}{:>9}{:>9}{:>7}{:>7}".format(*columns))
     for row in rows:
-        found = {row["backend"]: row, **row["others"], "flex": row["flex"]}
+        by_backend = {row["backend"]: row, **row["others"], "flex": row["flex"]}
         cells = (
-            f"{found[n]['useful_efficiency']['p50']:.2f}"
-            if "useful_efficiency" in found.get(n, {})
+            f"{by_backend[n]['useful_efficiency']['p50']:.2f}"
+            if "useful_efficiency" in by_backend.get(n, {})
             else "-"
             for n in columns[6:]
         )
@@ -275,13 +275,13 @@ def _print_attention(row: dict) -> None:
         )
     )
     flex = row["flex"]
-    compared = {f"attend {name}": found for name, found in row["others"].items()}
+    compared = {f"attend {name}": numbers for name, numbers in row["others"].items()}
     if "seconds" in flex:
         compared["flex_attention"] = flex
-    for name, found in compared.items():
-        efficiency = found["useful_efficiency"]["p50"]
+    for name, numbers in compared.items():
+        efficiency = numbers["useful_efficiency"]["p50"]
         speedup = efficiency / row["density"]
-        lines.append((name, found["seconds"], found["gflops"], efficiency, speedup))
+        lines.append((name, numbers["seconds"], numbers["gflops"], efficiency, speedup))
     for name, times, gflops, efficiency, speedup in lines:
         cells = [f"{1e3 * times[p]:.4g} ms" for p in ("p20", "p50", "p80")]
         print(
@@ -300,7 +300,7 @@ def _print_attention(row: dict) -> None:
 def _break_even(args, methods, work) -> dict:
     from dittfast.measure.bench import break_even, least_faster
 
-    found = []
+    results = []
     for method in methods:
         print(f"\n{method!r}")
         print(f"{'tokens':>8}{'density':>9}{'dense':>11}{'attend':>11}{'speed-up':>10}")
@@ -314,8 +314,8 @@ def _break_even(args, methods, work) -> dict:
             print(f"{row['tokens']:>8}{row['density']:>9.4f}{cells}{speedup:>10.2f}")
         least = least_faster(rows)
         print("not faster at the largest size" if least is None else f"faster from {least:,}")
-        found.append({"method": method.name, "min_tokens": least, "rows": rows})
-    return {"methods": found}
+        results.append({"method": method.name, "min_tokens": least, "rows": rows})
+    return {"methods": results}
 
 
 TASKS = {

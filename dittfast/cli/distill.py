@@ -128,13 +128,13 @@ def _dry_run(config) -> int:
     from dittfast.distill.estimate import estimate
 
     print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-    found = estimate(config)
+    needs = estimate(config)
     print()
-    for name, count in found["parameters"].items():
+    for name, count in needs["parameters"].items():
         print(f"{name:24} {compact(count):>10} parameters")
-    for name, size in found["bytes"].items():
+    for name, size in needs["bytes"].items():
         print(f"{name:24} {compact(size, 'B'):>10}")
-    for note in found["notes"]:
+    for note in needs["notes"]:
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(found))
+    print(json.dumps(needs))
     return 0

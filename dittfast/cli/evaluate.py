@@ -258,9 +258,9 @@ def _variants(args, source):
     if not all(len(p) == 2 for p in pairs):
         raise ValueError(f"--pair takes two labels as A:B, got {', '.join(args.pair)}")
     for file in args.config:
-        found, more = read_variants(_shipped(file))
-        labels += found
-        chosen |= found
+        from_file, more = read_variants(_shipped(file))
+        labels += from_file
+        chosen |= from_file
         pairs += more
     for text in args.method:
         label, equals, name = text.partition("=")
@@ -320,17 +320,19 @@ def _known_prompts(settings: dict) -> list[str]:
     from dittfast.samples.captions import caption
 
     labels, colours, motions = (settings.get(k, []) for k in ("labels", "backgrounds", "motions"))
-    found = []
+    prompts = []
     for turn in range(len(colours) * max(1, len(motions))):
         for number, label in enumerate(labels):
             colour = colours[(number + turn) % len(colours)]
             if not motions:
-                found.append(caption(label, colour))
+                prompts.append(caption(label, colour))
                 continue
             # Of 64 clips in a row no two share both background and motion.
             motion = motions[(number + (number + turn) // len(colours)) % len(motions)]
-            found.append(caption(label, colour, f"{{a_label}} {motion} on {{a_colour}} background"))
-    return found
+            prompts.append(
+                caption(label, colour, f"{{a_label}} {motion} on {{a_colour}} background")
+            )
+    return prompts
 
 
 def _load(args, source, variants, device=None):
@@ -470,7 +472,7 @@ def _draw(args) -> int:
         for label, folder in folders.items():
             print(f"{label}: {len(items)} pictures in {folder}")
         records = {x.label: [x.drawings.record(item) for item in items] for x in arms[1:]}
-        idle = {label: did_not_run(found) for label, found in records.items()}
+        idle = {label: did_not_run(rows) for label, rows in records.items()}
         for label, why in idle.items():
             if why is not None:
                 print(f"{label} DID NOT RUN, dense attention drew these: {why}")

@@ -80,10 +80,10 @@ def _pyplot():
     return plt
 
 
-def _draw(path: str, found: list[dict]) -> None:
+def _draw(path: str, results: list[dict]) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
-    for number, result in enumerate(found):
+    for number, result in enumerate(results):
         rows = result["rows"]
         tokens = [row["tokens"] for row in rows]
         name = result["method"]["name"]
@@ -96,14 +96,14 @@ def _draw(path: str, found: list[dict]) -> None:
             axis.loglog(tokens, values, "o-", color=f"C{number}", label=label)
     dense = {
         r["tokens"]: r["dense_seconds"]["p50"]
-        for f in found
-        for r in f["rows"]
+        for result in results
+        for r in result["rows"]
         if r["dense_seconds"]
     }
     if dense:
         at = sorted(dense)
         axes[0].loglog(at, [dense[n] for n in at], "k--", label="dense attention")
-    tokens = sorted({row["tokens"] for result in found for row in result["rows"]})
+    tokens = sorted({row["tokens"] for result in results for row in result["rows"]})
     for axis, what in zip(axes, ("seconds: planning and attention", "bytes of the plan")):
         axis.set_xticks(tokens, [f"{n / 1024:g}k" for n in tokens])
         axis.minorticks_off()

@@ -198,19 +198,19 @@ def _prompts(args, source) -> tuple[list[str], list[str]]:
     return prompts, own[half:] if args.prompts is None else []
 
 
-def _print_round(found) -> None:
+def _print_round(round_) -> None:
     from dittfast.pipelines.headhunter.search import name_of
 
-    print(f"\nround {found.number}")
+    print(f"\nround {round_.number}")
     print(f"{'head':<8}{'mean':>12}{'pictures':>10}")
-    for candidate in found.candidates[:SHOWN]:
-        mark = "  chosen" if candidate.head in found.added else ""
+    for candidate in round_.candidates[:SHOWN]:
+        mark = "  chosen" if candidate.head in round_.added else ""
         name = name_of([candidate.head])
         print(f"{name:<8}{candidate.mean:>12.6g}{candidate.samples:>10}{mark}")
-    if len(found.candidates) > SHOWN:
-        print(f"... and {len(found.candidates) - SHOWN} more")
-    note = "" if found.best_so_far else ", no better than before"
-    print(f"together {name_of(found.heads)}: {found.mean:.6g}{note}", flush=True)
+    if len(round_.candidates) > SHOWN:
+        print(f"... and {len(round_.candidates) - SHOWN} more")
+    note = "" if round_.best_so_far else ", no better than before"
+    print(f"together {name_of(round_.heads)}: {round_.mean:.6g}{note}", flush=True)
 
 
 def _print_result(result) -> None:

@@ -44,7 +44,7 @@ def _print(row: dict) -> None:
     print(f"outputs agree: {worst:.1e} of the largest, eager noise {row['noise']:.1e}")
     print(f"{'':<20}{'p50':>10}{'overhead':>10}{'p20':>8}{'p80':>8}")
     print(f"{'stock':<20}{seconds(row['seconds']['stock']['p50']):>10}")
-    for arm, found in row["overhead"].items():
-        cells = "".join(f"{found[p]:>+{w}.1%}" for p, w in (("p50", 10), ("p20", 8), ("p80", 8)))
+    for arm, overhead in row["overhead"].items():
+        cells = "".join(f"{overhead[p]:>+{w}.1%}" for p, w in (("p50", 10), ("p20", 8), ("p80", 8)))
         print(f"{ARM_NAMES[arm]:<20}{seconds(row['seconds'][arm]['p50']):>10}{cells}")
     print(f"medians of {row['pairs']} pairs with the stock model, one after the other", flush=True)

@@ -64,14 +64,14 @@ def run(args) -> int:
     from dittfast.environment import versions
     from dittfast.pipelines.measure.parity import COLUMNS, TINY, matrix, text_of
 
-    found = matrix(args.family, args.method)
+    checked = matrix(args.family, args.method)
     width = max(len(name) for name in TINY)
     cells, rows = [], []
     head = ["model".ljust(width), *(args.method or COLUMNS)]
     print("  ".join(x.ljust(10) for x in head).rstrip())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tiny models are allowed to be odd
-        for name, group in groupby(found, lambda cell: cell.family):
+        for name, group in groupby(checked, lambda cell: cell.family):
             group = list(group)
             texts = [text_of(cell) for cell in group]
             print("  ".join(x.ljust(10) for x in [name.ljust(width), *texts]).rstrip(), flush=True)

@@ -73,9 +73,9 @@ def reading(path: str | Path, what: str = "it cannot be read", remedy: str = "")
 
 def _code(error: Exception, path: Path) -> int | None:
     """The errno behind another library's error; None where there is none."""
-    found = _OS_ERROR.search(str(error))
-    if found:
-        return int(found[1])
+    match = _OS_ERROR.search(str(error))
+    if match:
+        return int(match[1])
     # NumPy and PyTorch say neither why nor where.
     silent = isinstance(error, OSError) or any(word in str(error) for word in _OF_PYTORCH)
     if not silent:

@@ -122,8 +122,8 @@ class Record:
         if name not in self.sums:
             raise FileProblem(path, f"{self.path.name} beside it does not list it", remedy)
         with reading(path):
-            found = sha256(path)
-        if found != self.sums[name]:
+            digest = sha256(path)
+        if digest != self.sums[name]:
             raise FileProblem(path, DAMAGED, remedy)
         return path
 

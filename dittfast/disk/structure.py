@@ -57,15 +57,15 @@ def _is(value: object, kind: type) -> bool:
 
 def _alternative(value: object, wanted: tuple, where: str) -> None:
     # The error of the last alternative of the value's own kind says most.
-    found = None
+    problem = None
     for choice in wanted:
         try:
             return check_structure(value, choice, where)
         except ValueError as error:
             kind = type(choice) if isinstance(choice, (list, Mapping)) else choice
-            if found is None or (isinstance(kind, type) and isinstance(value, kind)):
-                found = error
-    raise found
+            if problem is None or (isinstance(kind, type) and isinstance(value, kind)):
+                problem = error
+    raise problem
 
 
 def _mapping(value: object, wanted: Mapping, where: str) -> None:

@@ -53,11 +53,11 @@ def read_headers(path: str | Path, remedy: str = "") -> dict[str, Header]:
     """
     path = Path(path)
     with reading(path, _BROKEN, remedy), _open(path) as file:
-        found = {}
+        headers = {}
         for name in file.keys():  # noqa: SIM118 - the file itself is no mapping
             part = file.get_slice(name)
-            found[name] = Header(part.get_dtype(), tuple(part.get_shape()))
-        return found
+            headers[name] = Header(part.get_dtype(), tuple(part.get_shape()))
+        return headers
 
 
 def read_tensors(

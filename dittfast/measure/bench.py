@@ -219,8 +219,8 @@ def _row(method, work, plan: Plan, plan_seconds, seconds, flex_row, backend, oth
 
     def compared(name) -> dict:
         ratios = [d / s * density for d, s in zip(seconds["dense"], seconds[name])]
-        found = {"seconds": percentiles(seconds[name]), "useful_efficiency": percentiles(ratios)}
-        return found | {"gflops": useful / found["seconds"]["p50"] / 1e9}
+        numbers = {"seconds": percentiles(seconds[name]), "useful_efficiency": percentiles(ratios)}
+        return numbers | {"gflops": useful / numbers["seconds"]["p50"] / 1e9}
 
     if "flex" in seconds:
         flex_row = compared("flex")

@@ -10,11 +10,11 @@ _RUN = (
 _METHOD = ("method", "schedule", "backend", "adapter")
 
 
-def difference_of_settings(wanted: dict, found: dict, prefix: str = "") -> list[str]:
-    """What differs, as ``"name: found -> wanted"``, nested names with dots."""
+def difference_of_settings(wanted: dict, actual: dict, prefix: str = "") -> list[str]:
+    """What differs, as ``"name: actual -> wanted"``, nested names with dots."""
     lines = []
-    for key in sorted({*wanted, *found}):
-        a, b = found.get(key), wanted.get(key)
+    for key in sorted({*wanted, *actual}):
+        a, b = actual.get(key), wanted.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += difference_of_settings(b, a, f"{prefix}{key}.")
         elif a != b:
@@ -32,8 +32,8 @@ def settings_apart(one: dict, other: dict, with_method: bool = True) -> str | No
     """
     first, second = (_comparable(x, with_method) for x in (one, other))
     both = first.keys() & second.keys()
-    found = difference_of_settings(*({k: x[k] for k in both} for x in (second, first)))
-    return "; ".join(found) or None
+    lines = difference_of_settings(*({k: x[k] for k in both} for x in (second, first)))
+    return "; ".join(lines) or None
 
 
 def _comparable(result: dict, with_method: bool) -> dict:

@@ -31,8 +31,8 @@ def _font(size: int):
 def _has_glyph(character: str) -> bool:
     font = _font(16)
     missing = font.getmask("\uffff")
-    found = font.getmask(character)
-    return found.size != missing.size or bytes(found) != bytes(missing)
+    drawn = font.getmask(character)
+    return drawn.size != missing.size or bytes(drawn) != bytes(missing)
 
 
 def printable(text: str) -> str:

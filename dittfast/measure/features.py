@@ -98,8 +98,8 @@ class FeatureNetwork(nn.Module):
         names = {label.lower(): i for i, label in enumerate(self.labels)}
         for label, others in self.synonyms.items():
             names |= {other.lower(): names[label.lower()] for other in others}
-        found = [n for n in names if re.search(rf"\b{re.escape(n)}s?\b", text)]
-        label = max(found, key=len, default=None)
+        candidates = [n for n in names if re.search(rf"\b{re.escape(n)}s?\b", text)]
+        label = max(candidates, key=len, default=None)
         rest = text if label is None else re.sub(rf"\b{re.escape(label)}s?\b", " ", text, count=1)
         words = rest.split()
         colours = {name.lower(): i for i, name in enumerate(self.backgrounds)}
@@ -137,9 +137,9 @@ def prompt_probability(
                 f"the prompt {prompt!r} names no label that {network.name} knows, such as "
                 f"{', '.join(network.labels[:5])}"
             )
-        for index, found in zip(named, logits):
+        for index, head_logits in zip(named, logits):
             if index is not None:
-                score[row] *= torch.softmax(found[row].float(), -1)[index]
+                score[row] *= torch.softmax(head_logits[row].float(), -1)[index]
     return score
 
 

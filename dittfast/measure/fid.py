@@ -99,12 +99,12 @@ def check_pictures(folder: str | Path, mixed_sizes: bool = False) -> Pictures:
     broken = []
     for file in files:
         try:
-            found = open_picture(file)
+            picture = open_picture(file)
         except ValueError as error:
             broken.append(str(error))
             continue
-        sizes.setdefault(found.image.size, file)
-        changes.update(found.changes)
+        sizes.setdefault(picture.image.size, file)
+        changes.update(picture.changes)
     if broken:
         raise ValueError(
             f"{len(broken)} of {len(files)} pictures in {folder} cannot be used: "
@@ -125,10 +125,10 @@ def drawn_with(folder: str | Path) -> dict | None:
     if picture_folder(folder) == Path(folder):
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}; draw that arm again") from error
-    return found if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def _check_count(folder: Path, count: int, dims: int, name: str, allow_few: bool) -> None:
@@ -187,21 +187,21 @@ def _extractor(network: FeatureNetwork | None, device) -> tuple[Callable, Callab
 
 def _known_moments(reference: Reference) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance that clean-fid has of a dataset."""
-    with np.load(_statistics(reference)) as found:
-        return found["mu"], found["sigma"]
+    with np.load(_statistics(reference)) as moments:
+        return moments["mu"], moments["sigma"]
 
 
 def _moments(files, extract: Callable, resize: Callable, batch_size: int, device, progress):
     """Mean and covariance of the features of pictures, as clean-fid computes them."""
     from cleanfid.fid import get_batch_features
 
-    found = []
+    parts = []
     starts = range(0, len(files), batch_size)
     for start in progress(starts, f"pictures, {batch_size} at a time"):
         some = (np.asarray(open_picture(f).image) for f in files[start : start + batch_size])
         batch = torch.from_numpy(np.stack([resize(x).transpose(2, 0, 1) for x in some]))
-        found.append(get_batch_features(batch.float(), extract, torch.device(device)))
-    features = np.concatenate(found)
+        parts.append(get_batch_features(batch.float(), extract, torch.device(device)))
+    features = np.concatenate(parts)
     return np.mean(features, axis=0), np.cov(features, rowvar=False)
 
 
@@ -242,13 +242,13 @@ def frechet(
     name = "Inception" if inception else network.name
     both = (folder,) if isinstance(reference, Reference) else (folder, reference)
     folders = [picture_folder(f) for f in both]
-    found = [check_pictures(f, mixed_sizes) for f in folders]
-    for at, pictures in zip(folders, found):
+    sets = [check_pictures(f, mixed_sizes) for f in folders]
+    for at, pictures in zip(folders, sets):
         _check_count(at, len(pictures.files), dims, name, allow_few)
     extract, resize = _extractor(network, device)
     known = [_known_moments(reference)] if isinstance(reference, Reference) else []
     moments = [
-        _moments(p.files, extract, resize, batch_size, device, progress) for p in found
+        _moments(p.files, extract, resize, batch_size, device, progress) for p in sets
     ] + known
 
     from cleanfid.fid import frechet_distance
@@ -260,14 +260,14 @@ def frechet(
         "features": name,
         "dims": dims,
         "folder": str(folder),
-        "pictures": len(found[0].files),
+        "pictures": len(sets[0].files),
         "reference": _name(reference),
-        "reference_pictures": len(found[1].files) if len(found) > 1 else None,
-        "sizes": [sorted(map(list, pictures.sizes)) for pictures in found],
-        "changes": [pictures.changes for pictures in found],
+        "reference_pictures": len(sets[1].files) if len(sets) > 1 else None,
+        "sizes": [sorted(map(list, pictures.sizes)) for pictures in sets],
+        "changes": [pictures.changes for pictures in sets],
         "settings": settings[0],
         "reference_settings": settings[1] if len(settings) > 1 else None,
-        "too_few": any(len(pictures.files) <= dims for pictures in found),
+        "too_few": any(len(pictures.files) <= dims for pictures in sets),
         "clean_fid": "mode clean",
     }
 

@@ -90,20 +90,20 @@ def read_results(folder: str | Path, verify: bool = True) -> dict:
         raise FileNotFoundError(
             f"{folder} holds no fidelity.json; run dittfast evaluate fidelity -o {folder} first"
         )
-    found = {}
+    results = {}
     for name in ("fidelity", "latency", "fid"):
         path = path_inside(folder, f"{name}.json")
-        found[name] = None
+        results[name] = None
         if path.is_file():
             remedy = f"run dittfast evaluate {name} again"
-            found[name] = read_record(path, _FORM, verify=verify, remedy=remedy).data
-            task = found[name]["task"]
+            results[name] = read_record(path, _FORM, verify=verify, remedy=remedy).data
+            task = results[name]["task"]
             if task != name:
                 raise FileProblem(path, f"it is a result of {task}, not of {name}", remedy)
     with understanding(folder):
-        for row in found["fidelity"]["methods"]:
+        for row in results["fidelity"]["methods"]:
             path_inside(folder, row["label"])
-    return found
+    return results
 
 
 @contextlib.contextmanager
@@ -170,11 +170,11 @@ def _points(results: dict) -> list[tuple[list[Point], str, str, bool]]:
 
 def _plots(results: dict) -> list[tuple[str, str]]:
     """SVG and caption of every plot."""
-    found = []
+    plots = []
     for points, x_label, name, larger in _points(results):
         svg = pareto_plot(points, x_label, "PSNR to dense, dB", f"pareto-{name}", larger)
         side = "right" if larger else "left"
-        found.append(
+        plots.append(
             (
                 svg,
                 f"Better is up and to the {side}; the broad grey line joins what nothing beats, "
@@ -193,14 +193,14 @@ def _plots(results: dict) -> list[tuple[str, str]]:
             for entry in structure
         }  # fmt: skip
         svg = distance_plot(curves, first[bins], first[f"{kind}_uniform"], x_label, f"mass-{kind}")
-        found.append(
+        plots.append(
             (
                 svg,
                 "Where dense attention goes, by distance from the query: mean over heads and "
                 "queries, at the second step of a run of two of the first prompt.",
             )
         )
-    return found
+    return plots
 
 
 def _frames(folder: Path, label: str, item: dict) -> np.ndarray:
@@ -230,10 +230,10 @@ def _pictures(folder: Path, data: dict, count: int, size: int) -> str:
         before = image_tag(webp_source(dense, size), f"dense: {item['prompt']}")
         cells = []
         for row in data["methods"]:
-            label, found = row["label"], row["pictures"][position]
+            label, measured = row["label"], row["pictures"][position]
             frames = _frames(folder, label, item)
             apart, gain = difference(dense, frames)
-            psnr = "identical" if found["identical"] else f"{found['psnr_db']:.2f} dB"
+            psnr = "identical" if measured["identical"] else f"{measured['psnr_db']:.2f} dB"
             psnr = "did not run" if row.get("did_not_run") else psnr
             words = f"dense | {label}: {psnr} | difference x {gain}"
             after = image_tag(webp_source(frames, size), f"{label}: {item['prompt']}")
@@ -352,7 +352,7 @@ def markdown_report(results: dict) -> str:
 
 def json_report(results: dict) -> dict:
     """All results in one mapping, those that are there."""
-    return {name: found for name, found in results.items() if found is not None}
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def report_paths(output: str | Path) -> Sequence[Path]:

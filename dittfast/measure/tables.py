@@ -183,7 +183,7 @@ def overview_table(fidelity: dict, latency: dict | None, fid: dict | None) -> Ta
             f"{kind}: {row['pictures']} pictures of each method against "
             + (f"{count} of {against}." if count else f"{against}.")
         )
-        if any(found["too_few"] for found in apart.values()):
+        if any(distance["too_few"] for distance in apart.values()):
             notes.append(_TOO_FEW)
     cells = []
     for row in fidelity["methods"]:
@@ -208,18 +208,18 @@ def with_other_settings(
     """What differs from the settings of fidelity's pictures, by ("speed" or "distance", label)."""
     rows = {row["label"]: row for row in fidelity["methods"]}
     base = {k: v for k, v in fidelity.items() if k != "methods"}
-    found = {}
+    differences = {}
     for row in (latency or {"rows": []})["rows"]:
         if row["label"] in rows:
-            found["speed", row["label"]] = settings_apart(base | rows[row["label"]], row)
+            differences["speed", row["label"]] = settings_apart(base | rows[row["label"]], row)
     for row in (fid or {"rows": []})["rows"]:
         label = _arm(row["folder"])
         if label in rows and row.get("settings"):
             why = settings_apart(base | rows[label], row["settings"])
             if row.get("reference_settings"):
                 why = why or settings_apart(base, row["reference_settings"], with_method=False)
-            found["distance", label] = why
-    return {key: why for key, why in found.items() if why is not None}
+            differences["distance", label] = why
+    return {key: why for key, why in differences.items() if why is not None}
 
 
 def _ratio(row: dict | None) -> str:

@@ -62,7 +62,7 @@ def interleaved_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     end = math.inf if most_seconds is None else perf_counter() + most_seconds
     for round_, name in in_turns(functions, repeats):
-        begins = all(len(found) == round_ for found in seconds.values())
+        begins = all(len(times) == round_ for times in seconds.values())
         if begins and round_ > 1 and perf_counter() > end:
             break
         synchronize(device)

@@ -30,10 +30,10 @@ def descriptions(cls: type, section: str = "Args") -> dict[str, str]:
     Raises:
         ValueError: the class has no docstring with such a section.
     """
-    found = re.search(rf"^{section}:\n((?:    .*\n|\n)+)", f"{inspect.getdoc(cls)}\n", re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{section}:\n((?:    .*\n|\n)+)", f"{inspect.getdoc(cls)}\n", re.MULTILINE)
+    if match is None:
         raise ValueError(f"{cls.__name__} has no {section!r} in its docstring")
-    entries = re.findall(r"^    (\w[\w, ]*): ((?:.+\n(?:     .*\n)*))", found[1], re.MULTILINE)
+    entries = re.findall(r"^    (\w[\w, ]*): ((?:.+\n(?:     .*\n)*))", match[1], re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 

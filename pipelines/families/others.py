@@ -82,6 +82,6 @@ def transformer_classes() -> list[str]:
 
     return sorted(
         name
-        for name, found in vars(transformers).items()
-        if isinstance(found, type) and issubclass(found, ModelMixin)
+        for name, value in vars(transformers).items()
+        if isinstance(value, type) and issubclass(value, ModelMixin)
     )

@@ -44,17 +44,17 @@ class Sequences:
         Raises:
             ValueError: two kinds of sequence have one length, so a call cannot be told.
         """
-        found: dict[int, tuple[Layout, ...]] = {}
+        layouts: dict[int, tuple[Layout, ...]] = {}
         for rows in self.kinds:
             for length in dict.fromkeys(row.num_tokens for row in rows):
-                if length in found:
+                if length in layouts:
                     raise ValueError(
                         f"two kinds of sequence have {length} tokens and cannot be told apart; "
                         "change the text length or the size by one token"
                     )
                 same = tuple(row for row in rows if row.num_tokens == length)
-                found[length] = same[:1] if len(set(same)) == 1 else same
-        return tuple(found.values())
+                layouts[length] = same[:1] if len(set(same)) == 1 else same
+        return tuple(layouts.values())
 
 
 def joint(*segments: Context | Grid | int) -> Layout:

@@ -137,7 +137,7 @@ def head_strengths(layers: dict[str, int], config: HeadGuidance) -> dict[str, to
         ValueError: a layer or a head that the model does not have; all that exist are said.
     """
     names = list(layers)
-    found: dict[str, torch.Tensor] = {}
+    by_layer: dict[str, torch.Tensor] = {}
     for (layer, head), strength in zip(config.heads, config.strengths):
         if isinstance(layer, int) and -len(names) <= layer < len(names):
             name = names[layer]
@@ -153,5 +153,5 @@ def head_strengths(layers: dict[str, int], config: HeadGuidance) -> dict[str, to
             raise ValueError(
                 f"head {head} of {name} does not exist; its heads are 0..{num_heads - 1}"
             )
-        found.setdefault(name, torch.zeros(num_heads))[head] = strength
-    return found
+        by_layer.setdefault(name, torch.zeros(num_heads))[head] = strength
+    return by_layer

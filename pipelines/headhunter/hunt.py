@@ -272,7 +272,7 @@ def hunt(
     folder: str | Path | None = None,
     verify: bool = True,
     progress: bool = True,
-    on_round: Callable[[Round], None] = lambda found: None,
+    on_round: Callable[[Round], None] = lambda round_: None,
 ) -> HuntResult:
     """Search the heads whose weakening guides a pipeline best (HeadHunter, arXiv:2506.10978).
 

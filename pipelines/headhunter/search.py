@@ -109,7 +109,7 @@ def greedy(
     score: Score,
     pool: Sequence[Head],
     policy: Policy,
-    on_round: Callable[[Round], None] = lambda found: None,
+    on_round: Callable[[Round], None] = lambda round_: None,
 ) -> list[Round]:
     """HeadHunter's search: each round adds the heads that score best beside those chosen before.
 
@@ -133,9 +133,9 @@ def greedy(
         pool = [head for head in pool if head not in added]
         scores = tuple(score(chosen, None))
         gain = statistics.fmean(scores) - best
-        found = Round(number, tuple(candidates), added, chosen, scores, gain > 0)
-        rounds.append(found)
-        on_round(found)
+        round_ = Round(number, tuple(candidates), added, chosen, scores, gain > 0)
+        rounds.append(round_)
+        on_round(round_)
         if policy.min_gain is not None and gain <= policy.min_gain:
             break
         best += max(gain, 0.0)

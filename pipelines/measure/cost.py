@@ -138,9 +138,9 @@ class _Lengths(TorchFunctionMode):
 
 def _lengths(sequences: Sequences, text: int) -> dict[str, int]:
     """The lengths that modules see, by what they are."""
-    found = {f"sequence {i}": rows[0].num_tokens for i, rows in enumerate(sequences.kinds)}
+    lengths = {f"sequence {i}": rows[0].num_tokens for i, rows in enumerate(sequences.kinds)}
     grids = sequences.layout.num_tokens - sequences.layout.num_context
-    return found | {"grids": grids, "text": text, "sample": 1}
+    return lengths | {"grids": grids, "text": text, "sample": 1}
 
 
 class _Learned:

@@ -57,9 +57,9 @@ class Drawings:
             write_record(manifest, self.settings)
             return
         # Folders of earlier versions do not say on which attention backend they were drawn.
-        found = {"dense_attention": self.settings.get("dense_attention")}
-        found |= self._read(manifest).data
-        differing = difference_of_settings(self.settings, found)
+        earlier = {"dense_attention": self.settings.get("dense_attention")}
+        earlier |= self._read(manifest).data
+        differing = difference_of_settings(self.settings, earlier)
         if differing:
             raise ValueError(
                 f"{self.folder} holds pictures drawn with other settings ({'; '.join(differing)}); "
@@ -95,15 +95,15 @@ class Drawings:
         path = self._record(item.index)
         if not path.exists():
             return None
-        found = self._read(path, _RECORD).data
+        stored = self._read(path, _RECORD).data
         wanted = {"prompt": item.prompt, "seed": item.seed}
-        differing = difference_of_settings(wanted, {k: found.get(k) for k in wanted})
+        differing = difference_of_settings(wanted, {k: stored.get(k) for k in wanted})
         if differing:
             raise ValueError(
                 f"picture {item.index} in {self.folder} was drawn for another "
                 f"{'; '.join(differing)}; use the same prompts and seeds, or another folder"
             )
-        return found
+        return stored
 
     def missing(self, items: list[Item]) -> list[Item]:
         """The items that are not drawn yet, in order."""

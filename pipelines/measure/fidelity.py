@@ -182,15 +182,15 @@ def measure(
         )
     a, b = map(image_tensor, frames)
     identical = bool((frames[0] == frames[1]).all())
-    found: dict = {"identical": identical, "psnr_db": None if identical else psnr(a, b)}
-    found["ssim"] = ssim(a, b) if min(a.shape[-2:]) >= SSIM_WINDOW else None
-    found["lpips"] = None if lpips is None else lpips(a, b)
+    values: dict = {"identical": identical, "psnr_db": None if identical else psnr(a, b)}
+    values["ssim"] = ssim(a, b) if min(a.shape[-2:]) >= SSIM_WINDOW else None
+    values["lpips"] = None if lpips is None else lpips(a, b)
     latents = dense.latents(item), other.latents(item)
-    found["latent_cosine"] = None if latents[0] is None or latents[1] is None else cosine(*latents)
+    values["latent_cosine"] = None if latents[0] is None or latents[1] is None else cosine(*latents)
     temporal = {"temporal_error": None, "motion_ratio": None}
     if len(a) > 1:
         temporal = temporal_consistency(a, b)
-    return found | temporal
+    return values | temporal
 
 
 def pool(rows: Sequence[dict]) -> dict:
@@ -206,11 +206,13 @@ def pool(rows: Sequence[dict]) -> dict:
 
 def paired_difference(a: Sequence[dict], b: Sequence[dict]) -> dict:
     """Mean of (a - b) by measure over the prompts where both have it, with its interval."""
-    found = {}
+    differences = {}
     for name in MEASURES:
         both = [(x[name], y[name]) for x, y in zip(a, b)]
-        found[name] = bootstrap_mean(x - y for x, y in both if x is not None and y is not None)
-    return found
+        differences[name] = bootstrap_mean(
+            x - y for x, y in both if x is not None and y is not None
+        )
+    return differences
 
 
 def seconds_ratio(dense: Sequence[dict], other: Sequence[dict]) -> dict | None:
@@ -298,12 +300,14 @@ def evaluate_fidelity(
 def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
     """Check every method on one dense run; its attention by distance. Masks go into folders."""
     layers = {v.label: sparse_layers(pipe, v.schedule) for v in variants}
-    found = capture_layers(pipe, call, sorted({x for some in layers.values() for x in some}), seed)
+    captured = capture_layers(
+        pipe, call, sorted({x for some in layers.values() for x in some}), seed
+    )
     names = layer_names(pipe)
     checks: dict[str, Checked] = {}
     for v in variants:
         own = [] if v.method.dense else [names[x] for x in layers[v.label]]
-        mine = [c for c in found if c.layer in own]
+        mine = [c for c in captured if c.layer in own]
         if own and not mine:
             mine = capture_layers(pipe, call, layers[v.label], seed)
         checks[v.label], plan = check_captured(v.method, mine, v.backend)
@@ -311,7 +315,7 @@ def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
         if plan is not None and not path.exists():
             picture = mask_picture(plan, mine[0].layout, v.label, mine[0].layer)
             write_image(path, picture)
-    return checks, [mass_by_distance(c) for c in found]
+    return checks, [mass_by_distance(c) for c in captured]
 
 
 def _compare(
@@ -347,16 +351,18 @@ def _row(variant: Variant, checked: Checked, records: dict, measured: list[dict]
 
 def did_not_run(records: Sequence[dict]) -> str | None:
     """Why the method ran in no picture; None where it ran in any."""
-    found = [r["attention"].get("did_not_run") for r in records]
-    return None if None in found else found[0]
+    reasons = [r["attention"].get("did_not_run") for r in records]
+    return None if None in reasons else reasons[0]
 
 
 def _density(records: Sequence[dict]) -> float | None:
     """Mean over pictures of what ``describe`` found in sparse layers; None if not recorded."""
-    found = [r["attention"]["density"] if r["attention"]["sparse_layers"] else 1 for r in records]
-    if None in found:
+    densities = [
+        r["attention"]["density"] if r["attention"]["sparse_layers"] else 1 for r in records
+    ]
+    if None in densities:
         return None
-    return math.fsum(found) / len(found)
+    return math.fsum(densities) / len(densities)
 
 
 def _sparse_layers(records: Sequence[dict]) -> str:

@@ -75,14 +75,14 @@ def attention_seconds(pipe) -> Iterator[AttentionSeconds]:
     """
     models = transformers_of(pipe)
     device = next(iter(models.values())).device
-    found, mode, began = AttentionSeconds(), _Timed(device), [0.0]
+    spent, mode, began = AttentionSeconds(), _Timed(device), [0.0]
 
     def enter(module, args):
         mode.inside = True
         began[0] = mode.now()
 
     def leave(module, args, out):
-        found.modules += mode.now() - began[0]
+        spent.modules += mode.now() - began[0]
         mode.inside = False
 
     with contextlib.ExitStack() as stack:
@@ -92,8 +92,8 @@ def attention_seconds(pipe) -> Iterator[AttentionSeconds]:
                 stack.callback(module.register_forward_pre_hook(enter).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         with mode:
-            yield found
-    found.attention, found.calls = mode.seconds, mode.calls
+            yield spent
+    spent.attention, spent.calls = mode.seconds, mode.calls
 
 
 def amdahl(share: float, density: float | None = None) -> float:
@@ -155,11 +155,11 @@ class _Arms:
     def draw(self, arm: str) -> Run:
         v = self.variant
         method = None if arm == "dense" else v.way or v.method
-        found, description = draw(
+        run, description = draw(
             self.pipe, self.call, self.seed, method, v.schedule, backend=v.backend
         )
         self.description = description or self.description
-        return found
+        return run
 
     def time(self, pairs: int, on_stage: Callable[[str], None]) -> str | None:
         """Time whole calls in turns after a warm-up of each; why not, if the method is idle."""
@@ -172,8 +172,8 @@ class _Arms:
             on_stage(f"{arm}, pair {turn + 1} of {pairs}")
             reset_peak_memory(self.device)
             result = self.draw(arm)
-            found = peak_memory(self.device)
-            self.memory[arm] = None if found is None else max(found, self.memory.get(arm) or 0)
+            peak = peak_memory(self.device)
+            self.memory[arm] = None if peak is None else max(peak, self.memory.get(arm) or 0)
             self.runs[arm].append(result)
         return None
 
@@ -230,13 +230,13 @@ def measure_latency(
         idle = arms.time(pairs, on_stage)
         if idle is None:
             arms.share(on_stage)
-    found = settings | {
+    row = settings | {
         "preset": variant.preset,
         "did_not_run": idle,
         "parity": checked.to_dict(),
         "attention": arms.description.to_dict(),
     }
-    return found if idle else found | _numbers(arms, checked)
+    return row if idle else row | _numbers(arms, checked)
 
 
 def _numbers(arms: _Arms, checked: Checked) -> dict:

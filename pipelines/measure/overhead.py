@@ -130,10 +130,10 @@ def measure_overhead(
     seconds, overhead = {"stock": []}, {}
     for arm in ARMS:
         pair = {name: functions[name] for name in ("stock", arm)}
-        found = interleaved_seconds(pair, repeats, work.device)
-        seconds["stock"] += found["stock"]
-        seconds[arm] = found[arm]
-        overhead[arm] = percentiles(a / b - 1 for a, b in zip(found[arm], found["stock"]))
+        paired = interleaved_seconds(pair, repeats, work.device)
+        seconds["stock"] += paired["stock"]
+        seconds[arm] = paired[arm]
+        overhead[arm] = percentiles(a / b - 1 for a, b in zip(paired[arm], paired["stock"]))
     return {
         "model": type(model).__name__,
         "layers": layers,

@@ -164,8 +164,8 @@ def _guided_cell(name, method, model, inputs, stock, noise) -> Cell:
 def _gradients(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     """The gradients of all parameters, each scaled to its largest value, flat."""
     model.zero_grad()
-    found = model(**inputs)[0]
-    parts = found if isinstance(found, list) else [found]
+    output = model(**inputs)[0]
+    parts = output if isinstance(output, list) else [output]
     sum(x.float().square().mean() for x in parts).backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return torch.cat([grad / grad.abs().max().clamp_min(1e-6) for grad in grads])

@@ -50,8 +50,8 @@ class _Recorder:
 
     strict, shortcut = True, None
 
-    def __init__(self, model: torch.nn.Module, layer: str, steps, found: list[Captured]):
-        self.model, self.layer, self.steps, self.found = model, layer, steps, found
+    def __init__(self, model: torch.nn.Module, layer: str, steps, captured: list[Captured]):
+        self.model, self.layer, self.steps, self.captured = model, layer, steps, captured
 
     @property
     def layout(self) -> Layout:
@@ -76,14 +76,14 @@ class _Recorder:
     def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
         state = self.model._dittfast
         step, _ = state.passes.current.step
-        again = any(c.step == step and c.layer == self.layer for c in self.found)
+        again = any(c.step == step and c.layer == self.layer for c in self.captured)
         if step in self.steps and not again:
             q, k, v = (call[name].detach().clone() for name in ("query", "key", "value"))
             scale = call.get("scale")
             scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
             token = self.layout.grid_start if state.family.outer_mask else None
             weight = key_log_weight(call.get("attn_mask"), q, token)
-            self.found.append(Captured(step, self.layer, self.layout, q, k, v, scale, weight))
+            self.captured.append(Captured(step, self.layer, self.layout, q, k, v, scale, weight))
         return out
 
 

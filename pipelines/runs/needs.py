@@ -85,8 +85,8 @@ def _width(model: torch.nn.Module) -> int | None:
     heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
     if isinstance(heads, int) and isinstance(size, int):
         return heads * size
-    found = config.get("hidden_size") or config.get("dim")
-    return found if isinstance(found, int) else None
+    width = config.get("hidden_size") or config.get("dim")
+    return width if isinstance(width, int) else None
 
 
 def _weights(pipe) -> int:

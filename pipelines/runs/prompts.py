@@ -42,13 +42,13 @@ def read_prompts(path: str | Path) -> list[str]:
         raise FileNotFoundError(f"no prompts file at {path}; it holds one prompt per line")
     text = read_text(path)
     if path.suffix.lower() == ".json":
-        found = _from_json(path, text)
+        prompts = _from_json(path, text)
     else:
         lines = (line.strip() for line in text.splitlines())
-        found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
+        prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
         raise ValueError(f"{path} holds no prompt; write one per line")
-    return found
+    return prompts
 
 
 def _from_json(path: Path, text: str) -> list[str]:
@@ -58,7 +58,7 @@ def _from_json(path: Path, text: str) -> list[str]:
         data = data.get("annotations", data.get("prompts"))
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected a list of prompts, or COCO's 'annotations'")
-    found = []
+    prompts = []
     for number, entry in enumerate(data):
         if isinstance(entry, dict):
             entry = next((entry[key] for key in _KEYS if key in entry), None)
@@ -66,8 +66,8 @@ def _from_json(path: Path, text: str) -> list[str]:
             raise ValueError(
                 f"{path}: entry {number} has no text under {', '.join(_KEYS)}: {str(entry)[:80]}"
             )
-        found.append(" ".join(entry.split()))
-    return found
+        prompts.append(" ".join(entry.split()))
+    return prompts
 
 
 def make_items(prompts: list[str], count: int | None = None, seed: int = 0) -> list[Item]:

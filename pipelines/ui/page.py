@@ -79,7 +79,7 @@ class _Options:
     def given(self, chosen: str, values: dict) -> dict:
         """The options that the chosen method's fields give; empty ones are left to the method."""
         method, schedule = resolve(chosen)
-        found = {}
+        options = {}
         for owner, fields in ((method, self.fields[method.name]), (schedule, self.schedule)):
             for name, field in fields.items():
                 value = values[field]
@@ -91,8 +91,8 @@ class _Options:
                         continue
                     value = option_value(value, name)
                 if value != getattr(owner, name):
-                    found[name] = value
-        return found
+                    options[name] = value
+        return options
 
 
 def _option_field(gr, name: str, kind: str, default, meaning: str):

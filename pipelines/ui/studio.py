@@ -196,8 +196,8 @@ class Studio:
         self, pipe, call: dict, method: Method, at: tuple[int, int], request: Request
     ) -> Look:
         step, layer = at
-        found, *_ = capture(pipe, call, steps=[step], layers=[layer], seed=request.seed)
-        report = measure(method, found, self.backend)
+        captured, *_ = capture(pipe, call, steps=[step], layers=[layer], seed=request.seed)
+        report = measure(method, captured, self.backend)
         density, mass, error = (
             sum(getattr(head, name) for head in report.heads) / len(report.heads)
             for name in ("density", "mass", "error")
@@ -206,14 +206,14 @@ class Studio:
         by_head = report.plan.kv_indices.shape[1] > 1
         mask = block_mask(
             report.plan,
-            found.layout,
+            captured.layout,
             title=f"{method.name}, {where}" + (", head 0" if by_head else ""),
             lines=[f"density {report.heads[0].density:.4f}"],
             legend_below=True,
             size=420,
         )
         kept = kept_picture([report], f"{method.name}: {mass:.0%} of the attention kept")
-        tokens = found.layout.num_tokens
+        tokens = captured.layout.num_tokens
         return Look(step, report.layer, tokens, mask, kept, density, mass, error)
 
 
@@ -234,7 +234,7 @@ def _steps(pipe, call: dict) -> int:
 def _place(pipe, steps: int, request: Request) -> tuple[int, int]:
     """Step and layer to look at, checked before anything is drawn; by default the middle."""
     model = next(iter(transformers_of(pipe).values()))
-    found = []
+    place = []
     layers = len(attention_layers(model, family_of(model)))
     for name, count, asked in (("step", steps, request.step), ("layer", layers, request.layer)):
         if asked is not None and not 0 <= asked < count:
@@ -242,8 +242,8 @@ def _place(pipe, steps: int, request: Request) -> tuple[int, int]:
                 f"the {name} to look at must lie in 0..{count - 1} here, got {asked}; an empty "
                 "field is the middle one"
             )
-        found.append(count // 2 if asked is None else asked)
-    return found[0], found[1]
+        place.append(count // 2 if asked is None else asked)
+    return place[0], place[1]
 
 
 class _Progress:
