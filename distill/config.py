@@ -159,7 +159,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class LossWeights:
     """Weights of the losses, and the layers that two of them look at.
 
     Attributes:
@@ -302,7 +302,7 @@ class DistillConfig:
     student: StudentConfig
     data: DataConfig
     train: TrainConfig
-    objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objectives: LossWeights = field(default_factory=LossWeights)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def to_dict(self) -> dict:

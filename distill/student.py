@@ -16,7 +16,7 @@ from dittfast.pipelines.models import attention_layers, transformers_of
 from dittfast.schedule import matching_layers
 
 from .capture import capture
-from .config import ObjectiveConfig, StudentConfig
+from .config import LossWeights, StudentConfig
 from .lora import ADAPTER, add_lora
 from .sharding import is_sharded, local, part, shard
 
@@ -73,7 +73,7 @@ class Student(torch.nn.Module):
         pipe,
         component: str,
         config: StudentConfig,
-        objectives: ObjectiveConfig,
+        objectives: LossWeights,
         separate_teacher: bool = False,
     ):
         super().__init__()
@@ -117,7 +117,7 @@ class Student(torch.nn.Module):
                 name: model.get_parameter(name).detach().clone() for name in self._model_names()
             }
 
-    def _taps(self, objectives: ObjectiveConfig) -> tuple[list[str], list[str]]:
+    def _taps(self, objectives: LossWeights) -> tuple[list[str], list[str]]:
         """The layers whose attention, and whose blocks' output, the losses compare."""
         attention, features = [], []
         if objectives.attention:

@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import oracle
-import parity
+import random_plans
 import test_functional
 import test_local
 import test_log_linear
@@ -175,12 +175,12 @@ def plan_case(draw, case):
     blocks = draw.choice((4, 16, 33))
     queries, keys = draw.randint(1, 120), draw.randint(1, 120)
     seed = draw.randrange(10**6)
-    make = draw.choice((parity.even_blocks, parity.ragged_blocks))
+    make = draw.choice((random_plans.even_blocks, random_plans.ragged_blocks))
     rule = None
     if draw.random() < 0.5:
-        rule = parity.random_rule(queries, keys, draw.choice(METRICS), seed=seed)
+        rule = random_plans.random_rule(queries, keys, draw.choice(METRICS), seed=seed)
     lists = draw.choice(((1, 1), (1, 2), (2, 1), (2, 2)))
-    plan = parity.random_plan(
+    plan = random_plans.random_plan(
         make(queries, blocks), make(keys, blocks), lists, rule, draw.random(), seed
     )
     batch = max(lists[0], draw.choice((1, 2)))
@@ -195,8 +195,8 @@ def plan_case(draw, case):
     grad_lse = torch.randn(inputs[3].shape[:3]) if draw.random() < 0.7 else None
     exact = oracle.results(*inputs, grad_lse, plan, weight, scale)
     chosen = {"kv_log_weight": weight, "scale": scale}
-    found = parity.results(*inputs, grad_lse, plan, case["backend"], **chosen)
-    eager = parity.eager_results(*inputs, grad_lse, plan, weight, scale or d**-0.5)
+    found = random_plans.results(*inputs, grad_lse, plan, case["backend"], **chosen)
+    eager = random_plans.eager_results(*inputs, grad_lse, plan, weight, scale or d**-0.5)
     unseen = exact["lse"] == -torch.inf
     assert torch.equal(found["lse"] == -torch.inf, unseen), "rows that see nothing"
     for name, value in exact.items():

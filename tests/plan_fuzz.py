@@ -13,7 +13,7 @@ from which to go on. With sanitizers (GCC):
 import argparse
 
 import torch
-from parity import VIEWS, even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import VIEWS, even_blocks, ragged_blocks, random_plan, random_rule
 
 from dittfast import attend
 from dittfast.plan import METRICS, Plan, TokenRule

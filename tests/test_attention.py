@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from parity import even_blocks, ragged_blocks, random_plan, random_rule, results
+from random_plans import even_blocks, ragged_blocks, random_plan, random_rule, results
 
 from dittfast import Layout, attend, methods
 from dittfast.attention import BACKENDS, choose_backend, method_attention

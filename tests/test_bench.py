@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 
 from dittfast import Layout, attend, methods
 from dittfast.attention import choose_backend
@@ -43,7 +43,7 @@ def test_parity_holds_with_everything_a_plan_can_carry(backward):
         out_residual=torch.randn(1, 2, blocks.count, 16),
     )
     inputs = attention_inputs(1, 2, 111, 16)
-    check.check_parity(*inputs, plan, 0.25, backward=backward)
+    check.check_against_dense(*inputs, plan, 0.25, backward=backward)
 
 
 def one_pair_more(q, k, v, plan, **options):
@@ -64,7 +64,7 @@ def test_a_wrong_result_is_not_measured(monkeypatch, wrong, what):
     monkeypatch.setattr(check, "attend", wrong)
     monkeypatch.setattr(bench, "interleaved_seconds", lambda *_: pytest.fail("was measured"))
     work = Workload(Layout.image(10, 12), head_dim=16, backward=True)
-    with pytest.raises(check.ParityError, match=f"disagrees with dense attention: {what}: error"):
+    with pytest.raises(check.WrongResult, match=f"disagrees with dense attention: {what}: error"):
         bench.bench_attention(methods.Local(3), work, repeats=1, flex=False)
 
 
@@ -276,7 +276,7 @@ def test_a_backend_that_is_compared_must_be_right(monkeypatch):
     work = Workload(Layout.image(4, 4), heads=1, head_dim=16)
     options = dict(repeats=1, flex=False, backend="reference")
     bench.bench_attention(methods.Local(2), work, **options)
-    with pytest.raises(check.ParityError):
+    with pytest.raises(check.WrongResult):
         bench.bench_attention(methods.Local(2), work, compare=("cpu",), **options)
 
 

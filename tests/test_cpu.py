@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from parity import (
-    assert_parity,
+from random_plans import (
+    assert_matches_oracle,
     even_blocks,
     ragged_blocks,
     random_plan,
@@ -27,7 +27,7 @@ def test_an_order_whose_ends_look_like_a_run_of_tokens():
     order = torch.tensor([0, 5, 6, 3, 1, 2, 4, 7])
     kv_blocks = even_blocks(8, 4)._replace(order=order.int())
     mask = torch.tensor([[True, False]])
-    assert_parity(Plan.from_block_mask(mask, even_blocks(16, 16), kv_blocks), "cpu")
+    assert_matches_oracle(Plan.from_block_mask(mask, even_blocks(16, 16), kv_blocks), "cpu")
 
 
 def test_a_block_over_more_frames_than_are_looked_at():
@@ -38,7 +38,7 @@ def test_a_block_over_more_frames_than_are_looked_at():
     assert cpu_worklist._MOST_FRAMES < 12
     rows, cols = np.indices((2, 2)).reshape(2, -1)
     partial = np.zeros(4, dtype=bool)
-    assert_parity(Plan.from_lists(rows, cols, partial, blocks, blocks, rule=rule), "cpu")
+    assert_matches_oracle(Plan.from_lists(rows, cols, partial, blocks, blocks, rule=rule), "cpu")
 
 
 def test_lists_that_do_not_rise():
@@ -46,17 +46,17 @@ def test_lists_that_do_not_rise():
     one = lambda *rows: torch.tensor([[rows]], dtype=torch.int32)  # noqa: E731
     blocks = even_blocks(6, 1)
     lists, count = one(*([0, 5, 2],) * 6), one(*(3,) * 6)
-    assert_parity(Plan(lists, count, count, blocks, blocks), "cpu")
+    assert_matches_oracle(Plan(lists, count, count, blocks, blocks), "cpu")
     # Blocks of two keys, listed back to front: 4 5, 0 1, 2 3, 6 7.
     kv_blocks = make_blocks([4, 0, 2, 6], [2, 2, 2, 2])
     plan = Plan(one([0, 1, 2, 3]), one(4), one(4), even_blocks(8, 8), kv_blocks)
-    assert_parity(plan, "cpu")
+    assert_matches_oracle(plan, "cpu")
 
 
 def test_log_weights_of_plan_and_call_add_up():
     blocks = even_blocks(96, 32)
     plan = random_plan(blocks, blocks, kv_log_weight=torch.rand(1, 1, 96))
-    assert_parity(plan, "cpu", kv_log_weight=torch.rand(1, 1, 96))
+    assert_matches_oracle(plan, "cpu", kv_log_weight=torch.rand(1, 1, 96))
 
 
 def test_everything_at_once():
@@ -71,7 +71,7 @@ def test_everything_at_once():
         out_scale=torch.rand(1, 3, q_blocks.count) + 0.5,
         out_residual=torch.randn(2, 1, q_blocks.count, 20),
     )
-    assert_parity(plan, "cpu", batch=2, heads=3, head_dim=20, kv_log_weight=weight)
+    assert_matches_oracle(plan, "cpu", batch=2, heads=3, head_dim=20, kv_log_weight=weight)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -187,13 +187,13 @@ def test_blocks_far_apart_share_a_call(weighted, monkeypatch):
     weight = None
     if weighted:
         weight = torch.randn(2, 3, plan.num_keys, generator=torch.Generator().manual_seed(0))
-    assert_parity(plan, "cpu", batch=2, heads=3, kv_log_weight=weight)
+    assert_matches_oracle(plan, "cpu", batch=2, heads=3, kv_log_weight=weight)
 
 
 def test_bias_is_bounded(monkeypatch):
     monkeypatch.setattr(cpu, "_BIAS_VALUES", 1000)
     blocks = ragged_blocks(200, 64, 21)
-    assert_parity(random_plan(blocks, blocks, rule=random_rule(200, 200)), "cpu")
+    assert_matches_oracle(random_plan(blocks, blocks, rule=random_rule(200, 200)), "cpu")
 
 
 def test_refuses_what_it_cannot_run():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from parity import even_blocks, ragged_blocks, random_plan, random_rule
 from patterns import Band
+from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 

@@ -127,17 +127,17 @@ def test_recipes_of_published_models_can_be_tried_without_the_hub(monkeypatch):
     """Oracle: CLEAR trains q, k, v and out of 57 layers; the single blocks have no out."""
     import diffusers
 
-    from dittfast.distill.estimate import estimate
+    from dittfast.distill.memory import memory_needs
 
     def offline(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
-    found = estimate(load_config("clear_flux"))["parameters"]
+    found = memory_needs(load_config("clear_flux"))["parameters"]
     assert found["trained"] == (57 * 3 + 19) * (3072 * 3072 + 3072)
     assert 11.8e9 < found["model"] < 12e9
     with pytest.raises(ValueError, match="no network"):
-        estimate(load_config("clear_flux", ["model.path=nobody/nothing"]))
+        memory_needs(load_config("clear_flux", ["model.path=nobody/nothing"]))
 
 
 def test_dry_run_counts_what_training_would_train(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 from distill_run import MAKE, one_thread  # noqa: F401
 
 from dittfast.distill.capture import capture
-from dittfast.distill.config import ObjectiveConfig, StudentConfig
+from dittfast.distill.config import LossWeights, StudentConfig
 from dittfast.distill.student import Student
 from dittfast.pipelines.families import tiny as families
 
@@ -21,7 +21,7 @@ LOCAL = {"method": "local", "options": {"window": 2, "downsample": 2, "tile": (1
 def make(family="flux", separate=False, objectives=None, **options):
     pipe = MAKE[family]()
     config = StudentConfig(**{**LOCAL, **options})
-    return Student(pipe, "transformer", config, objectives or ObjectiveConfig(), separate)
+    return Student(pipe, "transformer", config, objectives or LossWeights(), separate)
 
 
 def arguments(family="flux"):
@@ -120,9 +120,9 @@ def test_dense_layers_have_nothing_of_the_methods_to_train():
     with pytest.raises(ValueError, match="leaves nothing to train"):
         make(trainable="method", options={"window": 2})
     with pytest.raises(ValueError, match=r"objectives\.attention_layers entry 9"):
-        make(objectives=ObjectiveConfig(attention_layers=(9,)))
+        make(objectives=LossWeights(attention_layers=(9,)))
     with pytest.raises(ValueError, match=r"transformer; got 'transformer_2'"):
-        Student(MAKE["flux"](), "transformer_2", StudentConfig(**LOCAL), ObjectiveConfig())
+        Student(MAKE["flux"](), "transformer_2", StudentConfig(**LOCAL), LossWeights())
 
 
 def attention_by_hand(module, hidden, text, rotary):
@@ -182,7 +182,7 @@ def test_captured_attention_is_the_output_before_its_projection():
 
 @pytest.mark.parametrize("family", MAKE)
 def test_gradients_through_captured_outputs_under_checkpointing(family):
-    objectives = ObjectiveConfig(features=1.0)
+    objectives = LossWeights(features=1.0)
     student = make(family, objectives=objectives)
     inputs = arguments(family)
 
@@ -220,7 +220,7 @@ def test_half_precision_models_train_in_fp32():
         k: v.bfloat16() if k in ("hidden_states", "encoder_hidden_states", "pooled_projections")
         else v for k, v in arguments().items()
     }  # fmt: skip
-    student = Student(pipe, "transformer", StudentConfig(**LOCAL), ObjectiveConfig())
+    student = Student(pipe, "transformer", StudentConfig(**LOCAL), LossWeights())
     assert {p.dtype for p in student.trainable().values()} == {torch.float32}
     assert student.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
@@ -251,7 +251,7 @@ def test_every_family_has_a_teacher_and_something_to_train(name):
         expected = stock(**inputs, return_dict=False)[0]
     model, _ = TINY[name].build()
     config = StudentConfig("local", {"window": 1.5}, trainable="attention")
-    student = Student(Components(model), "transformer", config, ObjectiveConfig())
+    student = Student(Components(model), "transformer", config, LossWeights())
     names = list(student.trainable())
     for name, p in model.named_parameters():
         inside = name.startswith(tuple(f"{layer}." for layer in student.layers))

@@ -13,7 +13,7 @@ from tiny import flux_pipeline, wan_pipeline
 
 import dittfast
 from dittfast.markdown import markdown_table
-from dittfast.measure.check import ParityError
+from dittfast.measure.check import WrongResult
 from dittfast.measure.metrics import cosine, temporal_consistency
 from dittfast.measure.perceptual import load_lpips, missing_for_lpips
 from dittfast.measure.summary import bootstrap_mean, interval
@@ -263,7 +263,7 @@ def test_a_wrong_method_is_not_drawn(pipe, tmp_path, monkeypatch):
 
     right = check.attend
     monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) * 1.01)
-    with pytest.raises(ParityError, match=r"local, layer transformer_blocks.0.attn: attend"):
+    with pytest.raises(WrongResult, match=r"local, layer transformer_blocks.0.attn: attend"):
         evaluate_fidelity(pipe, SOURCE, CALL, ITEMS, [LOCAL], tmp_path)
     assert not list(tmp_path.glob("*/records/*.json"))
 

@@ -11,7 +11,7 @@ from PIL import Image
 from dittfast.cli import main
 from dittfast.layout import Layout
 from dittfast.measure.bench import Workload
-from dittfast.measure.check import ParityError
+from dittfast.measure.check import WrongResult
 from dittfast.measure.growth import exponent, growing_layout, growth
 from dittfast.methods import LogLinear, Radial
 
@@ -51,11 +51,11 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     from dittfast.measure import growth as module
 
     def wrong(*args, **kwargs):
-        raise ParityError("attend disagrees")
+        raise WrongResult("attend disagrees")
 
-    monkeypatch.setattr(module, "check_parity", wrong)
+    monkeypatch.setattr(module, "check_against_dense", wrong)
     monkeypatch.setattr(module, "interleaved_seconds", lambda *a: pytest.fail("timed"))
-    with pytest.raises(ParityError):
+    with pytest.raises(WrongResult):
         growth(Radial(), [256], Workload(Layout.image(1, 1), head_dim=16), frame=(8, 8))
 
 

@@ -1,4 +1,4 @@
-"""Speed: gated by parity, end to end and per step together, with attention's share."""
+"""Speed: gated by right results, end to end and per step together, with attention's share."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import flux_pipeline
 
 from dittfast.environment import peak_memory, reset_peak_memory
-from dittfast.measure.check import ParityError
+from dittfast.measure.check import WrongResult
 from dittfast.measure.tables import latency_table
 from dittfast.methods import Local
 from dittfast.pipelines.measure import latency
@@ -65,7 +65,7 @@ def test_nothing_is_timed_when_the_method_is_wrong(pipe, monkeypatch):
     right = check.attend
     monkeypatch.setattr(check, "attend", lambda *a, **k: right(*a, **k) + 0.1)
     monkeypatch.setattr(latency, "draw", lambda *a, **k: pytest.fail("was timed"))
-    with pytest.raises(ParityError, match="local, layer"):
+    with pytest.raises(WrongResult, match="local, layer"):
         measure_latency(pipe, Source("folder", "tiny", "tiny"), CALL, LOCAL)
     with pytest.raises(ValueError, match="pairs must be at least 1, got 0"):
         measure_latency(pipe, Source("folder", "tiny", "tiny"), CALL, LOCAL, pairs=0)

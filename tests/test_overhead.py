@@ -1,4 +1,4 @@
-"""``dittfast bench overhead``: parity first, then pairs; real models at a small size."""
+"""``dittfast bench overhead``: equal outputs first, then pairs; real models at a small size."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from dittfast import Layout, attend
 from dittfast.cli import main
 from dittfast.measure.bench import Workload
-from dittfast.measure.check import ParityError
+from dittfast.measure.check import WrongResult
 from dittfast.pipelines.measure import overhead
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
@@ -33,7 +33,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     monkeypatch.setattr("dittfast.attention.attend", one_less)
     monkeypatch.setattr(overhead, "interleaved_seconds", lambda *a: pytest.fail("timed"))
-    with pytest.raises(ParityError, match="full_plan differs from the stock model"):
+    with pytest.raises(WrongResult, match="full_plan differs from the stock model"):
         overhead.measure_overhead("wan", WORK, tokens=64, layers=1)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 
 from dittfast.layout import Layout, make_blocks
 from dittfast.plan import METRICS, Plan, TokenRule, transpose_lists

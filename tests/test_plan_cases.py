@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from parity import (
+from random_plans import (
     VIEWS,
-    assert_parity,
+    assert_matches_oracle,
     even_blocks,
     ragged_blocks,
     random_plan,
@@ -41,7 +41,7 @@ EACH_DTYPE = pytest.mark.parametrize(
 @pytest.mark.parametrize("num_tokens", [1, 63, 111, 390, 1000])
 def test_sizes_and_dtypes(backend, num_tokens, dtype):
     blocks = ragged_blocks(num_tokens, 64, seed=num_tokens)
-    assert_parity(random_plan(blocks, blocks), backend, dtype=dtype, head_dim=32)
+    assert_matches_oracle(random_plan(blocks, blocks), backend, dtype=dtype, head_dim=32)
 
 
 @EACH_DTYPE
@@ -49,14 +49,14 @@ def test_sizes_and_dtypes(backend, num_tokens, dtype):
 def test_input_scales(backend, size, dtype):
     blocks = even_blocks(192, 64)
     plan = random_plan(blocks, blocks, rule=random_rule(192, 192))
-    assert_parity(plan, backend, dtype=dtype, size=size, head_dim=64)
+    assert_matches_oracle(plan, backend, dtype=dtype, size=size, head_dim=64)
 
 
 @EACH
 @pytest.mark.parametrize("head_dim", [1, 8, 15, 16, 64, 80, 256])
 def test_head_dims(backend, head_dim):
     plan = random_plan(ragged_blocks(63, 16, 1), ragged_blocks(70, 32, 2))
-    assert_parity(plan, backend, head_dim=head_dim)
+    assert_matches_oracle(plan, backend, head_dim=head_dim)
 
 
 @EACH
@@ -65,14 +65,14 @@ def test_head_dims(backend, head_dim):
 def test_lists_per_batch_row_and_per_head(backend, lists, with_rule):
     rule = random_rule(111, 111) if with_rule else None
     blocks = ragged_blocks(111, 32, 3)
-    assert_parity(random_plan(blocks, blocks, lists, rule), backend, batch=2, heads=3)
+    assert_matches_oracle(random_plan(blocks, blocks, lists, rule), backend, batch=2, heads=3)
 
 
 @EACH
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 50), (50, 1), (16, 128), (300, 7)], ids=str)
 def test_block_sizes(backend, sizes):
     plan = random_plan(ragged_blocks(300, sizes[0], 4), ragged_blocks(200, sizes[1], 5))
-    assert_parity(plan, backend, heads=1)
+    assert_matches_oracle(plan, backend, heads=1)
 
 
 @EACH
@@ -80,7 +80,7 @@ def test_block_sizes(backend, sizes):
 def test_orders(backend, sides):
     q_blocks = ragged_blocks(90, 32, 6, shuffle=sides != "kv")
     kv_blocks = ragged_blocks(111, 32, 7, shuffle=sides != "q")
-    assert_parity(random_plan(q_blocks, kv_blocks, (1, 2)), backend)
+    assert_matches_oracle(random_plan(q_blocks, kv_blocks, (1, 2)), backend)
 
 
 @EACH
@@ -89,7 +89,7 @@ def test_orders(backend, sides):
 def test_token_rule_anywhere(backend, metric, frames):
     rule = random_rule(90, 130, metric, frames, sink_frames=frames // 3)
     blocks = ragged_blocks(90, 32, 8), ragged_blocks(130, 64, 9, shuffle=True)
-    assert_parity(random_plan(*blocks, rule=rule), backend)
+    assert_matches_oracle(random_plan(*blocks, rule=rule), backend)
 
 
 @EACH
@@ -100,7 +100,7 @@ def test_rule_of_distances_beyond_what_fp32_counts_exactly(backend):
     limit = torch.tensor([35_000], dtype=torch.int32)
     rule = TokenRule("raster", limit, frame, place, frame, place + 1)
     blocks = even_blocks(place.numel(), 32)
-    assert_parity(random_plan(blocks, blocks, rule=rule), backend)
+    assert_matches_oracle(random_plan(blocks, blocks, rule=rule), backend)
 
 
 PATTERNS = {
@@ -118,7 +118,7 @@ PATTERNS = {
 @pytest.mark.parametrize("name", PATTERNS)
 def test_methods(backend, name):
     method, layout = PATTERNS[name]
-    assert_parity(method.plan(layout), backend, batch=2, head_dim=32)
+    assert_matches_oracle(method.plan(layout), backend, batch=2, head_dim=32)
 
 
 @EACH
@@ -130,7 +130,7 @@ def test_log_weight(backend, shape, with_rule):
     blocks = ragged_blocks(111, 32, 10, shuffle=True)
     rule = random_rule(111, 111) if with_rule else None
     plan = random_plan(blocks, blocks, rule=rule, kv_log_weight=torch.rand(1, 1, 111))
-    assert_parity(plan, backend, batch=2, heads=3, kv_log_weight=weight)
+    assert_matches_oracle(plan, backend, batch=2, heads=3, kv_log_weight=weight)
 
 
 @EACH_DTYPE
@@ -149,7 +149,7 @@ def test_queries_that_see_nothing(backend, hidden_by, dtype):
         rule = TokenRule("raster", never, frame, place, frame, place)
         full = torch.tensor([[[0, 3, 3]]], dtype=torch.int32)
         plan = plan.replace(rule=rule, kv_num_full_blocks=full)
-    found = assert_parity(plan, backend, dtype=dtype, kv_log_weight=weight)
+    found = assert_matches_oracle(plan, backend, dtype=dtype, kv_log_weight=weight)
     assert bool((found["lse"][:, :, :32] == -torch.inf).all())
     assert float(found["out"][:, :, :32].abs().max()) == 0
     assert float(found["dq"][:, :, :32].abs().max()) == 0
@@ -167,15 +167,15 @@ def test_epilogue(backend, shape, dtype):
         out_residual=torch.randn(*shape, blocks.count, 16),
     )
     for epilogue in (plan, plan.replace(out_residual=None), plan.replace(out_scale=None)):
-        assert_parity(epilogue, backend, batch=2, heads=3, dtype=dtype)
+        assert_matches_oracle(epilogue, backend, batch=2, heads=3, dtype=dtype)
 
 
 @EACH
 def test_without_a_gradient_of_lse_and_with_a_negative_scale(backend):
     blocks = even_blocks(96, 32)
     plan = random_plan(blocks, blocks)
-    assert_parity(plan, backend, with_lse=False)
-    assert_parity(plan, backend, scale=-2.0)
+    assert_matches_oracle(plan, backend, with_lse=False)
+    assert_matches_oracle(plan, backend, scale=-2.0)
 
 
 @EACH_DTYPE
@@ -183,7 +183,7 @@ def test_without_a_gradient_of_lse_and_with_a_negative_scale(backend):
 def test_strided_inputs(backend, view, dtype):
     blocks = ragged_blocks(63, 16, 14)
     plan = random_plan(blocks, blocks, (2, 2))
-    assert_parity(plan, backend, batch=2, view=view, dtype=dtype)
+    assert_matches_oracle(plan, backend, batch=2, view=view, dtype=dtype)
 
 
 @EACH

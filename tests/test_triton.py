@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from parity import VIEWS
+from random_plans import VIEWS
 
 from dittfast.attention import attend
 from dittfast.kernels import triton_backend

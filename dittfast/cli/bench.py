@@ -117,7 +117,7 @@ def run(args) -> int:
         check_output(args.json)
 
     from dittfast.environment import describe_device, versions
-    from dittfast.measure.check import ParityError
+    from dittfast.measure.check import WrongResult
 
     methods = _methods(args) if "method" in args else []
     work = _workload(args)
@@ -125,7 +125,7 @@ def run(args) -> int:
     print(f"{data['device']['name']}, {_details(data)}")
     try:
         data |= TASKS[args.task](args, methods, work)
-    except ParityError as error:
+    except WrongResult as error:
         print(f"FAILED: {error}\nno speed is shown for a wrong result")
         return 1
     if args.json is not None:

@@ -125,10 +125,10 @@ def drawing_command(config, adapter) -> str:
 def _dry_run(config) -> int:
     import yaml
 
-    from dittfast.distill.estimate import estimate
+    from dittfast.distill.memory import memory_needs
 
     print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-    needs = estimate(config)
+    needs = memory_needs(config)
     print()
     for name, count in needs["parameters"].items():
         print(f"{name:24} {compact(count):>10} parameters")

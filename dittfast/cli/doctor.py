@@ -98,7 +98,7 @@ def check_backend(name: str, device) -> tuple[bool, str]:
             findings.setdefault("cannot run: " + "; ".join(reasons), []).append(label)
             continue
         try:
-            _check_parity(name, device, dtype)
+            _check_backend(name, device, dtype)
             right.append(label)
         except Exception as error:  # whatever a driver or a compiler throws is a finding
             broken = True
@@ -113,7 +113,7 @@ def check_backend(name: str, device) -> tuple[bool, str]:
     return bool(right) and not broken, "; ".join(told)
 
 
-def _check_parity(name: str, device, dtype) -> None:
+def _check_backend(name: str, device, dtype) -> None:
     import torch
 
     from dittfast.attention import attend

@@ -200,7 +200,7 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Run the task; 1 if a method's attention is wrong, and then its numbers are not printed."""
-    from dittfast.measure.check import ParityError
+    from dittfast.measure.check import WrongResult
 
     tasks = {"fidelity": _fidelity, "latency": _latency, "draw": _draw, "fid": _fid}
     _results(args, args.task)
@@ -209,7 +209,7 @@ def run(args) -> int:
     try:
         with locked(args.output, alone):
             return tasks[args.task](args)
-    except ParityError as error:
+    except WrongResult as error:
         print(f"FAILED: {error}\nnothing is measured for a wrong result")
         return 1
 

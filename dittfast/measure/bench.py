@@ -17,7 +17,7 @@ from ..methods import METHODS
 from ..methods.base import Method
 from ..plan import Plan
 from ..testing import attention_inputs
-from .check import check_parity, detached
+from .check import check_against_dense, detached
 from .flex import flex_function
 from .timing import (
     check_repeats,
@@ -119,7 +119,7 @@ def bench_attention(
         why there are none; ``others`` has the same for each backend of ``compare``.
 
     Raises:
-        ParityError: the method's result is wrong; nothing is timed.
+        WrongResult: the method's result is wrong; nothing is timed.
         ValueError: options or sizes that do not work.
     """
     check_repeats(repeats)
@@ -143,7 +143,7 @@ def bench_attention(
         if name != chosen and not BACKENDS[name]().not_supported_reasons(*inputs)
     ]
     for name in (backend, *others):
-        check_parity(*inputs, grad_out, detached(plan), scale, name, work.backward)
+        check_against_dense(*inputs, grad_out, detached(plan), scale, name, work.backward)
 
     dense_rows = min(q.shape[2], _DENSE_ROWS) if brief else q.shape[2]
     dense_q = q.detach()[:, :, :dense_rows].requires_grad_(work.backward)

@@ -14,7 +14,7 @@ from ..testing import assert_within_budget
 _SAMPLED_ROWS = 64
 
 
-class ParityError(AssertionError):
+class WrongResult(AssertionError):
     """A result that is to be measured is wrong."""
 
 
@@ -63,7 +63,7 @@ def _oracle_rows(q, k, v, plan: Plan, tokens, mask, scale: float) -> torch.Tenso
     return out
 
 
-def check_parity(
+def check_against_dense(
     q, k, v, grad_out, plan: Plan, scale: float, backend: str = "auto", backward: bool = False
 ) -> None:
     """Compare ``attend`` with a dense fp64 oracle on sampled query rows, at full length.
@@ -72,7 +72,7 @@ def check_parity(
     compared in full. Tolerance: a few times the error of plain attention in the same dtype.
 
     Raises:
-        ParityError: saying what differs, where and by how much.
+        WrongResult: saying what differs, where and by how much.
     """
     total = q.shape[2]
     draw = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def check_parity(
         for name, actual, exact, eager in zip(("out", "dq", "dk", "dv"), *sides):
             assert_within_budget(name, actual, exact, eager, floor=8)
     except AssertionError as error:
-        raise ParityError(f"attend disagrees with dense attention: {error}") from error
+        raise WrongResult(f"attend disagrees with dense attention: {error}") from error
 
 
 def detached(plan: Plan) -> Plan:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..attention import attend
 from ..block_lists import run_lengths
 from ..plan import Plan
-from .check import ParityError
+from .check import WrongResult
 from .timing import with_gradient
 
 
@@ -97,7 +97,7 @@ def flex_function(q, k, v, grad_out, plan: Plan, scale: float, backward: bool) -
     error = float((out.detach().double() - expected.double()).abs().max())
     limit = 64 * torch.finfo(q.dtype).eps * float(expected.abs().max())
     if not error <= limit:
-        raise ParityError(f"its result differs by {error:.2e}, more than {limit:.2e}")
+        raise WrongResult(f"its result differs by {error:.2e}, more than {limit:.2e}")
     if not backward:
         return run
     order = plan.q_blocks.order

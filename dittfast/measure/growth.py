@@ -13,7 +13,7 @@ from ..attention import method_attention, method_call
 from ..layout import Layout
 from ..methods.base import Method
 from .bench import Workload
-from .check import check_parity, detached
+from .check import check_against_dense, detached
 from .timing import clock_for, interleaved_seconds, percentiles
 
 # Longest sequence on which plain dense attention is timed beside the method.
@@ -68,7 +68,7 @@ def growth(
         log-log scale of the median ``seconds``, of ``plan_bytes`` and of the ``pairs`` computed.
 
     Raises:
-        ParityError: a result is wrong. ValueError: lengths that do not work.
+        WrongResult: a result is wrong. ValueError: lengths that do not work.
     """
     rows = []
     for count in sorted(tokens):
@@ -98,7 +98,7 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     q, k, v, grad_out = work.inputs()
     method.prepare(layout, q.device)
     plan, near_k, near_v, _, scale = method_call(method, layout, q, k, v)
-    check_parity(q, near_k, near_v, grad_out, detached(plan), scale)
+    check_against_dense(q, near_k, near_v, grad_out, detached(plan), scale)
     functions = {"attend": partial(method_attention, method, layout, q, k, v)}
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention

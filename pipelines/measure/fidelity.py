@@ -257,7 +257,7 @@ def evaluate_fidelity(
         progress: as :func:`dittfast.measure.fid.frechet`, of the comparison.
 
     Raises:
-        dittfast.measure.check.ParityError: a method is wrong on this model; nothing is drawn
+        dittfast.measure.check.WrongResult: a method is wrong on this model; nothing is drawn
             with it.
         ValueError: labels given twice or unknown, or a folder with other settings.
         OSError: a picture could not be written; those before it are kept.

@@ -215,7 +215,7 @@ def measure_latency(
         not run at these settings nothing is timed: ``did_not_run`` says why.
 
     Raises:
-        dittfast.measure.check.ParityError: the method's attention is wrong; nothing is timed.
+        dittfast.measure.check.WrongResult: the method's attention is wrong; nothing is timed.
         ValueError: fewer than one pair, or as :func:`~dittfast.pipelines.adapter.enable`.
     """
     if pairs < 1:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dittfast.attention import choose_backend, method_call
-from dittfast.measure.check import ParityError, check_parity, detached
+from dittfast.measure.check import WrongResult, check_against_dense, detached
 from dittfast.methods.base import Method
 from dittfast.plan import Plan
 from dittfast.schedule import Schedule
@@ -104,7 +104,7 @@ def check_captured(
     """Compare ``attend`` with dense fp64 attention under the method's plan; the first plan, too.
 
     Raises:
-        dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
+        dittfast.measure.check.WrongResult: naming the layer, what differs and by how much.
     """
     if not captured:
         return Checked(backend, 0, None, None), None
@@ -127,7 +127,7 @@ def check_method(
         call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
 
     Raises:
-        dittfast.measure.check.ParityError: naming the layer, what differs and by how much.
+        dittfast.measure.check.WrongResult: naming the layer, what differs and by how much.
     """
     layers = [] if method.dense else sparse_layers(pipe, schedule)
     return check_captured(method, capture_layers(pipe, call, layers, seed), backend)[0]
@@ -136,9 +136,9 @@ def check_method(
 def _check(method: Method, captured: Captured, backend: str) -> tuple[float, float, Plan]:
     plan, (q, k, v), scale = method_plan(method, captured)
     try:
-        check_parity(q, k, v, torch.zeros_like(q), plan, scale, backend)
-    except ParityError as error:
-        raise ParityError(f"{method.name}, layer {captured.layer}: {error}") from error
+        check_against_dense(q, k, v, torch.zeros_like(q), plan, scale, backend)
+    except WrongResult as error:
+        raise WrongResult(f"{method.name}, layer {captured.layer}: {error}") from error
     dim = q.shape[-1]
     work = plan.flops(dim) / (4.0 * plan.num_queries * plan.num_real_keys * dim)
     return plan.density, work, plan

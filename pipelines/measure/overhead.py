@@ -17,7 +17,7 @@ import torch
 
 from dittfast.layout import Layout
 from dittfast.measure.bench import Workload, layout_for
-from dittfast.measure.check import ParityError
+from dittfast.measure.check import WrongResult
 from dittfast.measure.timing import interleaved_seconds, percentiles
 
 from ..adapter import enable
@@ -102,7 +102,7 @@ def measure_overhead(
         (its seconds / the stock model's seconds - 1).
 
     Raises:
-        ParityError: an arm's output is not the stock model's; nothing is timed.
+        WrongResult: an arm's output is not the stock model's; nothing is timed.
         ValueError: an unknown model, or sizes that do not work.
     """
     from dittfast.config import unknown
@@ -161,7 +161,7 @@ def _check(arms: dict[str, torch.nn.Module], inputs: dict) -> tuple[dict[str, fl
         most = 0.0 if arm == "enabled" else 8 * noise
         errors[arm] = distance(output(arms[arm], inputs), stock)
         if not errors[arm] <= most:
-            raise ParityError(
+            raise WrongResult(
                 f"{arm} differs from the stock model by {errors[arm]:.1e} of its largest output; "
                 f"at most {most:.1e} is rounding"
             )

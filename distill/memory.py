@@ -55,7 +55,7 @@ def _shipped_model(hub_id: str) -> torch.nn.Module | None:
     return matching[0].build() if matching else None
 
 
-def estimate(config: DistillConfig) -> dict:
+def memory_needs(config: DistillConfig) -> dict:
     """Parameter counts and bytes of one process, as plain data.
 
     Returns:

@@ -145,7 +145,7 @@ def eager_results(q, k, v, grad_out, grad_lse, plan: Plan, weight, scale) -> dic
     return found | {f"d{name}": g for name, g in zip("qkv", grads)}
 
 
-def assert_parity(
+def assert_matches_oracle(
     plan: Plan, backend: str, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, size=1.0,
     kv_log_weight=None, scale=None, with_lse=True, view=lambda x: x,
 ) -> dict:  # fmt: skip
