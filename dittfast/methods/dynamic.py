@@ -19,6 +19,9 @@ from .base import Method
 _MOST_KEPT = 256
 _MOST_BYTES = 256 << 20
 
+# Tokens that are gathered at once on a CPU: a megabyte or two of a head.
+_PIECE_TOKENS = 8192
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype statistics are taken in: fp32, or fp64 for fp64 inputs."""
@@ -80,8 +83,30 @@ class Pool(NamedTuple):
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, n, D]`` means over the tokens that count, in at least fp32; 0 where none do."""
-        total = self.hide(self.gather(x)).sum(-2, dtype=wide_dtype(x.dtype))
+        if self.span is not None or x.device.type != "cpu":
+            total = self.hide(self.gather(x)).sum(-2, dtype=wide_dtype(x.dtype))
+            return total / self.count.clamp_min(1)
+        total = self._sums(x, self.token)
+        if self.short.numel():
+            kept = x.index_select(-2, self.token[self.short].flatten())
+            kept = kept.unflatten(-2, (-1, self.token.shape[1])).masked_fill(self.outside, 0)
+            kept = kept.sum(-2, dtype=total.dtype)
+            total = total.index_copy(2, self.short, kept)
         return total / self.count.clamp_min(1)
+
+    @staticmethod
+    def _sums(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """``[..., n, D]`` sums of ``x [..., N, D]`` over ``token [n, size]``.
+
+        Gathered in pieces, whose rows are still in a CPU's cache when they are summed.
+        """
+        pieces = [
+            x.index_select(-2, rows.flatten())
+            .unflatten(-2, rows.shape)
+            .sum(-2, dtype=wide_dtype(x.dtype))
+            for rows in token.split(max(1, _PIECE_TOKENS // token.shape[1]))
+        ]
+        return torch.cat(pieces, -2)
 
 
 class Partition(NamedTuple):
