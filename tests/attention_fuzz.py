@@ -100,6 +100,12 @@ def hidden(layout: Layout):
     return weight
 
 
+def on_grid(layout: Layout) -> torch.Tensor:
+    """``[N]`` bool: which tokens are no text."""
+    parts = [torch.full((s.length,), not isinstance(s, Context)) for s in layout.segments]
+    return torch.cat(parts)
+
+
 def dense(q, k, v, mask, weight, scale):
     """``(out, lse)`` of masked attention by its formula; rows that see nothing give 0 and -inf."""
     logits = torch.einsum("bhid,bhjd->bhij", q, k) * scale
@@ -143,7 +149,8 @@ def compare(method, layout, mask, case):
             even = torch.full((side, side), 1 / side**2, dtype=torch.float64).to(q)
             k, v = (test_functional.with_summaries(x, layout, even) for x in (k, v))
         count = k.shape[2] - layout.num_tokens
-        wide = torch.nn.functional.pad(mask, (0, count), value=True)
+        # Text does not see the summaries.
+        wide = torch.cat([mask, on_grid(layout)[:, None].expand(-1, count)], 1)
         more = None if weight is None else torch.nn.functional.pad(weight, (0, count))
         return dense(q, k, v, wide, more, scale)
 
@@ -153,22 +160,24 @@ def compare(method, layout, mask, case):
     found = with_gradients(ours, tensors, grad, grad_lse)
     assert torch.equal(found[2], exact[2]), "rows that see nothing"
     for name, at in (("out", 0), ("lse", 1), ("dq", 3), ("dk", 4), ("dv", 5)):
-        judge(name, found[at], exact[at], eager[at], case["dtype"])
+        judge(name, found[at], exact[at], eager[at])
 
 
-def judge(name, found, exact, eager, dtype):
+def judge(name, found, exact, eager):
     """Within what plain attention of that dtype earns; of fp64, as near as fp64 itself can tell.
 
-    The cpu backend runs PyTorch's fused attention, whose gradients are up to 9 times as wrong as
-    eager attention's.
+    The cpu backend runs PyTorch's fused attention, whose gradients are up to 14 times as wrong as
+    eager attention's. Gradients that are zero, those of a lone key's logit, are zero but for the
+    rounding of fp32 sums.
     """
     assert torch.isfinite(found).all(), f"{name} is not finite"
-    if dtype == torch.float64:
-        limit = 1e-12 * max(1.0, float(exact.abs().max()))
-        apart = float((found - exact).abs().max())
+    largest = float(exact.abs().max())
+    if found.dtype == torch.float64 or largest == 0:
+        limit = 1e-12 * max(1.0, largest) if found.dtype == torch.float64 else 1e-5
+        apart = float((found.double() - exact).abs().max())
         assert apart <= limit, f"{name}: {apart:.3g} apart, {limit:.3g} allowed"
     else:
-        assert_within_budget(name, found, exact, eager, factor=12, floor=16)
+        assert_within_budget(name, found, exact, eager, factor=20, floor=16)
 
 
 def plan_case(draw, case):
@@ -203,14 +212,15 @@ def plan_case(draw, case):
         values = found[name], value, eager[name]
         if name == "lse":
             values = [x.masked_fill(unseen, 0) for x in values]
-        judge(name, *values, dtype)
+        judge(name, *values)
 
 
 def local_case(draw, case):
     layout = random_layout(draw)
     downsample = None
     if len(layout.grids) == 1 and layout.grid.frames == 1 and draw.random() < 0.3:
-        downsample = draw.choice((2, 3))
+        downsample = min(draw.choice((2, 3)), *layout.grid.shape[1:])
+        downsample = downsample if downsample > 1 else None
     method = Local(
         window=draw.choice((0.5, 1, 2.5, 3, 6, 1000)),
         downsample=downsample,
@@ -247,10 +257,13 @@ def painted(layout, blocks, block):
 def log_linear_case(draw, case):
     layout = random_layout(draw, most=100)
     case["layout"] = shape_of(layout)
+    block_size = draw.choice((8, 16))
+    # The coarsest level has more than one token, but for the first.
+    most = 2 if min(grid.length for grid in layout.grids) > block_size**2 else 1
     method = LogLinear(
-        block_size=draw.choice((8, 16)),
+        block_size=block_size,
         topk=draw.randint(1, 5),
-        levels=draw.choice((1, 2)),
+        levels=draw.choice((1, most, "auto")),
         enrich=draw.random() < 0.7,
         text_queries=draw.choice(("dense", "sparse")),
     )
@@ -280,6 +293,7 @@ def dynamic(check, method, layout, case):
         case["dtype"],
         case["size"],
         backend=case["backend"],
+        judge=judge,
     )
 
 
