@@ -221,7 +221,8 @@ def check(seed: int) -> None:
             assert torch.equal(a == -torch.inf, b == -torch.inf), f"seed {seed}: other lse of -inf"
             a, b = (x.masked_fill(x == -torch.inf, 0) for x in (a, b))
         worst = float((a.double() - b.double()).abs().max())
-        limits = limit * max(1.0, float(b.abs().max()))
+        # That of the scale is a sum over thousands of numbers, rows of a block times head dim.
+        limits = limit * max(1.0, float(b.abs().max())) * (4 if name == "d epilogue" else 1)
         assert worst <= limits, (
             f"seed {seed}: {name} differs by {worst:.2e}, more than {limits:.2e}"
         )
