@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -268,30 +269,42 @@ def _banded_pairs(frames: int, tokens: int, block: int, limits: np.ndarray, sink
     and a block is full if all its pairs of pieces are.
     """
     total = frames * tokens
-    starts = np.union1d(np.arange(0, total, block), np.arange(0, total, tokens))
-    ends = np.append(starts[1:], total)
-    frame, owner = starts // tokens, starts // block
-    low, high = starts - frame * tokens, ends - frame * tokens - 1
+    # Half the bytes, and twice as fast, wherever tokens can be numbered so.
+    number = np.int32 if 2 * total < 1 << 31 else np.int64
+    starts = np.union1d(np.arange(0, total, block), np.arange(0, total, tokens)).astype(number)
+    ends = np.append(starts[1:], number(total))
+    frame, owner = starts // number(tokens), starts // number(block)
+    low, high = starts - frame * number(tokens), ends - frame * number(tokens) - 1
     count = -(-total // block)
     pieces = np.bincount(owner, minlength=count)
-    key_frames = np.arange(frames)
+    limits = limits.astype(number)
+    key_frames = np.arange(frames, dtype=number)
+    both = math.lcm(block, tokens)
     bounds = np.concatenate([[0], np.cumsum(pieces)])
+
+    def piece_of(token):
+        """Borders up to a token; those of blocks and of frames meet every ``both`` tokens."""
+        return token // number(block) + token // number(tokens) - token // number(both)
+
     for chunk in chunks(pieces * frames, _AT_ONCE):
         top = chunk.start
-        piece = np.arange(bounds[top], bounds[chunk.stop])
+        piece = np.arange(bounds[top], bounds[chunk.stop], dtype=number)
         limit = limits[np.abs(frame[piece][:, None] - key_frames)]
         limit[:, :sink_frames] = tokens - 1
         at, j = np.nonzero(limit >= 0)
-        piece, limit = piece[at], limit[at, j]
-        left = j * tokens + np.maximum(0, low[piece] - limit)
-        right = j * tokens + np.minimum(tokens - 1, high[piece] + limit)
-        first = np.searchsorted(starts, left, "right") - 1
-        last = np.searchsorted(starts, right, "right") - 1
+        piece, limit, begin = piece[at], limit[at, j], key_frames[j] * number(tokens)
+        first = piece_of(begin + np.maximum(0, low[piece] - limit))
+        last = piece_of(begin + np.minimum(tokens - 1, high[piece] + limit))
         pair, other = expand_ranges(first, last - first + 1)
         piece, limit = piece[pair], limit[pair]
         wholly = np.maximum(high[piece] - low[other], high[other] - low[piece]) <= limit
-        keys = np.sort(((owner[piece] - top) * count + owner[other]) * 2 + wholly)
-        begins = np.flatnonzero(np.concatenate([[True], keys[1:] >> 1 != keys[:-1] >> 1]))
+        wide = np.int32 if (chunk.stop - top) * count < 1 << 30 else np.int64
+        keys = (owner[piece] - number(top)).astype(wide) * wide(count) + owner[other]
+        keys = keys * wide(2) + wholly
+        # Stable: what comes out of a piece is in order already.
+        keys.sort(kind="stable")
+        same = keys >> 1
+        begins = np.flatnonzero(np.concatenate([[True], same[1:] != same[:-1]]))
         wholly = np.add.reduceat(keys & 1, begins)
-        rows, cols = np.divmod(keys[begins] >> 1, count)
+        rows, cols = np.divmod(same[begins], wide(count))
         yield rows + top, cols, wholly == pieces[rows + top] * pieces[cols]
