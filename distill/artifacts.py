@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ from dittfast.config import presets, resolve
 from dittfast.disk.problems import FileProblem, reading
 from dittfast.disk.records import write_record
 from dittfast.disk.tensors import write_tensors
-from dittfast.files import write_text
+from dittfast.files import atomic_folder, write_text
 from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.pipelines.adapter import disable, enable
@@ -87,11 +85,6 @@ def save_adapter(
             f"{broken[0]} holds values that are not finite, so no adapter is written to {folder}; "
             "go on from an earlier checkpoint with a lower train.lr"
         )
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    if folder.exists():
-        shutil.copymode(folder, part)
     weights, lora = {}, {}
     dtype = student.dtype
     for name, value in values.items():
@@ -120,19 +113,14 @@ def save_adapter(
         "config": config.to_dict(),
         "run": facts,
     }
-    if weights:
-        write_tensors(part / WEIGHTS, weights)
-    if lora:
-        write_tensors(part / LORA, lora, _lora_metadata(student, description["lora"]))
-    write_text(part / "README.md", model_card(description, repr(method), repr(schedule)))
-    written = [name for name, there in ((WEIGHTS, weights), (LORA, lora)) if there]
-    write_record(part / DESCRIPTION, description, written)
-    gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, gone)
-    os.rename(part, folder)
-    shutil.rmtree(gone, ignore_errors=True)
+    with atomic_folder(folder) as part:
+        if weights:
+            write_tensors(part / WEIGHTS, weights)
+        if lora:
+            write_tensors(part / LORA, lora, _lora_metadata(student, description["lora"]))
+        write_text(part / "README.md", model_card(description, repr(method), repr(schedule)))
+        written = [name for name, there in ((WEIGHTS, weights), (LORA, lora)) if there]
+        write_record(part / DESCRIPTION, description, written)
 
 
 def _portable(settings, method: Method, schedule) -> tuple[str, dict, dict]:

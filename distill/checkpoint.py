@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import re
 import shutil
@@ -23,6 +22,7 @@ from dittfast.disk.tensors import (
     write_pickled,
     write_tensors,
 )
+from dittfast.files import atomic_folder, remove_folder
 
 from .optim import Average
 from .sharding import local, part, sharded_state, whole, whole_state
@@ -46,15 +46,6 @@ _COMPLETE = re.compile(r"step-(\d{8})")
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Checkpoints:
@@ -101,21 +92,20 @@ class Checkpoints:
                 files.
         """
         final = self.folder / _name(step)
-        part = self.folder / f".{_name(step)}.part"
         if not final.exists():
             if self._is_main:
                 self._clean()
-                part.mkdir(parents=True)
-            self._wait()
-            progress = save(part)
-            self._wait()
-            if self._is_main:
-                files = [str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()]
-                write_record(part / PROGRESS, progress, files)
-                _sync_folder(part)  # the files themselves were synced when they were written
-                os.rename(part, final)
-                _sync_folder(self.folder)
+                with atomic_folder(final) as part:
+                    self._wait()
+                    progress = save(part)
+                    self._wait()
+                    files = [str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()]
+                    write_record(part / PROGRESS, progress, files)
                 self._rotate()
+            else:
+                self._wait()
+                save(self.folder / f".{final.name}.part")
+                self._wait()
         self._wait()
         return final
 
@@ -134,25 +124,18 @@ class Checkpoints:
             for later in self.all():
                 if later.name > _name(step):
                     logger.warning("removing %s: the run goes on from step %d", later, step)
-                    _remove(later)
+                    remove_folder(later)
             self._rotate()
 
     def _rotate(self) -> None:
         for old in self.all()[: -self.keep]:
-            _remove(old)
+            remove_folder(old)
 
     def _clean(self) -> None:
         """Remove what was half written or half removed."""
         if self.folder.is_dir():
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; it loses its name before its files go."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    os.rename(folder, gone)
-    shutil.rmtree(gone)
 
 
 def read_progress(folder: Path, verify: bool = True) -> Record:

@@ -78,6 +78,58 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder beside ``folder``, for the block to fill; it gets the name when that is done.
+
+    What stood there before goes as a whole. When the block raises, Ctrl-C included, the hidden
+    folder is removed and ``folder`` is what it was. What a killed process left of the same folder
+    is removed, too. The name of the hidden folder, ``.NAME.part``, is the same in all processes.
+    """
+    folder = Path(folder)
+    part, gone = (folder.with_name(f".{folder.name}.{state}") for state in ("part", "gone"))
+    _settle(folder, part, gone)
+    try:
+        part.mkdir(parents=True)
+        if folder.exists():
+            shutil.copymode(folder, part)
+        yield part
+        sync_folder(part)  # the files themselves were synced when they were written
+        if folder.exists():
+            os.rename(folder, gone)
+        os.rename(part, folder)
+        sync_folder(folder.parent)
+    finally:
+        _settle(folder, part, gone)
+
+
+def _settle(folder: Path, part: Path, gone: Path) -> None:
+    """Remove what an exchange of folders left, or undo one that was stopped half way."""
+    if gone.exists() and not folder.exists():
+        os.rename(gone, folder)
+    for left in (part, gone):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; it loses its name before its files go, also when Ctrl-C comes in between."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    try:
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
+    finally:
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _mode(path: Path, temporary: Path) -> int:
     """The permissions for ``path``: those it has, else those of a file made here and now."""
     if path.exists():

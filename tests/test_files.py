@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -222,3 +223,59 @@ def test_gif_frames_begin_at_the_nearest_hundredth(fps, tmp_path):
     assert all(abs(at - 1000 * n / fps) <= 5 for n, at in enumerate(begins))
     with pytest.raises(ValueError, match=r"a\.gif: a GIF plays at most 50 .* got fps 60"):
         files.save_video(tmp_path / "a.gif", frames, 60)
+
+
+def filled(folder, text):
+    with files.atomic_folder(folder) as part:
+        (part / "inside.txt").write_text(text)
+
+
+def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path):
+    folder = tmp_path / "new" / "step"
+    for text in ("one", "two"):
+        filled(folder, text)
+        assert (folder / "inside.txt").read_text() == text and names(folder.parent) == ["step"]
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(folder) as part:
+        (part / "inside.txt").write_text("three")
+        raise KeyboardInterrupt
+    assert (folder / "inside.txt").read_text() == "two" and names(folder.parent) == ["step"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_an_exchange_of_folders_that_stops_half_way_is_undone(tmp_path, monkeypatch, renames):
+    """By the process itself, or, after a SIGKILL, by the next one."""
+    folder, rename, left = tmp_path / "step", os.rename, [renames]
+    filled(folder, "one")
+
+    def stops(source, target):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", stops)
+    with pytest.raises(KeyboardInterrupt):
+        filled(folder, "two")
+    monkeypatch.undo()
+    assert (folder / "inside.txt").read_text() == "one" and names(tmp_path) == ["step"]
+
+    folder.rename(tmp_path / ".step.gone")
+    (tmp_path / ".step.part").mkdir()
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder):
+        1 / 0  # noqa: B018
+    assert (folder / "inside.txt").read_text() == "one" and names(tmp_path) == ["step"]
+
+
+def test_a_folder_that_is_being_removed_does_not_stay_behind(tmp_path, monkeypatch):
+    folder, rmtree = tmp_path / "step", shutil.rmtree
+    filled(folder, "one")
+
+    def stops(path, ignore_errors=False):
+        if not ignore_errors:
+            raise KeyboardInterrupt
+        rmtree(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", stops)
+    with pytest.raises(KeyboardInterrupt):
+        files.remove_folder(folder)
+    assert names(tmp_path) == []
