@@ -25,7 +25,10 @@ from .block_lists import (
 from .cache import nbytes
 from .layout import Blocks, Layout, make_blocks, split_evenly
 
-METRICS = ("disc", "raster")
+DISTANCES = ("disc", "raster")
+METRICS = (*DISTANCES, "box")
+# Rows or columns whose squared distances an int32 holds, and half of one the rows.
+_MOST_ROWS = 1 << 15
 # Token pairs looked at together when a rule is evaluated block by block: bounds memory.
 _PAIRS_AT_ONCE = 1 << 24
 
@@ -58,16 +61,23 @@ class TokenRule:
 
     A pair is kept if either token is context, or the tokens lie in different grids, or the key
     lies in one of the first ``sink_frames`` frames of its grid, or
-    ``distance(query, key) <= limits[|frame difference|]``, where ``distance`` is ``dy² + dx²``
-    for the metric "disc" and ``|raster index difference|`` inside a frame for "raster".
+
+    - "disc", "raster": ``distance(query, key) <= limits[|frame difference|]``, where ``distance``
+      is ``dy² + dx²`` for "disc" and ``|raster index difference|`` inside a frame for "raster";
+    - "box": frame, row and column of the key each lie between those of the query's first and last
+      corner, both included. Frames, rows and columns may be numbered in any order.
 
     Attributes:
-        metric: "disc" or "raster".
-        limits: ``[frames]`` int32; -1 keeps nothing at that frame distance.
+        metric: "disc", "raster" or "box".
+        limits: ``[frames]`` int32; -1 keeps nothing at that frame distance. Empty for "box".
         sink_frames: leading frames every query sees.
         q_frame, kv_frame: ``[num positions]`` int32, ``grid << 16 | frame``; -1 for context.
-        q_place, kv_place: ``[num positions]`` int32, ``y << 16 | x`` for "disc", the raster index
-            for "raster". All four are in block order (position, not token).
+        q_place, kv_place: ``[num positions]`` int32, ``y << place_bits | x`` for "disc" and "box",
+            the raster index for "raster". For "box" ``q_frame`` and ``q_place`` are those of the
+            first corner. All are in block order (position, not token).
+        q_frame_last, q_place_last: ``[num queries]`` int32, the last corner for "box"; None
+            otherwise.
+        place_bits: low bits of a place that hold the column; 16 for "disc".
     """
 
     metric: str
@@ -77,6 +87,9 @@ class TokenRule:
     kv_frame: torch.Tensor
     kv_place: torch.Tensor
     sink_frames: int = 0
+    q_frame_last: torch.Tensor | None = None
+    q_place_last: torch.Tensor | None = None
+    place_bits: int = 16
 
     @classmethod
     def from_layout(
@@ -88,9 +101,19 @@ class TokenRule:
         sink_frames: int = 0,
         extra_keys: int = 0,
     ) -> TokenRule:
-        """The rule for self-attention over ``layout`` and ``extra_keys`` keys without a place."""
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        """The rule for self-attention over ``layout`` and ``extra_keys`` keys without a place.
+
+        Raises:
+            ValueError: no metric that is a distance, or a grid too large for it.
+        """
+        if metric not in DISTANCES:
+            raise ValueError(f"metric must be one of {', '.join(DISTANCES)}, got {metric!r}")
+        for grid in layout.grids:
+            if metric == "disc" and max(grid.height, grid.width) > _MOST_ROWS:
+                raise ValueError(
+                    f"a grid of {grid.height} x {grid.width} tokens is too large for distances in "
+                    f"the plane: at most {_MOST_ROWS} rows and as many columns"
+                )
         at = torch.from_numpy(layout.coordinates())
         if order is not None:
             at = at[order.long()]
@@ -117,16 +140,28 @@ class TokenRule:
         """Bool, broadcast over ``q_positions`` and ``kv_positions`` (integer tensors)."""
         q_frame, kv_frame = self.q_frame[q_positions], self.kv_frame[kv_positions]
         q_place, kv_place = self.q_place[q_positions], self.kv_place[kv_positions]
+        free = (q_frame < 0) | (kv_frame < 0) | (q_frame >> 16 != kv_frame >> 16)
+        free = free | ((kv_frame & 0xFFFF) < self.sink_frames)
+        if self.metric == "box":
+            frame_last, place_last = self.q_frame_last[q_positions], self.q_place_last[q_positions]
+            inside = (q_frame <= kv_frame) & (kv_frame <= frame_last)
+            y, x = self.row_and_column(kv_place)
+            for key, first, last in zip(
+                (y, x), self.row_and_column(q_place), self.row_and_column(place_last)
+            ):
+                inside = inside & (first <= key) & (key <= last)
+            return free | inside
         if self.metric == "disc":
-            dy = (q_place >> 16) - (kv_place >> 16)
-            dx = (q_place & 0xFFFF) - (kv_place & 0xFFFF)
-            distance = dy * dy + dx * dx
+            (q_y, q_x), (y, x) = self.row_and_column(q_place), self.row_and_column(kv_place)
+            distance = (q_y - y) ** 2 + (q_x - x) ** 2
         else:
             distance = (q_place - kv_place).abs()
         apart = (q_frame - kv_frame).abs().clamp_max(self.limits.numel() - 1)
-        free = (q_frame < 0) | (kv_frame < 0) | (q_frame >> 16 != kv_frame >> 16)
-        sink = (kv_frame & 0xFFFF) < self.sink_frames
-        return free | sink | (distance <= self.limits[apart.long()])
+        return free | (distance <= self.limits[apart.long()])
+
+    def row_and_column(self, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a place of the metrics "disc" and "box" is made of."""
+        return place >> self.place_bits, place & (1 << self.place_bits) - 1
 
 
 class PlanTensors(NamedTuple):
@@ -149,14 +184,17 @@ class PlanTensors(NamedTuple):
     q_place: torch.Tensor | None
     kv_frame: torch.Tensor | None
     kv_place: torch.Tensor | None
+    q_frame_last: torch.Tensor | None
+    q_place_last: torch.Tensor | None
     q_indices: torch.Tensor | None
     q_first: torch.Tensor | None
     q_num_blocks: torch.Tensor | None
     q_num_full_blocks: torch.Tensor | None
     worklist: torch.Tensor | None  # a backend's own; see Plan.worklist
     run_rows: torch.Tensor | None  # [r] int64 rows that may be runs; None: not known
-    metric: int  # 0: no rule, 1: disc, 2: raster
+    metric: int  # 0: no rule, 1: disc, 2: raster, 3: box
     sink_frames: int
+    place_bits: int
     q_block_size: int
     kv_block_size: int
 
@@ -455,13 +493,15 @@ class Plan:
             weight,
             self.out_scale,
             self.out_residual,
-            *((None,) * 5 if rule is None else (rule.limits, rule.q_frame, rule.q_place)),
+            *((None,) * 7 if rule is None else (rule.limits, rule.q_frame, rule.q_place)),
             *(() if rule is None else (rule.kv_frame, rule.kv_place)),
+            *(() if rule is None else (rule.q_frame_last, rule.q_place_last)),
             *back,
             self._worklists.get(backend),
             self._run_rows,
             0 if rule is None else 1 + METRICS.index(rule.metric),
             0 if rule is None else rule.sink_frames,
+            0 if rule is None else rule.place_bits,
             self.q_block_size,
             self.kv_block_size,
         )
@@ -639,7 +679,8 @@ def token_rule(t: PlanTensors) -> TokenRule | None:
     if not t.metric:
         return None
     places = t.q_frame, t.q_place, t.kv_frame, t.kv_place
-    return TokenRule(METRICS[t.metric - 1], t.limits, *places, t.sink_frames)
+    last = t.q_frame_last, t.q_place_last
+    return TokenRule(METRICS[t.metric - 1], t.limits, *places, t.sink_frames, *last, t.place_bits)
 
 
 def dense_mask(t: PlanTensors, num_queries: int, num_keys: int) -> torch.Tensor:

@@ -20,7 +20,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # Sizes that differ from plan to plan without changing the code: not a reason to compile again.
 _SIZES = [
-    *("heads", "num_queries", "num_keys", "num_q_blocks", "num_kv_blocks", "sink_frames"),
+    *("heads", "num_queries", "num_keys", "num_q_blocks", "num_kv_blocks"),
+    *("sink_frames", "place_bits"),
     *("kv_list_size", "list_b", "list_h", "weight_b", "weight_h"),
     *("scale_b", "scale_h", "residual_b", "residual_h"),
 ]
@@ -99,43 +100,62 @@ def _bias(kv_log_weight, token, inside):
 
 @triton.jit
 def _keep(
-    q_frame, q_place, kv_frame, kv_place, limits, sink_frames,
+    q_frame, q_place, frame_last, place_last, kv_frame, kv_place, limits, sink_frames, place_bits,
     RULE: tl.constexpr, NUM_LIMITS: tl.constexpr,
 ):  # fmt: skip
-    """``dittfast.plan.TokenRule.keep`` of one tile; two arguments are columns, two are rows."""
-    if RULE == 1:
-        dy = (q_place >> 16) - (kv_place >> 16)
-        dx = (q_place & 0xFFFF) - (kv_place & 0xFFFF)
-        distance = dy * dy + dx * dx
+    """``dittfast.plan.TokenRule.keep`` of one tile; one side's are columns, the other's rows."""
+    if RULE == 3:
+        columns = (1 << place_bits) - 1
+        y, x = kv_place >> place_bits, kv_place & columns
+        inside = (q_frame <= kv_frame) & (kv_frame <= frame_last)
+        inside &= ((q_place >> place_bits) <= y) & (y <= (place_last >> place_bits))
+        inside &= ((q_place & columns) <= x) & (x <= (place_last & columns))
     else:
-        distance = tl.abs(q_place - kv_place)
-    if NUM_LIMITS == 1:
-        limit = tl.load(limits)
-    else:
-        # Through shared memory: a load per pair would cost registers by the hundred.
-        o_limit = tl.arange(0, triton.next_power_of_2(NUM_LIMITS))
-        b_limits = tl.load(limits + tl.minimum(o_limit, NUM_LIMITS - 1))
-        apart = tl.minimum(tl.abs(q_frame - kv_frame), NUM_LIMITS - 1)
-        limit = tl.gather(b_limits, tl.reshape(apart, [apart.numel]), 0)
-        limit = tl.reshape(limit, apart.shape)
+        if RULE == 1:
+            dy = (q_place >> 16) - (kv_place >> 16)
+            dx = (q_place & 0xFFFF) - (kv_place & 0xFFFF)
+            distance = dy * dy + dx * dx
+        else:
+            distance = tl.abs(q_place - kv_place)
+        if NUM_LIMITS == 1:
+            limit = tl.load(limits)
+        else:
+            # Through shared memory: a load per pair would cost registers by the hundred.
+            o_limit = tl.arange(0, triton.next_power_of_2(NUM_LIMITS))
+            b_limits = tl.load(limits + tl.minimum(o_limit, NUM_LIMITS - 1))
+            apart = tl.minimum(tl.abs(q_frame - kv_frame), NUM_LIMITS - 1)
+            limit = tl.gather(b_limits, tl.reshape(apart, [apart.numel]), 0)
+            limit = tl.reshape(limit, apart.shape)
+        inside = distance <= limit
     # Keys that everybody sees get a grid number of their own, and context queries have -1: then
     # one comparison of grid numbers (the upper half) tells all pairs that the rule leaves alone.
     seen = (kv_frame < 0) | ((kv_frame & 0xFFFF) < sink_frames)
     code = tl.where(seen, 0x7FFF0000, kv_frame)
-    return (distance <= limit) | (((q_frame ^ code) >> 16) != 0)
+    return inside | (((q_frame ^ code) >> 16) != 0)
+
+
+@triton.jit
+def _corners(q_frame, q_place, q_frame_last, q_place_last, position, RULE: tl.constexpr):
+    """Frames and places of some queries, and their last corners where the metric has them."""
+    b_frame, b_place = tl.load(q_frame + position), tl.load(q_place + position)
+    if RULE == 3:
+        return b_frame, b_place, tl.load(q_frame_last + position), tl.load(q_place_last + position)
+    return b_frame, b_place, b_frame, b_place
 
 
 @triton.jit
 def _forward_walk(
     acc, b_sum, b_max, b_q, q_position, first, last, k, v, scale, stride_kn, stride_vn,
     kv_indices, num_listed, kv_starts, kv_lengths, kv_order, kv_log_weight,
-    limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
-    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr,
+    limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, sink_frames,
+    place_bits, RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr,
+    KV_EVEN: tl.constexpr,
 ):  # fmt: skip
     if RULE:
-        b_q_frame = tl.load(q_frame + q_position)[:, None]
-        b_q_place = tl.load(q_place + q_position)[:, None]
+        b_frame, b_place, b_frame_last, b_place_last = _corners(
+            q_frame, q_place, q_frame_last, q_place_last, q_position, RULE
+        )
     _, start, length = _listed(
         0, first, last, kv_indices, num_listed, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
     )
@@ -165,9 +185,10 @@ def _forward_walk(
                 b_s += _bias(kv_log_weight, token, inside)[None, :] * LOG2E
             if RULE:
                 keep = _keep(
-                    b_q_frame, b_q_place, tl.load(kv_frame + position)[None, :],
-                    tl.load(kv_place + position)[None, :], limits, sink_frames,
-                    RULE, NUM_LIMITS,
+                    b_frame[:, None], b_place[:, None],
+                    b_frame_last[:, None], b_place_last[:, None],
+                    tl.load(kv_frame + position)[None, :], tl.load(kv_place + position)[None, :],
+                    limits, sink_frames, place_bits, RULE, NUM_LIMITS,
                 )  # fmt: skip
                 b_s = tl.where(keep, b_s, float("-inf"))
             new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -189,7 +210,7 @@ def forward_kernel(
     q, k, v, out, lse,
     kv_indices, kv_num_blocks, kv_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
     q_order, kv_order, kv_log_weight, out_scale, out_residual,
-    limits, q_frame, q_place, kv_frame, kv_place,
+    limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, place_bits,
     scale, heads, num_queries, num_keys, num_q_blocks, kv_list_size, sink_frames,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -225,14 +246,16 @@ def forward_kernel(
     acc, b_sum, b_max = _forward_walk(
         acc, b_sum, b_max, b_q, q_position, 0, num_full, k, v, scale * LOG2E, stride_kn, stride_vn,
         kv_indices, num_listed, kv_starts, kv_lengths, kv_order, kv_log_weight,
-        limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+        limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, sink_frames,
+        place_bits,
         0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
     )  # fmt: skip
     if METRIC:
         acc, b_sum, b_max = _forward_walk(
             acc, b_sum, b_max, b_q, q_position, num_full, num_blocks, k, v, scale * LOG2E,
             stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths, kv_order,
-            kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last,
+            sink_frames, place_bits,
             METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, KV_EVEN,
         )  # fmt: skip
 
@@ -303,13 +326,15 @@ def delta_kernel(
 def _dq_walk(
     b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, first, last, k, v, scale,
     stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths, kv_order, kv_log_weight,
-    limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
-    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr, KV_EVEN: tl.constexpr,
+    limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, sink_frames,
+    place_bits, RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, KV_PARTS: tl.constexpr, KV_PACK: tl.constexpr,
+    KV_EVEN: tl.constexpr,
 ):  # fmt: skip
     if RULE:
-        b_q_frame = tl.load(q_frame + q_position)[:, None]
-        b_q_place = tl.load(q_place + q_position)[:, None]
+        b_frame, b_place, b_frame_last, b_place_last = _corners(
+            q_frame, q_place, q_frame_last, q_place_last, q_position, RULE
+        )
     _, start, length = _listed(
         0, first, last, kv_indices, num_listed, kv_starts, kv_lengths, KV_PARTS, KV_PACK, BLOCK_N
     )
@@ -334,9 +359,9 @@ def _dq_walk(
             b_s += _bias(kv_log_weight, token, inside)[None, :]
         if RULE:
             keep = _keep(
-                b_q_frame, b_q_place, tl.load(kv_frame + position)[None, :],
-                tl.load(kv_place + position)[None, :], limits, sink_frames,
-                RULE, NUM_LIMITS,
+                b_frame[:, None], b_place[:, None], b_frame_last[:, None], b_place_last[:, None],
+                tl.load(kv_frame + position)[None, :], tl.load(kv_place + position)[None, :],
+                limits, sink_frames, place_bits, RULE, NUM_LIMITS,
             )  # fmt: skip
             b_s = tl.where(keep, b_s, float("-inf"))
         b_p = tl.exp2((b_s - b_row_lse[:, None]) * LOG2E)
@@ -352,7 +377,7 @@ def dq_kernel(
     q, k, v, do, delta, row_lse, dq,
     kv_indices, kv_num_blocks, kv_num_full_blocks, q_starts, q_lengths, kv_starts, kv_lengths,
     q_order, kv_order, kv_log_weight, out_scale,
-    limits, q_frame, q_place, kv_frame, kv_place,
+    limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, place_bits,
     scale, heads, num_queries, num_keys, num_q_blocks, kv_list_size, sink_frames,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
@@ -393,14 +418,16 @@ def dq_kernel(
     b_dq = _dq_walk(
         b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, 0, num_full, k, v,
         scale, stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths, kv_order,
-        kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+        kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last,
+        sink_frames, place_bits,
         0, NUM_LIMITS, HEAD_DIM, BLOCK_D, BLOCK_N, KV_PARTS, KV_PACK, KV_EVEN,
     )  # fmt: skip
     if METRIC:
         b_dq = _dq_walk(
             b_dq, b_q, b_do, b_delta, b_row_lse, block_scale, q_position, num_full, num_blocks,
             k, v, scale, stride_kn, stride_vn, kv_indices, num_listed, kv_starts, kv_lengths,
-            kv_order, kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            kv_order, kv_log_weight, limits, q_frame, q_place, kv_frame, kv_place, q_frame_last,
+            q_place_last, sink_frames, place_bits,
             METRIC, NUM_LIMITS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, KV_EVEN,
         )  # fmt: skip
     _store_tile(
@@ -412,10 +439,10 @@ def dq_kernel(
 def _dkv_walk(
     b_dk, b_dv, b_k, b_v, b_bias, kv_position, first, last, q, do, delta, row_lse, out_scale, scale,
     stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
-    limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
-    RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, Q_PARTS: tl.constexpr, Q_PACK: tl.constexpr,
-    Q_EVEN: tl.constexpr,
+    limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, sink_frames,
+    place_bits, RULE: tl.constexpr, NUM_LIMITS: tl.constexpr, BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, Q_PARTS: tl.constexpr,
+    Q_PACK: tl.constexpr, Q_EVEN: tl.constexpr,
 ):  # fmt: skip
     if RULE:
         b_kv_frame = tl.load(kv_frame + kv_position)[:, None]
@@ -450,9 +477,12 @@ def _dkv_walk(
         if BIAS:
             b_s += b_bias[:, None]
         if RULE:
+            b_frame, b_place, b_frame_last, b_place_last = _corners(
+                q_frame, q_place, q_frame_last, q_place_last, position, RULE
+            )
             keep = _keep(
-                tl.load(q_frame + position)[None, :], tl.load(q_place + position)[None, :],
-                b_kv_frame, b_kv_place, limits, sink_frames, RULE, NUM_LIMITS,
+                b_frame[None, :], b_place[None, :], b_frame_last[None, :], b_place_last[None, :],
+                b_kv_frame, b_kv_place, limits, sink_frames, place_bits, RULE, NUM_LIMITS,
             )  # fmt: skip
             b_s = tl.where(keep, b_s, float("-inf"))
         b_p = tl.exp2((b_s - b_row_lse[None, :]) * LOG2E)
@@ -475,7 +505,7 @@ def dkv_kernel(
     q, k, v, do, delta, row_lse, dk, dv,
     q_indices, q_first, q_num_blocks, q_num_full_blocks, q_starts, q_lengths,
     kv_starts, kv_lengths, q_order, kv_order, kv_log_weight, out_scale,
-    limits, q_frame, q_place, kv_frame, kv_place,
+    limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, place_bits,
     scale, heads, num_queries, num_keys, num_q_blocks, num_kv_blocks, sink_frames,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
@@ -517,14 +547,16 @@ def dkv_kernel(
     b_dk, b_dv = _dkv_walk(
         b_dk, b_dv, b_k, b_v, b_bias, kv_position, 0, num_full, q, do, delta, row_lse, out_scale,
         scale, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
-        limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+        limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, sink_frames,
+        place_bits,
         0, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, Q_PARTS, Q_PACK, Q_EVEN,
     )  # fmt: skip
     if METRIC:
         b_dk, b_dv = _dkv_walk(
             b_dk, b_dv, b_k, b_v, b_bias, kv_position, num_full, num_blocks, q, do, delta, row_lse,
             out_scale, scale, stride_qn, stride_gn, q_indices, q_starts, q_lengths, q_order,
-            limits, q_frame, q_place, kv_frame, kv_place, sink_frames,
+            limits, q_frame, q_place, kv_frame, kv_place, q_frame_last, q_place_last, sink_frames,
+        place_bits,
             METRIC, NUM_LIMITS, BIAS, HEAD_DIM, BLOCK_D, RULE_BLOCK, RULE_PARTS, RULE_PACK, Q_EVEN,
         )  # fmt: skip
     first_row = (i_b * heads + i_h).to(tl.int64) * num_keys

@@ -70,6 +70,7 @@ FEATURES = {
     "video_rule": Feature(**_ALL, metric=1, num_limits=21),
     "local": Feature(ragged=True, order=True, metric=1),
     "raster": Feature(ragged=True, order=True, metric=2, num_limits=21),
+    "box": Feature(**_ALL, metric=3, num_limits=0),
     "small_blocks": Feature(16, **_ALL),
 }
 
@@ -127,7 +128,7 @@ def calls_for(head_dim: int, dtype: torch.dtype, feature: Feature, capability) -
         **dict(q_first=torch.empty(1, 1, blocks, dtype=torch.int64, device="meta")),
         **dict.fromkeys(("q_starts", "q_lengths", "kv_starts", "kv_lengths"), ints(blocks)),
         **dict(q_block_size=feature.block_size, kv_block_size=feature.block_size),
-        **dict(metric=feature.metric, sink_frames=0),
+        **dict(metric=feature.metric, sink_frames=0, place_bits=16),
     )
     if feature.order:
         given |= dict.fromkeys(("q_order", "kv_order"), ints(num_tokens))
@@ -138,7 +139,7 @@ def calls_for(head_dim: int, dtype: torch.dtype, feature: Feature, capability) -
         given["out_residual"] = floats(1, 1, blocks, head_dim)
     if feature.metric:
         given["limits"] = ints(feature.num_limits)
-        names = ("q_frame", "q_place", "kv_frame", "kv_place")
+        names = ("q_frame", "q_place", "kv_frame", "kv_place", "q_frame_last", "q_place_last")
         given |= dict.fromkeys(names, ints(num_tokens))
     t = PlanTensors(**(dict.fromkeys(PlanTensors._fields) | given))
     q = floats(2, 4, num_tokens, head_dim, dtype=dtype)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dittfast.plan import PlanTensors
+from dittfast.plan import METRICS, PlanTensors, token_rule
 
 from .cpu_worklist import Call, Worklist, coordinates, make_worklist, squared_limits
 from .op import cpu_refusals, define_backend
@@ -112,6 +112,20 @@ class _Rule:
         return bias if bias.dtype == self.dtype else bias.clamp_min_(_HIDDEN).to(self.dtype)
 
 
+class _Boxes:
+    """The token rule "box", compared pair by pair: it is no sum of products."""
+
+    def __init__(self, t: PlanTensors, rows: torch.Tensor, dtype: torch.dtype):
+        self.keep, self.dtype = token_rule(t).keep, dtype
+        self.rows = rows if rows.numel() else torch.arange(t.q_frame.numel())
+
+    def bias(self, start: int, shape: tuple[int, int], keys: torch.Tensor) -> torch.Tensor:
+        """See :meth:`_Rule.bias`."""
+        rows = self.rows[start : start + shape[0] * shape[1]].unflatten(0, shape)
+        keep = self.keep(rows[:, :, None], keys[:, None])
+        return torch.zeros(keep.shape, dtype=self.dtype).masked_fill_(~keep, _HIDDEN)
+
+
 class _Lists(NamedTuple):
     """One list of the plan and the batch rows and heads that follow it."""
 
@@ -180,7 +194,10 @@ class _Problem:
         if rows.numel():
             self.tokens = rows if self.tokens is None else self.tokens[rows]
         self.kv_order = None if t.kv_order is None else t.kv_order.long()
-        self.rule = _Rule(t, rows, self.dtype) if t.metric else None
+        self.rule = None
+        if t.metric:
+            kind = _Boxes if METRICS[t.metric - 1] == "box" else _Rule
+            self.rule = kind(t, rows, self.dtype)
         self.q = self.by_row(q)
         self.k, self.v = (x.to(self.dtype).contiguous() for x in (k, v))
         self.buffers = [torch.empty(0, dtype=self.dtype), torch.empty(0, dtype=self.dtype)]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from dittfast.plan import METRICS, PlanTensors, block_states
+from dittfast.plan import METRICS, PlanTensors, block_states, token_rule
 
 # Rows that share a problem: more of them do not make it faster.
 _GROUP_ROWS = 1024
@@ -134,7 +134,7 @@ def _arrange(t: PlanTensors) -> _Rows:
     """Rows by position, or along a space-filling curve where the token rule gives places."""
     starts, lengths = t.q_starts.long(), t.q_lengths.long()
     blocks = torch.argsort(starts)
-    if t.metric and METRICS[t.metric - 1] == "disc":
+    if t.metric and METRICS[t.metric - 1] != "raster":
         y, x = coordinates(t, t.q_place[starts]).unbind(-1)
         curve = torch.zeros_like(y)
         for bit in range(15):
@@ -289,9 +289,10 @@ def _calls(batch, head, starts, rows, group, key, partial: int):
 class _Boxes(NamedTuple):
     """Bounding boxes of the queries of each block, context left out.
 
-    ``low`` and ``high`` ``[nQ, 1 or 2]``: least and greatest coordinates. ``frames`` ``[nQ, 2]``:
-    least and greatest frame code. ``context``: the block has context queries. ``empty``: it has
-    nothing else.
+    ``low`` and ``high`` ``[nQ, 1 or 2]``: least and greatest coordinates, for "box" ``[nQ, 3]``
+    those of first corners, with the frame code behind. ``frames`` ``[nQ, 2]``: least and greatest
+    frame code. ``context``: the block has context queries. ``empty``: it has nothing else.
+    ``last``: ``low`` and ``high`` of last corners.
     """
 
     low: torch.Tensor
@@ -299,14 +300,15 @@ class _Boxes(NamedTuple):
     frames: torch.Tensor
     context: torch.Tensor
     empty: torch.Tensor
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def coordinates(t: PlanTensors, place: torch.Tensor) -> torch.Tensor:
-    """``[..., 2]`` (row, column) for "disc", ``[..., 1]`` raster index for "raster"; int64."""
+    """``[..., 1]`` raster index for "raster", ``[..., 2]`` (row, column) otherwise; int64."""
     place = place.long()
-    if METRICS[t.metric - 1] == "disc":
-        return torch.stack([place >> 16, place & 0xFFFF], -1)
-    return place[..., None]
+    if METRICS[t.metric - 1] == "raster":
+        return place[..., None]
+    return torch.stack(token_rule(t).row_and_column(place), -1)
 
 
 def squared_limits(t: PlanTensors) -> torch.Tensor:
@@ -320,19 +322,30 @@ def squared_limits(t: PlanTensors) -> torch.Tensor:
 def _boxes(t: PlanTensors, rows: _Rows) -> _Boxes:
     count = rows.blocks.numel()
     block = torch.repeat_interleave(torch.arange(count), rows.lengths)
-    frame, place = t.q_frame.long(), t.q_place
-    if rows.positions is not None:
-        frame, place = frame[rows.positions], place[rows.positions]
-    values = torch.cat([coordinates(t, place), frame[:, None]], 1)
+
+    def held(x: torch.Tensor) -> torch.Tensor:
+        return x if rows.positions is None else x[rows.positions]
+
+    frame = held(t.q_frame).long()
     placed = frame >= 0
-    index = block[placed][:, None].expand(-1, values.shape[1])
-    low = torch.zeros(count, values.shape[1], dtype=torch.int64)
-    high = low.clone()
-    low.scatter_reduce_(0, index, values[placed], "amin", include_self=False)
-    high.scatter_reduce_(0, index, values[placed], "amax", include_self=False)
+
+    def extremes(frame: torch.Tensor, place: torch.Tensor):
+        """Least and greatest (coordinates, frame code) of the queries of each block."""
+        values = torch.cat([coordinates(t, held(place)), frame[:, None]], 1)
+        index = block[placed][:, None].expand(-1, values.shape[1])
+        low = torch.zeros(count, values.shape[1], dtype=torch.int64)
+        return tuple(
+            low.scatter_reduce(0, index, values[placed], bound, include_self=False)
+            for bound in ("amin", "amax")
+        )
+
+    low, high = extremes(frame, t.q_place)
     context = torch.zeros(count, dtype=torch.bool).index_fill_(0, block[~placed], True)
     empty = torch.ones(count, dtype=torch.bool).index_fill_(0, block[placed], False)
     frames = torch.stack([low[:, -1], high[:, -1]], 1)
+    if METRICS[t.metric - 1] == "box":
+        last = extremes(held(t.q_frame_last).long(), t.q_place_last)
+        return _Boxes(low, high, frames, context, empty, last)
     return _Boxes(low[:, :-1], high[:, :-1], frames, context, empty)
 
 
@@ -342,6 +355,8 @@ def _classify(t: PlanTensors, boxes: _Boxes, block: torch.Tensor, key: torch.Ten
     ``some`` is never False where a query sees the key, ``every`` never True where one does not.
     """
     place, frame = coordinates(t, t.kv_place[key]), t.kv_frame[key].long()
+    if boxes.last is not None:
+        return _classify_boxes(t, boxes, block, torch.cat([place, frame[:, None]], 1))
     low, high = boxes.low[block], boxes.high[block]
     near = torch.maximum(low - place, place - high).clamp_min_(0)
     far = torch.maximum((place - low).abs_(), (place - high).abs_())
@@ -359,5 +374,19 @@ def _classify(t: PlanTensors, boxes: _Boxes, block: torch.Tensor, key: torch.Ten
     some, every = (near <= most) | free, (far <= least) | free
     # Blocks over several grids or many frames stay as they are.
     mixed = (first >> 16 != last >> 16) | (last - first >= _MOST_FRAMES)
+    empty = boxes.empty[block]
+    return some | mixed | boxes.context[block] | empty, every & ~mixed | empty
+
+
+def _classify_boxes(t: PlanTensors, boxes: _Boxes, block: torch.Tensor, place: torch.Tensor):
+    """:func:`_classify` for the metric "box"; ``place [n, 3]`` of keys: row, column, frame code."""
+    low, high = boxes.low[block], boxes.high[block]
+    last_low, last_high = (x[block] for x in boxes.last)
+    frame, (first, last) = place[:, 2], boxes.frames[block].unbind(1)
+    free = (frame < 0) | ((frame & 0xFFFF) < t.sink_frames)
+    free |= (frame >> 16 < first >> 16) | (frame >> 16 > last >> 16)
+    some = ((low <= place) & (place <= last_high)).all(1) | free
+    every = ((high <= place) & (place <= last_low)).all(1) | free
+    mixed = first >> 16 != last >> 16
     empty = boxes.empty[block]
     return some | mixed | boxes.context[block] | empty, every & ~mixed | empty

@@ -53,7 +53,7 @@ typedef float Vector __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES), may_alias));
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
-enum { DISC = 1, RASTER = 2 };
+enum { DISC = 1, RASTER = 2, BOX = 3 };
 enum { OK, NO_MEMORY, BAD_BLOCK };
 
 /* The structures below have their mirror in native.py; steps count elements. */
@@ -72,7 +72,7 @@ typedef struct {
 
 /* The partition of one side of the plan. */
 typedef struct {
-    const int32_t *starts, *lengths, *order, *frame, *place;
+    const int32_t *starts, *lengths, *order, *frame, *place, *frame_last, *place_last;
     int64_t blocks;
 } Side;
 
@@ -86,7 +86,7 @@ typedef struct {
 
 typedef struct {
     int64_t backward, batch, own_heads, q_heads_per_own, q_heads_per_walked, dim, dtype, threads;
-    int64_t metric, num_limits, sink_frames, keys_own;
+    int64_t metric, num_limits, sink_frames, place_bits, keys_own;
     double scale;
     const int32_t *limits;
     Side own, walked;
@@ -133,8 +133,10 @@ typedef struct {
     float *scores, *grads;
     /* [CHUNK][dim] */
     float *wide_a, *wide_b;
-    _Alignas(64) int32_t row[TILES * TILE], column[TILES * TILE];
-    int32_t position[TILES * TILE], frame[TILES * TILE];
+    _Alignas(64) int32_t frame[TILES * TILE], row[TILES * TILE], column[TILES * TILE];
+    /* the last corner, of queries under the metric BOX */
+    _Alignas(64) int32_t frame_last[TILES * TILE], row_last[TILES * TILE], column_last[TILES * TILE];
+    int32_t position[TILES * TILE];
     int tiles, rows;
     /* Rows of partial blocks, tile by tile: those that every lane sees, then the undecided ones. */
     Positions seen, undecided;
@@ -320,11 +322,47 @@ static void accumulate(const void *const *rows, int count, const float *weights,
 
 /* ---- the token rule ---- */
 
+static void split_place(const Problem *p, int32_t place, int32_t *y, int32_t *x)
+{
+    *y = p->metric == RASTER ? 0 : place >> p->place_bits;
+    *x = p->metric == RASTER ? place : place & ((1 << p->place_bits) - 1);
+}
+
 static void place_of(const Problem *p, const Side *side, int32_t position, int32_t *y, int32_t *x)
 {
-    int32_t place = side->place[position];
-    *y = p->metric == DISC ? place >> 16 : 0;
-    *x = p->metric == DISC ? place & 0xFFFF : place;
+    split_place(p, side->place[position], y, x);
+}
+
+/* Which lanes of a tile the rule hides from a walked row under the metric BOX: all ones there. */
+static void hidden_by_box(const Problem *p, const Scratch *s, int tile, int32_t position,
+                          Integers *hidden)
+{
+    const int32_t frame = p->walked.frame[position];
+    int32_t frame_last = 0, y, x, y_last = 0, x_last = 0;
+    place_of(p, &p->walked, position, &y, &x);
+    if (p->keys_own) {
+        frame_last = p->walked.frame_last[position];
+        split_place(p, p->walked.place_last[position], &y_last, &x_last);
+    }
+    /* Bits of owners that the rule may hide: none from context or from a key of the sink. */
+    const int32_t may = frame < 0 || (!p->keys_own && (frame & 0xFFFF) < p->sink_frames) ? 0 : -1;
+    UNROLL for (int z = 0; z < VECTORS; z++) {
+        const int lane = tile * TILE + z * LANES;
+        const Integers own = *(const Integers *)(s->frame + lane);
+        const Integers row = *(const Integers *)(s->row + lane);
+        const Integers column = *(const Integers *)(s->column + lane);
+        Integers free = (own < 0) | (((own ^ frame) >> 16) != 0), outside;
+        if (p->keys_own) {
+            free |= (own & 0xFFFF) < (int32_t)p->sink_frames;
+            outside = (own < frame) | (own > frame_last) | (row < y) | (row > y_last);
+            outside |= (column < x) | (column > x_last);
+        } else {
+            outside = (own > frame) | (*(const Integers *)(s->frame_last + lane) < frame);
+            outside |= (row > y) | (*(const Integers *)(s->row_last + lane) < y);
+            outside |= (column > x) | (*(const Integers *)(s->column_last + lane) < x);
+        }
+        hidden[z] = outside & ~free & may;
+    }
 }
 
 /* The largest distance at which each owner of a tile and rows of a frame see each other; INT_MAX
@@ -345,7 +383,15 @@ static void apply_rule(const Problem *p, Scratch *s, int tile, int first)
 {
     _Alignas(64) int32_t limits[TILE];
     int32_t frame = 0;
-    for (int j = first; j < s->chunk->count; j++) {
+    for (int j = first; p->metric == BOX && j < s->chunk->count; j++) {
+        Integers hidden[VECTORS];
+        hidden_by_box(p, s, tile, s->chunk->position[j], hidden);
+        UNROLL for (int z = 0; z < VECTORS; z++) {
+            float *at = s->scores + j * TILE + z * LANES;
+            store(at, choose(hidden[z], all(-INFINITY), load(at)));
+        }
+    }
+    for (int j = first; p->metric != BOX && j < s->chunk->count; j++) {
         int32_t position = s->chunk->position[j], y, x;
         if (j == first || p->walked.frame[position] != frame) {
             frame = p->walked.frame[position];
@@ -377,10 +423,28 @@ static int append(Positions *list, const int32_t *from, int64_t count)
     return 1;
 }
 
+/* Sort the rows of one partial block by how many lanes of a tile a box hides from them. */
+static void cull_boxes(const Problem *p, Scratch *s, int tile, int32_t start, int32_t end)
+{
+    for (int32_t position = start; position < end; position++) {
+        Integers hidden[VECTORS], some = {0}, every = ~(Integers){0};
+        hidden_by_box(p, s, tile, position, hidden);
+        UNROLL for (int z = 0; z < VECTORS; z++) some |= hidden[z], every &= hidden[z];
+        int hides = 0, shows = 0;
+        UNROLL for (int i = 0; i < LANES; i++) hides |= some[i], shows |= ~every[i];
+        s->seen.at[s->seen.count] = position, s->seen.count += !hides;
+        s->undecided.at[s->undecided.count] = position;
+        s->undecided.count += hides && shows;
+    }
+}
+
 /* Sort the rows of one partial block by what the bounding box of a tile tells about them. */
 static int cull_block(const Problem *p, Scratch *s, int tile, int32_t block)
 {
     const int32_t *row = s->row + tile * TILE, *column = s->column + tile * TILE;
+    const int32_t start = p->walked.starts[block], end = start + p->walked.lengths[block];
+    if (!append(&s->seen, NULL, end - start) || !append(&s->undecided, NULL, end - start)) return 0;
+    if (p->metric == BOX) return cull_boxes(p, s, tile, start, end), 1;
     int64_t y0 = INT_MAX, y1 = INT_MIN, x0 = INT_MAX, x1 = INT_MIN, least = 0, most = 0;
     for (int i = 0; i < TILE; i++) {
         if (s->frame[tile * TILE + i] < 0) continue;
@@ -391,8 +455,6 @@ static int cull_block(const Problem *p, Scratch *s, int tile, int32_t block)
     }
     /* Context alone has no box, and sees everything. */
     if (y0 > y1) y0 = y1 = x0 = x1 = 0;
-    const int32_t start = p->walked.starts[block], end = start + p->walked.lengths[block];
-    if (!append(&s->seen, NULL, end - start) || !append(&s->undecided, NULL, end - start)) return 0;
     int32_t frame = 0;
     for (int32_t position = start; position < end; position++) {
         if (position == start || p->walked.frame[position] != frame) {
@@ -555,7 +617,7 @@ static void take_rows(const Problem *p, Scratch *s, int32_t block, int32_t first
             place_of(p, &p->own, position, &y, &x);
             /* by frame and then by cells of 4 rows; a block is small, so 16 bits of each do */
             key = (uint64_t)(uint16_t)p->own.frame[position] << 32;
-            if (p->metric == DISC) key |= (uint64_t)(y / 4) << 16 | (uint64_t)(x / (TILE / 4));
+            if (p->metric != RASTER) key |= (uint64_t)(y / 4) << 16 | (uint64_t)(x / (TILE / 4));
         }
         int at = i;
         for (; at > 0 && keys[at - 1] > key; at--) {
@@ -570,6 +632,9 @@ static void take_rows(const Problem *p, Scratch *s, int32_t block, int32_t first
         if (!p->metric) continue;
         s->frame[i] = p->own.frame[s->position[i]];
         place_of(p, &p->own, s->position[i], s->row + i, s->column + i);
+        if (p->metric != BOX || p->keys_own) continue;
+        s->frame_last[i] = p->own.frame_last[s->position[i]];
+        split_place(p, p->own.place_last[s->position[i]], s->row_last + i, s->column_last + i);
     }
 }
 

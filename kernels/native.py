@@ -35,9 +35,12 @@ class _Values(Structure):
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64)]
 
 
+_SIDE = ("starts", "lengths", "order", "frame", "place", "frame_last", "place_last")
+
+
 class _Side(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("starts", "lengths", "order", "frame", "place")),
+        *((name, c_void_p) for name in _SIDE),
         ("blocks", c_int64),
     ]
 
@@ -50,7 +53,7 @@ class _Lists(Structure):
 
 
 _SIZES = ("backward", "batch", "own_heads", "q_heads_per_own", "q_heads_per_walked", "dim")
-_SIZES += ("dtype", "threads", "metric", "num_limits", "sink_frames", "keys_own")
+_SIZES += ("dtype", "threads", "metric", "num_limits", "sink_frames", "place_bits", "keys_own")
 
 
 class _Problem(Structure):
@@ -106,6 +109,7 @@ class _Call:
             metric=t.metric,
             num_limits=0 if t.limits is None else t.limits.numel(),
             sink_frames=t.sink_frames,
+            place_bits=t.place_bits,
             scale=scale,
             limits=self.pointer(t.limits, torch.int32),
         )
@@ -129,8 +133,8 @@ class _Call:
 
     def side(self, name: str) -> _Side:
         t = self.t
-        parts = (getattr(t, f"{name}_{part}") for part in ("starts", "lengths", "order"))
-        parts = *parts, *(getattr(t, f"{name}_{part}") for part in ("frame", "place"))
+        # Keys have no last corner.
+        parts = (getattr(t, f"{name}_{part}", None) for part in _SIDE)
         count = getattr(t, f"{name}_starts").numel()
         return _Side(*(self.pointer(x, torch.int32) for x in parts), count)
 

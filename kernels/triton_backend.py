@@ -100,7 +100,8 @@ def _common(q, k, v, t: PlanTensors, scale: float) -> dict:
     }
     return {
         **tensors,
-        **dict(q=q, k=k, v=v, scale=scale, heads=q.shape[1], sink_frames=t.sink_frames),
+        **dict(q=q, k=k, v=v, scale=scale, heads=q.shape[1]),
+        **dict(sink_frames=t.sink_frames, place_bits=t.place_bits),
         **dict(num_queries=q.shape[2], num_keys=k.shape[2]),
         **dict(num_q_blocks=t.q_starts.numel(), num_kv_blocks=t.kv_starts.numel()),
         **dict(kv_list_size=t.kv_indices.shape[3], METRIC=t.metric),

@@ -27,13 +27,20 @@ def rule_keeps(rule, q_at, kv_at):
     """TokenRule's docstring for positions that broadcast."""
     q_frame, kv_frame = rule.q_frame.numpy()[q_at], rule.kv_frame.numpy()[kv_at]
     a, b = rule.q_place.numpy()[q_at].astype(np.int64), rule.kv_place.numpy()[kv_at]
-    if rule.metric == "raster":
-        distance = np.abs(a - b)
+    row = 2**rule.place_bits
+    if rule.metric == "box":
+        frame_last, last = rule.q_frame_last.numpy()[q_at], rule.q_place_last.numpy()[q_at]
+        within = (q_frame % 65536 <= kv_frame % 65536) & (kv_frame % 65536 <= frame_last % 65536)
+        within &= (a // row <= b // row) & (b // row <= last // row)
+        within &= (a % row <= b % row) & (b % row <= last % row)
     else:
-        distance = (a // 65536 - b // 65536) ** 2 + (a % 65536 - b % 65536) ** 2
-    limits = rule.limits.numpy()
-    apart = np.abs(q_frame % 65536 - kv_frame % 65536)
-    within = distance <= limits[np.minimum(apart, len(limits) - 1)]
+        if rule.metric == "raster":
+            distance = np.abs(a - b)
+        else:
+            distance = (a // row - b // row) ** 2 + (a % row - b % row) ** 2
+        limits = rule.limits.numpy()
+        apart = np.abs(q_frame % 65536 - kv_frame % 65536)
+        within = distance <= limits[np.minimum(apart, len(limits) - 1)]
     context = (q_frame < 0) | (kv_frame < 0)
     other_grid = q_frame // 65536 != kv_frame // 65536
     return context | other_grid | (kv_frame % 65536 < rule.sink_frames) | within

@@ -51,13 +51,19 @@ def visible(plan: Plan, batch: int, head: int) -> torch.Tensor:
 def _kept(rule: TokenRule) -> torch.Tensor:
     q_frame, kv_frame = rule.q_frame.long()[:, None], rule.kv_frame.long()
     q_place, kv_place = rule.q_place.long()[:, None], rule.kv_place.long()
+    free = (q_frame == -1) | (kv_frame == -1) | (q_frame // 65536 != kv_frame // 65536)
+    free = free | (kv_frame % 65536 < rule.sink_frames)
+    if rule.metric == "box":
+        row, last = 2**rule.place_bits, rule.q_place_last.long()[:, None]
+        inside = (q_frame <= kv_frame) & (kv_frame <= rule.q_frame_last.long()[:, None])
+        for part in (lambda x: x // row, lambda x: x % row):
+            inside &= (part(q_place) <= part(kv_place)) & (part(kv_place) <= part(last))
+        return free | inside
     distance = (q_place - kv_place).abs()
     if rule.metric == "disc":
         dy, dx = q_place // 65536 - kv_place // 65536, q_place % 65536 - kv_place % 65536
         distance = dy * dy + dx * dx
     apart = (q_frame - kv_frame).abs().clamp_max(rule.limits.numel() - 1)
-    free = (q_frame == -1) | (kv_frame == -1) | (q_frame // 65536 != kv_frame // 65536)
-    free = free | (kv_frame % 65536 < rule.sink_frames)
     return free | (distance <= rule.limits.long()[apart])
 
 
@@ -103,9 +109,16 @@ def _neighbours_rule(n_q: int, n_k: int, width: int, limits: torch.Tensor, frame
         within = at % area
         frame = at // area
         y, x = within // width, within % width
-        return frame, (y << 16 | x) if metric == "disc" else within
+        return frame, within if metric == "raster" else y << 16 | x
 
-    return TokenRule(metric, limits, *side(n_q), *side(n_k))
+    if metric != "box":
+        return TokenRule(metric, limits, *side(n_q), *side(n_k))
+    # Around each query as far as the limit of its own frame says, and over all frames.
+    (frame, place), reach = side(n_q), limits[0]
+    y, x = place >> 16, place & 0xFFFF
+    first = (y - reach).clamp_min(0) << 16 | (x - reach).clamp_min(0)
+    last = frame.new_tensor(frames).expand(n_q), y + reach << 16 | x + reach
+    return TokenRule(metric, limits[:0], frame * 0, first, *side(n_k), 0, *last)
 
 
 class Draw:
@@ -147,7 +160,7 @@ def _neighbours(draw: Draw):
     width = draw.choice(4, 8, 16, 25)
     # Squares are reached exactly, straight up and sideways.
     radius = torch.tensor([draw.upto(12) for _ in range(frames)], dtype=torch.int32)
-    limits = radius * radius if metric == "disc" else radius * 15
+    limits = {"disc": radius * radius, "raster": radius * 15, "box": radius}[metric]
     rule = _neighbours_rule(n_q, n_k, width, limits, frames, metric)
     return *blocks, rule, draw.upto(10**6)
 

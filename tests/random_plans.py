@@ -5,7 +5,7 @@ import torch
 
 from dittfast.attention import attend
 from dittfast.layout import Blocks, make_blocks, split_evenly
-from dittfast.plan import METRICS, Plan, TokenRule
+from dittfast.plan import Plan, TokenRule
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
 _UNUSED = 1 << 30
@@ -47,16 +47,28 @@ def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, s
         frame = integers(0, 2, n) << 16 | integers(0, frames, n)
         frame[integers(0, 10, n) == 0] = -1
         x = integers(0, 12, n)
-        return frame, integers(0, 12, n) << 16 | x if metric == METRICS[0] else x * 10
+        return frame, integers(0, 12, n) << bits | x if metric != "raster" else x * 10
 
+    bits = 4 if metric == "box" else 16
     limits = integers(-1, 60, frames)
     sides = *side(num_queries), *side(num_keys)
     if not keeps:
         zeros = torch.zeros(num_queries + num_keys, dtype=torch.int32).split(
             [num_queries, num_keys]
         )
-        return TokenRule(metric, limits * 0 - 1, *(x for x in zeros for _ in range(2)))
-    return TokenRule(metric, limits, *sides, sink_frames)
+        last = zeros[0] - 1 if metric == "box" else None
+        return TokenRule(
+            metric, limits * 0 - 1, *(x for x in zeros for _ in range(2)), 0, last, last
+        )
+    if metric != "box":
+        return TokenRule(metric, limits, *sides, sink_frames)
+    # Boxes of any size, empty ones among them: the last corner may lie before the first.
+    code = sides[0]
+    last = torch.where(
+        code < 0, -1, code + integers(-1, frames, num_queries).clamp_min(-(code & 0xFFFF))
+    )
+    place = integers(0, 12, num_queries) << bits | integers(0, 12, num_queries)
+    return TokenRule(metric, limits[:0], *sides, sink_frames, last.int(), place, bits)
 
 
 def random_plan(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 
 from dittfast.layout import Layout, make_blocks
-from dittfast.plan import METRICS, Plan, TokenRule, transpose_lists
+from dittfast.plan import DISTANCES, METRICS, Plan, TokenRule, transpose_lists
 
 seeds = st.integers(0, 10_000)
 
@@ -164,7 +164,7 @@ def test_rule(seed, metric, frames, sink_frames):
     assert kept.tolist() == oracle.rule_keeps(rule, np.arange(15)[:, None], np.arange(17)).tolist()
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", DISTANCES)
 def test_rule_from_layout(metric):
     layout = Layout.video(3, 4, 5, text=3)
     order = layout.order("hilbert")

@@ -10,7 +10,7 @@ from dittfast.kernels import triton_backend
 from dittfast.kernels.launch_sizes import KernelConfig, LaunchConfig, launch_config
 from dittfast.kernels.triton_backend import not_supported_reasons
 from dittfast.layout import Blocks, Layout, make_blocks, split_evenly
-from dittfast.plan import Plan, TokenRule
+from dittfast.plan import METRICS, Plan, TokenRule
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
 pytest.importorskip("triton")
@@ -62,11 +62,15 @@ def random_rule(metric, num_q, num_k, num_limits, seed=0, sink_frames=0) -> Toke
         return torch.where(draw(0, 10, n) == 0, -1, frame).int()
 
     def places(n):
-        return draw(0, 12, n) << 16 | draw(0, 12, n) if metric == "disc" else draw(0, 144, n)
+        return draw(0, 144, n) if metric == "raster" else draw(0, 12, n) << bits | draw(0, 12, n)
 
+    bits = 4 if metric == "box" else 16
     limits = draw(-1, 60, num_limits)
     where = frames(num_q), places(num_q), frames(num_k), places(num_k)
-    return TokenRule(metric, limits, *where, sink_frames)
+    if metric != "box":
+        return TokenRule(metric, limits, *where, sink_frames)
+    last = torch.where(where[0] < 0, -1, where[0] + draw(0, 3, num_q)).int()
+    return TokenRule(metric, limits[:0], *where, sink_frames, last, places(num_q), bits)
 
 
 def run(q, k, v, grads, plan, backend, **options):
@@ -226,7 +230,7 @@ def test_orders(sides):
 
 
 @pytest.mark.parametrize("num_limits", [1, 3, 5])
-@pytest.mark.parametrize("metric", ["disc", "raster"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_token_rule(metric, num_limits):
     rule = random_rule(metric, 50, 70, num_limits, sink_frames=num_limits // 3)
     blocks = ragged(50, 32, seed=13), ragged(70, 64, seed=14, shuffled=True)
