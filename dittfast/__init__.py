@@ -32,6 +32,7 @@ _EXPORTS = {
     "unload_adapter": "dittfast.distill.artifacts",
     "RadialAttnProcessor": "dittfast.pipelines.processors",
     "LocalAttnProcessor": "dittfast.pipelines.processors",
+    "NeighborhoodAttnProcessor": "dittfast.pipelines.processors",
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",

@@ -18,6 +18,7 @@ from dittfast.pipelines.headhunter.hunt import hunt as hunt
 from dittfast.pipelines.processors import HeadGuidanceAttnProcessor as HeadGuidanceAttnProcessor
 from dittfast.pipelines.processors import LocalAttnProcessor as LocalAttnProcessor
 from dittfast.pipelines.processors import LogLinearAttnProcessor as LogLinearAttnProcessor
+from dittfast.pipelines.processors import NeighborhoodAttnProcessor as NeighborhoodAttnProcessor
 from dittfast.pipelines.processors import RadialAttnProcessor as RadialAttnProcessor
 from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAttnProcessor
 from dittfast.pipelines.runs.high_resolution import (

@@ -32,6 +32,7 @@ MEASURED = {
 # meant to be too large rather than too small.
 ESTIMATED = {
     ("local", "triton"): 8192,
+    ("neighborhood", "triton"): 8192,
     ("log_linear", "triton"): 16384,
     ("radial", "triton"): 16384,
     ("rectified", "triton"): 16384,
@@ -41,6 +42,7 @@ ESTIMATED = {
 # that keep more than a third of the pairs never pay.
 FAST_HALF = {
     "local": 8192,
+    "neighborhood": 8192,
     "log_linear": 32768,
     "radial": math.inf,
     "rectified": math.inf,

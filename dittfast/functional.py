@@ -13,13 +13,14 @@ import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Local, LogLinear, Radial, Rectified
+from .methods import Local, LogLinear, Neighborhood, Radial, Rectified
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
 __all__ = [
     "local_attention",
     "log_linear_attention",
+    "neighborhood_attention",
     "radial_attention",
     "rectified_attention",
     "soft_pag",
@@ -118,6 +119,42 @@ def local_attention(
     return _attend(
         method, layout, (q, k, v), backend, scale, return_lse, spatial_weight=spatial_weight
     )
+
+
+def neighborhood_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    window: int | tuple[int | None, ...] = 16,
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
+    *,
+    tile: tuple[int, int, int] | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Attended:
+    """Neighborhood attention (arXiv:2504.16922): windows with strides and dilation, and all text.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms, N the layout's tokens; k and v may have
+            fewer heads (grouped-query attention).
+        layout: where the N tokens sit.
+        window, stride, dilation, causal, tile: see :class:`dittfast.methods.Neighborhood`.
+        backend, scale, return_lse: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype, or ``(out, lse [B, H, N] fp32)``. Differentiable in
+        q, k and v.
+
+    Raises:
+        ValueError: an option out of range, a window larger than a grid, or tensors that do not
+            fit the layout.
+    """
+    method = Neighborhood(window, stride, dilation, causal, tile)
+    return _attend(method, layout, (q, k, v), backend, scale, return_lse)
 
 
 def log_linear_attention(

@@ -172,6 +172,12 @@ class LocalAttnProcessor(SparseAttnProcessor):
     method_name = "local"
 
 
+class NeighborhoodAttnProcessor(SparseAttnProcessor):
+    """NATTEN's windows (arXiv:2504.16922); options of :class:`dittfast.methods.Neighborhood`."""
+
+    method_name = "neighborhood"
+
+
 class LogLinearAttnProcessor(SparseAttnProcessor):
     """LLSA (arXiv:2512.16615); options of :class:`dittfast.methods.LogLinear`."""
 

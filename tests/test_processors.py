@@ -14,6 +14,7 @@ from dittfast.pipelines.processors import (
     HeadGuidanceAttnProcessor,
     LocalAttnProcessor,
     LogLinearAttnProcessor,
+    NeighborhoodAttnProcessor,
     RadialAttnProcessor,
     RectifiedAttnProcessor,
 )
@@ -23,6 +24,12 @@ CASES = {
     "flux-radial": (tiny.flux_pipeline, RadialAttnProcessor, "radial", dict(block_size=16)),
     "wan-local": (tiny.wan_pipeline, LocalAttnProcessor, "local", dict(window=2)),
     "wan-radial": (tiny.wan_pipeline, RadialAttnProcessor, "radial", dict(block_size=4)),
+    "flux-neighborhood": (
+        tiny.flux_pipeline,
+        NeighborhoodAttnProcessor,
+        "neighborhood",
+        dict(window=(3, 4), stride=(1, 2)),
+    ),
     "flux-log_linear": (
         tiny.flux_pipeline,
         LogLinearAttnProcessor,

@@ -4,6 +4,7 @@ from .base import Method
 from .dense import Dense
 from .local import Local
 from .log_linear import LogLinear
+from .neighborhood import Neighborhood
 from .radial import Radial
 from .rectified import Rectified
 
@@ -11,8 +12,12 @@ METHODS: dict[str, type[Method]] = {
     "dense": Dense,
     "radial": Radial,
     "local": Local,
+    "neighborhood": Neighborhood,
     "log_linear": LogLinear,
     "rectified": Rectified,
 }
 
-__all__ = ["METHODS", "Method", "Dense", "Radial", "Local", "LogLinear", "Rectified"]
+__all__ = [
+    *("METHODS", "Method"),
+    *("Dense", "Local", "LogLinear", "Neighborhood", "Radial", "Rectified"),
+]
