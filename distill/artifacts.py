@@ -85,34 +85,9 @@ def save_adapter(
             f"{broken[0]} holds values that are not finite, so no adapter is written to {folder}; "
             "go on from an earlier checkpoint with a lower train.lr"
         )
-    weights, lora = {}, {}
-    dtype = student.dtype
-    for name, value in values.items():
-        if f".{ADAPTER}." in name:
-            lora[f"{student.component}.{name.replace(f'.{ADAPTER}.', '.')}"] = value.to(dtype)
-        elif name in student.own:
-            weights[OWN + name] = value
-        else:
-            weights[name] = value.to(dtype)
-    settings = config.student
-    alpha = settings.rank if settings.alpha is None else settings.alpha
-    method, schedule = settings.resolved()
-    preset, options, timing = _portable(settings, method, schedule)
-    description = {
-        "format": FORMAT,
-        "dittfast": dittfast.__version__,
-        "base": {"model": base, "component": student.component, "fingerprint": fingerprint},
-        "method": method.name,
-        "options": options,
-        "preset": preset,
-        "schedule": timing,
-        "trainable": settings.trainable,
-        "lora": {"rank": settings.rank, "alpha": alpha, "targets": list(settings.targets)}
-        if lora
-        else None,
-        "config": config.to_dict(),
-        "run": facts,
-    }
+    weights, lora = _by_file(student, values)
+    description = _describe(student, config, base, fingerprint, facts, with_lora=bool(lora))
+    method, schedule = config.student.resolved()
     with atomic_folder(folder) as part:
         if weights:
             write_tensors(part / WEIGHTS, weights)
@@ -121,6 +96,42 @@ def save_adapter(
         write_text(part / "README.md", model_card(description, repr(method), repr(schedule)))
         written = [name for name, there in ((WEIGHTS, weights), (LORA, lora)) if there]
         write_record(part / DESCRIPTION, description, written)
+
+
+def _by_file(student: Student, values: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+    """The tensors of the weights' file and of the LoRA's, by the names they have there."""
+    weights, lora = {}, {}
+    for name, value in values.items():
+        if f".{ADAPTER}." in name:
+            stock = f"{student.component}.{name.replace(f'.{ADAPTER}.', '.')}"
+            lora[stock] = value.to(student.dtype)
+        elif name in student.own:
+            weights[OWN + name] = value
+        else:
+            weights[name] = value.to(student.dtype)
+    return weights, lora
+
+
+def _describe(student, config, base: str, fingerprint: dict, facts: dict, with_lora: bool) -> dict:
+    """What adapter.json says."""
+    settings = config.student
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    lora = {"rank": settings.rank, "alpha": alpha, "targets": list(settings.targets)}
+    method, schedule = settings.resolved()
+    preset, options, timing = _portable(settings, method, schedule)
+    return {
+        "format": FORMAT,
+        "dittfast": dittfast.__version__,
+        "base": {"model": base, "component": student.component, "fingerprint": fingerprint},
+        "method": method.name,
+        "options": options,
+        "preset": preset,
+        "schedule": timing,
+        "trainable": settings.trainable,
+        "lora": lora if with_lora else None,
+        "config": config.to_dict(),
+        "run": facts,
+    }
 
 
 def _portable(settings, method: Method, schedule) -> tuple[str, dict, dict]:

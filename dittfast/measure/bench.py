@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -128,12 +128,7 @@ def bench_attention(
     q, k, v, grad_out = work.inputs()
     if work.backward:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-    method.prepare(layout, q.device)
-    synchronize(work.device)
-    start = perf_counter()
-    plan, near_k, near_v, _, scale = method_call(method, layout, q, k, v)
-    synchronize(work.device)
-    plan_seconds = perf_counter() - start
+    plan_seconds, (plan, near_k, near_v, _, scale) = _planned(method, layout, q, k, v)
     inputs = q.detach(), near_k.detach(), near_v.detach()
     # A plan made from q, k and v may carry gradients to them; here it is held fixed.
     chosen = choose_backend(q.device, q.dtype) if backend == "auto" else backend
@@ -158,20 +153,15 @@ def bench_attention(
 
     functions = {"dense": dense, "attend": partial(sparse, backend)}
     functions |= {name: partial(sparse, name) for name in others}
-    flex_row = {"not_run": "not asked for"}
+    flex_arm, flex_row = {}, {"not_run": "not asked for"}
     if flex:
-        try:
-            functions["flex"] = flex_function(
-                *inputs, grad_out, detached(plan), scale, work.backward
-            )
-            flex_row = {}
-        except Exception as error:  # whatever a compiler throws belongs in the table
-            flex_row = {"not_run": _reason(error)}
+        flex_arm, flex_row = _flex_arm(inputs, grad_out, detached(plan), scale, work.backward)
     if work.backward:
         grad = grad_out[:, :, :dense_rows]
         functions["dense"] = with_gradient(functions["dense"], (dense_q, k, v), grad)
         for name in ("attend", *others):
             functions[name] = with_gradient(functions[name], (q, k, v), grad_out)
+    functions |= flex_arm
     options = {}
     if brief:
         options = {"warmup": 0, "clock": clock_for(work.device)}
@@ -181,6 +171,24 @@ def bench_attention(
         seconds = interleaved_seconds(functions, repeats, work.device, **options)
     seconds["dense"] = [s * q.shape[2] / dense_rows for s in seconds["dense"]]
     return _row(method, work, plan, plan_seconds, seconds, flex_row, chosen, others)
+
+
+def _planned(method: Method, layout: Layout, q, k, v) -> tuple[float, tuple]:
+    """Seconds that planning takes, and what :func:`method_call` returned."""
+    method.prepare(layout, q.device)
+    synchronize(q.device)
+    start = perf_counter()
+    call = method_call(method, layout, q, k, v)
+    synchronize(q.device)
+    return perf_counter() - start, call
+
+
+def _flex_arm(inputs, grad_out, plan: Plan, scale, backward) -> tuple[dict[str, Callable], dict]:
+    """What runs flex_attention, or under ``not_run`` why nothing does."""
+    try:
+        return {"flex": flex_function(*inputs, grad_out, plan, scale, backward)}, {}
+    except Exception as error:  # whatever a compiler throws belongs in the table
+        return {}, {"not_run": _reason(error)}
 
 
 def _row(method, work, plan: Plan, plan_seconds, seconds, flex_row, backend, others) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,23 +130,28 @@ def line_chart(
     for number, curve in enumerate(curves):
         color = COLORS[number % len(COLORS)]
         if curve.flat:
+            at = y(curve.values[0])
             for start in range(left, left + width, 12):
-                at = y(curve.values[0])
                 page.draw.line((start, at, start + 6, at), fill=color, width=2)
         else:
-            points = [(x(n), y(v)) for n, v in enumerate(curve.values)]
-            page.draw.line(points, fill=color, width=3)
-            for n, (px, py) in enumerate(points):
-                page.draw.ellipse((px - 4, py - 4, px + 4, py + 4), fill=color)
-                if curve.error:
-                    ends = [y(curve.values[n] + s * curve.error[n]) for s in (-1, 1)]
-                    page.draw.line((px, *ends[:1], px, ends[1]), fill=color, width=1)
+            _draw_curve(page, curve, color, x, y)
         mark = left + width + gap
         page.draw.line((mark, legend + 9, mark + 20, legend + 9), fill=color, width=3)
         names = _wrap(curve.name, _font(text), side - 3 * gap - 24, 3)
         legend = page.text(mark + 28, legend, names, text, INK) + 6
     page.text(gap, top + height + 34 + gap, foot, 13, FAINT)
     return page.image
+
+
+def _draw_curve(page: _Page, curve: Curve, color, x: Callable, y: Callable) -> None:
+    """A line through points with error bars; ``x(place)`` and ``y(value)`` are pixels."""
+    points = [(x(n), y(v)) for n, v in enumerate(curve.values)]
+    page.draw.line(points, fill=color, width=3)
+    for n, (px, py) in enumerate(points):
+        page.draw.ellipse((px - 4, py - 4, px + 4, py + 4), fill=color)
+        if curve.error:
+            ends = [y(curve.values[n] + s * curve.error[n]) for s in (-1, 1)]
+            page.draw.line((px, ends[0], px, ends[1]), fill=color, width=1)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -261,15 +261,7 @@ def block_mask(
 
     text, side = 15, 285
     axes = [_axis(layout, b, n) for b, n in zip((plan.q_blocks, plan.kv_blocks), mask.size[::-1])]
-    legend = [(FULL, "every token pair kept", False)]
-    if partial.any():
-        legend.append((PARTIAL, "some token pairs kept", False))
-    if (full + partial < 1).any():
-        legend.append((HIDDEN, "never computed", False))
-    if len(axes[1].segments) > 1:
-        legend.append((SEGMENT_LINE, "first token of a segment", True))
-    if axes[1].frames:
-        legend.append((FRAME_LINE, "first token of a frame", True))
+    legend = _legend(full, partial, axes[1])
     notes = [w for line in lines for w in _wrap(line, _font(text), side, 3)]
 
     left = 78
@@ -293,6 +285,20 @@ def block_mask(
         y += line_height(text) + 4
     page.text(x, y + line_height(text) // 2, notes, text)
     return page.image
+
+
+def _legend(full: np.ndarray, partial: np.ndarray, axis: _Axis) -> list[tuple[tuple, str, bool]]:
+    """Colour, meaning, and whether it is a line, of what the mask shows."""
+    legend = [(FULL, "every token pair kept", False)]
+    if partial.any():
+        legend.append((PARTIAL, "some token pairs kept", False))
+    if (full + partial < 1).any():
+        legend.append((HIDDEN, "never computed", False))
+    if len(axis.segments) > 1:
+        legend.append((SEGMENT_LINE, "first token of a segment", True))
+    if axis.frames:
+        legend.append((FRAME_LINE, "first token of a frame", True))
+    return legend
 
 
 def kept_mass(

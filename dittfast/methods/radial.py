@@ -198,23 +198,55 @@ def paper_pairs(frames: int, tokens_per_frame: int) -> int:
     return int((times * per_frame_pair).sum()) + frames * tokens_per_frame**2
 
 
-def _code_pairs(
-    frames: int, tokens: int, block: int, decay_factor: float, sink: bool, spill: bool
-) -> Iterator[Pairs]:
-    """Listed blocks among the ``frames * tokens // block`` whole blocks, whole rows at a time.
+def _code_tiles(
+    i: np.ndarray, j: np.ndarray, width: np.ndarray, tokens: int, block: int, tiles: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For pairs of frames: query tiles, the first key tile that each lists, and how many follow.
 
     In tile t of a frame pair, column l sees the rows of the tile (frame indices ``top..bottom``)
     inside ``l - width .. l + width``. The columns that see any row, and those that see at least
     ``least`` rows, are two nested intervals; only the first and the last tile that meet the
     inner one can fail the test. So the tiles of a row are one range, found without a loop.
+
+    Args:
+        i, j, width: ``[pairs, 1]``: frame of the queries, frame of the keys, half of the band.
     """
-    regular = frames * tokens // block
-    tiles = -(-tokens // block) + spill
-    widths = code_half_widths(frames, tokens, block, decay_factor)
     tile = np.arange(tiles)
     # rho > 1/3 and ratio > 0.6 in exact integers; fp32 and fp64 agree with them for every block
     # size up to 256, ties included (1/3 and 3/5 round like the constants).
     least = block // 3 + 1
+    q_offset, kv_offset = i * tokens % block, j * tokens % block
+    top = np.maximum(0, tile * block - q_offset)
+    bottom = np.minimum(tokens, (tile + 1) * block - q_offset) - 1
+    outer = np.maximum(0, top - width), np.minimum(tokens - 1, bottom + width)
+    inner = (
+        np.maximum(0, top - width + least - 1),
+        np.minimum(tokens - 1, bottom + width - least + 1),
+    )
+    some = (bottom - top + 1 >= least) & (inner[0] <= inner[1])
+
+    def passes(at):
+        left = np.maximum(0, at * block - kv_offset)
+        right = np.minimum(tokens, (at + 1) * block - kv_offset) - 1
+        seen, high = (np.minimum(right, hi) - np.maximum(left, lo) + 1 for lo, hi in (outer, inner))
+        return 5 * high > 3 * seen
+
+    first = (inner[0] + kv_offset) // block
+    last = np.minimum((inner[1] + kv_offset) // block, tiles - 1)
+    some &= first <= last
+    first, last = first + ~passes(first), last - ~passes(last)
+    q_tile = (i * tokens // block + tile)[some]
+    kv_tile = (j * tokens // block + first)[some]
+    return q_tile, kv_tile, (last - first + 1)[some]
+
+
+def _code_pairs(
+    frames: int, tokens: int, block: int, decay_factor: float, sink: bool, spill: bool
+) -> Iterator[Pairs]:
+    """Listed blocks among the ``frames * tokens // block`` whole blocks, whole rows at a time."""
+    regular = frames * tokens // block
+    tiles = -(-tokens // block) + spill
+    widths = code_half_widths(frames, tokens, block, decay_factor)
     done, open_keys = 0, np.empty(0, dtype=np.int64)
     for chunk in chunks(np.full(frames, frames * tiles), _AT_ONCE):
         queries = np.arange(frames)[chunk]
@@ -222,33 +254,10 @@ def _code_pairs(
         if sink:
             width[:, 0] = tokens - 1
         row, j = np.nonzero(width >= 0)
-        i, width = queries[row][:, None], width[row, j][:, None]
-        j = j[:, None]
-        q_offset, kv_offset = i * tokens % block, j * tokens % block
-        top = np.maximum(0, tile * block - q_offset)
-        bottom = np.minimum(tokens, (tile + 1) * block - q_offset) - 1
-        outer = np.maximum(0, top - width), np.minimum(tokens - 1, bottom + width)
-        inner = (
-            np.maximum(0, top - width + least - 1),
-            np.minimum(tokens - 1, bottom + width - least + 1),
+        q_tile, kv_tile, count = _code_tiles(
+            queries[row][:, None], j[:, None], width[row, j][:, None], tokens, block, tiles
         )
-        some = (bottom - top + 1 >= least) & (inner[0] <= inner[1])
-
-        def passes(at, outer=outer, inner=inner, kv_offset=kv_offset):
-            left = np.maximum(0, at * block - kv_offset)
-            right = np.minimum(tokens, (at + 1) * block - kv_offset) - 1
-            seen, high = (
-                np.minimum(right, hi) - np.maximum(left, lo) + 1 for lo, hi in (outer, inner)
-            )
-            return 5 * high > 3 * seen
-
-        first = (inner[0] + kv_offset) // block
-        last = np.minimum((inner[1] + kv_offset) // block, tiles - 1)
-        some &= first <= last
-        first, last = first + ~passes(first), last - ~passes(last)
-        q_tile = (i * tokens // block + tile)[some]
-        kv_tile = (j * tokens // block + first)[some]
-        owner, cols = expand_ranges(kv_tile, (last - first + 1)[some])
+        owner, cols = expand_ranges(kv_tile, count)
         rows = q_tile[owner]
         inside = (rows < regular) & (cols < regular)
         keys = rows[inside] * regular + cols[inside]

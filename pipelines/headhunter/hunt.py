@@ -219,6 +219,30 @@ def _arguments(pipe, prompt: str, call: dict) -> dict:
     return {name: value for name, value in arguments.items() if name != "prompt"}
 
 
+def _searched(
+    judge: _Judge,
+    settings: dict,
+    policy: Policy,
+    pool: list[Head],
+    whole_layers: list[Heads],
+    on_round: Callable[[Round], None],
+) -> HuntResult:
+    """All contenders, judged on the samples searched with and on those held out."""
+    rounds = greedy(judge, pool, policy, on_round)
+    result = HuntResult(
+        settings["objective"],
+        settings,
+        tuple(rounds),
+        Contender("unguided", (), tuple(judge(()))),
+        tuple(
+            Contender(f"layer {number}", layer, tuple(judge(layer)))
+            for number, layer in enumerate(whole_layers)
+        ),
+        tuple(Contender(f"round {r.number}", r.heads, r.scores) for r in rounds),
+    )
+    return _on_holdout(result, judge) if "holdout" in judge.splits else result
+
+
 def _on_holdout(result: HuntResult, judge: _Judge) -> HuntResult:
     """The result with every contender judged on the held-out samples, too."""
 
@@ -231,6 +255,22 @@ def _on_holdout(result: HuntResult, judge: _Judge) -> HuntResult:
         layers=tuple(map(held, result.layers)),
         found=tuple(map(held, result.found)),
     )
+
+
+def _most_pictures(policy: Policy, pool: list[Head], whole_layers: list, splits: dict) -> int:
+    """How many pictures a search draws at most."""
+    searched, held_out = len(splits["search"]), len(splits.get("holdout", ()))
+    contenders = 1 + len(whole_layers) + policy.rounds
+    rounds = calls(policy, len(pool), searched)
+    return rounds + len(whole_layers) * searched + contenders * held_out
+
+
+def _write(folder: Path, result: HuntResult, studio: _Studio, splits: dict) -> None:
+    if "holdout" in splits:
+        sheet = holdout_sheet(studio.pictures, splits["holdout"], result)
+        write_image(folder / "holdout.png", sheet)
+    write_image(folder / "curve.png", curve(result))
+    result.save(folder / "heads.json")
 
 
 def _model_facts(pipe) -> dict:
@@ -330,16 +370,15 @@ def hunt(
         "batch_size": batch_size,
     }
     folder = None if folder is None else Path(folder)
-    state = None if folder is None else folder / "state.json"
+    whole_layers = [
+        tuple((layer, head) for head in range(n)) for layer, n in enumerate(counts)
+    ] if compare_layers else []  # fmt: skip
+
+    from tqdm.auto import tqdm
+
     with contextlib.nullcontext() if folder is None else locked(folder):
-        book = ScoreBook(settings, state, verify)
+        book = ScoreBook(settings, None if folder is None else folder / "state.json", verify)
         studio = _Studio(pipe, objective, arguments, guidance, batch_size)
-        every_layer = [
-            tuple((layer, head) for head in range(n)) for layer, n in enumerate(counts)
-        ] if compare_layers else []  # fmt: skip
-        total = calls(policy, len(pool), len(splits["search"]))
-        total += len(every_layer) * len(splits["search"])
-        total += (1 + len(every_layer) + rounds) * len(splits.get("holdout", ()))
 
         def finish(round_: Round) -> None:
             if folder is not None:
@@ -347,30 +386,12 @@ def hunt(
                 write_image(folder / f"round-{round_.number}.png", sheet)
             on_round(round_)
 
-        from tqdm.auto import tqdm
-
+        total = _most_pictures(policy, pool, whole_layers, splits)
         with _no_bars(pipe), tqdm(total=total, unit="picture", disable=not progress) as bar:
             judge = _Judge(studio, book, splits, bar)
-            done = greedy(judge, pool, policy, finish)
-            result = HuntResult(
-                settings["objective"],
-                book.settings,
-                tuple(done),
-                Contender("unguided", (), tuple(judge(()))),
-                tuple(
-                    Contender(f"layer {number}", layer, tuple(judge(layer)))
-                    for number, layer in enumerate(every_layer)
-                ),
-                tuple(Contender(f"round {r.number}", r.heads, r.scores) for r in done),
-            )
-            if holdout:
-                result = _on_holdout(result, judge)
-                if folder is not None:
-                    sheet = holdout_sheet(studio.pictures, splits["holdout"], result)
-                    write_image(folder / "holdout.png", sheet)
+            result = _searched(judge, book.settings, policy, pool, whole_layers, finish)
             bar.total = bar.n
             bar.refresh()
-        if folder is not None:
-            write_image(folder / "curve.png", curve(result))
-            result.save(folder / "heads.json")
+            if folder is not None:
+                _write(folder, result, studio, splits)
         return result

@@ -84,6 +84,34 @@ def _twin(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, {id(x): x for x in tensors})
 
 
+def _built(name: str, work: Workload, tokens: int, layers: int):
+    """A random model on its device, its inputs and their layout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(work.seed)
+        model, inputs, layout = MODELS[name](work, tokens, layers)
+    model = model.eval().to(work.device)
+    if work.dtype != torch.float32:
+        model = model.to(work.dtype)
+    floating = lambda x: x.is_floating_point() and x.ndim > 1  # noqa: E731
+    inputs = {k: x.to(work.device, work.dtype if floating(x) else None) for k, x in inputs.items()}
+    return model, inputs | {"return_dict": False}, layout
+
+
+def _in_pairs(
+    arms: dict[str, torch.nn.Module], inputs: dict, repeats: int, device
+) -> tuple[dict[str, list[float]], dict[str, dict]]:
+    """Seconds of the stock model and of each arm, and how much slower each is than its partners."""
+    functions = {arm: partial(output, x, inputs) for arm, x in arms.items()}
+    seconds, overhead = {"stock": []}, {}
+    for arm in ARMS:
+        pair = {name: functions[name] for name in ("stock", arm)}
+        paired = interleaved_seconds(pair, repeats, device)
+        seconds["stock"] += paired["stock"]
+        seconds[arm] = paired[arm]
+        overhead[arm] = percentiles(a / b - 1 for a, b in zip(paired[arm], paired["stock"]))
+    return seconds, overhead
+
+
 def measure_overhead(
     name: str, work: Workload, *, tokens: int = 4096, layers: int = 12, repeats: int = 10
 ) -> dict:
@@ -111,29 +139,13 @@ def measure_overhead(
         raise unknown("model", name, MODELS)
     if layers < 1 or tokens < 64:
         raise ValueError(f"needs at least 1 layer and 64 tokens, got {layers} and {tokens}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(work.seed)
-        model, inputs, layout = MODELS[name](work, tokens, layers)
-    model = model.eval().to(work.device)
-    if work.dtype != torch.float32:
-        model = model.to(work.dtype)
-    floating = lambda x: x.is_floating_point() and x.ndim > 1  # noqa: E731
-    inputs = {k: x.to(work.device, work.dtype if floating(x) else None) for k, x in inputs.items()}
-    inputs["return_dict"] = False
-
+    model, inputs, layout = _built(name, work, tokens, layers)
     arms = {"stock": model} | {arm: _twin(model) for arm in ARMS}
     enable(arms["enabled"], "dense")
     enable(arms["full_plan"], Full(block_size=128), min_tokens=0)
     errors, noise = _check(arms, inputs)
 
-    functions = {arm: partial(output, x, inputs) for arm, x in arms.items()}
-    seconds, overhead = {"stock": []}, {}
-    for arm in ARMS:
-        pair = {name: functions[name] for name in ("stock", arm)}
-        paired = interleaved_seconds(pair, repeats, work.device)
-        seconds["stock"] += paired["stock"]
-        seconds[arm] = paired[arm]
-        overhead[arm] = percentiles(a / b - 1 for a, b in zip(paired[arm], paired["stock"]))
+    seconds, overhead = _in_pairs(arms, inputs, repeats, work.device)
     return {
         "model": type(model).__name__,
         "layers": layers,

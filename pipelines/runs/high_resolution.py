@@ -163,6 +163,75 @@ def _calls(pipe, larger, prompt: str, stages, call: dict, later: dict) -> list[d
     return calls
 
 
+def _is_enabled(pipe) -> bool:
+    return any(is_swapped(m) for m in transformers_of(pipe).values())
+
+
+def _chosen(
+    pipe, method: Method | str | None, schedule: Schedule | None, options: dict
+) -> tuple[Method | None, Schedule | None]:
+    """The method of the stages after the first; None for what the pipeline runs by itself."""
+    if method is None:
+        if options or schedule:
+            raise ValueError(f"there is no method for the options {sorted(options)}")
+        return None, None
+    if _is_enabled(pipe):
+        raise ValueError(
+            "dittfast is enabled on this pipeline already; pass method=None to run the stages "
+            "with it, or call dittfast.disable(pipe) first"
+        )
+    return resolve(method, schedule, **options)
+
+
+@dataclass(frozen=True)
+class _Enlarging:
+    """How the stages after the first are drawn.
+
+    Attributes:
+        pipe: the image-to-image pipeline.
+        method: None for what the pipeline runs by itself.
+        enabled: whether that is a method.
+    """
+
+    pipe: HasComponents
+    method: Method | None
+    schedule: Schedule | None
+    backend: str
+    enabled: bool
+    guidance: HeadGuidance | None
+    ntk_factor: float
+    position_until: float
+
+    def draw(self, arguments: dict, scale: float, seed: int) -> Stage:
+        method, how = self.method, {"schedule": self.schedule, "backend": self.backend}
+        if method is None:
+            method, how = None if self.enabled else "dense", {}
+        with (
+            rope_theta_scaled(self.pipe, self.ntk_factor),
+            positions_scaled(self.pipe, scale, self.position_until),
+            _running(self.pipe, method, self.guidance, **how),
+        ):
+            drawn = run(self.pipe, arguments, seed)
+            description = describe(self.pipe)
+        sparse = description if self.enabled or self.method is not None else None
+        return self._stage(drawn, arguments, description.num_tokens, scale, sparse)
+
+    def compare(self, arguments: dict, scale: float, seed: int, runs: int, on_stage) -> Stage:
+        """The stage with dense attention, too."""
+        with rope_theta_scaled(self.pipe, self.ntk_factor):
+            arms = generate(
+                self.pipe, arguments, self.method, self.schedule, guidance=self.guidance,
+                position_scale=scale, position_until=self.position_until,
+                backend=self.backend, seed=seed, compare=True, runs=runs, on_stage=on_stage,
+            )  # fmt: skip
+        sparse = arms[-1].description
+        return self._stage(arms[-1].run, arguments, sparse.num_tokens, scale, sparse, tuple(arms))
+
+    def _stage(self, drawn, arguments, tokens, scale, description, arms=()) -> Stage:
+        until = self.position_until
+        return Stage(drawn, arguments["strength"], tokens, scale, until, description, arms)
+
+
 def generate_high_resolution(
     pipe: HasComponents,
     prompt: str,
@@ -231,17 +300,7 @@ def generate_high_resolution(
     check_ranges(prompt=prompt, seed=seed, runs=runs)
     if is_video(pipe):
         raise ValueError(f"{type(pipe).__name__} draws videos; stages are for pictures")
-    swapped = any(is_swapped(m) for m in transformers_of(pipe).values())
-    if swapped and method is not None:
-        raise ValueError(
-            "dittfast is enabled on this pipeline already; pass method=None to run the stages "
-            "with it, or call dittfast.disable(pipe) first"
-        )
-    chosen = None
-    if method is not None:
-        chosen, schedule = resolve(method, schedule, **options)
-    elif options or schedule:
-        raise ValueError(f"there is no method for the options {sorted(options)}")
+    chosen, schedule = _chosen(pipe, method, schedule, options)
     if compare and chosen is None:
         raise ValueError("there is nothing to compare dense attention with; choose a method")
     larger = image_to_image(pipe)
@@ -250,43 +309,28 @@ def generate_high_resolution(
     with rope_theta_scaled(pipe, ntk_factor), positions_scaled(pipe, scales[-1], position_until):
         pass  # checks them
 
+    enabled = _is_enabled(pipe)
     on_stage(f"{stages[0][1]} x {stages[0][0]}")
-    own = None if swapped else "dense"  # the stages without a method; swapped runs its own
-    with _running(pipe, own, guidance):
+    with _running(pipe, None if enabled else "dense", guidance):
         first = run(pipe, calls[0], seed)
         tokens = describe(pipe).num_tokens
     done = [Stage(first, None, tokens)]
     if proportional and isinstance(chosen, Local) and not chosen.proportional:
         chosen = replace(chosen, proportional=tokens)
+    enlarging = _Enlarging(
+        larger, chosen, schedule, backend, enabled, guidance, ntk_factor, position_until
+    )
     for number, (arguments, value, scale) in enumerate(zip(calls[1:], strengths, scales), 1):
         height, width = stages[number]
-        on_stage(f"{width} x {height}")
+        name = f"{width} x {height}"
+        on_stage(name)
         picture = done[-1].image.resize((width, height), Image.Resampling.LANCZOS)
         arguments |= {"image": picture, "strength": value}
-        how = {} if chosen is None else {"schedule": schedule, "backend": backend}
-        position = {"position_scale": scale, "position_until": position_until}
         if compare and number == len(calls) - 1:
-            with rope_theta_scaled(pipe, ntk_factor):
-                arms = generate(
-                    larger, arguments, chosen, schedule, guidance=guidance, **position,
-                    backend=backend, seed=seed + number, compare=True, runs=runs,
-                    on_stage=lambda arm, size=f"{width} x {height}": on_stage(f"{size}, {arm}"),
-                )  # fmt: skip
-            drawn, description = arms[-1].run, arms[-1].description
-            done.append(
-                Stage(drawn, value, description.num_tokens, **position, description=description,
-                      arms=tuple(arms))
-            )  # fmt: skip
-            break
-        with (
-            rope_theta_scaled(pipe, ntk_factor),
-            positions_scaled(pipe, scale, position_until),
-            _running(larger, own if chosen is None else chosen, guidance, **how),
-        ):
-            drawn = run(larger, arguments, seed + number)
-            description = describe(larger)
-        sparse = description if chosen is not None or swapped else None
-        done.append(Stage(drawn, value, description.num_tokens, **position, description=sparse))
+            told = lambda arm, name=name: on_stage(f"{name}, {arm}")  # noqa: E731
+            done.append(enlarging.compare(arguments, scale, seed + number, runs, told))
+        else:
+            done.append(enlarging.draw(arguments, scale, seed + number))
     return done
 
 

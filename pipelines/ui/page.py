@@ -227,13 +227,8 @@ def _inputs(gr, model: str) -> _Inputs:
     return _Inputs(options, call, prompt, known, method, negative, image, seed, look, layer, step)
 
 
-def build(studio: Studio, model: str = "sample-flux"):
-    """The page as ``gradio.Blocks``.
-
-    Raises:
-        ValueError: Gradio is not installed.
-    """
-    gr = _gradio()
+def _handlers(gr, studio: Studio, inputs) -> tuple[Callable, Callable, Callable]:
+    """What runs when somebody draws, presses Cancel, or leaves the page."""
     jobs: dict[str, Job] = {}  # under way, by browser session
 
     def on_draw(values: dict, browser: gr.Request, progress=gr.Progress()):  # noqa: B008
@@ -260,6 +255,16 @@ def build(studio: Studio, model: str = "sample-flux"):
         cancel(browser)
         return answers.sentence("Cancelled.")
 
+    return on_draw, on_stop, cancel
+
+
+def build(studio: Studio, model: str = "sample-flux"):
+    """The page as ``gradio.Blocks``.
+
+    Raises:
+        ValueError: Gradio is not installed.
+    """
+    gr = _gradio()
     with gr.Blocks(title="dittfast", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             "# dittfast\nDraws with dense attention and with a sparse method, from the same prompt "
@@ -275,6 +280,7 @@ def build(studio: Studio, model: str = "sample-flux"):
                 status = gr.HTML(answers.sentence("Ready."))
                 pictures = gr.HTML()
                 attention = gr.HTML()
+        on_draw, on_stop, cancel = _handlers(gr, studio, inputs)
         quiet = {"api_visibility": "private"}
         drawing = gr.on(
             [draw.click, inputs.prompt.submit],
