@@ -16,6 +16,8 @@ _EXPORTS = {
     "Plan": "dittfast.plan",
     "Schedule": "dittfast.schedule",
     "attend": "dittfast.attention",
+    "register_backend": "dittfast.attention",
+    "Capabilities": "dittfast.kernels.capabilities",
     "enable": "dittfast.pipelines.adapter",
     "disable": "dittfast.pipelines.adapter",
     "describe": "dittfast.pipelines.description",

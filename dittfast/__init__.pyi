@@ -2,10 +2,12 @@
 from dittfast import functional as functional
 from dittfast import methods as methods
 from dittfast.attention import attend as attend
+from dittfast.attention import register_backend as register_backend
 from dittfast.distill.artifacts import load_adapter as load_adapter
 from dittfast.distill.artifacts import merge as merge
 from dittfast.distill.artifacts import unload_adapter as unload_adapter
 from dittfast.distill.artifacts import unmerge as unmerge
+from dittfast.kernels.capabilities import Capabilities as Capabilities
 from dittfast.layout import Layout as Layout
 from dittfast.methods.head_guidance import HeadGuidance as HeadGuidance
 from dittfast.pipelines.adapter import disable as disable

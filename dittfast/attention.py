@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch.autograd import forward_ad
@@ -13,12 +14,16 @@ from .layout import Layout
 from .methods.base import Method
 from .plan import Plan, to_be_kept
 
+if TYPE_CHECKING:
+    from .kernels.capabilities import Capabilities, Demand
+
 logger = logging.getLogger(__name__)
 
 
-# Each backend module has `attend` and `not_supported_reasons`, `make_worklist` if it prepares
-# itself for a plan, and `GROUPED_HEADS` if k and v may have fewer heads than q. Loaded on first
-# use, by import statements because Dynamo traces those (and not importlib).
+# A backend has `attend` and `CAPABILITIES` (kernels/capabilities.py), a tuple or a function that
+# returns one. It may have `machine_reasons(demand)`, why this machine lets it down, and
+# `make_worklist`, if it prepares itself for a plan. Loaded on first use, by import statements
+# because Dynamo traces those (and not importlib).
 def _triton():
     from .kernels import triton_backend
 
@@ -44,15 +49,124 @@ def _reference():
 
 
 BACKENDS = {"triton": _triton, "native": _native, "cpu": _cpu, "reference": _reference}
+# What "auto" tries on each type of device, the fastest first.
+PREFERRED = {"cuda": ("triton",), "cpu": ("native", "cpu")}
+_ELSEWHERE = ("cpu",)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that ``backend="auto"`` runs for tensors of ``dtype`` on ``device``."""
-    if device.type == "cuda":
-        return "triton"
-    native = BACKENDS["native"]()
-    runs = device.type == "cpu" and dtype in native.DTYPES and native.unavailable() is None
-    return "native" if runs else "cpu"
+def register_backend(
+    name: str,
+    forward: Callable,
+    backward: Callable | None = None,
+    *,
+    capabilities: Capabilities | tuple[Capabilities, ...],
+    machine_reasons: Callable[[Demand], list[str]] | None = None,
+    make_worklist: Callable | None = None,
+) -> None:
+    """Make ``backend=name`` run your kernel, everywhere that a backend can be named.
+
+    Args:
+        name: an identifier that no backend of dittfast has. Your own is replaced.
+        forward: ``(q, k, v, PlanTensors, scale) -> (out, lse)``; shapes as in :func:`attend`.
+        backward: ``(grad_out, grad_lse, q, k, v, out, lse, PlanTensors, scale) -> (dq, dk, dv,
+            d out_scale or None, d out_residual or None)``; None where there is none.
+        capabilities: what it takes. What it lacks is refused before ``forward`` is called.
+        machine_reasons: why it cannot run what is asked *here*: a package or a compiler is missing.
+        make_worklist: ``(PlanTensors) -> int32 tensor``, called once per plan; ``forward`` finds it
+            in ``PlanTensors.worklist``.
+
+    Raises:
+        ValueError: the name, or a promised backward pass that is not given.
+    """
+    from .kernels import op
+    from .kernels.capabilities import Capabilities
+
+    if name in _OURS or not name.isidentifier():
+        raise ValueError(f"name must be an identifier and none of {', '.join(_OURS)}; got {name!r}")
+    if isinstance(capabilities, Capabilities):
+        capabilities = (capabilities,)
+    if backward is None and any(one.backward for one in capabilities):
+        raise ValueError(f"{name} promises a backward pass: give backward, or backward=False in it")
+    given = {"machine_reasons": machine_reasons, "make_worklist": make_worklist}
+    backend = SimpleNamespace(
+        attend=op.define_backend(name, forward, backward),
+        CAPABILITIES=tuple(capabilities),
+        **{key: function for key, function in given.items() if function is not None},
+    )
+    BACKENDS[name] = lambda: backend
+
+
+_OURS = ("auto", *BACKENDS)
+
+
+def not_supported_reasons(name: str, q, k, v, plan: Plan, kv_log_weight=None) -> list[str]:
+    """Why the backend cannot run this call of :func:`attend`; empty where it can."""
+    from .kernels.capabilities import declares
+
+    backend = BACKENDS[name]()
+    if not declares(backend):
+        return backend.not_supported_reasons(q, k, v)
+    return list(_refusals(name, *_demand((name,), q, k, v, plan, kv_log_weight)))
+
+
+def _demand(names: tuple[str, ...], q, k, v, plan: Plan, kv_log_weight) -> Demand:
+    """What a call asks of these backends."""
+    from .kernels.capabilities import demand
+
+    return demand(q, k, v, plan, kv_log_weight, with_runs=_some_take_no_runs(names))
+
+
+def _some_take_no_runs(names: tuple[str, ...]) -> bool:
+    from .kernels.capabilities import declares, variants_of
+
+    backends = (BACKENDS[name]() for name in names)
+    return any(not x.runs for one in backends if declares(one) for x in variants_of(one))
+
+
+def _refusals(name: str, *asked) -> tuple[str, ...]:
+    from .kernels.capabilities import Demand, declares, refusals
+
+    backend = BACKENDS[name]()
+    return tuple(refusals(backend, Demand(*asked))) if declares(backend) else ()
+
+
+def _shares_heads(name: str, *asked) -> bool:
+    """Whether k and v with fewer heads than q go to the backend without copies."""
+    from .kernels.capabilities import Demand, declares, fitting
+
+    backend = BACKENDS[name]()
+    if not declares(backend):
+        return getattr(backend, "GROUPED_HEADS", False)
+    return fitting(backend, Demand(*asked)).grouped_heads
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype = torch.float32, *more: object) -> str:
+    """The backend that ``backend="auto"`` runs for tensors of ``dtype`` on ``device``.
+
+    Args:
+        more: the other fields of a :class:`~dittfast.kernels.capabilities.Demand`, where they are
+            known: head dim, block sizes, what the plan and the call need.
+    """
+    preferred = PREFERRED.get(device.type, _ELSEWHERE)
+    able = (name for name in preferred if not _refusals(name, device, dtype, *more))
+    # Where none can, the first one says why.
+    return next(able, preferred[0])
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo:
+# Dynamo calls these instead of tracing them.
+for _function in (_refusals, _shares_heads, _some_take_no_runs, choose_backend):
+    _function._dynamo_marked_constant = True
+
+
+def _refuse(name: str, reasons: list[str], q, k, v, plan: Plan, kv_log_weight) -> None:
+    able = [
+        repr(other)
+        for other in BACKENDS
+        if other != name and not not_supported_reasons(other, q, k, v, plan, kv_log_weight)
+    ]
+    remedy = f". What can: backend={' or '.join(able)}" if able else ""
+    raise ValueError(f"the {name} backend cannot run this: " + "; ".join(reasons) + remedy)
 
 
 def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
@@ -185,17 +299,19 @@ def attend(
             the reference backend allows ``backward`` of ``backward``.
     """
     check_inputs(q, k, v, plan, kv_log_weight)
-    name = choose_backend(q.device, q.dtype) if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
-    implementation = BACKENDS[name]()
-    reasons = implementation.not_supported_reasons(q, k, v)
+    names = PREFERRED.get(q.device.type, _ELSEWHERE) if backend == "auto" else (backend,)
+    asked = _demand(names, q, k, v, plan, kv_log_weight)
+    name = choose_backend(*asked) if backend == "auto" else backend
+    reasons = not_supported_reasons(name, q, k, v, plan, kv_log_weight)
     if reasons:
-        raise ValueError(f"the {name} backend cannot run this: " + "; ".join(reasons))
+        _refuse(name, reasons, q, k, v, plan, kv_log_weight)
+    implementation = BACKENDS[name]()
     groups = q.shape[1] // k.shape[1]
     is_plain = kv_log_weight is None and not return_lse and not any(map(_has_tangent, (q, k, v)))
     dense = backend == "auto" and plan.is_dense and is_plain
-    if groups > 1 and (dense or not getattr(implementation, "GROUPED_HEADS", False)):
+    if groups > 1 and (dense or not _shares_heads(name, *asked)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if dense:
         # Not F.scaled_dot_product_attention, which the adapter watches and brings here.

@@ -248,6 +248,8 @@ class Plan:
         num_partial_pairs: token pairs ``rule`` keeps in all partial blocks together, for a
             planner that knows the number and hides no key of those blocks. None: counted, pair
             by pair, when ``density`` or ``flops`` is first asked for.
+        q_ragged, kv_ragged: whether a partition is more than blocks of one size, one behind the
+            other, of which the last may be shorter; no fields.
         is_dense: whether every query sees every key and nothing is weighted, so that dense
             attention gives the same; not a field, and False for plans made from q and k.
 
@@ -274,9 +276,11 @@ class Plan:
         for field in dataclasses.fields(self):
             set_(field.name, for_training(getattr(self, field.name)))
         for blocks, side in ((self.q_blocks, "q"), (self.kv_blocks, "kv")):
-            # Python ints, read once: later use must not synchronise with a device.
-            set_(f"num_{'queries' if side == 'q' else 'keys'}", _covered(blocks, side))
-            set_(f"{side}_block_size", int(blocks.lengths.max()))
+            # Plain values, read once: later use must not synchronise with a device.
+            total, size, ragged = _covered(blocks, side)
+            set_(f"num_{'queries' if side == 'q' else 'keys'}", total)
+            set_(f"{side}_block_size", size)
+            set_(f"{side}_ragged", ragged)
         for name in ("kv_indices", "kv_num_blocks", "kv_num_full_blocks"):
             set_(name, _plain(getattr(self, name)))
         if self.num_real_keys is None:
@@ -537,6 +541,11 @@ class Plan:
     def _lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.kv_indices, self.kv_num_blocks, self.kv_num_full_blocks
 
+    @property
+    def has_runs(self) -> bool:
+        """Whether some row is a run. Waits for the device."""
+        return bool((run_lengths(self.kv_indices, self.kv_num_blocks) > 0).any())
+
     def _used(self) -> torch.Tensor:
         return used_entries(self.kv_indices, self.kv_num_blocks)
 
@@ -650,8 +659,12 @@ class Plan:
         )
 
 
-def _covered(blocks: Blocks, side: str) -> int:
-    """Positions a partition covers; raises unless they are 0..n-1 without overlap."""
+def _covered(blocks: Blocks, side: str) -> tuple[int, int, bool]:
+    """Positions a partition covers, its block size, and whether it is ragged.
+
+    Raises:
+        ValueError: positions are not 0..n-1 without overlap.
+    """
     starts, lengths = blocks.starts.long().cpu(), blocks.lengths.long().cpu()
     if starts.numel() == 0 or starts.shape != lengths.shape or int(lengths.min()) < 1:
         raise ValueError(f"{side} blocks need equally many starts and lengths, all lengths >= 1")
@@ -664,7 +677,9 @@ def _covered(blocks: Blocks, side: str) -> int:
         seen = torch.sort(blocks.order.long().cpu()).values
         if not torch.equal(seen, torch.arange(total)):
             raise ValueError(f"{side} order must be a permutation of 0..{total - 1}")
-    return total
+    size = int(lengths.max())
+    ragged = not torch.equal(starts, torch.arange(starts.numel()) * size)
+    return total, size, ragged
 
 
 def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):

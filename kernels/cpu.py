@@ -21,13 +21,14 @@ import torch.nn.functional as F
 
 from dittfast.plan import METRICS, PlanTensors, token_rule
 
+from .capabilities import Capabilities
 from .cpu_worklist import Call, Worklist, coordinates, make_worklist, squared_limits
-from .op import cpu_refusals, define_backend
+from .op import define_backend
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CAPABILITIES = (Capabilities(("cpu",)),)
 # Bias values of one call: bounds memory.
 _BIAS_VALUES = 1 << 23
 # Keys of a piece: gathered ones should still be in the cache when they are used.
@@ -40,11 +41,6 @@ _UNSEEN = -(2.0**98)
 _STEEP = 2.0**100
 # Frames of queries whose limits are spread over the keys once instead of in every call.
 _FEW_CODES = 8
-
-
-def not_supported_reasons(q, k, v) -> list[str]:
-    """Why the CPU backend cannot run these tensors; empty if it can."""
-    return cpu_refusals(q, _DTYPES)
 
 
 class _Rule:

@@ -126,6 +126,9 @@ _ROWS = {
     "gfx942": "gfx942",
 }
 
+# As dittfast.kernels.capabilities names them.
+ARCHITECTURES = tuple(c if isinstance(c, str) else "sm_{}{}".format(*c) for c in _ROWS)
+
 
 def not_supported_reason(capability: tuple[int, int] | str) -> str | None:
     """Why no launch sizes fit a device; None where some do."""

@@ -14,12 +14,12 @@ import torch
 
 from dittfast.plan import PlanTensors, transpose_lists
 
+from .capabilities import Capabilities
 from .native_build import BuildError, library
-from .op import cpu_refusals, define_backend, empty_outputs
+from .op import define_backend, empty_outputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# k and v may have fewer heads than q.
-GROUPED_HEADS = True
+CAPABILITIES = (Capabilities(("cpu",), DTYPES, grouped_heads=True),)
 _STATUS = {
     1: "there is not enough memory for its threads",
     2: "the plan lists a block that does not exist; Plan.replace() validates one",
@@ -82,17 +82,10 @@ def unavailable() -> str | None:
     return str(built) if isinstance(built, BuildError) else None
 
 
-# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo:
-# Dynamo calls the function instead of tracing a compiler's run.
-unavailable._dynamo_marked_constant = True
-
-
-def not_supported_reasons(q, k, v) -> list[str]:
-    """Why the native backend cannot run these tensors; empty if it can."""
-    reasons = cpu_refusals(q, DTYPES, "; backend='cpu' computes float64")
-    if not reasons and (reason := unavailable()) is not None:
-        reasons.append(reason)
-    return reasons
+def machine_reasons(asked) -> list[str]:
+    """Why the native backend cannot run on this machine; empty if it can."""
+    reason = unavailable()
+    return [] if reason is None else [reason]
 
 
 class _Call:

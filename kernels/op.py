@@ -41,21 +41,6 @@ _NO_SECOND = (
 )
 
 
-def cpu_refusals(q: torch.Tensor, dtypes: tuple[torch.dtype, ...], remedy: str = "") -> list[str]:
-    """Why a backend for CPU tensors of these dtypes cannot take ``q``.
-
-    Args:
-        remedy: what ends the sentence about the dtype.
-    """
-    reasons = []
-    if q.device.type != "cpu":
-        reasons.append(f"it needs CPU tensors, got {q.device}")
-    if q.dtype not in dtypes:
-        *names, got = (str(d).removeprefix("torch.") for d in (*dtypes, q.dtype))
-        reasons.append(f"it computes {', '.join(names)}, got {got}{remedy}")
-    return reasons
-
-
 def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised ``(out, lse)``; ``out`` has q's memory order, so a strided view stays one."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -63,7 +48,7 @@ def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def define_backend(
-    name: str, forward: Callable, backward: Callable, twice: bool = False
+    name: str, forward: Callable, backward: Callable | None, twice: bool = False
 ) -> Callable:
     """Register ``dittfast::attend_{name}`` and its derivatives; return the function to call.
 
@@ -74,7 +59,7 @@ def define_backend(
     Args:
         forward: ``(q, k, v, PlanTensors, scale) -> (out, lse)``.
         backward: ``(grad_out, grad_lse, q, k, v, out, lse, PlanTensors, scale) -> (dq, dk, dv,
-            d out_scale or None, d out_residual or None)``.
+            d out_scale or None, d out_residual or None)``; None where there is none.
         twice: whether ``backward`` is made of differentiable PyTorch functions of its inputs, so
             that it can be differentiated itself.
 
@@ -85,7 +70,7 @@ def define_backend(
         _LIBRARIES.pop(name)._destroy()
     library = _LIBRARIES[name] = Library("dittfast", "FRAGMENT")
     full = f"attend_{name}"
-    run, run_backward = _run(forward), _run_backward(backward)
+    run, run_backward = _run(forward), _run_backward(backward or _no_backward(name))
     op = _define(library, full, f"({_QKV}, {_PLAN}) -> (Tensor, Tensor)", run, _fake)
     backward_op = _define(
         library,
@@ -168,6 +153,13 @@ def _run_backward(backward: Callable) -> Callable:
         return [_reduce(g, x).contiguous() for g, x in zip(grads, inputs)]
 
     return run
+
+
+def _no_backward(name: str) -> Callable:
+    def backward(*_):
+        raise NotImplementedError(f"the {name} backend has no backward pass")
+
+    return backward
 
 
 def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, *_):

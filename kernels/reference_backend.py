@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from .capabilities import Capabilities
 from .op import define_backend
 from .reference import backward, forward
 
+CAPABILITIES = (Capabilities(),)
 attend = define_backend("reference", forward, backward, twice=True)
-
-
-def not_supported_reasons(q, k, v) -> list[str]:
-    """The oracle runs everything that fits in memory."""
-    return []

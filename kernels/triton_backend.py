@@ -10,7 +10,8 @@ import torch
 
 from dittfast.plan import PlanTensors, transpose_lists
 
-from .launch_sizes import KernelConfig, launch_config, not_supported_reason
+from .capabilities import Capabilities
+from .launch_sizes import ARCHITECTURES, KernelConfig, launch_config
 from .op import define_backend, empty_outputs
 
 try:
@@ -20,11 +21,11 @@ try:
     from triton.runtime.interpreter import InterpretedFunction
 
     from . import block_sparse
-except ImportError:  # Triton has no wheels for macOS and Windows; not_supported_reasons says so.
+except ImportError:  # Triton has no wheels for macOS and Windows; machine_reasons says so.
     block_sparse = None
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Call(NamedTuple):
@@ -221,42 +222,25 @@ attend = define_backend("triton", forward, backward)
 
 def _interprets_bfloat16() -> bool:
     """Whether the interpreter's matrix product knows bfloat16: 1 times 1 is 1."""
-    bits = torch.ones(1, 1, dtype=torch.bfloat16).view(torch.uint16)
-    one = interpreter.TensorHandle(bits.numpy(), tl.bfloat16)
-    zero = interpreter.TensorHandle(torch.zeros(1, 1).numpy(), tl.float32)
+    array = interpreter.np.array  # asked while torch.compile traces, when PyTorch's have no memory
+    one = interpreter.TensorHandle(array([[0x3F80]], "uint16"), tl.bfloat16)
+    zero = interpreter.TensorHandle(array([[0]], "float32"), tl.float32)
     return interpreter.interpreter_builder.create_dot(one, one, zero, 0, 0).data.item() == 1
 
 
-def not_supported_reasons(q, k, v) -> list[str]:
-    """Why the kernels cannot run these tensors, with what to do; empty where they can."""
-    reasons = tensor_reasons(q, k, v)
-    # The op itself refuses an unknown device, so tracing need not look.
-    if block_sparse is None or q.device.type != "cuda" or torch.compiler.is_compiling():
-        return reasons
-    reason = not_supported_reason(capability_of(q.device))
-    return [*reasons, reason] if reason else reasons
+def CAPABILITIES() -> tuple[Capabilities, ...]:
+    """On GPUs, and on CPUs where Triton interprets its kernels."""
+    sizes = range(16, MAX_HEAD_DIM + 1, 16)
+    on_gpus = Capabilities(("cuda",), DTYPES, ARCHITECTURES, sizes)
+    if block_sparse is None or not isinstance(block_sparse.forward_kernel, InterpretedFunction):
+        return (on_gpus,)
+    # The interpreter may multiply the bits of bfloat16 as integers.
+    dtypes = DTYPES if _interprets_bfloat16() else (torch.float16, torch.float32)
+    return on_gpus, Capabilities(("cpu",), dtypes, head_dims=sizes)
 
 
-def tensor_reasons(q, k, v) -> list[str]:
-    """The reasons that lie in the tensors, whichever GPU they are on."""
+def machine_reasons(asked) -> list[str]:
+    """Why Triton cannot run on this machine; empty where it can."""
     if block_sparse is None:
-        return ["Triton is not installed (pip install triton, Linux only); use backend='cpu'"]
-    reasons = []
-    head_dim = q.shape[-1]
-    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
-        reasons.append(
-            f"head dim must be a multiple of 16 from 16 to {MAX_HEAD_DIM}, got {head_dim}; "
-            "pad q, k and v with zeros and pass the unpadded scale"
-        )
-    if q.dtype not in DTYPES:
-        reasons.append(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
-    interpreted = isinstance(block_sparse.forward_kernel, InterpretedFunction)
-    tracing = torch.compiler.is_compiling()
-    if interpreted and q.dtype == torch.bfloat16 and not (tracing or _interprets_bfloat16()):
-        reasons.append(
-            "Triton's interpreter multiplies the bits of bfloat16 as integers; use float32 or "
-            "float16 here, or unset TRITON_INTERPRET on a GPU"
-        )
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
-        reasons.append(f"it needs a CUDA or ROCm device, got {q.device}; use backend='cpu'")
-    return reasons
+        return ["Triton is not installed (pip install triton, Linux only)"]
+    return []

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dittfast.kernels import compile_report, triton_backend
+from dittfast.kernels import capabilities, compile_report, triton_backend
 from dittfast.kernels.launch_sizes import SHARED_LIMITS, launch_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,13 +122,12 @@ def test_devices_that_no_sizes_fit_are_refused(capability, name):
 
 
 def test_attend_says_why_a_device_is_refused(monkeypatch):
-    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (7, 5))
-    device = torch.device("cuda")
-    q = SimpleNamespace(shape=(1, 1, 8, 64), dtype=torch.float16, device=device)
-    (reason,) = triton_backend.not_supported_reasons(q, q, q)
-    assert "no launch sizes are known to fit compute capability 7.5" in reason
-    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (9, 0))
-    assert triton_backend.not_supported_reasons(q, q, q) == []
+    asked = capabilities.Demand(torch.device("cuda"), torch.float16, 64)
+    monkeypatch.setattr(capabilities, "architecture_of", lambda device: "sm_75")
+    (reason,) = capabilities.refusals(triton_backend, asked)
+    assert "it knows the architectures sm_80, " in reason and reason.endswith(", not sm_75")
+    monkeypatch.setattr(capabilities, "architecture_of", lambda device: "sm_90")
+    assert capabilities.refusals(triton_backend, asked) == []
 
 
 def test_launch_sizes_differ_by_architecture_and_dtype():

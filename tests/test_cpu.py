@@ -13,6 +13,7 @@ from random_plans import (
 )
 
 from dittfast import Layout, attend
+from dittfast.attention import not_supported_reasons
 from dittfast.kernels import cpu, cpu_worklist
 from dittfast.kernels.cpu_worklist import Worklist, make_worklist
 from dittfast.layout import make_blocks
@@ -198,10 +199,9 @@ def test_bias_is_bounded(monkeypatch):
 
 def test_refuses_what_it_cannot_run():
     q = torch.zeros(1, 1, 8, 16, device="meta", dtype=torch.float8_e4m3fn)
-    reasons = cpu.not_supported_reasons(q, q, q)
-    assert reasons == [
-        "it needs CPU tensors, got meta",
-        "it computes float16, bfloat16, float32, float64, got float8_e4m3fn",
+    assert not_supported_reasons("cpu", q, q, q, Plan.full(8, block_size=4)) == [
+        "it runs on cpu, got tensors on meta",
+        "it computes float64, float32, float16, bfloat16, got float8_e4m3fn",
     ]
-    with pytest.raises(ValueError, match="the cpu backend cannot run this: it needs CPU tensors"):
+    with pytest.raises(ValueError, match="the cpu backend cannot run this: it runs on cpu, got"):
         attend(q, q, q, Plan.full(8, block_size=8), backend="cpu")

@@ -16,6 +16,7 @@ from random_plans import (
 )
 
 from dittfast import Layout, attend, methods
+from dittfast.attention import choose_backend, not_supported_reasons
 from dittfast.kernels import native
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
@@ -137,16 +138,25 @@ def test_a_block_that_does_not_exist_is_an_error():
 
 
 def test_refuses_what_it_cannot_run():
-    q = torch.zeros(1, 1, 8, 16, device="meta", dtype=torch.float64)
-    assert native.not_supported_reasons(q, q, q) == [
-        "it needs CPU tensors, got meta",
-        "it computes float32, float16, bfloat16, got float64; backend='cpu' computes float64",
-    ]
     plan = Plan.from_block_mask(torch.eye(2, dtype=torch.bool), *[even_blocks(8, 4)] * 2)
+    q = torch.zeros(1, 1, 8, 16, device="meta", dtype=torch.float64)
+    assert not_supported_reasons("native", q, q, q, plan) == [
+        "it runs on cpu, got tensors on meta",
+        "it computes float32, float16, bfloat16, got float64",
+    ]
     q = torch.zeros(1, 1, 8, 16, dtype=torch.float64)
-    with pytest.raises(ValueError, match="the native backend cannot run this: it computes"):
+    with pytest.raises(ValueError, match=r"native backend cannot run this: .*What can: .*'cpu'"):
         attend(q, q, q, plan, backend="native")
     assert attend(q, q, q, plan).dtype == torch.float64
+
+
+def test_where_there_is_no_compiler(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no C compiler; install one")
+    plan = Plan.from_block_mask(torch.eye(2, dtype=torch.bool), *[even_blocks(8, 4)] * 2)
+    q = torch.zeros(1, 1, 8, 16)
+    assert choose_backend(q.device) == "cpu"
+    with pytest.raises(ValueError, match=r"no C compiler; install one\. What can: .*'cpu'"):
+        attend(q, q, q, plan, backend="native")
 
 
 @pytest.mark.parametrize("with_epilogue", [False, True])

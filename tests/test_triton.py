@@ -5,10 +5,9 @@ import pytest
 import torch
 from random_plans import VIEWS
 
-from dittfast.attention import attend
-from dittfast.kernels import triton_backend
+from dittfast.attention import attend, not_supported_reasons
+from dittfast.kernels import capabilities, triton_backend
 from dittfast.kernels.launch_sizes import KernelConfig, LaunchConfig, launch_config
-from dittfast.kernels.triton_backend import not_supported_reasons
 from dittfast.layout import Blocks, Layout, make_blocks, split_evenly
 from dittfast.plan import METRICS, Plan, TokenRule
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
@@ -438,8 +437,8 @@ def test_compiles_in_one_graph():
 
 @pytest.mark.parametrize(
     "head_dim, dtype, message",
-    [(24, torch.float32, "multiple of 16"), (272, torch.float16, "16 to 256, got 272"),
-     (64, torch.float64, "got torch.float64")],
+    [(24, torch.float32, "in steps of 16, got 24; pad"), (64, torch.float64, "got float64"),
+     (272, torch.float16, "16 to 256 in steps of 16, got 272. What can: backend='")],
 )  # fmt: skip
 def test_refuses_what_it_cannot_run(head_dim, dtype, message):
     q = torch.zeros(1, 1, 8, head_dim, dtype=dtype, device=DEVICE)
@@ -450,16 +449,16 @@ def test_refuses_what_it_cannot_run(head_dim, dtype, message):
 def test_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(triton_backend, "InterpretedFunction", ())
     q = torch.zeros(1, 1, 8, 24)
-    reasons = not_supported_reasons(q, q, q)
+    reasons = not_supported_reasons("triton", q, q, q, Plan.full(8, block_size=8))
     assert len(reasons) == 2
-    assert any("got cpu; use backend='cpu'" in reason for reason in reasons)
+    assert any("it runs on cuda, got tensors on cpu" in reason for reason in reasons)
 
 
 def test_refuses_without_triton(monkeypatch):
     monkeypatch.setattr(triton_backend, "block_sparse", None)
-    q = torch.zeros(1, 1, 8, 16)
-    with pytest.raises(ValueError, match="pip install triton"):
-        attend(q, q, q, Plan.full(8, block_size=8), backend="triton")
+    asked = capabilities.Demand(torch.device("cuda"), torch.float32, 16)
+    (reason,) = capabilities.refusals(triton_backend, asked)
+    assert "pip install triton" in reason
 
 
 @pytest.mark.usefixtures("interpreted_bfloat16")
@@ -478,7 +477,7 @@ def test_bfloat16_of_everything(size):
 @pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted")
 def test_bfloat16_is_refused_where_the_interpreter_gets_it_wrong():
     q = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="the bits of bfloat16 as integers; use float32"):
+    with pytest.raises(ValueError, match="it computes float16, float32, got bfloat16"):
         attend(q, q, q, Plan.full(8, block_size=8), backend="triton")
 
 

@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--markdown", metavar="FILE", help="only write a table of what the backends take, here"
     )
+    parser.add_argument(
+        "--engines",
+        action="store_true",
+        help="try backends, too, whose first call compiles or imports for many seconds",
+    )
     parser.epilog = "exit code: 0 if attention runs and is right on every device here, else 1"
 
 
@@ -25,7 +30,8 @@ def run(args) -> int:
         print(f"wrote {args.markdown}")
         return 0
     _print_versions()
-    healthy = _print_devices()
+    healthy = _print_devices(args.engines)
+    _print_capabilities()
     _print_native()
     _print_triton()
     _print_content()
@@ -49,7 +55,7 @@ def _print_versions() -> None:
     _row("system", f"{platform.system()} {platform.machine()}")
 
 
-def _print_devices() -> bool:
+def _print_devices(slow: bool) -> bool:
     """Each device with what every backend does on it; whether all devices are served."""
     from dittfast.attention import BACKENDS, choose_backend
     from dittfast.environment import describe_device, devices
@@ -61,7 +67,7 @@ def _print_devices() -> bool:
         print(f"\n{device}  {about['name']}" + (f" ({details})" if details else ""))
         chosen = choose_backend(device)
         for name in BACKENDS:
-            works, finding = check_backend(name, device)
+            works, finding = check_backend(name, device, slow)
             if name == chosen:
                 finding += "; this is what backend='auto' runs here"
                 healthy = healthy and works
@@ -69,70 +75,85 @@ def _print_devices() -> bool:
     return healthy
 
 
-def check_backend(name: str, device) -> tuple[bool, str]:
+def check_backend(name: str, device, slow: bool = False) -> tuple[bool, str]:
     """Whether a backend runs on a device and agrees with the oracle, and how that is known.
 
-    A small local plan with text, 6 x 7 x 9 tokens, forward and backward, in each dtype the backend
-    takes, against the dense oracle in fp64.
+    A small local plan with text, 6 x 7 x 9 tokens, forward and, where it has that, backward, in
+    each dtype the backend takes, against the dense oracle in fp64.
+
+    Args:
+        slow: try those, too, whose first call takes many seconds.
     """
     import torch
 
-    from dittfast.attention import BACKENDS
+    from dittfast.attention import BACKENDS, not_supported_reasons
 
     try:
         backend = BACKENDS[name]()
     except ImportError as error:
         return False, f"cannot be imported: {error}"
-    right: list[str] = []
+    right: dict[str, list[str]] = {}
     findings: dict[str, list[str]] = {}
     broken = False
+    plan = _small_plan()
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for dtype in dtypes:
         label = str(dtype).removeprefix("torch.")
-        if name == "triton" and dtype == torch.bfloat16 and _interpreted():
-            findings["not checked: Triton's interpreter gets bfloat16 wrong"] = [label]
+        q = torch.zeros(1, 2, plan.num_queries, 64, dtype=dtype, device=device)
+        refused = [not_supported_reasons(name, q, q, q, plan)]
+        refused.append(refused[0] or not_supported_reasons(name, *[q.requires_grad_()] * 3, plan))
+        if refused[0]:
+            findings.setdefault("cannot run: " + "; ".join(refused[0]), []).append(label)
             continue
-        q = torch.zeros(1, 2, 8, 64, dtype=dtype, device=device)
-        reasons = backend.not_supported_reasons(q, q, q)
-        if reasons:
-            findings.setdefault("cannot run: " + "; ".join(reasons), []).append(label)
+        if not slow and _starts_slowly(backend):
+            findings.setdefault("not tried (--engines does)", []).append(label)
             continue
         try:
-            _check_backend(name, device, dtype)
-            right.append(label)
+            _check_backend(name, plan, device, dtype, backward=not refused[1])
+            passes = "forward alone" if refused[1] else "forward and backward"
+            right.setdefault(f"right {passes}", []).append(label)
         except Exception as error:  # whatever a driver or a compiler throws is a finding
             broken = True
             reason = f"FAILS: {' '.join(str(error).split())[:200]}"
             findings.setdefault(reason, []).append(label)
-    told = [
+    told = [f"{', '.join(labels)} {finding}" for finding, labels in right.items()]
+    told += [
         finding if len(labels) == len(dtypes) else f"{', '.join(labels)} {finding}"
         for finding, labels in findings.items()
     ]
-    if right:
-        told.insert(0, f"{', '.join(right)} right forward and backward")
     return bool(right) and not broken, "; ".join(told)
 
 
-def _check_backend(name: str, device, dtype) -> None:
+def _starts_slowly(backend) -> bool:
+    from dittfast.kernels.capabilities import declares, variants_of
+
+    return declares(backend) and any(one.slow_start for one in variants_of(backend))
+
+
+def _small_plan():
+    from dittfast.layout import Layout
+    from dittfast.methods import METHODS
+
+    return METHODS["local"](window=3, tile=(2, 4, 4)).plan(Layout.video(6, 7, 9, text=5))
+
+
+def _check_backend(name: str, plan, device, dtype, backward: bool) -> None:
     import torch
 
     from dittfast.attention import attend
-    from dittfast.layout import Layout
-    from dittfast.methods import METHODS
     from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
-    layout = Layout.video(6, 7, 9, text=5)
-    plan = METHODS["local"](window=3, tile=(2, 4, 4)).plan(layout)
-    inputs = attention_inputs(1, 2, layout.num_tokens, 64, dtype=dtype, device=device)
+    inputs = attention_inputs(1, 2, plan.num_queries, 64, dtype=dtype, device=device)
     mask = plan.to_dense_mask().to(device)
     results = []
     for backend, cast in ((name, dtype), ("eager", dtype), ("reference", torch.float64)):
-        q, k, v, grad_out = (x.to(cast).requires_grad_() for x in inputs)
+        q, k, v, grad_out = (x.to(cast).requires_grad_(backward) for x in inputs)
         if backend == "eager":
             out = eager_attention(q, k, v, mask, 64**-0.5)
         else:
             out = attend(q, k, v, plan, backend=backend)
-        results.append((out, *torch.autograd.grad(out, (q, k, v), grad_out.detach())))
+        grads = torch.autograd.grad(out, (q, k, v), grad_out.detach()) if backward else ()
+        results.append((out, *grads))
     for label, actual, eager, exact in zip(("out", "dq", "dk", "dv"), *results):
         assert_within_budget(label, actual.detach(), exact.detach(), eager.detach())
 
@@ -150,56 +171,44 @@ def _print_native() -> None:
     _row("kept in", str(native.folder or "no folder: every process compiles it again (see above)"))
 
 
+def _print_capabilities() -> None:
+    print("\nwhat backends take")
+    for name, facts in capability_table():
+        told = ((what, said) for what, said in facts.items() if said not in ("yes", "any", "all"))
+        _row(name, "; ".join(f"{what}: {said}" for what, said in told))
+
+
 def backends_markdown() -> str:
-    """docs/backends.md: what each backend takes, as its own checks answer."""
+    """docs/backends.md: what each backend takes, from the data that refuses the rest."""
+    from dittfast.attention import PREFERRED
+    from dittfast.markdown import markdown_table
+
+    preferred = "; ".join(
+        f"on {device}: " + ", then ".join(f"`{name}`" for name in names)
+        for device, names in PREFERRED.items()
+    )
+    facts = capability_table()
+    rows = [[what, *(one[what] for _, one in facts)] for what in facts[0][1]]
+    return f"""# Backends
+
+Printed by `dittfast doctor --markdown docs/backends.md` from the data by which backends refuse
+calls (`kernels/capabilities.py`). A backend that is named runs or raises, and the error names those
+that can. PyTorch's own attention runs where a plan leaves nothing out; otherwise `backend="auto"`
+takes the first that can, {preferred}.
+
+{markdown_table(["", *(f"`{name}`" for name, _ in facts)], rows)}"""
+
+
+def capability_table() -> list[tuple[str, dict[str, str]]]:
+    """Each set of capabilities of each backend, in words."""
     from dittfast.attention import BACKENDS
+    from dittfast.kernels.capabilities import declares, described, variants_of
 
-    rows = [
-        "# Backends",
-        "",
-        "Printed by `dittfast doctor --markdown docs/backends.md` from the checks that refuse",
-        "tensors. All run forward and backward, under any plan, at any length.",
-        '`backend="auto"` takes `triton` on GPUs and `native` on CPUs (`cpu` where there is no C',
-        "compiler, and for fp64), and PyTorch's own attention where the plan leaves nothing out. A",
-        "backend that is named runs or raises.",
-        "",
-        "| backend | devices | dtypes | head dims up to 512 |",
-        "|---|---|---|---|",
-    ]
+    found = []
     for name, load in BACKENDS.items():
-        devices, dtypes, dims = _taken(load())
-        rows.append(f"| `{name}` | {devices} | {dtypes} | {dims} |")
-    return "\n".join(rows) + "\n"
-
-
-def _taken(backend) -> tuple[str, str, str]:
-    """Devices, dtypes and head dims that a backend does not refuse, tried on fake tensors."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def takes(device="cpu", dtype=torch.float32, dim=64) -> bool:
-        q = torch.empty(1, 1, 8, dim, dtype=dtype, device=device)
-        # Triton asks the GPU, too, which a fake tensor does not have.
-        refuses = getattr(backend, "tensor_reasons", backend.not_supported_reasons)
-        return not refuses(q, q, q)
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        devices = [d for d in ("cuda", "cpu") if takes(d)]
-        if not devices:
-            return "none here", "", ""
-        on = devices[0]
-        dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        names = [str(d).removeprefix("torch.") for d in dtypes if takes(on, d)]
-        dims = [dim for dim in range(1, 513) if takes(on, torch.float32, dim)]
-    return ", ".join(devices), ", ".join(names), _span(dims)
-
-
-def _span(numbers: list[int]) -> str:
-    """``[16, 32, 48]`` as ``16 to 48 in steps of 16``."""
-    step = numbers[1] - numbers[0]
-    if numbers != list(range(numbers[0], numbers[-1] + 1, step)):
-        return ", ".join(map(str, numbers))
-    return f"{numbers[0]} to {numbers[-1]}" + (f" in steps of {step}" if step > 1 else "")
+        backend = load()
+        found += [(name, described(x)) for x in (variants_of(backend) if declares(backend) else ())]
+    return found
 
 
 def _print_triton() -> None:

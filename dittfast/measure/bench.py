@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from ..attention import BACKENDS, choose_backend, method_attention, method_call
+from ..attention import choose_backend, method_attention, method_call, not_supported_reasons
 from ..layout import Layout
 from ..methods import METHODS
 from ..methods.base import Method
@@ -135,7 +135,7 @@ def bench_attention(
     others = [
         name
         for name in compare
-        if name != chosen and not BACKENDS[name]().not_supported_reasons(*inputs)
+        if name != chosen and not not_supported_reasons(name, q, near_k, near_v, plan)
     ]
     for name in (backend, *others):
         check_against_dense(*inputs, grad_out, detached(plan), scale, name, work.backward)
