@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parity import even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 
 import dittfast
 from dittfast import Capabilities, Plan, attend
