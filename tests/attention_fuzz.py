@@ -33,17 +33,18 @@ import random_plans
 import test_functional
 import test_local
 import test_log_linear
+import test_neighborhood
 import test_radial
 import test_rectified
 
 from dittfast.attention import attend
 from dittfast.files import write_json
 from dittfast.layout import Context, Grid, Layout
-from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.methods import Local, LogLinear, Neighborhood, Radial, Rectified
 from dittfast.plan import METRICS
 from dittfast.testing import assert_within_budget, attention_inputs
 
-KINDS = {"plan": 40, "local": 25, "radial": 20, "log_linear": 8, "rectified": 7}
+KINDS = {"plan": 35, "local": 20, "radial": 15, "neighborhood": 15, "log_linear": 8, "rectified": 7}
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -252,6 +253,16 @@ def radial_case(draw, case):
     return compare(Radial(decay, block, variant), layout, painted(layout, blocks, block), case)
 
 
+def neighborhood_case(draw, case):
+    layout = random_layout(draw, video=draw.random() < 0.5)
+    case["layout"] = shape_of(layout)
+    sizes = [min(sides) for sides in zip(*(grid.shape for grid in layout.grids))]
+    options = [draw.choice(list(test_neighborhood.axis_options(n))) for n in sizes]
+    options = tuple(zip(*options))
+    method = Neighborhood(*options, tile=draw.choice((None, (1, 4, 4), (2, 3, 5))))
+    compare(method, layout, test_neighborhood.windows(layout, *options), case)
+
+
 def painted(layout, blocks, block):
     """A mask of blocks as one of tokens; blocks begin anew where the video does."""
     start, n = layout.grid_start, layout.num_tokens
@@ -308,6 +319,7 @@ CASES = {
     "plan": plan_case,
     "local": local_case,
     "radial": radial_case,
+    "neighborhood": neighborhood_case,
     "log_linear": log_linear_case,
     "rectified": rectified_case,
 }
