@@ -22,11 +22,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import torch
+import tqdm
 from distill_run import PROMPTS, write_config
 from safetensors.torch import load_file
 from tiny import flux_pipeline
@@ -116,6 +118,8 @@ class Bench:
             return child
         status = 1
         try:
+            # Its usual lock is shared by all forks, and stays taken when one of them is killed.
+            tqdm.tqdm.set_lock(threading.RLock())
             break_even.MEASURED = break_even.ESTIMATED = {}
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
