@@ -6,6 +6,7 @@ does not fit is refused before a value is read or anything is allocated.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 
 from dittfast.config import presets, resolve
+from dittfast.disk.inside import path_inside
 from dittfast.disk.problems import FileProblem, first_words, reading
-from dittfast.disk.records import Record, read_record
+from dittfast.disk.records import Record, read_record, read_text
 from dittfast.disk.structure import check_structure
 from dittfast.disk.tensors import Header, check_finite, read_headers, read_tensors
 from dittfast.methods import METHODS
@@ -30,6 +32,7 @@ FORMAT = 2
 # Format 1 wrote a method's own parameters without OWN before their names.
 READABLE = (1, 2)
 DESCRIPTION = "adapter.json"
+CARD = "README.md"
 WEIGHTS = "attention.safetensors"
 # The name that pipe.load_lora_weights looks for.
 LORA = "pytorch_lora_weights.safetensors"
@@ -37,6 +40,8 @@ LORA = "pytorch_lora_weights.safetensors"
 OWN = "method."
 AGAIN = "get the adapter's files again from where they came"
 CHANGED = f"{AGAIN}, or pass verify=False if the change was meant"
+# Method and schedule in the card, as Python shows them.
+_SHOWN = re.compile(r"^\| (method|schedule) \| `(\w+)\((.*)\)` \|$", re.MULTILINE)
 
 _FORM = {
     "format": int,
@@ -98,20 +103,59 @@ def read_description(folder: str | Path, verify: bool = True) -> Record:
     return record
 
 
-def method_of(record: Record) -> tuple[Method, Schedule]:
+def method_of(
+    record: Record, instead: tuple[Method, Schedule] | None = None
+) -> tuple[Method, Schedule]:
     """The method that an adapter was trained with, and its schedule.
 
+    Args:
+        instead: what it is where the adapter does not tell.
+
     Raises:
-        ValueError: it names none, or a file: an adapter brings no files of methods.
+        ValueError: it names none, or a file alone: an adapter brings no files of methods.
     """
     data = record.data
     with reading(record.path, "its method cannot be had", AGAIN):
-        if data["preset"] not in METHODS and data["preset"] not in presets():
-            raise ValueError(f"it names {data['preset']!r}, which is no method or preset here")
+        told = told_method(record)
+        if told is None and instead is not None:
+            return instead
+        if told is None:
+            given = {"method": data["preset"], **data["options"]}
+            words = ", ".join(f"{name}={value!r}" for name, value in given.items())[:300]
+            raise FileProblem(
+                record.path,
+                f"it names {data['preset']!r}, which is no method or preset here, and no "
+                f"{CARD} beside it tells the method's options",
+                f"if that is a file that you have, pass it: load_adapter(..., {words})",
+            )
         # Sizes are checked by the method; what it allocates for them is not.
         with torch.device("meta"):
-            options = {"min_tokens": 0, **data["schedule"], **data["options"]}
-            return resolve(data["preset"], **options)
+            return resolve(told[0], **told[1])
+
+
+def told_method(record: Record) -> tuple[Method | str, dict] | None:
+    """Method and options, as :func:`resolve` takes them; None where the adapter does not tell."""
+    data = record.data
+    if data["preset"] in METHODS or data["preset"] in presets():
+        return data["preset"], {"min_tokens": 0, **data["schedule"], **data["options"]}
+    # Earlier versions: an adapter trained with a YAML file of the user's named that file. It may
+    # lie anywhere and hold anything by now; the card tells what was in it.
+    classes = {"method": METHODS.get(data["method"]), "schedule": Schedule}
+    card = path_inside(record.path.parent, CARD)
+    if classes["method"] is None or not card.is_file():
+        return None
+    shown = {what: (name, fields) for what, name, fields in _SHOWN.findall(read_text(card))}
+    if any(shown.get(what, ("",))[0] != cls.__name__ for what, cls in classes.items()):
+        return None
+    with reading(card, "it does not tell the method's options", AGAIN), torch.device("meta"):
+        method, schedule = (cls(**_literals(shown[what][1])) for what, cls in classes.items())
+    return method, vars(schedule)
+
+
+def _literals(fields: str) -> dict:
+    """``name=value, ...`` as Python shows the fields of a dataclass; plain values alone."""
+    call = ast.parse(f"dict({fields})", mode="eval").body
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def own_shapes(method: Method) -> dict[str, tuple[int, ...]]:
@@ -127,10 +171,13 @@ def own_shapes(method: Method) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{method} asks for too much memory: {first_words(error)}") from error
 
 
-def promised(record: Record, model: torch.nn.Module) -> Weights:
-    """The shapes of all tensors that an adapter must bring for a model; None where unknown."""
+def promised(record: Record, model: torch.nn.Module, method: Method, schedule: Schedule) -> Weights:
+    """The shapes of all tensors that an adapter must bring for a model; None where unknown.
+
+    Args:
+        method, schedule: the adapter's own.
+    """
     data = record.data
-    method, schedule = method_of(record)
     layers = list(attention_layers(model, family_of(model)))
     with reading(record.path, "it does not fit the model"):
         dense = schedule.dense_layer_names(layers)

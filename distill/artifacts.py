@@ -34,6 +34,7 @@ from dittfast.schedule import Schedule
 
 from .adapter_files import (
     AGAIN,
+    CARD,
     DESCRIPTION,
     FORMAT,
     LORA,
@@ -49,6 +50,7 @@ from .adapter_files import (
     read_folder,
     sort_out,
     stock_weights,
+    told_method,
 )
 from .bases import check_base, check_mergeable, check_not_fused
 from .config import DistillConfig
@@ -93,7 +95,7 @@ def save_adapter(
             write_tensors(part / WEIGHTS, weights)
         if lora:
             write_tensors(part / LORA, lora, _lora_metadata(student, description["lora"]))
-        write_text(part / "README.md", model_card(description, repr(method), repr(schedule)))
+        write_text(part / CARD, model_card(description, repr(method), repr(schedule)))
         written = [name for name, there in ((WEIGHTS, weights), (LORA, lora)) if there]
         write_record(part / DESCRIPTION, description, written)
 
@@ -223,7 +225,7 @@ def load_adapter(
             )
     chosen, schedule = _chosen(path, record, method, options)
     # All from headers; values are read when all of it fits.
-    weights = _fitting(path, record, model, chosen)
+    weights = _fitting(path, record, model, chosen, schedule)
     check_base(model, weights.plain, [*weights.plain, *weights.lora])
     lora = None if record is None else record.data["lora"]
     with contextlib.ExitStack() as undo:
@@ -241,7 +243,8 @@ def _chosen(path: Path, record, method, options: dict) -> tuple[Method, Schedule
     elif method is None:
         with reading(record.path, "its method's options are impossible", AGAIN):
             own_shapes(method_of(record)[0])
-        method, options = record.data["preset"], {**record.data["options"], **options}
+        method, own = told_method(record)
+        options = {**own, **options}
     return resolve(method, **{"min_tokens": 0, **timing, **options})
 
 
@@ -286,7 +289,9 @@ def _put_in(path: Path, model, weights: Weights, lora, undo: contextlib.ExitStac
     return loaded
 
 
-def _fitting(path: Path, record, model: torch.nn.Module, method: Method) -> Weights:
+def _fitting(
+    path: Path, record, model: torch.nn.Module, method: Method, schedule: Schedule
+) -> Weights:
     """An adapter's tensors, read once their headers are all that they should be."""
     shapes = own_shapes(method)
 
@@ -309,9 +314,10 @@ def _fitting(path: Path, record, model: torch.nn.Module, method: Method) -> Weig
         wanted.own = {name: header.shape for name, header in headers.own.items()}
     else:
         headers = read_folder(record, headers=True)
-        own = own_shapes(method_of(record)[0])
+        trained = method_of(record, (method, schedule))
+        own = own_shapes(trained[0])
         headers = sort(headers, own)
-        wanted = promised(record, model)
+        wanted = promised(record, model, *trained)
     check_promise(path, headers, wanted, model)
     for name, header in headers.own.items():
         if shapes.get(name.rpartition(".")[2]) != header.shape:

@@ -154,7 +154,7 @@ def put(*path, value):
         ("method", put("options", "downsample", value=10**9), r"is \[2, 2\].*\[1000000000, "),
         ("method", put("options", "downsample", value=10**15), "options are impossible"),
         ("method", put("options", "window", value=-1), "its method cannot be had.*window"),
-        ("method", put("preset", value="mine.yaml"), "no method or preset here"),
+        ("method", lambda d: d.update(preset="a.yaml", method="b"), "no method or preset here"),
         ("method", put("schedule", value={"dense_layers": ["x"]}), "does not fit the model"),
         ("method", put("base", "component", value="vae"), "must be one of transformer"),
         ("attention", lambda d: d.pop("base"), "has no 'base'"),
@@ -167,6 +167,77 @@ def test_descriptions_that_cannot_be(adapters, tmp_path, kind, change, message):
     path = shutil.copytree(adapters / kind, tmp_path / "a")
     forge(path, change)
     assert str(path) in refused(flux_pipeline(), path, message)
+
+
+CARD = """# base with local attention
+
+| | |
+|---|---|
+| base model | base (FluxTransformer2DModel) |
+| method | `Local({fields}, tile=(1, 4, 4), frame_window=None)` |
+| schedule | `Schedule(dense_first_steps=0, dense_last_steps=0, dense_layers=(), min_tokens=0)` |
+| trained | method |
+"""
+
+
+def test_adapters_that_name_a_yaml_file(adapters, tmp_path):
+    """Earlier versions wrote the path of a user's file; its options stand in the card alone.
+
+    Oracle: the same adapter as it is written now.
+    """
+
+    def drawn(path, **options):
+        pipe = flux_pipeline()
+        dittfast.load_adapter(pipe, path, **options)
+        session = pipe.transformer._dittfast.session
+        return session.method, session.schedule, run(pipe)
+
+    preset = tmp_path / "mine.yaml"
+    path = shutil.copytree(adapters / "method", tmp_path / "old")
+
+    def as_before(description):
+        description |= {"format": 1, "preset": str(preset), "options": {"window": 2}}
+        description["schedule"] = {}
+
+    marked = lambda x: {name.removeprefix("method."): value for name, value in x.items()}  # noqa: E731
+    forge(path, as_before, marked)
+    (path / "README.md").write_text(CARD.format(fields="window=2, downsample=2"))
+    wanted, got = drawn(adapters / "method"), drawn(path)
+    assert got[:2] == wanted[:2]
+    assert torch.equal(got[2], wanted[2])
+    assert drawn(path, window=3)[0].window == 3
+
+    # Without the card, the user alone can say what was in the file.
+    (path / "README.md").unlink()
+    remedy = f"load_adapter(..., method={str(preset)!r}, window=2)"
+    assert remedy in refused(flux_pipeline(), path, "no README.md beside it")
+    preset.write_text("method: local\noptions: {downsample: 2, tile: [1, 4, 4]}\n")
+    refused(flux_pipeline(), path, "no README.md beside it")  # the path may come from anybody
+    got = drawn(path, method=str(preset), window=2)
+    assert got[:2] == wanted[:2]
+    assert torch.equal(got[2], wanted[2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("window=print('run')", "does not tell the method's options"),
+        ("window=2, downsample=2, **{}", "does not tell the method's options"),
+        ("window=2, width=3", "does not tell the method's options.*width"),
+        ("window=-1", "does not tell the method's options.*window"),
+        pytest.param("window=" + "[" * 10_000, "does not tell the method's options", id="deep"),
+        ("window=2, downsample=3", r"is \[2, 2\].*\[3, 3\]"),
+    ],
+)
+def test_cards_that_cannot_be(adapters, tmp_path, capsys, fields, message):
+    path = shutil.copytree(adapters / "method", tmp_path / "a")
+    forge(path, put("preset", value="mine.yaml"))
+    (path / "README.md").write_text(CARD.format(fields=fields))
+    refused(flux_pipeline(), path, message)
+    assert capsys.readouterr().out == ""
+    (path / "README.md").rename(tmp_path / "README.md")
+    (path / "README.md").symlink_to(tmp_path / "README.md")
+    refused(flux_pipeline(), path, "it is a link")
 
 
 def test_a_description_a_thousand_levels_deep(adapters, tmp_path):

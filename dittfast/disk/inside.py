@@ -27,7 +27,7 @@ def path_inside(folder: str | Path, *names: str) -> Path:
             continue
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
-            raise FileProblem(path, "it is a link; files of an evaluation lie in its folder")
+            raise FileProblem(path, "it is a link; what belongs to a folder lies in it")
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise FileProblem(path, "it is neither a file nor a folder")
     return path
