@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,3 +270,20 @@ def test_plans_grow_with_the_tokens_not_with_their_square(name):
     layout = Layout.image(1, 1 << 17) if name == "line" else Layout.image(256, 512)
     method.plan(layout)
     assert time.process_time() - start < 8
+
+
+@pytest.mark.slow
+def test_natten_itself_sees_the_same(tmp_path):
+    """Every option of small grids in one to three dimensions, installed from the index."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    install += ["--no-build-isolation", "--target", str(tmp_path), "natten==0.21.7"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"NATTEN cannot be installed: {done.stderr[-500:]}")
+    worker = Path(__file__).with_name("natten_worker.py")
+    command = [sys.executable, str(worker), str(tmp_path), "9", "4x4", "2x3x3"]
+    environment = {**os.environ, "PYTHONPATH": str(worker.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # NATTEN's attention over all of a causal axis does not run on a CPU.
+    assert "999 agree, 9 do not run in NATTEN" in done.stdout
