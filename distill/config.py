@@ -345,7 +345,10 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Disti
     data = parse_yaml(text, name)
     if not isinstance(data, dict):
         raise ValueError(f"{name} must hold a mapping with the keys model, student, data, train")
-    for override in overrides:
+    names = [override.partition("=")[0].strip() for override in overrides]
+    for key, override in zip(names, overrides):
+        if names.count(key) > 1:
+            raise ValueError(f"{key} is given twice; give it once")
         _override(data, override)
     return _build(DistillConfig, data, "")
 

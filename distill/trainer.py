@@ -135,10 +135,14 @@ class Trainer:
             return []
         if resume != "latest":
             if not (Path(resume) / PROGRESS).is_file():
-                raise FileNotFoundError(f"{resume} is no checkpoint of a run")
+                raise FileNotFoundError(
+                    f"{resume} is no checkpoint of a run; name one in {self.output}, or latest"
+                )
             return [Path(resume)]
         if not there and not self.output.is_dir():
-            raise FileNotFoundError(f"there is no run in {self.output} to resume")
+            raise FileNotFoundError(
+                f"there is no run in {self.output} to resume; leave out --resume to begin one"
+            )
         return there  # none where the run was killed before its first checkpoint
 
     def _load_models(self) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .environment import total_memory
+
 # List entries worked on together: bounds memory.
 _ENTRIES_AT_ONCE = 1 << 22
 
@@ -72,6 +74,19 @@ def entry_range(kv_indices: torch.Tensor, listed: torch.Tensor):
     return low, high, repeated
 
 
+def _check_room(entries: int) -> None:
+    """Raise ValueError where lists of so many int32 entries have no room in this machine.
+
+    The system gives memory before it is there, and ends the process that fills it.
+    """
+    memory = total_memory()
+    if memory is not None and entries * 4 > memory:
+        raise ValueError(
+            f"lists of {entries:,} block pairs take {entries * 4 / 1e9:,.0f} GB, and this machine "
+            f"has {memory / 1e9:,.0f} GB; take fewer tokens, or larger blocks"
+        )
+
+
 class ListBuilder:
     """The lists of a plan for all batch rows and heads, from block pairs that come in parts.
 
@@ -85,6 +100,7 @@ class ListBuilder:
         self._full = np.zeros(num_q_blocks, dtype=np.int32)
         self._listed = np.zeros(num_q_blocks, dtype=np.int32)
         self._parts: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._entries = 0
 
     def add(self, *pairs: tuple) -> None:
         """All pairs of some rows: ``(rows, cols, full)`` arrays, once or several times.
@@ -137,12 +153,15 @@ class ListBuilder:
         again = np.flatnonzero((self._count[own] > 0) & (count > 0))
         if again.size:
             raise ValueError(f"query block {first + int(again[0])} was added twice")
+        self._entries += int(listed.sum())
+        _check_room(self._entries)
         for total, part in ((self._count, count), (self._full, full), (self._listed, listed)):
             total[own] += part.astype(np.int32)
 
     def lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``kv_indices [1, 1, nQ, maxK]``, ``kv_num_blocks`` and ``kv_num_full_blocks``; once."""
         width = max(1, int(self._listed.max()))
+        _check_room(self._count.size * width)
         # From the system page by page, as parts are filled in and dropped.
         indices = np.zeros((self._count.size, width), dtype=np.int32)
         slot = np.arange(width, dtype=np.int32)

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,11 +43,44 @@ def check_output(path: str | Path, suffixes: Sequence[str] | None = None) -> Pat
         raise FileNotFoundError(f"the folder {folder} does not exist; create it: mkdir -p {folder}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder, so {path} cannot be written")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file; name a file to write")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"the folder {folder} is not writable")
+    with _writable(path):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file; name a file to write")
+        _try_folder(folder)
     return path
+
+
+def check_folder(path: str | Path) -> Path:
+    """``path``, if it is a folder or can be made one, and files can be written there.
+
+    Raises:
+        NotADirectoryError: it or something above it is a file.
+        OSError: nothing can be written there.
+    """
+    path = Path(path)
+    with _writable(path):
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(f"{nearest} is a file; name a folder")
+        _try_folder(nearest)
+    return path
+
+
+def _try_folder(folder: Path) -> None:
+    """What permissions say is not the whole truth, least of all to root: make a file there."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Inside, an error of the system names what was to be written, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise type(error)(f"{path} cannot be written ({error.strerror}); name another") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+MAX_TOKENS = 2**31 - 1  # positions are int32
 ORDERS = ("raster", "tile", "hilbert", "morton")
 
 
@@ -118,6 +119,10 @@ class Layout:
         for segment in self.segments:
             if not isinstance(segment, (Context, Grid)):
                 raise ValueError(f"a segment is a Context or a Grid, got {segment!r}")
+        if self.num_tokens > MAX_TOKENS:
+            raise ValueError(
+                f"a sequence has at most {MAX_TOKENS:,} tokens, got {self.num_tokens:,}; take fewer"
+            )
         if self.context_lengths is None:
             return
         rows = tuple(tuple(int(n) for n in row) for row in self.context_lengths)

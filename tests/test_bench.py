@@ -229,38 +229,47 @@ def run(*words):
     return main(["bench", *" ".join(words).split()])
 
 
-def test_command_prints_a_table_and_ends_in_json(tmp_path, capsys):
+ATTENTION = (
+    "attention --method local --set window=3 --height 8 --width 12 --text 5",
+    "--heads 2 --head-dim 16 --repeats 2 --no-flex --backward",
+)
+
+
+def test_command_prints_a_table_and_json_where_it_is_asked_for(tmp_path, capsys):
+    assert run(*ATTENTION) == 0
+    shown = capsys.readouterr()
+    assert "101 tokens" in shown.out and "{" not in shown.out and not shown.err
     file = tmp_path / "attention.json"
-    assert (
-        run(
-            "attention --method local --set window=3 --height 8 --width 12 --text 5",
-            f"--heads 2 --head-dim 16 --repeats 2 --no-flex --backward --json {file}",
-        )
-        == 0
-    )
-    lines = capsys.readouterr().out.strip().splitlines()
-    data = json.loads(lines[-1])
-    assert data == json.loads(file.read_text())
+    assert run(*ATTENTION, f"--json {file}") == 0
+    shown = capsys.readouterr()
+    table, data = shown.out, json.loads(file.read_text())
+    assert table.splitlines()[-1] == f"wrote {file}" and "{" not in table
     (row,) = data["rows"]
     assert row["grid"] == [1, 8, 12] and row["context"] == 5 and row["backward"]
     assert data["device"]["type"] == "cpu" and data["versions"]["torch"] == torch.__version__
-    table = "\n".join(lines[:-1])
     for part in ("101 tokens", "forward and backward", f"density {row['density']:.4f}", "not run"):
         assert part in table
 
 
+def test_json_has_standard_output_for_itself(capsys):
+    assert run(*ATTENTION, "--json -") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["rows"][0]["tokens"] == 101
+    assert shown.out.count("\n") == 1 and "101 tokens" in shown.err
+
+
 def test_command_compares_the_backends_of_a_cpu_in_both_dtypes_and_directions(capsys):
     words = "attention --method log_linear --tokens 512 --heads 1 --head-dim 16 --repeats 3"
-    assert run(words, "--no-flex --table --set topk=2 --set block_size=16") == 0
-    *lines, data = capsys.readouterr().out.strip().splitlines()
-    rows = json.loads(data)["rows"]
+    assert run(words, "--no-flex --table --set topk=2 --set block_size=16 --json -") == 0
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)["rows"]
     found = [(row["dtype"], row["backward"]) for row in rows]
     assert found == [(d, b) for d in ("float32", "bfloat16") for b in (False, True)]
     for row in rows:
         assert {row["backend"], *row["others"]} == {"cpu", choose_backend(torch.device("cpu"))}
         # Pooled keys are work.
         assert row["work"] > row["density"] > 0
-        assert f"work {row['work']:.4f}" in "\n".join(lines)
+        assert f"work {row['work']:.4f}" in shown.err
         for other in row["others"].values():
             assert other["useful_efficiency"]["p50"] > 0 and other["seconds"]["p20"] > 0
 
@@ -289,11 +298,11 @@ def test_command_takes_options_for_one_of_several_methods(capsys):
     assert (
         run(
             "attention --method local --method radial --tokens 96 --frames 2 --set local.window=3",
-            "--set radial.block_size=16 --heads 1 --head-dim 8 --repeats 1 --no-flex",
+            "--set radial.block_size=16 --heads 1 --head-dim 8 --repeats 1 --no-flex --json -",
         )
         == 0
     )
-    local, radial = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    local, radial = json.loads(capsys.readouterr().out)["rows"]
     assert local["method"]["window"] == 3 and radial["method"]["block_size"] == 16
 
 
@@ -306,8 +315,9 @@ def test_command_shows_no_speed_of_a_wrong_result(monkeypatch, capsys):
 
 
 def test_command_finds_the_break_even(capsys):
-    assert run("break-even --method local --tokens 16 64 --heads 1 --repeats 1 --backend cpu") == 0
-    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]
+    words = "break-even --method local --tokens 16 64 --heads 1 --repeats 1 --backend cpu"
+    assert run(words, "--json -") == 0
+    (found,) = json.loads(capsys.readouterr().out)["methods"]
     assert [r["tokens"] for r in found["rows"]] == [16, 64]
     assert [r["backend"] for r in found["rows"]] == ["cpu", "cpu"]
     assert found["min_tokens"] == bench.least_faster(found["rows"])
@@ -323,7 +333,10 @@ def test_command_finds_the_break_even(capsys):
         ("attention --method local --tokens 64 --set radial.x=1", "no --method radial is given"),
         ("attention --method local --tokens 64 --set min_tokens=1", "belongs to the schedule"),
         ("attention --method local --tokens 64 --heads 0", "heads must be at least 1, got 0"),
-        ("attention --method local --tokens 64 --repeats 0", "repeats must be at least 1, got 0"),
+        (
+            "attention --method local --tokens 64 --repeats 0",
+            "repeats must lie in 1..100000, got 0",
+        ),
     ],
 )
 def test_command_refuses_bad_input(words, message, capsys):

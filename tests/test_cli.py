@@ -132,7 +132,7 @@ def test_plan_without_a_grid_names_what_is_missing(capsys):
     assert main(words("plan --method local --height 4")) == 2
     assert "--width is missing" in capsys.readouterr().err
     assert main(words("plan --method local --probe --layers a")) == 2
-    assert "--layers takes numbers" in capsys.readouterr().err
+    assert "--layers must be numbers" in capsys.readouterr().err
 
 
 def test_generate_says_when_it_ran_dense(model, out, capsys):
@@ -256,7 +256,7 @@ def test_a_video_becomes_a_moving_picture(out, tmp_path):
     assert main([*arguments, *options, "-o", str(out / "a.gif")]) == 0
     frames = iio.imread(out / "a.gif")
     assert frames.shape[0] == 5 and frames.shape[2] > 3 * 80
-    assert main([*arguments, "--num-frames", "5", "-o", str(out / "c.png")]) == 0
+    assert main([*arguments, "--num-frames", "5", "--numbered", "-o", str(out / "c.png")]) == 0
     assert sorted(p.name for p in out.glob("c.*png")) == [f"c.{n:03}.png" for n in range(5)]
     assert main([*arguments, "--num-frames", "1", "-o", str(out / "b.png")]) == 0
     assert pixels(out / "b.png").shape == (48, 80, 3)
@@ -267,9 +267,9 @@ BAD = [
     (["  "], "the prompt is empty"),
     (["a", "-o", "{out}/a.txt"], "must end in .png"),
     (["a", "-o", "{out}/no/a.png"], "does not exist; create it: mkdir -p"),
-    (["a", "--seed", "-1"], "seed must lie in 0.."),
+    (["a", "--seed", "-1"], "--seed must lie in 0.."),
     (["a", "--height", "-64"], "height must be at least 1, got -64"),
-    (["a", "--steps", "0"], "num_inference_steps must be at least 1, got 0"),
+    (["a", "--steps", "0"], "--num-inference-steps/--steps must be at least 1, got 0"),
     (["a", "--runs", "0"], "runs must be at least 1, got 0"),
     (["a", "--model", "{out}"], "without a model_index.json"),
     (["a", "--model", "sample-fluks"], "no model 'sample-fluks'"),
@@ -284,7 +284,7 @@ BAD = [
     (["a", "--device", "cuda:99"], "there is no device cuda:99 here"),
     (["a", "--height", "60"], "the nearest is 56 or 64"),
     (["a", "--num-frames", "5"], "FluxPipeline takes no num_frames"),
-    (["a", "-o", "{out}/a.gif"], "must end in .png"),
+    (["a", "-o", "{out}/a.gif"], "draws one picture; name it .png"),
     (["--examples"], "is no sample model"),
 ]
 
@@ -292,8 +292,9 @@ BAD = [
 @pytest.mark.parametrize("arguments, message", BAD, ids=[" ".join(a)[:40] or "-" for a, _ in BAD])
 def test_bad_input_is_one_line_and_costs_nothing(model, out, capsys, arguments, message):
     (out / "a.png").write_text("old")
-    full = ["--model", model, "-o", str(out / "a.png"), *words("--device cpu")]
-    full += [a.replace("{out}", str(out)) for a in arguments]
+    full = [a.replace("{out}", str(out)) for a in arguments]
+    for option, value in {"--model": model, "-o": str(out / "a.png"), "--device": "cpu"}.items():
+        full += [] if option in arguments else [option, value]
     assert main(["generate", *full]) == 2
     error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("dittfast: error: ")]
     assert len(error) == 1 and message in error[0]
@@ -312,8 +313,8 @@ def test_debug_shows_the_traceback(model):
 
 @pytest.mark.parametrize("before, after", [(["--debug"], []), ([], ["--debug"])])
 def test_debug_stands_before_a_task_or_after_it(before, after):
-    with pytest.raises(ValueError, match="--pairs must be at least 1"):
-        main(["evaluate", *before, "latency", "-m", "local", "--pairs", "0", *after])
+    with pytest.raises(ValueError, match="'locl'"):
+        main(["evaluate", *before, "latency", "-m", "locl", *after])
 
 
 def test_overflow_is_no_picture(model, out, capsys, monkeypatch):
@@ -420,7 +421,7 @@ def test_plan_puts_text_where_it_is_told(out):
     [
         ("--height 4 --width 4", "the method is missing"),
         ("--method radil --height 4 --width 4", "Did you mean 'radial'?"),
-        ("--method local --height 0 --width 4", "height must be an integer of at least 1, got 0"),
+        ("--method local --height 0 --width 4", "--height must be at least 1, got 0"),
         ("--method local --height 4 --width 4 --text -1", "text must be"),
         ("--method local --height 4 --width 4 --set min_tokens=3", "belongs to the schedule"),
         ("--method local --height 4 --width 4 --heads 0", "--heads must be at least 1, got 0"),
@@ -494,9 +495,8 @@ def test_numbers_are_readable():
 
 def test_usage_errors_and_help(capsys):
     for arguments in ([], ["frobnicate"], ["plan", "--method"]):
-        with pytest.raises(SystemExit) as exit:
-            main(arguments)
-        assert exit.value.code == 2
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
     assert exit.value.code == 0
@@ -522,7 +522,7 @@ def test_help_is_quick_and_loads_no_torch():
         assert result.returncode == 0 and "generate" in result.stdout
     assert min(times) < 1
     modules = {p.stem for p in (ROOT / "dittfast" / "cli").glob("*.py")}
-    modules -= {"__init__", "adapter", "options", "growth", "overhead"}  # parts of commands
+    modules -= {"__init__", "adapter", "options", "parser", "values", "growth", "overhead"}  # parts
     assert modules == set(COMMANDS)
     code = (
         f"import sys\nfrom dittfast.cli import _parser\nfor name in {modules}: _parser(name)\n"

@@ -66,7 +66,7 @@ def test_command_writes_curves_and_numbers(tmp_path, capsys, monkeypatch):
     arguments += " --heads 1 --head-dim 16 --tokens 512 1024 --repeats 1"
     assert main([*arguments.split(), "--plot", str(plot), "--json", str(numbers)]) == 0
     data = json.loads(numbers.read_text())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == data
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {numbers}"
     assert [x["method"]["name"] for x in data["methods"]] == ["log_linear", "radial"]
     assert data["methods"][1]["rows"][1]["grid"] == [8, 8, 16]
     with Image.open(plot) as picture:

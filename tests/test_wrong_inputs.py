@@ -13,6 +13,8 @@ ASK = 'generate "a red cat" -o {out}/a.png'
 FIDELITY = "evaluate fidelity -m local -o {out}/eval"
 LATENCY = "evaluate latency -m local"
 HUNT = "hunt --objective colorfulness -o {out}/hunt"
+BENCH = "bench attention -m local"
+VIDEO = 'generate "a car moves right" --model sample-video'
 PLAN = "plan --method local --height 4 --width 4"
 
 # (the command, the value that its message shows, the remedy that it shows).
@@ -62,7 +64,39 @@ WRONG = [
     (ASK + " --runs 1000000", "1,000,000", "at most 10,000"),
     (ASK + " --fps 0", "got 0", "at least 1"),
     ('generate "a cat" -o {out}/a.gif --fps 60', "fps 60", "write an .mp4"),
+    # generate: files that are one, or cannot be written.
+    (ASK + " -o {out}/b.png", "{out}/b.png", "give it once"),
+    (ASK + " --json {out}/a.png", "-o and --json", "a file of its own"),
+    (ASK + " --json {out}/../{name}/a.png", "-o and --json", "a file of its own"),
+    (ASK + " --json {out}/a.json", "the record beside -o and --json", "a file of its own"),
+    (ASK + " --json {out}", "{out}", "name a file"),
+    (ASK + " --json ''", "--json must not be empty", "leave it out"),
+    (ASK + " --json /sys/a.json", "/sys/a.json", "name another"),
+    ('generate "a cat" -o /proc/a.png', "/proc/a.png", "name another"),
+    ('generate "a cat" -o {out}/{long}.png', "{long}.png", "name another"),
+    ('generate "a cat" -o {out}/whole.png --image {out}/whole.png', "whole.png", "another file"),
+    (ASK + " --config {out}/wan.yaml --json {out}/wan.yaml", "--config", "another file"),
+    ('generate "a cat" -o {out}/a.mp4', "sample-flux draws one picture", "name it .png"),
+    ('generate "a cat" -o {out}/a.gif', "sample-flux draws one picture", "name it .png"),
+    (ASK + " --numbered", "--numbered", "leave out --numbered"),
+    (VIDEO + " -o {out}/a.png", "sample-video draws a video", "--numbered"),
+    (VIDEO + " -o {out}/a.mp4 --num-frames 1", "got 1", "nearest is 4"),
+    (VIDEO + " -o {out}/a.mp4 --numbered", "a.mp4", "name it .png"),
+    (VIDEO + " -o {out}/a.mp4 --stages 64,128", "--stages", "leave it out"),
+    (ASK + " --fps 20", "20", "leave it out"),
+    (ASK + " --save-all", "--save-all", "add --compare"),
+    (ASK + " --backend cpu", "--backend cpu", "--method local"),
+    (ASK + " --height 60", "got 60", "nearest is 56 or 64"),
+    (ASK + " --num-frames 5", "num_frames", "leave out --num-frames"),
+    (ASK + " --method local --method radial", "'radial'", "give it once"),
+    (ASK + " --method ''", "--method must not be empty", "leave it out"),
+    (ASK + " --method local --set dense_layers=[99]", "99", "0..5"),
     # generate: guidance.
+    (ASK + " --guidance-scale -1", "'-1'", "at least 0"),
+    (ASK + " --guide-heads 99.0", "layer 99", "0..5"),
+    (ASK + " --guide-heads 1.99", "head 99", "0..1"),
+    (ASK + " --guide-heads 1.1 --guide-scale nan", "nan", "finite"),
+    (ASK + " --guide-heads 1.1 --guide-steps 5:5", "5:5", "A below B"),
     (ASK + " --guidance-scale nan", "nan", "finite"),
     (ASK + " --guidance-scale inf", "inf", "finite"),
     (ASK + " --guidance-scale x", "'x'", "--help"),
@@ -127,7 +161,21 @@ WRONG = [
     (ASK + " --stages 256,512 --height 64", "--height", "--stages"),
     (ASK + " --position-until 0.5", "0.5", "--position-scale"),
     (ASK + " --position-scale wide", "'wide'", "--help"),
+    (ASK + " --position-scale 0", "'0'", "above 0"),
+    (ASK + " --position-scale nan", "'nan'", "finite"),
+    (ASK + " --position-scale 0.5 --position-until 1", "'1'", "below 1"),
+    (ASK + " --stages 256", "256", "at least two"),
+    (ASK + " --stages 512,256", "256 x 256 follows 512 x 512", "larger"),
+    (ASK + " --stages 256,256", "256 x 256 follows 256 x 256", "larger"),
+    (ASK + " --stages 256x256,512x1024", "512 x 1024", "keep the picture's shape"),
+    (ASK + " --stages 256,1000000", "1,000,000", "draw it smaller"),
+    (ASK + " --stages 256,500", "got 500", "nearest is"),
+    (ASK + " --stages 256,512 --strength 0", "'0'", "above 0"),
+    (ASK + " --stages 256,512 --strength 3", "'3'", "at most 1"),
+    (ASK + " --stages 256,512 --strength nan", "nan", "finite"),
+    (ASK + " --stages 256,512 --ntk-factor 0", "'0'", "above 0"),
     # What is put into the pipeline.
+    (ASK + " --lora {out}/lora.safetensors --lora {out}/lora.safetensors", "lora", "give it once"),
     (ASK + " --adapter {out}/none", "{out}/none", "folder"),
     (ASK + " --adapter {out}", "{out}", "no adapter"),
     (ASK + " --adapter {out} --method local", "--method", "--set"),
@@ -150,13 +198,20 @@ WRONG = [
     ("evaluate fidelty", "fidelty", "fidelity"),
     ("evaluate fidelity -m local", "-o", "--help"),
     ("evaluate fidelity -o {out}/eval", "no method", "--method local"),
-    (FIDELITY + " -m local", "'local'", "LABEL=NAME"),
+    (FIDELITY + " -m local", "'local'", "give it once"),
+    (FIDELITY + " -m local=radial", "'local'", "LABEL=NAME"),
     (FIDELITY + " -m dense=local", "'dense'", "belongs to"),
     (FIDELITY + " -m a/b=local", "'a/b'", "letters"),
     (FIDELITY + " -m far=locl", "'locl'", "Did you mean 'local'"),
     (FIDELITY + " -m radial/wan2.1", "FluxTransformer2DModel", "--any-model"),
     (FIDELITY + " --pair local", "local", "A:B"),
     (FIDELITY + " --pair local:far", "'far'", "labels: local"),
+    (FIDELITY + " --pair local:local", "local:local", "two different labels"),
+    (FIDELITY + " -m r=radial --pair local:r --pair r:local", "r:local", "each pair once"),
+    (FIDELITY + " --json {out}/eval/fidelity.json", "fidelity.json", "a file of its own"),
+    (FIDELITY + " --save {out}/eval/fidelity", "fidelity.json", "a file of its own"),
+    (FIDELITY + " --prompts {out}/one.txt --json {out}/one.txt", "one.txt", "another file"),
+    (FIDELITY + " -m far=local --set far.dense_layers=[99]", "99", "0..5"),
     (FIDELITY + " --set far.window=3", "'far'", "labels: local"),
     (FIDELITY + " --prompts {out}/none.txt", "{out}/none.txt", "one prompt per line"),
     (FIDELITY + " --prompts {out}/empty.txt", "empty.txt", "one per line"),
@@ -174,8 +229,9 @@ WRONG = [
     ("evaluate latency", "no method", "--method local"),
     (LATENCY + " --pear 3", "--pear", "dittfast evaluate latency --help lists the options"),
     ("evaluate --no-verify latency", "--no-verify", "write it after dittfast evaluate latency"),
-    (LATENCY + " --pairs 0", "got 0", "at least 1"),
+    (LATENCY + " --pairs 0", "got 0", "1..10000"),
     (LATENCY + " --pairs x", "'x'", "--help"),
+    (LATENCY + " --pairs 1000000000", "1000000000", "1..10000"),
     (LATENCY + " --dense-kernel fast", "'fast'", "flash"),
     (LATENCY + " --model {flux}", "tiny-flux", "--prompt TEXT"),
     (LATENCY + " --save {out}/no/table", "{out}/no", "mkdir -p"),
@@ -189,6 +245,9 @@ WRONG = [
     ("evaluate fid {out}/few --dataset coco", "'coco'", "NAME:SPLIT:RESOLUTION"),
     ("evaluate fid {out}/few --against {out}/few --features sample --batch-size 0 --allow-few",
      "got 0", "at least 1"),
+    ("evaluate fid {out}/few {out}/few --against {out}/few", "{out}/few twice", "each once"),
+    ("report {out}/none --pictures 0", "got 0", "1..10000"),
+    ("report {out}/none --size -1", "got -1", "1..4096"),
     ("report {out}/none", "{out}/none", "evaluate fidelity"),
     ("report {out}", "{out}", "evaluate fidelity"),
     # hunt.
@@ -199,6 +258,25 @@ WRONG = [
     (HUNT + " --heads 3", "'3'", "3.1,5.0"),
     (HUNT + " --heads 1.1 --layers 1", "--layers", "not allowed with"),
     (HUNT + " --seeds x", "'x'", "0,1"),
+    (HUNT + " --seeds 1,1", "1 twice", "name each once"),
+    (HUNT + " --seeds ,", "','", "0,1"),
+    (HUNT + " --seeds 3-1", "'3-1'", "0-3"),
+    (HUNT + " --holdout-seeds 2 --prompts {out}/one.txt", "--holdout-seeds", "--holdout FILE"),
+    (HUNT + " --topk 0", "got 0", "at least 1"),
+    (HUNT + " --topk 13", "13", "12 heads"),
+    (HUNT + " --rounds 0", "got 0", "at least 1"),
+    (HUNT + " --rounds -1", "got -1", "at least 1"),
+    (HUNT + " --batch-size 0", "got 0", "at least 1"),
+    (HUNT + " --screen 0 --keep 1", "got 0", "at least 1"),
+    (HUNT + " --screen 1 --keep 0", "got 0", "at least 1"),
+    (HUNT + " --screen 1", "screen=1", "keep"),
+    (HUNT + " --topk 3 --screen 2 --keep 2", "got 2", "at least topk"),
+    (HUNT + " --layers 9", "layer 9", "0..5"),
+    (HUNT + " --layers 1,1", "1 twice", "name each once"),
+    (HUNT + " --heads 9.0", "head 9.0", "0..5"),
+    (HUNT + " --heads 1.1,1.1", "named twice", "name"),
+    (HUNT + " --guide-rows text", "'text'", "image"),
+    ("hunt --objective colorfulness -o /proc/hunt", "/proc/hunt", "name another"),
     (HUNT + " --prompts {out}/none.txt", "{out}/none.txt", "prompts"),
     (HUNT + " --prompts {out}/empty.txt", "empty.txt", "one per line"),
     (HUNT + " --model {flux}", "tiny-flux", "--prompts FILE"),
@@ -209,7 +287,7 @@ WRONG = [
     ("estimate wan3", "'wan3'", "wan2.1-14b"),
     ("estimate flux.1-dev --method radial/wan2.1", "FluxTransformer2DModel", "--any-model"),
     ("estimate wan2.1-14b --set window=3", "--set", "--method radial"),
-    ("estimate flux.1-dev --text -3", "got -3", "it takes 512"),
+    ("estimate flux.1-dev --text -3", "got -3", "at least 1"),
     ("methods locl", "'locl'", "Did you mean 'local'"),
     ("plan --method local --width 4", "--height is missing", "in tokens"),
     ("plan --height 4 --width 4", "method is missing", "--method radial"),
@@ -221,8 +299,39 @@ WRONG = [
     ("probe --method local --prompt ''", "prompt is empty", "describe the picture"),
     ("probe --method radial/hunyuan", "FluxTransformer2DModel", "--any-model"),
     ("probe --method rectified --layers a", "'a'", "0,3"),
+    ("probe --method rectified --layers 6", "got 6", "0..5"),
+    ("probe --method rectified --layers 0,0", "0 twice", "name each once"),
+    ("probe --method rectified --steps 4 --step 4", "got 4", "0..3"),
+    ("probe --method rectified -o {out}/k.png --json {out}/k.png", "k.png", "a file of its own"),
+    (PLAN + " -o {out}/k.png --json {out}/k.png", "k.png", "a file of its own"),
+    (PLAN + " --frames 0", "got 0", "at least 1"),
+    (PLAN + " --text -1", "got -1", "at least 0"),
+    ("plan -m local --height 100000 --width 100000", "10,000,000,000 tokens", "the limit here"),
+    ("estimate flux.1-dev --height 1600000 --width 1600000", "10,000,000,512", "the limit here"),
+    (BENCH + " --tokens 1000000000000", "1,000,000,000,000 tokens", "the limit here"),
+    (BENCH + " --height 100000 --width 100000", "10,000,000,000 tokens", "the limit here"),
+    (BENCH, "give the size", "--tokens"),
+    (BENCH + " --tokens 64 --repeats 0", "got 0", "1..100000"),
+    (BENCH + " --tokens 64 --device gpu", "'gpu'", "cuda"),
+    (BENCH + " --tokens 64 --backend tritn", "'tritn'", "Did you mean 'triton'"),
+    (BENCH + " --tokens 64 --method local", "'local'", "give it once"),
+    (BENCH + " --tokens 64 --table --backward", "--backward", "leave out"),
+    ("bench break-even -m dense", "--method dense", "--method local"),
+    ("bench break-even -m local --tokens 64 64", "64 twice", "name each once"),
+    ("bench growth -m local --tokens 0", "got 0", "at least 1"),
+    ("bench growth -m local --plot {out}/g.png --json {out}/g.png", "g.png", "a file of its own"),
+    ("bench overhead --model sd", "'sd'", "flux, wan"),
+    ("bench overhead --layers 0", "got 0", "at least 1"),
+    ("parity --family wam", "'wam'", "Did you mean 'wan'"),
+    ("parity --markdown {out}/m.md --json {out}/m.md", "m.md", "a file of its own"),
+    ("ui --port 70000", "got 70000", "0..65535"),
     ("distill", "configuration is missing", "--list"),
     ("distill {out}/none.yaml", "{out}/none.yaml", "yaml"),
+    ("distill clear_sample --json {out}/a.json", "a.json", "--dry-run"),
+    ("distill clear_sample --dry-run --resume latest", "latest", "leave out"),
+    ("distill prepare clear_sample --resume latest", "latest", "leave out"),
+    ("distill clear_sample --list", "clear_sample", "leave out"),
+    ("distill clear_sample train.lr=1 train.lr=2", "train.lr", "twice"),
 ]  # fmt: skip
 
 
@@ -267,7 +376,9 @@ def places(tmp_path_factory):
     ):
         index = {"_class_name": "Pipeline", "transformer": ["diffusers", model]}
         (out / name / "model_index.json").write_text(json.dumps(index))
-    return {"out": str(out), "flux": str(out / "tiny-flux"), "wan": str(out / "tiny-wan")}
+    (out / "one.txt").write_text("a cat")
+    more = {"name": out.name, "long": "a" * 300}
+    return more | {"out": str(out), "flux": str(out / "tiny-flux"), "wan": str(out / "tiny-wan")}
 
 
 def test_there_are_enough_of_them():
@@ -280,10 +391,7 @@ def test_it_is_said_in_a_line(command, value, remedy, places, capsys, monkeypatc
 
     monkeypatch.setattr(sources, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     fill = lambda text: text.format(**places) if "{" in text else text  # noqa: E731
-    try:
-        code = main([fill(word) for word in words(command)])
-    except SystemExit as ended:  # argparse's way out
-        code = ended.code
+    code = main([fill(word) for word in words(command)])
     out = capsys.readouterr()
     errors = [line for line in out.err.splitlines() if line.startswith("dittfast: error: ")]
     assert code == 2 and len(errors) == 1, out.err

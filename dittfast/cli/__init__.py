@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import logging
 import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dittfast import __version__
+
+from .parser import Parser, UsageError
 
 COMMANDS = {
     "generate": "draw a picture with a pipeline, dense and sparse",
@@ -41,42 +42,9 @@ _ENDING = ("SIGTERM", "SIGHUP")
 _MOVED = {"--probe": "probe", "--model": "estimate"}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong and where help is; knows what an option was meant to be."""
-
-    def error(self, message: str):
-        self.exit(2, f"dittfast: error: {message}; {self.prog} --help lists the options\n")
-
-    def meant(self, word: str) -> str:
-        """A hint at the option of this parser nearest to an unknown one."""
-        option = word.partition("=")[0]
-        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
-        if near == [option]:
-            return f"; write it after {self.prog}"
-        return f"; did you mean {near[0]}?" if near else ""
-
-    def tasks(self) -> argparse._SubParsersAction | None:
-        """What chooses among the parsers below this one; None where there are none."""
-        return next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
-
-    def chosen(self, args: argparse.Namespace) -> _Parser:
-        """The parser of the command, and of its task, that ``args`` names."""
-        tasks = self.tasks()
-        return tasks.choices[getattr(args, tasks.dest)].chosen(args) if tasks else self
-
-    def add_debug(self, default=False) -> None:
-        """Adds ``--debug``, which may stand before a task and after it."""
-        self.add_argument(
-            "--debug", action="store_true", default=default, help="show the traceback of an error"
-        )
-        tasks = self.tasks()
-        for task in tasks.choices.values() if tasks else ():
-            task.add_debug(default=argparse.SUPPRESS)  # keeps what stood before it
-
-
-def _parser(command: str | None) -> _Parser:
+def _parser(command: str | None) -> Parser:
     """The parser, with the arguments of ``command`` only."""
-    parser = _Parser(
+    parser = Parser(
         prog="dittfast",
         description="Faster diffusion transformers: sparse attention in diffusers pipelines.",
         epilog="dittfast COMMAND --help lists a command's options.",
@@ -88,7 +56,6 @@ def _parser(command: str | None) -> _Parser:
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:
             module = importlib.import_module(f".{name}", __name__)
@@ -96,6 +63,35 @@ def _parser(command: str | None) -> _Parser:
             sub.add_debug()
             sub.set_defaults(run=module.run)
     return parser
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """What a command line asks for.
+
+    Raises:
+        UsageError: it does not say so rightly.
+    """
+    parser = _parser(next((a for a in argv if not a.startswith("-")), None))
+    args, rest = parser.parse_known_args(argv)
+    # A command that takes a list of words takes them between its options, too.
+    if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
+        chosen = parser.chosen(args)
+        hint = next(filter(None, (chosen.meant(word) for word in rest if word[:1] == "-")), "")
+        chosen.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    elif rest:
+        args.words.extend(rest)
+    return args
+
+
+@contextlib.contextmanager
+def _only_json(args) -> Iterator[None]:
+    """With ``--json -`` standard output is the JSON's; what people read goes to stderr."""
+    if getattr(args, "json", None) != "-":
+        yield
+        return
+    args.json_stream = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def _modern(argv: list[str]) -> list[str]:
@@ -204,24 +200,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: a check failed; 2: bad input, said in one line; 130: interrupted by Ctrl-C; 128
     plus its number: ended by a signal (143 for SIGTERM).
     """
-    argv = _modern(list(sys.argv[1:] if argv is None else argv))
-    command = next((a for a in argv if not a.startswith("-")), None)
-    parser = _parser(command)
-    args, rest = parser.parse_known_args(argv)
-    # A command that takes a list of words takes them between its options, too.
-    if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
-        chosen = parser.chosen(args)
-        hint = next(filter(None, (chosen.meant(word) for word in rest if word[:1] == "-")), "")
-        chosen.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    elif rest:
-        args.words.extend(rest)
+    try:
+        args = _arguments(_modern(list(sys.argv[1:] if argv is None else argv)))
+    except UsageError as error:
+        print(f"dittfast: error: {error}", file=sys.stderr)
+        return 2
     logger, handler = logging.getLogger("dittfast"), _OnStderr()
     logger.addHandler(handler)
     informative = [logging.getLogger(name) for name in getattr(args, "says", ())]
     for one in informative:
         one.setLevel(logging.INFO)
     try:
-        with _ending_cleanly():
+        with _ending_cleanly(), _only_json(args):
             return args.run(args)
     except KeyboardInterrupt as ended:
         print("\ndittfast: interrupted; no half-written file is left", file=sys.stderr)

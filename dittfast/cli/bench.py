@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import json
 from time import perf_counter
 
-from dittfast.files import check_output, write_json
-
 from . import growth, overhead
-from .options import attention_words, parse_options, seconds
+from .options import (
+    add_json_argument,
+    attention_words,
+    check_backend,
+    check_json,
+    check_tokens,
+    parse_options,
+    seconds,
+    write_json_result,
+)
+from .values import seed, whole
 
-EXAMPLE = """\
+ATTENTION_EXAMPLE = """\
 examples:
   dittfast bench attention --method local --set window=16 --height 64 --width 64
   dittfast bench attention --method radial --method local --tokens 16384 --json attention.json
+  dittfast bench attention --method radial --frames 21 --height 30 --width 52 --heads 12 --no-flex
   dittfast bench attention --method local --tokens 4096 --table
+"""
+BREAK_EVEN_EXAMPLE = """\
+examples:
+  dittfast bench break-even --method local
+  dittfast bench break-even --method radial --set block_size=64 --frames 16 --tokens 4096 16384
+"""
+EXAMPLE = """\
+examples:
+  dittfast bench attention --method local --set window=16 --height 64 --width 64
   dittfast bench break-even --method local
   dittfast bench growth --method log_linear --method radial --plot growth.png
   dittfast bench overhead --model wan --heads 2
+
+dittfast bench TASK --help shows a task's options and more examples. The numbers are written as JSON
+where --json says so.
 """
 # Of a table, whatever its rows; the last ones may begin a round shortly before.
 TABLE_SECONDS = 480
@@ -30,15 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     attention = tasks.add_parser(
-        "attention", help="dense attention, a method and flex_attention in turns, at one size"
+        "attention",
+        help="dense attention, a method and flex_attention in turns, at one size",
+        epilog=ATTENTION_EXAMPLE,
     )
     _add_common(attention)
     size = attention.add_argument_group("size, in tokens")
-    size.add_argument("--tokens", type=int, metavar="N", help="a grid of N tokens is chosen")
-    size.add_argument("--frames", type=int, metavar="N", help="(default: 1; 16 for radial)")
-    size.add_argument("--height", type=int, metavar="N")
-    size.add_argument("--width", type=int, metavar="N")
-    size.add_argument("--text", type=int, default=0, metavar="N", help="(default: 0)")
+    size.add_argument("--tokens", type=whole(), metavar="N", help="a grid of N tokens is chosen")
+    size.add_argument("--frames", type=whole(), metavar="N", help="(default: 1; 16 for radial)")
+    size.add_argument("--height", type=whole(), metavar="N")
+    size.add_argument("--width", type=whole(), metavar="N")
+    size.add_argument("--text", type=whole(0), default=0, metavar="N", help="(default: 0)")
     attention.add_argument(
         "--flex",
         action=argparse.BooleanOptionalAction,
@@ -52,26 +74,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"rounds end early, so that all rows together take {TABLE_SECONDS // 60} minutes or so",
     )
     even = tasks.add_parser(
-        "break-even", help="the number of tokens from which a method is faster than dense"
+        "break-even",
+        help="the number of tokens from which a method is faster than dense",
+        epilog=BREAK_EVEN_EXAMPLE,
     )
     _add_common(even)
     even.add_argument(
         "--tokens",
-        type=int,
+        action="several",
+        type=whole(),
         nargs="+",
         default=list(TOKENS),
         metavar="N",
         help=f"numbers of tokens to try (default: {' '.join(map(str, TOKENS))})",
     )
-    even.add_argument("--frames", type=int, metavar="N", help="(default: 1; 16 for radial)")
+    even.add_argument("--frames", type=whole(), metavar="N", help="(default: 1; 16 for radial)")
     for task in (attention, even):
         task.add_argument(
             "--backend", default="auto", help="auto, triton, native, cpu or reference"
         )
-    grows = tasks.add_parser("growth", help="time and plan memory over the number of tokens")
+    grows = tasks.add_parser(
+        "growth", help="time and plan memory over the number of tokens", epilog=growth.EXAMPLE
+    )
     _add_common(grows)
     growth.add_arguments(grows)
-    over = tasks.add_parser("overhead", help="what enabling costs a model that leaves nothing out")
+    over = tasks.add_parser(
+        "overhead",
+        help="what enabling costs a model that leaves nothing out",
+        epilog=overhead.EXAMPLE,
+    )
     _add_work(over)
     overhead.add_arguments(over)
 
@@ -100,27 +131,31 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_work(parser: argparse.ArgumentParser):
     work = parser.add_argument_group("work")
-    work.add_argument("--head-dim", type=int, default=64, metavar="N", help="(default: 64)")
-    work.add_argument("--heads", type=int, default=4, metavar="N", help="(default: 4)")
-    work.add_argument("--batch", type=int, default=1, metavar="N", help="(default: 1)")
+    work.add_argument("--head-dim", type=whole(), default=64, metavar="N", help="(default: 64)")
+    work.add_argument("--heads", type=whole(), default=4, metavar="N", help="(default: 4)")
+    work.add_argument("--batch", type=whole(), default=1, metavar="N", help="(default: 1)")
     work.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    work.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
-    work.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    work.add_argument(
+        "--repeats", type=whole(1, 100_000), default=10, metavar="N", help="rounds (default: 10)"
+    )
+    work.add_argument("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
+    add_json_argument(parser)
     return work
 
 
 def run(args) -> int:
     """Check and measure; 1 if a result is wrong, and then no speed is printed."""
-    if args.json is not None:
-        check_output(args.json)
+    check_json(args, {"--plot": getattr(args, "plot", None)})
 
     from dittfast.environment import describe_device, versions
     from dittfast.measure.check import WrongResult
 
+    check_backend(getattr(args, "backend", "auto"))
     methods = _methods(args) if "method" in args else []
     work = _workload(args)
+    tokens = args.tokens if isinstance(args.tokens, list) else [args.tokens or 0]
+    check_tokens(max(tokens), _bytes_of_token(work), work.device)
     data = {"task": args.task, "device": describe_device(work.device), "versions": versions()}
     print(f"{data['device']['name']}, {_details(data)}")
     try:
@@ -128,9 +163,7 @@ def run(args) -> int:
     except WrongResult as error:
         print(f"FAILED: {error}\nno speed is shown for a wrong result")
         return 1
-    if args.json is not None:
-        write_json(args.json, data)
-    print(json.dumps(data))
+    write_json_result(args, data)
     return 0
 
 
@@ -165,11 +198,9 @@ def _workload(args):
 
     from dittfast.layout import Layout
     from dittfast.measure.bench import Workload
+    from dittfast.pipelines.runs.sources import choose_device
 
-    device = args.device
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
+    device = str(choose_device(args.device))
     dtype = args.dtype
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
@@ -185,7 +216,13 @@ def _workload(args):
     )
 
 
-def _layout(args, method: str):
+def _bytes_of_token(work) -> int:
+    """Of q, k, v and the output, and with backward of their gradients."""
+    each = work.batch * work.heads * work.head_dim * work.dtype.itemsize
+    return 100 + each * (8 if work.backward else 4)
+
+
+def _layout(args, work, method: str):
     from dittfast.layout import Layout
     from dittfast.measure.bench import layout_for
 
@@ -193,7 +230,11 @@ def _layout(args, method: str):
     if (args.tokens is None) == (None in sides) or (args.tokens is not None and any(sides)):
         raise ValueError("give the size as --tokens, or as --height and --width")
     if args.tokens is None:
-        return Layout.video(args.frames or 1, *sides, args.text, (args.frames or 1) == 1)
+        frames = args.frames or 1
+        check_tokens(
+            frames * args.height * args.width + args.text, _bytes_of_token(work), work.device
+        )
+        return Layout.video(frames, *sides, args.text, frames == 1)
     if args.text:
         raise ValueError("--text needs --height and --width: --tokens counts the grid alone")
     return layout_for(args.tokens, method, args.frames)
@@ -206,7 +247,13 @@ def _attention(args, methods, work) -> dict:
 
     from dittfast.measure.bench import bench_attention
 
-    cases = [(m, replace(work, layout=_layout(args, m.name))) for m in methods]
+    if args.table and (args.dtype != "auto" or args.backward):
+        given = "--backward" if args.backward else f"--dtype {args.dtype}"
+        raise ValueError(
+            f"--table runs both dtypes, forward and with backward, and {given} one of them; leave "
+            "out --table, or that"
+        )
+    cases = [(m, replace(work, layout=_layout(args, work, m.name))) for m in methods]
     options = dict(repeats=args.repeats, flex=args.flex, backend=args.backend)
     if args.backend == "auto" and work.device == "cpu":
         options["compare"] = ("native", "cpu")
@@ -300,6 +347,12 @@ def _print_attention(row: dict) -> None:
 def _break_even(args, methods, work) -> dict:
     from dittfast.measure.bench import break_even, least_faster
 
+    for method in methods:
+        if method.name == "dense":
+            raise ValueError(
+                "--method dense is what the others are compared with; name one of them, such as "
+                "--method local"
+            )
     results = []
     for method in methods:
         print(f"\n{method!r}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 
-from .options import compact, seconds
+from .options import add_json_argument, check_json, compact, seconds, write_json_result
 
 EXAMPLE = """\
 examples:
@@ -42,12 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest checkpoint, or from the one in a folder",
     )
     parser.add_argument("--list", action="store_true", help="list the shipped recipes")
+    add_json_argument(parser)
 
 
 def run(args) -> int:
     """Train, prepare, or show what would be done."""
     from dittfast.distill.config import load_config, shipped
 
+    if args.json is not None and not args.dry_run:
+        raise ValueError(
+            f"--json {args.json} takes the numbers of --dry-run; a run writes metrics.jsonl into "
+            "its output folder"
+        )
+    check_json(args)
+    if args.list and args.words:
+        raise ValueError(f"--list takes nothing else, got {' '.join(args.words)}; leave out one")
     if args.list:
         print("\n".join(sorted(shipped())))
         return 0
@@ -57,10 +65,13 @@ def run(args) -> int:
         words.pop(0)
     if not words:
         raise ValueError("the configuration is missing; try: dittfast distill --list")
+    if args.resume is not None and (preparing or args.dry_run):
+        what = "prepare, which always goes on," if preparing else "--dry-run"
+        raise ValueError(f"--resume {args.resume} does not go with {what}; leave out one of them")
     name, *overrides = words
     config = load_config(name, overrides)
     if args.dry_run:
-        return _dry_run(config)
+        return _dry_run(args, config)
     _quiet_libraries()
     return _prepare(config) if preparing else _train(config, args.resume)
 
@@ -122,7 +133,7 @@ def drawing_command(config, adapter) -> str:
     return shlex.join([*words, "--compare", "-o", "picture.png"])
 
 
-def _dry_run(config) -> int:
+def _dry_run(args, config) -> int:
     import yaml
 
     from dittfast.distill.memory import memory_needs
@@ -136,5 +147,5 @@ def _dry_run(config) -> int:
         print(f"{name:24} {compact(size, 'B'):>10}")
     for note in needs["notes"]:
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(needs))
+    write_json_result(args, needs)
     return 0

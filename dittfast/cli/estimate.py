@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from .options import (
     add_json_argument,
     add_method_arguments,
     check_json,
+    check_tokens,
     chosen_method,
     compact,
     parse_options,
     seconds,
     write_json_result,
 )
+from .values import whole
 
 EXAMPLE = """\
 examples:
@@ -23,6 +26,10 @@ examples:
 """
 
 
+# Of a token, where a method with long lists is planned.
+_BYTES = 4000
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dittfast estimate``."""
     parser.epilog = EXAMPLE
@@ -30,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="NAME", help="such as wan2.1-14b; without it, all are listed"
     )
     size = parser.add_argument_group("size", "without these the model's usual ones")
-    size.add_argument("--num-frames", type=int, metavar="N", help="frames of the video")
-    size.add_argument("--height", type=int, metavar="PX")
-    size.add_argument("--width", type=int, metavar="PX")
-    size.add_argument("--text", type=int, metavar="N", help="text tokens")
+    size.add_argument("--num-frames", type=whole(), metavar="N", help="frames of the video")
+    size.add_argument("--height", type=whole(), metavar="PX")
+    size.add_argument("--width", type=whole(), metavar="PX")
+    size.add_argument("--text", type=whole(), metavar="N", help="text tokens")
     add_method_arguments(parser, for_model=True)
     out = parser.add_argument_group("output")
     add_json_argument(out)
@@ -55,6 +62,11 @@ def run(args) -> int:
     card = published_model(args.model)
     if asked is not None:
         check_fits(asked, [card.model], args.any_model)
+
+    size = (
+        getattr(args, name) or getattr(card, name) for name in ("num_frames", "height", "width")
+    )
+    check_tokens(math.prod(card.grid(*size)) + (args.text or card.text), _BYTES)
 
     from dittfast.environment import versions
     from dittfast.pipelines.measure.estimate import estimate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dittfast.disk.locks import locked
 from dittfast.disk.records import read_record, write_record
-from dittfast.files import check_output, write_text
+from dittfast.files import check_folder, check_output, write_text
 
 from .adapter import Adapter
 from .options import (
@@ -19,7 +19,10 @@ from .options import (
     add_model_argument,
     add_pipeline_arguments,
     add_place_arguments,
+    check_backend,
     check_json,
+    check_loading_options,
+    files_read,
     load_pipeline,
     loading,
     on_stage,
@@ -27,15 +30,39 @@ from .options import (
     say,
     write_json_result,
 )
+from .values import seed, whole
 
-EXAMPLE = """\
+FIDELITY_EXAMPLE = """\
 examples:
   dittfast evaluate fidelity -m local8=local -m local16=local --set local16.window=16 \\
       --set min_tokens=0 -o work/eval
   dittfast evaluate fidelity --config evaluations/sample-flux -o work/eval --save work/methods
+  dittfast evaluate fidelity -m local/sample-flux -m rectified --pair local-sample-flux:rectified \\
+      -n 4 -o work/pairs
+"""
+LATENCY_EXAMPLE = """\
+examples:
   dittfast evaluate latency -m local/sample-flux --pairs 5
+  dittfast evaluate latency --model sample-video -m radial --set block_size=32 -o work/eval
+"""
+DRAW_EXAMPLE = """\
+examples:
+  dittfast evaluate draw -m local=local/sample-flux -n 256 -o work/many
   accelerate launch -m dittfast evaluate draw -m local=local/sample-flux -n 256 -o work/many
+"""
+FID_EXAMPLE = """\
+examples:
   dittfast evaluate fid work/many/local --against work/many/dense --features sample
+  dittfast evaluate fid work/many/local work/many/dense --dataset coco2014:train:256
+"""
+EXAMPLE = """\
+examples:
+  dittfast evaluate fidelity -m local/sample-flux -o work/eval
+  dittfast evaluate latency -m local/sample-flux --pairs 5
+  dittfast evaluate draw -m local=local/sample-flux -n 256 -o work/many
+  dittfast evaluate fid work/many/local --against work/many/dense --features sample
+
+dittfast evaluate TASK --help shows a task's options and more examples.
 """
 
 
@@ -44,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     fidelity = tasks.add_parser(
-        "fidelity", help="PSNR, SSIM, LPIPS and latent cosine, paired by prompt and seed"
+        "fidelity",
+        help="PSNR, SSIM, LPIPS and latent cosine, paired by prompt and seed",
+        epilog=FIDELITY_EXAMPLE,
     )
     _add_methods(fidelity)
     _add_prompts(fidelity, "all of the file; 16 of sample-flux")
@@ -61,19 +90,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_loading(fidelity)
 
     latency = tasks.add_parser(
-        "latency", help="seconds end to end and per step, attention's share, Amdahl's ceiling"
+        "latency",
+        help="seconds end to end and per step, attention's share, Amdahl's ceiling",
+        epilog=LATENCY_EXAMPLE,
     )
     _add_methods(latency)
     latency.add_argument("--prompt", metavar="TEXT", help="(default: the first of the sample's)")
-    latency.add_argument("--pairs", type=int, default=5, metavar="N", help="timed (default: 5)")
-    latency.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    latency.add_argument(
+        "--pairs", type=whole(1, 10_000), default=5, metavar="N", help="timed (default: 5)"
+    )
+    latency.add_argument("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
     _add_folder(latency, required=False)
     _add_kernel(latency)
     add_call_arguments(latency)
     _add_loading(latency)
 
     draw = tasks.add_parser(
-        "draw", help="only draw, for FID: dense and every method; on several devices by accelerate"
+        "draw",
+        help="only draw, for FID: dense and every method; on several devices by accelerate",
+        epilog=DRAW_EXAMPLE,
     )
     _add_methods(draw)
     _add_prompts(draw, "256; 64 of a sample video model")
@@ -90,8 +125,12 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fid(tasks) -> None:
-    fid = tasks.add_parser("fid", help="FID of folders of pictures, through clean-fid")
-    fid.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures, or an arm of draw")
+    fid = tasks.add_parser(
+        "fid", help="FID of folders of pictures, through clean-fid", epilog=FID_EXAMPLE
+    )
+    fid.add_argument(
+        "folders", nargs="+", action="several", metavar="FOLDER", help="pictures, or an arm of draw"
+    )
     against = fid.add_mutually_exclusive_group(required=True)
     against.add_argument("--against", metavar="FOLDER", help="pictures to compare with")
     against.add_argument(
@@ -112,7 +151,7 @@ def _add_fid(tasks) -> None:
     fid.add_argument(
         "--mixed-sizes", action="store_true", help="allow pictures of several sizes in a folder"
     )
-    fid.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
+    fid.add_argument("--batch-size", type=whole(), default=32, metavar="N", help="(default: 32)")
     fid.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     _add_folder(fid, required=False)
 
@@ -162,10 +201,14 @@ def _add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
         help="one per line, or JSON (strings, COCO captions, VBench); a sample model has its own",
     )
     group.add_argument(
-        "-n", "--num-prompts", type=int, metavar="N", help=f"how many pictures (default: {default})"
+        "-n",
+        "--num-prompts",
+        type=whole(),
+        metavar="N",
+        help=f"how many pictures (default: {default})",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="of the first picture (default: 0)"
     )
 
 
@@ -216,17 +259,16 @@ def run(args) -> int:
 
 def _results(args, name: str) -> list[Path]:
     """Where the results go, checked: prefixes of .json and .md files."""
-    check_json(args)
     prefixes = [] if args.output is None else [Path(args.output) / name]
     if args.output is not None:
-        folder = Path(args.output)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; name a folder for the results")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(args.output).mkdir(parents=True, exist_ok=True)
     if args.save is not None:
         prefixes.append(Path(args.save))
-    for prefix in prefixes:
-        check_output(f"{prefix}.json")
+    written = {}
+    for option, prefix in zip(("-o", "--save"), prefixes if args.output else [None, *prefixes]):
+        for ending in (".json", ".md") if prefix else ():
+            written[f"{option}, as {ending},"] = check_output(f"{prefix}{ending}")
+    check_json(args, written, files_read(args))
     return prefixes
 
 
@@ -245,18 +287,16 @@ def _finish(args, data: dict, title: str, tables, prefixes: list[Path]) -> None:
 
 def _variants(args, source):
     """The labelled methods that were asked for, and the pairs of labels."""
-    from dittfast.attention import BACKENDS
-    from dittfast.config import unknown
     from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
     from dittfast.pipelines.runs.sources import transformer_classes
 
-    if args.backend != "auto" and args.backend not in BACKENDS:
-        raise unknown("backend", args.backend, ["auto", *BACKENDS])
+    check_backend(args.backend)
     chosen: dict = {}
     labels: list[str] = []
     pairs = [tuple(p.split(":")) for p in getattr(args, "pair", [])]
-    if not all(len(p) == 2 for p in pairs):
-        raise ValueError(f"--pair takes two labels as A:B, got {', '.join(args.pair)}")
+    for pair in pairs:
+        if len(set(pair)) != 2 or len(pair) != 2:
+            raise ValueError(f"--pair takes two different labels as A:B, got {':'.join(pair)}")
     for file in args.config:
         from_file, more = read_variants(_shipped(file))
         labels += from_file
@@ -340,6 +380,7 @@ def _load(args, source, variants, device=None):
     from dittfast.pipelines.measure.fidelity import check_dense_kernel
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.first_frame import with_first_frame
+    from dittfast.pipelines.runs.outline import check_run
 
     given = {name: getattr(args, name) for name in CALL}
     check_ranges(prompt="any", seed=args.seed, **given)
@@ -349,6 +390,9 @@ def _load(args, source, variants, device=None):
             "--offload sequential leaves nothing of the weights to tell whether pictures that are "
             "there were drawn with them; take --offload group, which needs as little memory"
         )
+    check_loading_options(args, source, device)
+    for variant in variants:
+        check_run(source, "any", given, variant.method, variant.schedule)
     pipe = load_pipeline(args, source, [v.preset or v.method.name for v in variants], device)
     pipe.set_progress_bar_config(disable=True)
     call = call_arguments(pipe, "any", source.settings, **given)

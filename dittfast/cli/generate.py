@@ -27,6 +27,8 @@ from .options import (
     add_pipeline_arguments,
     add_place_arguments,
     check_json,
+    check_loading_options,
+    files_read,
     guidance,
     load_pipeline,
     loading,
@@ -36,6 +38,7 @@ from .options import (
     seconds,
     write_json_result,
 )
+from .values import anything, number, seed, sizes, whole
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".gif")
@@ -52,7 +55,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dittfast generate``."""
     parser.epilog = EXAMPLE
-    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("prompt", nargs="?", type=anything, help="what to draw")
     parser.add_argument(
         "--examples", action="store_true", help="list prompts the sample model was trained for"
     )
@@ -61,9 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="FILE",
-        help=f"what to write: {', '.join(IMAGES)}, for a video {' or '.join(VIDEOS)}, or an image "
-        "name for numbered frames; a record of the run goes beside it as .json. Existing files are "
-        "replaced",
+        help=f"what to write: {', '.join(IMAGES)}, for a video {' or '.join(VIDEOS)}; a record of "
+        "the run goes beside it as .json. Existing files are replaced",
+    )
+    parser.add_argument(
+        "--numbered",
+        action="store_true",
+        help="write the frames of a video as pictures: clip.png becomes clip.000.png and so on",
     )
     parser.add_argument(
         "--image",
@@ -77,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_large(parser)
     add_guidance_arguments(parser)
     call = add_call_arguments(parser)
-    call.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    call.add_argument("--fps", type=int, default=16, metavar="N", help="of a video (default: 16)")
+    call.add_argument("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
+    call.add_argument("--fps", type=whole(), metavar="N", help="of a video (default: 16)")
     add_pipeline_arguments(parser)
     add_place_arguments(parser)
     add_json_argument(parser)
@@ -94,7 +101,7 @@ def _add_comparing(parser: argparse.ArgumentParser) -> None:
         "--stages the last of them",
     )
     comparing.add_argument(
-        "--runs", type=int, default=1, metavar="N", help="timed runs of each (default: 1)"
+        "--runs", type=whole(), default=1, metavar="N", help="timed runs of each (default: 1)"
     )
     comparing.add_argument(
         "--save-all", action="store_true", help="write the compared pictures on their own too"
@@ -105,19 +112,20 @@ def _add_large(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_argument_group("large pictures, drawn in stages (SDEdit)")
     stages.add_argument(
         "--stages",
+        type=sizes,
         metavar="N,...",
         help="sizes to draw one after the other, such as 1024,2048: sides of a square, or "
         "HEIGHTxWIDTH; --method works in those after the first",
     )
     stages.add_argument(
         "--strength",
-        type=float,
+        type=number(above=0, most=1),
         metavar="X",
         help="noise before each further stage (0.7; a sample model has its own)",
     )
     stages.add_argument(
         "--ntk-factor",
-        type=float,
+        type=number(above=0),
         metavar="X",
         help="of FLUX's rotary base there (10; a sample model has its own)",
     )
@@ -131,7 +139,7 @@ def _add_large(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--position-until",
-        type=float,
+        type=number(least=0, below=1),
         metavar="T",
         help="scale them while the time is above T, from 1, pure noise, down to 0 (default: 0)",
     )
@@ -153,16 +161,17 @@ def run(args) -> int:
         raise ValueError("--compare needs a method; add --method local, or --config FILE")
     if stages and adapter is not None:
         raise ValueError("--adapter does not go with --stages; leave out one of them")
+    check_loading_options(args, source)
+    _check_outline(args, source, given, stages, None if adapter else method, schedule, guided)
     pipe = load_pipeline(args, source, [] if args.method is None else [args.method])
 
-    from dittfast.pipelines.runs.call import call_arguments, is_video
+    from dittfast.pipelines.runs.call import call_arguments
     from dittfast.pipelines.runs.compare import generate, record
     from dittfast.pipelines.runs.first_frame import with_first_frame
 
     call = call_arguments(pipe, args.prompt, source.settings, **given)
+    _check_kind(args, pipe, call, source)
     call = with_first_frame(pipe, call, source.settings)
-    if not is_video(pipe) or call.get("num_frames") == 1:
-        check_output(output, IMAGES)
     asked = {"preset": preset_of(args), "loading": loading(args).to_dict()}
     if stages:
         attention = {"method": method, "schedule": schedule, "backend": args.backend}
@@ -203,9 +212,17 @@ def _checked(args) -> tuple[Path, dict]:
         raise ValueError('the prompt is missing; try: dittfast generate "a red apple" -o apple.png')
     if args.output is None:
         raise ValueError("-o FILE is missing; say where the picture should go")
-    check_json(args)
     output = check_output(args.output, IMAGES + VIDEOS)
-    check_output(output.with_suffix(".json"))
+    record = check_output(output.with_suffix(".json"))
+    check_json(args, {"-o": output, "the record beside -o": record}, files_read(args))
+    if args.save_all and not (args.compare or args.stages):
+        raise ValueError("--save-all writes the parts of a comparison; add --compare, or --stages")
+    moving = output.suffix.lower() in VIDEOS
+    if args.numbered and moving:
+        raise ValueError(f"--numbered writes pictures, and {output} is a video; name it .png")
+    if args.fps is not None and not moving:
+        raise ValueError(f"--fps {args.fps} is for a video, and {output} is none; leave it out")
+    args.fps = args.fps or 16
     if output.suffix.lower() == ".mp4":
         check_ffmpeg(output)
     if args.position_until is not None and args.position_scale is None:
@@ -227,7 +244,54 @@ def _checked(args) -> tuple[Path, dict]:
 
 def _position_scale(text: str) -> float | str:
     """``--position-scale``: a number, or fit."""
-    return text if text == "fit" else float(text)
+    return text if text == "fit" else number(above=0)(text)
+
+
+def _check_outline(args, source, given: dict, stages, method, schedule, guided) -> None:
+    """Check, before weights are read, all that the model's folder tells."""
+    from dittfast.pipelines.runs.high_resolution import rope_theta_scaled
+    from dittfast.pipelines.runs.outline import check_run
+    from dittfast.pipelines.runs.positions import positions_scaled
+
+    for height, width in stages or [(args.height, args.width)]:
+        size = {"height": height, "width": width}
+        found = check_run(source, args.prompt, given | size, method, schedule, guided)
+        if found is None:
+            continue
+        pipe, call = found
+        _check_kind(args, pipe, call, source)
+        scale = 1.0 if stages and args.position_scale == "fit" else _fitted(args, source, call)
+        with (
+            positions_scaled(pipe, scale, args.position_until or 0.0),
+            rope_theta_scaled(pipe, args.ntk_factor or 1),
+        ):
+            pass  # checks them
+
+
+def _check_kind(args, pipe, call: dict, source) -> None:
+    """Whether the file can hold what the model draws: a picture, or a video.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from dittfast.pipelines.runs.call import is_video
+
+    path = Path(args.output)
+    moving = path.suffix.lower() in VIDEOS
+    if not is_video(pipe) or call.get("num_frames") == 1:
+        if moving or args.numbered:
+            what = f"{path} is a video" if moving else "--numbered is for videos"
+            raise ValueError(
+                f"{what}, and {source.name} draws one picture; name it {', '.join(IMAGES)}"
+                + ("" if moving else " and leave out --numbered")
+            )
+    elif args.stages:
+        raise ValueError(f"{source.name} draws videos; --stages is for pictures, leave it out")
+    elif not (moving or args.numbered):
+        raise ValueError(
+            f"{path} is a picture, and {source.name} draws a video; name it "
+            f"{' or '.join(VIDEOS)}, or add --numbered for a picture of every frame"
+        )
 
 
 def _fitted(args, source, call) -> float:
@@ -260,13 +324,14 @@ def _stages(args) -> list[tuple[int, int]] | None:
     for name in ("height", "width", "num_frames"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --stages")
-    sizes = []
-    for item in args.stages.split(","):
-        height, x, width = item.strip().partition("x")
-        if not height.isdigit() or (x and not width.isdigit()):
-            raise ValueError(f"--stages takes sizes such as 256,512 or 256x384; got {item!r}")
-        sizes.append((int(height), int(width if x else height)))
-    return sizes
+
+    from dittfast.pipelines.runs.call import check_ranges
+    from dittfast.pipelines.runs.high_resolution import check_stages
+
+    check_stages(args.stages)
+    for height, width in args.stages:
+        check_ranges(prompt=args.prompt, height=height, width=width)
+    return args.stages
 
 
 def _draw_stages(args, pipe, source, call, stages, guided, attention: dict):

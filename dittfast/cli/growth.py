@@ -7,7 +7,13 @@ import argparse
 from dittfast.files import atomic_path, check_output
 
 from .options import compact, seconds
+from .values import whole
 
+EXAMPLE = """\
+examples:
+  dittfast bench growth --method log_linear --method radial --plot growth.png
+  dittfast bench growth --method local --set window=16 --tokens 4096 8192 16384 --json growth.json
+"""
 TOKENS = (4096, 8192, 16384, 32768, 65536)
 
 
@@ -15,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task, next to those all benchmarks share."""
     parser.add_argument(
         "--tokens",
-        type=int,
+        action="several",
+        type=whole(),
         nargs="+",
         default=list(TOKENS),
         metavar="N",
@@ -23,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--frame",
-        type=int,
+        type=whole(),
         nargs=2,
         default=(8, 16),
         metavar=("H", "W"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from dittfast.files import check_folder
 
 from .adapter import add_adapter_argument, chosen_adapter
 from .options import (
@@ -14,14 +15,15 @@ from .options import (
     add_model_argument,
     add_pipeline_arguments,
     add_place_arguments,
+    check_loading_options,
     guidance_options,
     head_list,
     load_pipeline,
     method_and_schedule,
-    number_list,
     parse_options,
     preset_of,
 )
+from .values import numbers, whole
 
 EXAMPLE = """\
 examples:
@@ -72,8 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--holdout", metavar="FILE", help="prompts that only judge what was found, one a line"
     )
-    what.add_argument("--seeds", default="0", metavar="N,...", help="(default: 0)")
-    what.add_argument("--holdout-seeds", metavar="N,...", help="(default: as --seeds)")
+    what.add_argument("--seeds", type=numbers, default="0", metavar="N,...", help="(default: 0)")
+    what.add_argument(
+        "--holdout-seeds", type=numbers, metavar="N,...", help="(default: as --seeds)"
+    )
     _add_search(parser)
     add_guidance_arguments(parser, heads=False)
     add_method_arguments(parser, "; dense attention without it", for_model=True)
@@ -85,17 +89,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("search")
-    how.add_argument("--rounds", type=int, default=3, metavar="R", help="at most (default: 3)")
+    how.add_argument("--rounds", type=whole(), default=3, metavar="R", help="at most (default: 3)")
     how.add_argument(
-        "--topk", type=int, default=1, metavar="K", help="heads added in a round (default: 1)"
+        "--topk", type=whole(), default=1, metavar="K", help="heads added in a round (default: 1)"
     )
     which = how.add_mutually_exclusive_group()
-    which.add_argument("--layers", metavar="N,...", help="search these layers only, such as 2-5")
+    which.add_argument(
+        "--layers", type=numbers, metavar="N,...", help="search these layers only, such as 2-5"
+    )
     which.add_argument("--heads", metavar="L.H,...", help="search these heads only")
     how.add_argument(
-        "--screen", type=int, metavar="N", help="a first look at every head by N pictures"
+        "--screen", type=whole(), metavar="N", help="a first look at every head by N pictures"
     )
-    how.add_argument("--keep", type=int, metavar="N", help="heads that pass the first look")
+    how.add_argument("--keep", type=whole(), metavar="N", help="heads that pass the first look")
     how.add_argument(
         "--all-rounds", action="store_true", help="go on after a round that gains nothing"
     )
@@ -103,7 +109,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--compare-layers", action="store_true", help="judge every whole layer as well"
     )
     how.add_argument(
-        "--batch-size", type=int, default=4, metavar="N", help="pictures at once (default: 4)"
+        "--batch-size", type=whole(), default=4, metavar="N", help="pictures at once (default: 4)"
     )
     how.add_argument(
         "--no-verify",
@@ -123,9 +129,7 @@ def run(args) -> int:
         raise ValueError(
             f"--objective is missing; built in: {', '.join(OBJECTIVES)}; or module:function"
         )
-    folder = Path(args.output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name one for the search's files")
+    folder = check_folder(args.output)
     source = sources.find(args.model)
     adapter = chosen_adapter(args)
     prompts, holdout = _prompts(args, source)
@@ -141,12 +145,26 @@ def run(args) -> int:
     search = _search(args, holdout)
     given = {name: getattr(args, name) for name in CALL}
 
+    from dittfast.methods.head_guidance import HeadGuidance
     from dittfast.pipelines.description import describe
-    from dittfast.pipelines.headhunter.hunt import hunt
+    from dittfast.pipelines.headhunter.hunt import check_pool, check_samples, hunt
+    from dittfast.pipelines.headhunter.search import Policy
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.compare import installed
+    from dittfast.pipelines.runs.outline import check_run
 
     check_ranges(prompt=prompts[0], **given)
+    check_loading_options(args, source)
+    check_samples(prompts, args.seeds, holdout, args.holdout_seeds)
+    if args.holdout_seeds and not holdout:
+        raise ValueError("--holdout-seeds has no held-out prompts to draw; add --holdout FILE")
+    HeadGuidance(((0, 0),), **guidance_options(args))  # checks them
+    policy = Policy(*(search[name] for name in ("rounds", "topk", "screen", "keep")))
+    found = check_run(
+        source, prompts[0], given, None if adapter else method, None if adapter else schedule
+    )
+    if found is not None:
+        check_pool(found[0], policy, search["layers"], search["heads"])
     pipe = load_pipeline(args, source, [] if args.method is None else [args.method])
     call = call_arguments(pipe, prompts[0], source.settings, **given)
     call.pop("prompt")
@@ -167,17 +185,17 @@ def run(args) -> int:
 def _search(args, holdout: list[str]) -> dict:
     """What the search takes, from the options."""
     return dict(
-        seeds=number_list(args.seeds),
+        seeds=args.seeds,
         rounds=args.rounds,
         topk=args.topk,
-        layers=None if args.layers is None else number_list(args.layers),
+        layers=args.layers,
         heads=None if args.heads is None else head_list(args.heads),
         screen=args.screen,
         keep=args.keep,
         min_gain=None if args.all_rounds else 0.0,
         batch_size=args.batch_size,
         holdout=holdout,
-        holdout_seeds=None if args.holdout_seeds is None else number_list(args.holdout_seeds),
+        holdout_seeds=args.holdout_seeds,
         compare_layers=args.compare_layers,
         verify=not args.no_verify,
         **guidance_options(args),

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 from dittfast.files import check_output
 
+from .values import anything, number, whole
+
+# Paths, or None, by what names them on the command line; and the same in pairs.
+Written = dict[str, "str | Path | None"]
+Read = Iterable[tuple[str, Path]]
 # Arguments of the pipeline's call that have an option of the same name.
 CALL = (
     "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2",
@@ -27,17 +35,20 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 def add_call_arguments(parser: argparse.ArgumentParser):
     """What the pipeline's call takes; the group, for more."""
     call = parser.add_argument_group("picture", "without these the model's own defaults hold")
-    call.add_argument("--height", type=int, metavar="PX")
-    call.add_argument("--width", type=int, metavar="PX")
-    call.add_argument("--num-frames", type=int, metavar="N", help="of a video")
-    call.add_argument("--num-inference-steps", "--steps", type=int, metavar="N")
-    call.add_argument("--guidance-scale", type=float, metavar="X")
+    call.add_argument("--height", type=whole(), metavar="PX")
+    call.add_argument("--width", type=whole(), metavar="PX")
+    call.add_argument("--num-frames", type=whole(), metavar="N", help="of a video")
+    call.add_argument("--num-inference-steps", "--steps", type=whole(), metavar="N")
+    call.add_argument("--guidance-scale", type=number(least=0), metavar="X")
     call.add_argument(
-        "--guidance-scale-2", type=float, metavar="X", help="of the second expert of Wan 2.2"
+        "--guidance-scale-2",
+        type=number(least=0),
+        metavar="X",
+        help="of the second expert of Wan 2.2",
     )
-    call.add_argument("--true-cfg-scale", type=float, metavar="X")
-    call.add_argument("--negative-prompt", metavar="TEXT")
-    call.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens")
+    call.add_argument("--true-cfg-scale", type=number(least=0), metavar="X")
+    call.add_argument("--negative-prompt", type=anything, metavar="TEXT")
+    call.add_argument("--max-sequence-length", type=whole(), metavar="N", help="text tokens")
     return call
 
 
@@ -96,6 +107,17 @@ def loading(args):
     )
 
 
+def check_loading_options(args, source, device=None):
+    """The device and the ``Loading`` that the options name, checked without loading anything."""
+    from dittfast.pipelines.runs import sources
+    from dittfast.pipelines.runs.loading import check_loading
+
+    device = sources.choose_device(args.device) if device is None else device
+    how = loading(args)
+    check_loading(how, source, device)
+    return device, how
+
+
 def load_pipeline(args, source, named=(), device=None):
     """The pipeline that the options name, loaded; checks first all that can be.
 
@@ -106,12 +128,10 @@ def load_pipeline(args, source, named=(), device=None):
     from dittfast.config import check_fits
     from dittfast.pipelines.models import stock_class, transformers_of
     from dittfast.pipelines.runs import sources
-    from dittfast.pipelines.runs.loading import check_loading, load_with, parameter_count
+    from dittfast.pipelines.runs.loading import load_with, parameter_count
 
-    device = sources.choose_device(args.device) if device is None else device
+    device, how = check_loading_options(args, source, device)
     dtype = sources.choose_dtype(args.dtype, device)
-    how = loading(args)
-    check_loading(how, source, device)
     quiet_libraries()
     count = parameter_count(source)
     size = ""
@@ -152,9 +172,12 @@ def add_guidance_arguments(parser: argparse.ArgumentParser, heads: bool = True) 
         either.add_argument(
             "--guide-heads", metavar="L.H,...", help="heads by layer and number, such as 3.1,5.0"
         )
-    group.add_argument("--guide-scale", type=float, metavar="W", help="(default: 3)")
+    group.add_argument("--guide-scale", type=number(), metavar="W", help="(default: 3)")
     group.add_argument(
-        "--guide-strength", type=float, metavar="U", help="how far heads are weakened, 0 to 1 (1)"
+        "--guide-strength",
+        type=number(0, 1),
+        metavar="U",
+        help="how far heads are weakened, 0 to 1 (1)",
     )
     group.add_argument(
         "--guide-rows", metavar="ROWS", help="which tokens: image, joint or diagonal (image)"
@@ -181,21 +204,6 @@ def head_list(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(heads)
 
 
-def number_list(text: str) -> list[int]:
-    """``"0, 4-6"`` as ``[0, 4, 5, 6]``.
-
-    Raises:
-        ValueError: anything else.
-    """
-    numbers: list[int] = []
-    for item in text.replace(",", " ").split():
-        first, dash, last = item.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"expected numbers such as 0,1 or 0-3, got {item!r}")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
-
-
 def guidance_options(args) -> dict:
     """The fields of HeadGuidance that the options name, without the heads.
 
@@ -213,6 +221,8 @@ def guidance_options(args) -> dict:
             raise ValueError(f"--guide-steps takes A:B, such as 2:10; got {args.guide_steps!r}")
         given["start_step"] = int(start or 0)
         given["stop_step"] = int(stop) if stop else None
+        if stop and int(stop) <= int(start or 0):
+            raise ValueError(f"--guide-steps {args.guide_steps} holds no step; take A below B")
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -285,14 +295,14 @@ def add_picture_and_numbers(parser: argparse.ArgumentParser) -> None:
     """Where a picture and its numbers are written."""
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", metavar="FILE", help="write the picture here, as .png")
-    out.add_argument("--json", metavar="FILE", help="write the numbers here")
+    add_json_argument(out)
 
 
 def check_picture_and_numbers(args) -> None:
     """Raise now rather than after the work if a file cannot be written; see ``check_output``."""
-    for path, endings in ((args.output, (".png",)), (args.json, None)):
-        if path is not None:
-            check_output(path, endings)
+    if args.output is not None:
+        check_output(args.output, (".png",))
+    check_json(args, {"-o": args.output}, files_read(args))
 
 
 def chosen_method(args) -> str | None:
@@ -302,8 +312,6 @@ def chosen_method(args) -> str | None:
         ValueError: a config file without a YAML ending.
         FileNotFoundError: no such config file.
     """
-    from pathlib import Path
-
     if args.config is None:
         return args.method
     path = Path(args.config)
@@ -321,19 +329,31 @@ def method_and_schedule(args, source):
         ValueError: options without a method, or as :func:`dittfast.config.resolve`.
     """
     asked, options = chosen_method(args), parse_options(args.options)
+    check_backend(args.backend)
     if asked is None:
         if options:
             raise ValueError("--set needs a method; add --method local, or --config FILE")
+        if args.backend != "auto" and args.adapter is None:
+            raise ValueError(
+                f"--backend {args.backend} runs a method, and there is none; add --method local, "
+                "or leave it out"
+            )
         return None, None
-    from dittfast.attention import BACKENDS
-    from dittfast.config import check_fits, resolve, unknown
+    from dittfast.config import check_fits, resolve
     from dittfast.pipelines.runs.sources import transformer_classes
 
-    if args.backend != "auto" and args.backend not in BACKENDS:
-        raise unknown("backend", args.backend, ["auto", *BACKENDS])
     chosen = resolve(asked, **options)
     check_fits(asked, transformer_classes(source).values(), args.any_model)
     return chosen
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError, with the nearest name, unless there is such a backend."""
+    from dittfast.attention import BACKENDS
+    from dittfast.config import unknown
+
+    if name != "auto" and name not in BACKENDS:
+        raise unknown("backend", name, ["auto", *BACKENDS])
 
 
 def preset_of(args) -> str | None:
@@ -347,16 +367,68 @@ def preset_of(args) -> str | None:
 def add_json_argument(parser) -> None:
     """``--json``: the one way to what machines read."""
     parser.add_argument(
-        "--json", metavar="FILE", help="write the numbers as JSON; - for standard output"
+        "--json",
+        metavar="FILE",
+        help="write the numbers as JSON; - for standard output, which then holds nothing else",
     )
 
 
-def check_json(args) -> None:
-    """Check the file of ``--json`` before work that would be lost."""
-    from dittfast.files import check_output
+def files_read(args) -> list[tuple[str, Path]]:
+    """The files that options name to be read, with the option."""
+    found = []
+    for name in ("method", "config", "image", "guide", "prompts", "holdout", "lora", "lora_2"):
+        given = getattr(args, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            if name.startswith("lora") and not Path(path).is_file():
+                path = path.rpartition(":")[0]
+            if Path(path).is_file():
+                found.append((f"--{name.replace('_', '-')}", Path(path)))
+    return found
 
-    if args.json not in (None, "-"):
-        check_output(args.json)
+
+def check_json(args, written: Written | None = None, read: Read = ()) -> None:
+    """Check the file of ``--json`` before work that would be lost.
+
+    Args:
+        written, read: the other files of the command, as :func:`check_apart`.
+    """
+    own = None if args.json == "-" else args.json
+    check_apart({**(written or {}), "--json": own}, read)
+    if own is not None:
+        check_output(own)
+
+
+def check_apart(written: Written, read: Read = ()) -> None:
+    """Refuse a file that two results would be written to, or that is read and would be lost.
+
+    Args:
+        written, read: paths by what names them on the command line.
+
+    Raises:
+        ValueError: one file for two purposes.
+    """
+    places: dict[tuple, str] = {}
+    for name, path in written.items():
+        if path is None:
+            continue
+        other = places.setdefault(_place(path), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} both write {path}; give each a file of its own")
+    for name, path in read:
+        writer = places.get(_place(path))
+        if writer is not None:
+            raise ValueError(
+                f"{writer} would write over {path}, which {name} reads; name another file"
+            )
+
+
+def _place(path: str | Path) -> tuple:
+    """The same for two names of one file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (os.path.realpath(path),)
+    return found.st_dev, found.st_ino
 
 
 def write_json_result(args, data) -> None:
@@ -366,7 +438,7 @@ def write_json_result(args, data) -> None:
     from dittfast.files import write_json
 
     if args.json == "-":
-        print(json.dumps(data))
+        print(json.dumps(data, allow_nan=False), file=args.json_stream)
     elif args.json is not None:
         write_json(args.json, data)
         print(f"wrote {args.json}")
@@ -381,6 +453,32 @@ def on_stage(pipe):
             say(name)
 
     return stage
+
+
+# Bytes that planning takes for a token at least: coordinates, orders, lists.
+_PLANNED_BYTES = 100
+
+
+def check_tokens(count: int, each: int = _PLANNED_BYTES, device="cpu") -> None:
+    """Refuse, before anything is allocated, what a device has no memory for.
+
+    Args:
+        each: bytes that are needed for a token, at least.
+
+    Raises:
+        ValueError: too many tokens.
+    """
+    from dittfast.environment import total_memory
+    from dittfast.layout import MAX_TOKENS
+
+    memory = total_memory(device)
+    most = MAX_TOKENS if memory is None else min(MAX_TOKENS, memory // each)
+    if count > most:
+        size = "" if memory is None else f" of the {compact(memory, 'B')} of {device}"
+        raise ValueError(
+            f"{count:,} tokens take {compact(count * each, 'B')} at least{size}; the limit here is "
+            f"{most:,} tokens, take fewer"
+        )
 
 
 def parse_options(pairs: list[str]) -> dict:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 
 from .options import attention_words, seconds
+from .values import whole
 
+EXAMPLE = """\
+examples:
+  dittfast bench overhead
+  dittfast bench overhead --model wan --heads 2 --tokens 2048 --repeats 24 --json overhead.json
+"""
 ARM_NAMES = {
     "enabled": "enabled, dense",
     "full_plan": "enabled, full plan",
@@ -20,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="flux or wan, random weights; repeatable (default: both)",
     )
-    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="(default: 4096)")
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="(default: 12)")
+    parser.add_argument("--tokens", type=whole(), default=4096, metavar="N", help="(default: 4096)")
+    parser.add_argument("--layers", type=whole(), default=12, metavar="N", help="(default: 12)")
 
 
 def run(args, methods, work) -> dict:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dittfast.files import check_output, write_json, write_text
+from dittfast.files import check_output, write_text
+
+from .options import add_json_argument, check_json, write_json_result
 
 EXAMPLE = """\
 Runs each family of the installed diffusers as a tiny random model, on the CPU, in a minute or two:
@@ -48,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", action="append", default=[], metavar="NAME", help="only this one; repeatable"
     )
     parser.add_argument("--markdown", metavar="FILE", help="write the table here, as Markdown")
-    parser.add_argument("--json", metavar="FILE", help="write every cell's numbers here")
+    add_json_argument(parser)
 
 
 def run(args) -> int:
     """Print the matrix; 1 if a cell is bad."""
-    for path, endings in ((args.markdown, (".md",)), (args.json, None)):
-        if path is not None:
-            check_output(path, endings)
+    if args.markdown is not None:
+        check_output(args.markdown, (".md",))
+    check_json(args, {"--markdown": args.markdown})
 
     import warnings
     from dataclasses import asdict
@@ -85,11 +86,9 @@ def run(args) -> int:
     if args.markdown is not None:
         head = ["model", "class", *(args.method or COLUMNS)]
         write_text(args.markdown, _markdown(head, rows))
-        print(f"wrote {Path(args.markdown)}")
-    if args.json is not None:
-        data = {"cells": [asdict(cell) for cell in cells], "versions": versions()}
-        write_json(args.json, data)
-        print(f"wrote {Path(args.json)}")
+        print(f"wrote {args.markdown}")
+    data = {"cells": [asdict(cell) for cell in cells], "versions": versions()}
+    write_json_result(args, data)
     return 1 if bad else 0
 
 

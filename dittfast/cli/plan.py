@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dittfast.files import write_image, write_json
+from dittfast.files import write_image
 
 from .options import (
     add_method_arguments,
     add_picture_and_numbers,
     check_picture_and_numbers,
+    check_tokens,
     chosen_method,
     compact,
     parse_options,
     seconds,
+    write_json_result,
 )
+from .values import whole
 
 EXAMPLE = """\
 examples:
@@ -31,10 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dittfast plan``."""
     parser.epilog = EXAMPLE
     grid = parser.add_argument_group("layout, in tokens (a FLUX token is 16 pixels wide)")
-    grid.add_argument("--frames", type=int, default=1, metavar="N", help="(default: 1, an image)")
-    grid.add_argument("--height", type=int, metavar="N")
-    grid.add_argument("--width", type=int, metavar="N")
-    grid.add_argument("--text", type=int, default=0, metavar="N", help="text tokens (default: 0)")
+    grid.add_argument(
+        "--frames", type=whole(), default=1, metavar="N", help="(default: 1, an image)"
+    )
+    grid.add_argument("--height", type=whole(), metavar="N")
+    grid.add_argument("--width", type=whole(), metavar="N")
+    grid.add_argument(
+        "--text", type=whole(0), default=0, metavar="N", help="text tokens (default: 0)"
+    )
     where = grid.add_mutually_exclusive_group()
     where.add_argument(
         "--text-first",
@@ -50,18 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_method_arguments(parser)
     work = parser.add_argument_group("work")
-    work.add_argument("--head-dim", type=int, default=128, metavar="N", help="(default: 128)")
-    work.add_argument("--heads", type=int, default=24, metavar="N", help="(default: 24)")
+    work.add_argument("--head-dim", type=whole(), default=128, metavar="N", help="(default: 128)")
+    work.add_argument("--heads", type=whole(), default=24, metavar="N", help="(default: 24)")
     add_picture_and_numbers(parser)
 
 
 def run(args) -> int:
     """Build the plan, print its numbers, and write what was asked for."""
     check_picture_and_numbers(args)
-    for name in ("head_dim", "heads"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} must be at least 1, got {getattr(args, name)}")
     asked, options = chosen_method(args), parse_options(args.options)
     if asked is None:
         raise ValueError("the method is missing; add --method radial, or --config FILE")
@@ -81,6 +83,7 @@ def run(args) -> int:
             f"{method.name} chooses blocks from q and k at every call, so it has no mask of its "
             f"own; dittfast probe --method {method.name} draws what it does to a model's q and k"
         )
+    check_tokens(args.frames * args.height * args.width + args.text)
     text_first = args.frames == 1 if args.text_first is None else args.text_first
     layout = Layout.video(args.frames, args.height, args.width, args.text, text_first)
 
@@ -98,16 +101,13 @@ def run(args) -> int:
     data["build_peak_bytes"] = None if before is None else max(0, peak - before)
     lines = _lines(data, args)
     print("\n".join(lines))
-    if args.json is not None:
-        write_json(args.json, data)
     if args.output is not None:
         from dittfast.measure.draw import block_mask
 
         title = f"{method.name}, {_grid(layout)}"
         write_image(args.output, block_mask(plan, layout, title=title, lines=_notes(data)))
-    written = [str(Path(x)) for x in (args.output, args.json) if x is not None]
-    if written:
-        print("wrote " + ", ".join(written))
+        print(f"wrote {args.output}")
+    write_json_result(args, data)
     return 0
 
 

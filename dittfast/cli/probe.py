@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dittfast.files import write_image, write_json
+from dittfast.files import write_image
 
 from .options import (
     add_method_arguments,
@@ -14,7 +13,9 @@ from .options import (
     check_picture_and_numbers,
     chosen_method,
     parse_options,
+    write_json_result,
 )
+from .values import anything, places, seed, whole
 
 EXAMPLE = """\
 examples:
@@ -30,11 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_method_arguments(parser, for_model=True)
     group = parser.add_argument_group("run", "the dense run whose q and k are planned on")
-    group.add_argument("--prompt", default=DEFAULT_PROMPT, help='(default: "%(default)s")')
-    group.add_argument("--steps", type=int, metavar="N", help="denoising steps of the run")
-    group.add_argument("--step", type=int, metavar="N", help="the step to look at, from 0")
-    group.add_argument("--layers", metavar="N,N", help="self-attention layers (default: all)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    group.add_argument(
+        "--prompt", type=anything, default=DEFAULT_PROMPT, help='(default: "%(default)s")'
+    )
+    group.add_argument("--steps", type=whole(), metavar="N", help="denoising steps of the run")
+    group.add_argument("--step", type=whole(0), metavar="N", help="the step to look at, from 0")
+    group.add_argument(
+        "--layers", type=places, metavar="N,N", help="self-attention layers (default: all)"
+    )
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
     add_picture_and_numbers(parser)
 
 
@@ -44,26 +49,26 @@ def run(args) -> int:
     asked, options = chosen_method(args), parse_options(args.options)
     if asked is None:
         raise ValueError("the method is missing; add --method rectified, or --config FILE")
-    layers = None
-    if args.layers is not None:
-        try:
-            layers = [int(x) for x in args.layers.split(",")]
-        except ValueError:
-            raise ValueError(f"--layers takes numbers such as 0,3; got {args.layers!r}") from None
     from dittfast.config import check_fits, resolve
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
 
     check_ranges(prompt=args.prompt, seed=args.seed, num_inference_steps=args.steps)
     options.setdefault("min_tokens", 0)
     method, _ = resolve(asked, **options)
-    from dittfast.pipelines.measure.probe import capture, kept_picture, measure
+    from dittfast.pipelines.measure.probe import capture, check_places, kept_picture, measure
     from dittfast.pipelines.runs import sources
     from dittfast.pipelines.runs.first_frame import with_first_frame
+    from dittfast.pipelines.runs.outline import check_run
 
     from .options import quiet_libraries
 
     source = sources.find(args.model)
     check_fits(asked, sources.transformer_classes(source).values(), args.any_model)
+    found = check_run(source, args.prompt, {"num_inference_steps": args.steps}, method)
+    if found is not None:
+        pipe, call = found
+        if "num_inference_steps" in call:
+            check_places(pipe, call, [] if args.step is None else [args.step], args.layers)
     device = sources.choose_device("auto")
     quiet_libraries()
     pipe = sources.load(source, device, sources.choose_dtype("auto", device))
@@ -72,17 +77,15 @@ def run(args) -> int:
     call = with_first_frame(pipe, call, source.settings)
     steps = None if args.step is None else [args.step]
     reports = [
-        measure(method, c) for c in capture(pipe, call, steps=steps, layers=layers, seed=args.seed)
+        measure(method, c)
+        for c in capture(pipe, call, steps=steps, layers=args.layers, seed=args.seed)
     ]
     data = _numbers(reports, method, source, call, args)
     print("\n".join(_lines(reports, data)))
-    written = [Path(x) for x in (args.output, args.json) if x is not None]
-    if args.json is not None:
-        write_json(args.json, data)
     if args.output is not None:
         write_image(args.output, kept_picture(reports, _title(method, data)))
-    if written:
-        print("wrote " + ", ".join(map(str, written)))
+        print(f"wrote {args.output}")
+    write_json_result(args, data)
     return 0
 
 

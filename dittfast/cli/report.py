@@ -8,6 +8,7 @@ from pathlib import Path
 from dittfast.files import check_output, write_json, write_text
 
 from .options import add_json_argument, check_json, write_json_result
+from .values import whole
 
 EXAMPLE = """\
 example:
@@ -31,10 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page, ending in .html; .md and .json go beside it (default: FOLDER/report.html)",
     )
     parser.add_argument(
-        "--pictures", type=int, default=4, metavar="N", help="prompts shown (default: 4)"
+        "--pictures",
+        type=whole(1, 10_000),
+        default=4,
+        metavar="N",
+        help="prompts shown (default: 4)",
     )
     parser.add_argument(
-        "--size", type=int, default=256, metavar="PX", help="width of a picture (default: 256)"
+        "--size",
+        type=whole(1, 4096),
+        default=256,
+        metavar="PX",
+        help="width of a picture (default: 256)",
     )
     parser.add_argument(
         "--plots",
@@ -50,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Read the results, and only when all is made write the three files."""
-    check_json(args)
     output = Path(args.output) if args.output else Path(args.folder) / "report.html"
 
     from dittfast.measure.report import (
@@ -64,12 +72,14 @@ def run(args) -> int:
 
     results = read_results(args.folder, not args.no_verify)
     check_output(output, (".html", ".htm"))
+    html, markdown, data = report_paths(output)
+    written = {"-o": html, "-o, as .md,": markdown, "-o, as .json,": data}
+    check_json(args, written, [("FOLDER", Path(args.folder) / f"{name}.json") for name in results])
     with understanding(args.folder):
         page = html_report(
             args.folder, results, pictures=args.pictures, size=args.size, plots=args.plots
         )
         text = markdown_report(results)
-    html, markdown, data = report_paths(output)
     write_text(html, page)
     write_text(markdown, text)
     write_json(data, json_report(results))

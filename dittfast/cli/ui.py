@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .options import add_model_argument, add_place_arguments, quiet_libraries, say
+from .values import whole
 
 EXAMPLE = """\
 examples:
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_place_arguments(parser)
     page = parser.add_argument_group("page")
     page.add_argument(
-        "--port", type=int, default=7860, metavar="N", help="0: any free one (default: 7860)"
+        "--port",
+        type=whole(0, 65535),
+        default=7860,
+        metavar="N",
+        help="0: any free one (default: 7860)",
     )
     page.add_argument("--open", action="store_true", help="open the page in a browser")
 

@@ -141,12 +141,16 @@ def _no_bars(pipe):
         pipe._progress_bar_config = before
 
 
-def _pool(counts: Sequence[int], layers: Sequence[int] | None, heads: Heads | None) -> list[Head]:
+def check_pool(
+    pipe, policy: Policy, layers: Sequence[int] | None, heads: Heads | None
+) -> list[Head]:
     """The candidates: ``heads``, or all heads of ``layers``, or all heads.
 
     Raises:
-        ValueError: a layer or head that the model does not have, one named twice, or none at all.
+        ValueError: a layer or head that the model does not have, one named twice, none at all, or
+            fewer than a round adds.
     """
+    counts = head_counts(pipe)
     if layers is not None and heads is not None:
         raise ValueError("give layers or heads to search, not both")
     for layer in layers or ():
@@ -169,6 +173,10 @@ def _pool(counts: Sequence[int], layers: Sequence[int] | None, heads: Heads | No
         raise ValueError("a layer or head to search is named twice")
     if not pool:
         raise ValueError("there are no heads to search; name at least one layer or head")
+    if policy.topk > len(pool):
+        raise ValueError(
+            f"topk {policy.topk} is more than the {len(pool)} heads that are searched; lower it"
+        )
     return pool
 
 
@@ -186,8 +194,19 @@ def _samples(prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[tu
     return samples
 
 
-def _splits(prompts, seeds, holdout, holdout_seeds) -> dict[str, list[tuple[str, int]]]:
-    """The samples to search with and, where there are any, those held out."""
+def check_samples(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    holdout: Sequence[str] = (),
+    holdout_seeds: Sequence[int] | None = None,
+) -> dict[str, list[tuple[str, int]]]:
+    """The samples to search with and, where there are any, those held out.
+
+    Raises:
+        ValueError: none, one of them twice, or one that is searched with and held out.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to search with; give at least one")
     splits = {"search": _samples(prompts, seeds, "prompts")}
     if holdout:
         again = seeds if holdout_seeds is None else holdout_seeds
@@ -351,13 +370,11 @@ def hunt(
             guided already, a folder of a search with other settings, an objective that returns
             the wrong number of scores or NaN.
     """
-    if not prompts:
-        raise ValueError("there are no prompts to search with; give at least one")
     policy = Policy(rounds, topk, screen, keep, min_gain)
     check_integer("batch_size", batch_size, 1)
-    splits = _splits(prompts, seeds, holdout, holdout_seeds)
+    splits = check_samples(prompts, seeds, holdout, holdout_seeds)
     counts = head_counts(pipe)
-    pool = _pool(counts, layers, heads)
+    pool = check_pool(pipe, policy, layers, heads)
     guidance = _guidance(pool, guidance_scale, strength, rows, start_step, stop_step)
     arguments = _arguments(pipe, prompts[0], call or {})
     settings = {

@@ -16,6 +16,7 @@ from dittfast.methods.base import Method
 from dittfast.plan import Plan
 
 from ..adapter import enable
+from ..guidance.plain import heads_by_layer
 from ..layer import key_log_weight
 from ..models import transformers_of
 from ..runs.run import run
@@ -87,6 +88,25 @@ class _Recorder:
         return out
 
 
+def check_places(
+    pipe, call: dict, steps: Sequence[int] = (), layers: Sequence[int] | None = None
+) -> None:
+    """Raise ValueError for a step or a layer that a run of the pipeline does not have.
+
+    Args:
+        pipe: a pipeline, enabled or not, with weights or without.
+    """
+    total = call["num_inference_steps"]
+    for step in steps:
+        if not 0 <= step < total:
+            raise ValueError(f"steps must lie in 0..{total - 1} for this run, got {step}")
+    counts = [len(heads_by_layer(model)) for model in transformers_of(pipe).values()]
+    for number in layers or ():
+        for count in counts:
+            if not -count <= number < count:
+                raise ValueError(f"layers must lie in 0..{count - 1} for this model, got {number}")
+
+
 def capture(
     pipe,
     call: dict,
@@ -115,19 +135,13 @@ def capture(
     if total is None:
         raise ValueError("capture needs num_inference_steps in call")
     steps = [total // 2] if steps is None else list(steps)
-    for step in steps:
-        if not 0 <= step < total:
-            raise ValueError(f"steps must lie in 0..{total - 1} for this run, got {step}")
+    check_places(pipe, call, steps, layers)
     captured: list[Captured] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable(pipe, "dense"))
         for model in transformers_of(pipe).values():
             names = list(model._dittfast.layers)
             for number in range(len(names)) if layers is None else layers:
-                if not -len(names) <= number < len(names):
-                    raise ValueError(
-                        f"layers must lie in 0..{len(names) - 1} for this model, got {number}"
-                    )
                 name = names[number]
                 recorder = _Recorder(model, name, steps, captured)
                 model._dittfast.recorders[name] = recorder

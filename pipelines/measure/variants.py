@@ -70,6 +70,12 @@ def check_labels(labels: list[str], pairs=()) -> None:
             )
     for label in {x for pair in pairs for x in pair} - set(labels):
         raise ValueError(f"no method is labelled {label!r}; labels: {', '.join(labels)}")
+    for number, pair in enumerate(pairs):
+        if len(set(pair)) < 2 or set(pair) in map(set, pairs[:number]):
+            raise ValueError(
+                f"the pair {':'.join(pair)} is named twice, or a label beside itself; give two "
+                "different labels, each pair once"
+            )
 
 
 def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[tuple[str, str]]]:

@@ -120,7 +120,8 @@ def _position_scale(given: float | str, first: tuple[int, int], stage: tuple[int
     return first[0] / stage[0]
 
 
-def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
+def check_stages(stages: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError unless there are two sizes or more that rise and keep their shape."""
     if len(stages) < 2:
         raise ValueError(f"stages needs at least two sizes (height, width), got {list(stages)}")
     for (height, width), (taller, wider) in itertools.pairwise(stages):
@@ -295,7 +296,7 @@ def generate_high_resolution(
         FloatingPointError: a picture with values that are not finite.
     """
     stages = [(int(height), int(width)) for height, width in stages]
-    _check_stages(stages)
+    check_stages(stages)
     strengths = _strengths(strength, len(stages))
     check_ranges(prompt=prompt, seed=seed, runs=runs)
     if is_video(pipe):
