@@ -20,12 +20,18 @@ STYLE = """
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 .dittfast img { width: 100%; height: auto; display: block; border-radius: 4px; }
 .dittfast .two img { background: #fff; width: auto; max-width: 100%; }
+.dittfast .two figure { min-width: 0; }
 .dittfast figcaption, .dittfast .faint { font-size: .875rem; }
 .dittfast .wide { overflow-x: auto; margin: .8rem 0; }
 .dittfast table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .dittfast th, .dittfast td { padding: .3rem .7rem; text-align: left; white-space: nowrap; }
 .dittfast .problem { border-left: 4px solid #c0392b; padding: .6rem .8rem; }
 .dittfast pre { overflow-x: auto; font-size: .8rem; }
+@media (max-width: 40rem) {
+  .dittfast table { font-size: .8rem; }
+  .dittfast th, .dittfast td { padding: .3rem .4rem; }
+  .dittfast .two img { max-width: none; width: 34rem; }
+}
 """
 
 
@@ -85,6 +91,7 @@ def comparison(result: Result) -> str:
     """Dense, method and difference side by side, with their times and density."""
     dense, sparse, data = result.dense, result.sparse, result.record
     apart, gain = difference(dense.run.frames, sparse.run.frames)
+    times, brighter = ("", "") if gain == 1 else (f", times {gain}", f", brightened {gain} times")
     near = distance(data["against_dense"])
     prompt = data["prompt"]
     kind = "picture" if len(dense.run.frames) == 1 else "clip"
@@ -97,8 +104,8 @@ def comparison(result: Result) -> str:
         ),
         (
             apart,
-            f"difference, times {gain}: {near}",
-            f"Where the two differ, brightened {gain} times; black where they agree",
+            f"difference{times}: {near}",
+            f"Where the two differ{brighter}; black where they agree",
         ),
     ]
     figures = "".join(
@@ -121,6 +128,14 @@ def comparison(result: Result) -> str:
     )
 
 
+def _figure(image: str, name: str) -> str:
+    """A drawing with writing in it, which scrolls rather than shrinks where there is no room."""
+    return (
+        f'<figure><div class="wide" tabindex="0" role="region" aria-label="{name}">{image}</div>'
+        f"<figcaption>{name}</figcaption></figure>"
+    )
+
+
 def attention(look: Look | None, reason: str | None) -> str:
     """The plan's mask and what it keeps of dense attention, or why that is not shown."""
     if look is None:
@@ -139,6 +154,6 @@ def attention(look: Look | None, reason: str | None) -> str:
         f"Dense attention of every head: kept blocks blue, dropped ones red; {look.mass:.1%} kept",
     )
     return _box(
-        f'<p>{escape(words)}</p><div class="two"><figure>{mask}<figcaption>the plan</figcaption>'
-        f"</figure><figure>{kept}<figcaption>what it keeps</figcaption></figure></div>"
+        f'<p>{escape(words)}</p><div class="two">{_figure(mask, "the plan")}'
+        f"{_figure(kept, 'what it keeps')}</div>"
     )

@@ -27,7 +27,7 @@ _POLICY = (
 _SYSTEM_FONTS = ["system-ui", "sans-serif"]
 _SYSTEM_MONO = ["ui-monospace", "monospace"]
 _WAITING = 8  # requests that may wait for their turn
-_FIRST = "local"  # the method that the page begins with
+_METHOD = "local"  # the page begins with its preset for the model, where there is one
 # What stands in a field at first. Below the break-even nothing would be seen of a method.
 _PRESET = {"min_tokens": "0"}
 _ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
@@ -192,7 +192,8 @@ class _Inputs:
         )
 
 
-def _inputs(gr, model: str) -> _Inputs:
+def _controls(gr, model: str):
+    """The fields, and where they can be seen whatever is folded out: buttons and what happens."""
     prompt = gr.Textbox("a panda on a green background", label="Prompt", lines=2)
     known = gr.Dropdown(
         [*dict.fromkeys([model, *sources.sample_models()])],
@@ -201,9 +202,15 @@ def _inputs(gr, model: str) -> _Inputs:
         info="a sample, a diffusers folder or a hub id",
         allow_custom_value=True,
     )
-    method = gr.Dropdown(choices(), value=_FIRST, label="Method", info="or a preset: method/model")
+    own = f"{_METHOD}/{model}"
+    first = own if own in presets() else _METHOD
+    method = gr.Dropdown(choices(), value=first, label="Method", info="or a preset: method/model")
+    with gr.Row():
+        draw = gr.Button("Draw", variant="primary")
+        stop = gr.Button("Cancel", variant="stop")
+    status = gr.HTML(answers.sentence("Ready."))
     with gr.Accordion("Options of the method", open=False):
-        options = _options(gr, _FIRST)
+        options = _options(gr, first)
     with gr.Accordion("Size, steps and seed", open=True):
         gr.Markdown("Where a field is empty, the model's own value holds.")
         with gr.Row():
@@ -224,7 +231,8 @@ def _inputs(gr, model: str) -> _Inputs:
         with gr.Row():
             layer = gr.Textbox(label=_LAYER, placeholder="the middle", min_width=120)
             step = gr.Textbox(label=_STEP, placeholder="the middle", min_width=120)
-    return _Inputs(options, call, prompt, known, method, negative, image, seed, look, layer, step)
+    fields = _Inputs(options, call, prompt, known, method, negative, image, seed, look, layer, step)
+    return fields, draw, stop, status
 
 
 def _handlers(gr, studio: Studio, inputs) -> tuple[Callable, Callable, Callable]:
@@ -272,12 +280,8 @@ def build(studio: Studio, model: str = "sample-flux"):
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                inputs = _inputs(gr, model)
-                with gr.Row():
-                    draw = gr.Button("Draw", variant="primary")
-                    stop = gr.Button("Cancel", variant="stop")
+                inputs, draw, stop, status = _controls(gr, model)
             with gr.Column(scale=5, min_width=320):
-                status = gr.HTML(answers.sentence("Ready."))
                 pictures = gr.HTML()
                 attention = gr.HTML()
         on_draw, on_stop, cancel = _handlers(gr, studio, inputs)
@@ -363,6 +367,8 @@ def application(studio: Studio, model: str = "sample-flux", port: int = 0):
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     app.add_middleware(_Policed)
     theme = gr.themes.Default(font=_SYSTEM_FONTS, font_mono=_SYSTEM_MONO)
+    # Its own grey of hints is too pale to read on white.
+    theme = theme.set(block_info_text_color="*neutral_600")
     return gr.mount_gradio_app(
         app,
         build(studio, model),
