@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from dittfast.config import presets, resolve
+from dittfast.config import KINDS, presets, resolve
 from dittfast.disk.inside import path_inside
 from dittfast.disk.problems import FileProblem, first_words, reading
 from dittfast.disk.records import Record, read_record, read_text
 from dittfast.disk.structure import check_structure
 from dittfast.disk.tensors import Header, check_finite, read_headers, read_tensors
-from dittfast.methods import METHODS
 from dittfast.methods.base import Method
+from dittfast.mixture import Assignment
 from dittfast.pipelines.fingerprint import base_parameters
-from dittfast.pipelines.models import attention_layers, family_of
+from dittfast.pipelines.models import attention_layers, family_of, head_shape
 from dittfast.schedule import Schedule
 
 from .lora import ADAPTER, lora_shapes
@@ -136,11 +136,11 @@ def method_of(
 def told_method(record: Record) -> tuple[Method | str, dict] | None:
     """Method and options, as :func:`resolve` takes them; None where the adapter does not tell."""
     data = record.data
-    if data["preset"] in METHODS or data["preset"] in presets():
+    if data["preset"] in KINDS or data["preset"] in presets():
         return data["preset"], {"min_tokens": 0, **data["schedule"], **data["options"]}
     # Earlier versions: an adapter trained with a YAML file of the user's named that file. It may
     # lie anywhere and hold anything by now; the card tells what was in it.
-    classes = {"method": METHODS.get(data["method"]), "schedule": Schedule}
+    classes = {"method": KINDS.get(data["method"]), "schedule": Schedule}
     card = path_inside(record.path.parent, CARD)
     if classes["method"] is None or not card.is_file():
         return None
@@ -158,15 +158,24 @@ def _literals(fields: str) -> dict:
     return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
-def own_shapes(method: Method) -> dict[str, tuple[int, ...]]:
-    """Shapes of a method's parameters in one layer; nothing is allocated.
+def own_shapes(method: Method, model: torch.nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of a method's parameters in each layer of a model; nothing is allocated.
 
     Raises:
-        ValueError: no machine could hold them.
+        ValueError: no machine could hold them, or the method does not fit the model's layers.
     """
+    family = family_of(model)
+    shapes = {n: head_shape(family, m) for n, m in attention_layers(model, family).items()}
+    assignment = Assignment(method, {name: heads for name, (heads, _) in shapes.items()})
     try:
         with torch.device("meta"):
-            return {name: tuple(value.shape) for name, value in method.parameters().items()}
+            return {
+                layer: {
+                    name: tuple(value.shape)
+                    for name, value in assignment.parameters(layer, shapes[layer][1]).items()
+                }
+                for layer in shapes
+            }
     except RuntimeError as error:
         raise ValueError(f"{method} asks for too much memory: {first_words(error)}") from error
 
@@ -183,9 +192,13 @@ def promised(record: Record, model: torch.nn.Module, method: Method, schedule: S
         dense = schedule.dense_layer_names(layers)
     weights = Weights()
     with reading(record.path, "its method's options are impossible", AGAIN):
-        shapes = own_shapes(method)
-    sparse = [layer for layer in layers if layer not in dense]
-    weights.own = {f"{layer}.{name}": shape for layer in sparse for name, shape in shapes.items()}
+        shapes = own_shapes(method, model)
+    weights.own = {
+        f"{layer}.{name}": shape
+        for layer, own in shapes.items()
+        if layer not in dense
+        for name, shape in own.items()
+    }
     parameters = base_parameters(model)
     if data["trainable"] == "attention":
         weights.plain = {n: tuple(parameters[n].shape) for n in stock_weights(model, layers)}

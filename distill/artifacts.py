@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 import dittfast
-from dittfast.config import presets, resolve
+from dittfast.config import KINDS, presets, resolve
 from dittfast.disk.problems import FileProblem, reading
 from dittfast.disk.records import write_record
 from dittfast.disk.tensors import write_tensors
 from dittfast.files import atomic_folder, write_text
-from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.pipelines.adapter import disable, enable
 from dittfast.pipelines.fingerprint import base_parameters, difference
@@ -138,10 +137,10 @@ def _describe(student, config, base: str, fingerprint: dict, facts: dict, with_l
 
 def _portable(settings, method: Method, schedule) -> tuple[str, dict, dict]:
     """Name, options and schedule by which a method is found without files of this machine."""
-    if settings.method in METHODS or settings.method in presets():
+    if settings.method in KINDS or settings.method in presets():
         return settings.method, settings.options, settings.schedule
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
-    return method.name, fields, dataclasses.asdict(schedule)
+    fields = method.to_dict()
+    return fields.pop("name"), fields, dataclasses.asdict(schedule)
 
 
 def _lora_metadata(student: Student, lora: dict) -> dict[str, str]:
@@ -223,7 +222,7 @@ def load_adapter(
                 f"{path} was trained on {base['model']}, and this is another model: {wrong}. "
                 "any_base=True loads it all the same"
             )
-    chosen, schedule = _chosen(path, record, method, options)
+    chosen, schedule = _chosen(path, record, model, method, options)
     # All from headers; values are read when all of it fits.
     weights = _fitting(path, record, model, chosen, schedule)
     check_base(model, weights.plain, [*weights.plain, *weights.lora])
@@ -235,14 +234,14 @@ def load_adapter(
         undo.pop_all()
 
 
-def _chosen(path: Path, record, method, options: dict) -> tuple[Method, Schedule]:
+def _chosen(path: Path, record, model, method, options: dict) -> tuple[Method, Schedule]:
     """The method that an adapter runs with: the user's, else the adapter's own."""
     timing = {} if record is None else record.data["schedule"]
     if method is None and record is None:
         method, options = "local", {**_clear_options(path), **options}
     elif method is None:
         with reading(record.path, "its method's options are impossible", AGAIN):
-            own_shapes(method_of(record)[0])
+            own_shapes(method_of(record)[0], model)
         method, own = told_method(record)
         options = {**own, **options}
     return resolve(method, **{"min_tokens": 0, **timing, **options})
@@ -293,7 +292,8 @@ def _fitting(
     path: Path, record, model: torch.nn.Module, method: Method, schedule: Schedule
 ) -> Weights:
     """An adapter's tensors, read once their headers are all that they should be."""
-    shapes = own_shapes(method)
+    shapes = own_shapes(method, model)
+    names = {name for own in shapes.values() for name in own}
 
     def sort(weights: Weights, own) -> Weights:
         if record is not None and record.data["format"] != 1:
@@ -303,7 +303,7 @@ def _fitting(
 
     if record is None:
         with reading(path, "it is no file of weights"):
-            headers = sort(Weights(plain=read_file(path, headers=True)), shapes)
+            headers = sort(Weights(plain=read_file(path, headers=True)), names)
         layers = list(attention_layers(model, family_of(model)))
         parameters = base_parameters(model)
         wanted = Weights(
@@ -315,16 +315,18 @@ def _fitting(
     else:
         headers = read_folder(record, headers=True)
         trained = method_of(record, (method, schedule))
-        own = own_shapes(trained[0])
+        its = own_shapes(trained[0], model)
+        own = {name for layer in its.values() for name in layer}
         headers = sort(headers, own)
         wanted = promised(record, model, *trained)
     check_promise(path, headers, wanted, model)
     for name, header in headers.own.items():
-        if shapes.get(name.rpartition(".")[2]) != header.shape:
+        layer, _, field_name = name.rpartition(".")
+        if shapes.get(layer, {}).get(field_name) != header.shape:
             raise FileProblem(path, f"{name} {list(header.shape)} does not fit {method}")
     if record is None:
         with reading(path, "it is no file of weights"):
-            return sort(Weights(plain=read_file(path)), shapes)
+            return sort(Weights(plain=read_file(path)), names)
     return sort(read_folder(record), own)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dittfast.pipelines.families import Family
@@ -10,6 +12,7 @@ from dittfast.pipelines.families.sequences import Sequences
 from dittfast.pipelines.models import attention_layers, family_of
 from dittfast.pipelines.runs.sources import Source, choose_dtype, find
 
+from .adapter_files import own_shapes
 from .config import DistillConfig, StudentConfig
 from .loader import Dataset
 from .lora import ADAPTER, add_lora
@@ -101,8 +104,9 @@ def memory_needs(config: DistillConfig) -> dict:
 def _trained(student: StudentConfig, model, family: Family, layers: list[str]) -> tuple[int, int]:
     """Trained parameters: the model's own, and those that the student adds to it."""
     method, schedule = student.resolved()
-    sparse = len(layers) - len(schedule.dense_layer_names(layers))
-    added = sum(x.numel() for x in method.parameters().values()) * sparse
+    dense = schedule.dense_layer_names(layers)
+    shapes = own_shapes(method, model)
+    added = sum(math.prod(x) for n in layers if n not in dense for x in shapes[n].values())
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     if student.trainable == "attention":
         return sum(sizes[name] for name in family.projection_weights(model, layers)), added

@@ -92,6 +92,11 @@ class Student(torch.nn.Module):
         if config.trainable == "lora":
             add_lora(model, config.rank, config.alpha, config.targets, config.dropout)
         enable(pipe, method, schedule=schedule)
+        if model._dittfast.assignment.needs_steps:
+            raise ValueError(
+                "rules for some denoising steps cannot be trained, because a training pass belongs "
+                "to no step; leave steps out of student.options.rules"
+            )
         self.transformer = model
         self._family = model._dittfast.family
         self.layers = list(attention_layers(model, self._family))
@@ -135,6 +140,7 @@ class Student(torch.nn.Module):
         for full, p in method_parameters(self.pipe).items():
             if full.startswith(prefix):
                 name = full.removeprefix(prefix)
+                p.data = p.data.float()
                 p.requires_grad_(not name.startswith(dense))
                 if p.requires_grad:
                     own[name] = p

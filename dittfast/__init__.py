@@ -15,6 +15,8 @@ _EXPORTS = {
     "Layout": "dittfast.layout",
     "Plan": "dittfast.plan",
     "Schedule": "dittfast.schedule",
+    "Rule": "dittfast.mixture",
+    "Mixture": "dittfast.mixture",
     "attend": "dittfast.attention",
     "register_backend": "dittfast.attention",
     "Capabilities": "dittfast.kernels.capabilities",
@@ -37,6 +39,7 @@ _EXPORTS = {
     "NeighborhoodAttnProcessor": "dittfast.pipelines.processors",
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
+    "LinearAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }
 _MODULES = ("functional", "methods")

@@ -10,6 +10,8 @@ from dittfast.distill.artifacts import unmerge as unmerge
 from dittfast.kernels.capabilities import Capabilities as Capabilities
 from dittfast.layout import Layout as Layout
 from dittfast.methods.head_guidance import HeadGuidance as HeadGuidance
+from dittfast.mixture import Mixture as Mixture
+from dittfast.mixture import Rule as Rule
 from dittfast.pipelines.adapter import disable as disable
 from dittfast.pipelines.adapter import enable as enable
 from dittfast.pipelines.description import describe as describe
@@ -18,6 +20,7 @@ from dittfast.pipelines.guidance.plain import guide as guide
 from dittfast.pipelines.guidance.plain import unguide as unguide
 from dittfast.pipelines.headhunter.hunt import hunt as hunt
 from dittfast.pipelines.processors import HeadGuidanceAttnProcessor as HeadGuidanceAttnProcessor
+from dittfast.pipelines.processors import LinearAttnProcessor as LinearAttnProcessor
 from dittfast.pipelines.processors import LocalAttnProcessor as LocalAttnProcessor
 from dittfast.pipelines.processors import LogLinearAttnProcessor as LogLinearAttnProcessor
 from dittfast.pipelines.processors import NeighborhoodAttnProcessor as NeighborhoodAttnProcessor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
@@ -11,7 +12,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .layout import Layout
-from .methods.base import Method
+from .methods.base import Call, Kept, Method
+from .methods.head_groups import by_head
 from .plan import Plan, to_be_kept
 
 if TYPE_CHECKING:
@@ -169,8 +171,8 @@ def _refuse(name: str, reasons: list[str], q, k, v, plan: Plan, kv_log_weight) -
     raise ValueError(f"the {name} backend cannot run this: " + "; ".join(reasons) + remedy)
 
 
-def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
-    """Raise ValueError where q, k, v do not fit each other or the plan."""
+def check_tensors(q, k, v) -> None:
+    """Raise ValueError where q, k, v do not fit each other."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got shape {list(x.shape)}")
@@ -193,6 +195,11 @@ def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+
+
+def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
+    """Raise ValueError where q, k, v do not fit each other or the plan."""
+    check_tensors(q, k, v)
     if q.shape[2] != plan.num_queries or k.shape[2] != plan.num_keys:
         raise ValueError(
             f"the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got "
@@ -341,6 +348,15 @@ class MethodCall(NamedTuple):
     scale: float
 
 
+def check_layout(layout: Layout, q: torch.Tensor, k: torch.Tensor) -> None:
+    """Raise ValueError where q and k are not over the layout's tokens."""
+    if q.shape[-2] != layout.num_tokens or k.shape[-2] != layout.num_tokens:
+        raise ValueError(
+            f"the layout describes {layout.num_tokens} tokens, got q with {q.shape[-2]} and k with "
+            f"{k.shape[-2]}; check its text length and grid (q, k, v are [B, H, N, D])"
+        )
+
+
 def method_call(
     method: Method,
     layout: Layout,
@@ -357,7 +373,7 @@ def method_call(
 
     Args:
         q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
-        plan: a cached plan of a static method; made here if None.
+        plan: what :meth:`Method.keep` gave of the layout; made here if None.
         kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
         scale: default ``1/sqrt(D)``. A method that departs from that (proportional attention)
             departs from any scale by the same factor.
@@ -370,11 +386,7 @@ def method_call(
     Raises:
         ValueError: N is not the layout's length.
     """
-    if q.shape[-2] != layout.num_tokens or k.shape[-2] != layout.num_tokens:
-        raise ValueError(
-            f"the layout describes {layout.num_tokens} tokens, got q with {q.shape[-2]} and k with "
-            f"{k.shape[-2]}; check its text length and grid (q, k, v are [B, H, N, D])"
-        )
+    check_layout(layout, q, k)
     head_dim = q.shape[-1]
     usual, own = head_dim**-0.5, method.scale(layout, head_dim)
     scale = usual if scale is None else scale
@@ -384,10 +396,9 @@ def method_call(
     from .kernels.op import own_precision
 
     with own_precision(q):  # the scores that choose blocks are fp32
-        if plan is None and method.static:
-            with to_be_kept():
-                plan = method.plan(layout).to(q.device)
-        elif plan is None:
+        if plan is None:
+            plan = method.keep(layout, q.device)
+        if plan is None:
             plan = method.plan(layout, q, k, v, scale=scale, kv_log_weight=kv_log_weight)
         k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
@@ -403,24 +414,79 @@ def method_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
+    kept: Plan | Kept | None = None,
+    kv_log_weight: torch.Tensor | None = None,
+    scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
-    **given,
+    **parameters: torch.Tensor,
 ):
-    """Self-attention over ``layout`` by ``method``: plan, append its summary tokens, attend.
+    """Self-attention over ``layout`` by ``method``, whether it plans or computes its own output.
 
     Args:
         q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
+        kept: what ``method.keep(layout, device)`` gave; made here if None.
+        kv_log_weight, scale, parameters: as in :func:`method_call`.
         on_plan: called with a plan that is made from q and k; not while torch.compile traces.
-        given: ``plan``, ``kv_log_weight``, ``scale`` and parameters, as in :func:`method_call`.
 
-    Returns and raises: as :func:`attend` and :func:`method_call`.
+    Returns and raises: as :func:`attend` and :func:`method_call`; ValueError also where the lse of
+    a method is asked for that is no softmax.
     """
-    plan, k, v, weight, scale = method_call(method, layout, q, k, v, **given)
+    method = by_head(method, q.shape[1])
+    if method.computes:
+        if return_lse:
+            raise ValueError(f"{method.name} computes its own output, which has no lse")
+        call = computing_call(method, layout, q, k, v, kept, kv_log_weight, scale, backend, on_plan)
+        from .kernels.op import own_precision
+
+        with own_precision(q):
+            return method.attention(layout, q, k, v, call, **parameters)
+    given = {"plan": kept, "kv_log_weight": kv_log_weight, "scale": scale}
+    plan, k, v, weight, scale = method_call(method, layout, q, k, v, **given, **parameters)
     if on_plan is not None and not method.static and not torch.compiler.is_compiling():
         with to_be_kept():
             on_plan(plan)
     return attend(
         q, k, v, plan, kv_log_weight=weight, scale=scale, return_lse=return_lse, backend=backend
     )
+
+
+def computing_call(
+    method: Method,
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: Kept | None = None,
+    kv_log_weight: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Call:
+    """What a method that computes its own output is called with; arguments as above.
+
+    Raises:
+        ValueError: q, k and v fit neither each other nor the layout.
+    """
+    check_tensors(q, k, v)
+    check_layout(layout, q, k)
+    if kept is None:
+        kept = method.keep(layout, q.device)
+    weight = kept.padding
+    if weight is not None and weight.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"the layout has context lengths for {weight.shape[0]} batch rows, q has {q.shape[0]}"
+        )
+    if kv_log_weight is not None:
+        weight = kv_log_weight if weight is None else weight + kv_log_weight
+
+    def inner(method, layout, q, k, v, kept=None, heads=None, **parameters):
+        own = weight
+        if heads is not None and own is not None and own.shape[1] > 1:
+            own = own[:, heads]
+        given = {"kv_log_weight": own, "scale": scale, "backend": backend}
+        given["on_plan"] = on_plan if on_plan is None else partial(on_plan, heads=q.shape[1])
+        return method_attention(method, layout, q, k, v, kept=kept, **given, **parameters)
+
+    return Call(scale, weight, kept.geometry, partial(attend, backend=backend), inner)

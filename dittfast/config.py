@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -14,13 +14,17 @@ from .disk.problems import first_words
 from .disk.records import read_text
 from .methods import METHODS
 from .methods.base import Method
+from .mixture import Mixture, Rule
 from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
 # `source` (where the settings come from) and `models` (what they are for) are for the reader;
 # `transformers` names the classes of diffusers that the settings are for.
-_KEYS = ("method", "options", "schedule", "source", "models", "transformers")
+_KEYS = ("method", "rules", "options", "schedule", "source", "models", "transformers")
+_RULE_KEYS = ("layers", "heads", "steps", "method", "options")
+# What a name may stand for: a mixture is given its rules, and no method by itself.
+KINDS: dict[str, type[Method]] = {**METHODS, Mixture.name: Mixture}
 
 
 def unknown(kind: str, value, known) -> ValueError:
@@ -40,7 +44,7 @@ def presets() -> list[str]:
 def _preset_name(file_name: str) -> str:
     """``log_linear_flux.yaml`` -> ``log_linear/flux``: the method's name comes first."""
     stem = file_name[: -len(".yaml")]
-    for method in sorted(METHODS, key=len, reverse=True):
+    for method in sorted(KINDS, key=len, reverse=True):
         if stem.startswith(method + "_"):
             return f"{method}/{stem[len(method) + 1 :]}"
     return stem
@@ -77,8 +81,14 @@ def read_mapping(text: str, where: str, known: Iterable[str]) -> dict:
 
 def _read_yaml(text: str, where: str) -> dict:
     data = read_mapping(text, where, _KEYS)
+    if "rules" in data:
+        if "method" in data or "options" in data:
+            raise ValueError(f"{where} has 'rules', which name their own methods and options")
+        data |= {"method": Mixture.name, "options": {"rules": data.pop("rules")}}
     if "method" not in data:
-        raise ValueError(f"{where} has no 'method'; add one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"{where} has no 'method'; add one of {', '.join(METHODS)}, or 'rules' for a mixture"
+        )
     meant = data.get("transformers") or []
     if not isinstance(meant, list) or not all(isinstance(name, str) for name in meant):
         raise ValueError(f"{where}: 'transformers' must be a list of class names, got {meant!r}")
@@ -95,7 +105,7 @@ def _in(where: str, error: ValueError) -> ValueError:
 
 def _read(name: str) -> dict:
     """What a method name, a preset or a file says: ``method``, ``options`` and ``schedule``."""
-    if name in METHODS:
+    if name in KINDS:
         return {"method": name, "options": {}, "schedule": {}}
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -107,15 +117,17 @@ def _read(name: str) -> dict:
         data = _read_yaml(file.read_text(), f"preset {name}")
     else:
         raise unknown("method or preset", name, [*METHODS, *presets()])
-    if data["method"] not in METHODS:
-        raise _in(name, unknown("method", data["method"], METHODS))
+    if data["method"] not in KINDS:
+        raise _in(name, unknown("method", data["method"], KINDS))
     for key in data["schedule"]:
         if key not in SCHEDULE_FIELDS:
             raise _in(name, unknown("schedule key", key, SCHEDULE_FIELDS))
     return data
 
 
-def check_fits(method: Method | str, transformers: Iterable[str], any_model: bool = False) -> None:
+def check_fits(
+    method: Method | str | Mapping | Sequence, transformers: Iterable[str], any_model: bool = False
+) -> None:
     """Whether the settings meant by ``method`` are for these transformers.
 
     Args:
@@ -125,7 +137,7 @@ def check_fits(method: Method | str, transformers: Iterable[str], any_model: boo
     Raises:
         ValueError: a preset or file for other models.
     """
-    if isinstance(method, Method):
+    if not isinstance(method, (str, Path)):
         return
     data = _read(str(method))
     meant = data.get("transformers") or []
@@ -167,15 +179,68 @@ def method_fields(cls: type[Method]) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.init)
 
 
+def read_rules(rules, where: str = "rules") -> tuple[Rule, ...]:
+    """The rules of a mixture, from objects or plain data.
+
+    Args:
+        rules: a mapping from layers to what runs there, ``{"transformer_blocks.*": "local"}``, or
+            a list of :class:`~dittfast.mixture.Rule` or mappings with the keys ``method``,
+            ``options``, ``layers``, ``heads`` and ``steps``. What runs somewhere is a method, its
+            name, or a mapping with ``method`` and ``options``.
+
+    Raises:
+        ValueError: another form, an unknown key, method or option, or a value out of range; the
+            rule is named by its number.
+    """
+    if isinstance(rules, Mapping):
+        rules = [_with_layers(layers, what) for layers, what in rules.items()]
+    if isinstance(rules, str) or not isinstance(rules, Sequence) or not rules:
+        raise ValueError(f"{where} must be a list of rules or a mapping from layers, got {rules!r}")
+    found = []
+    for number, rule in enumerate(rules):
+        try:
+            found.append(rule if isinstance(rule, Rule) else _read_rule(rule))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: rule {number}: {error}") from error
+    return tuple(found)
+
+
+def _with_layers(layers, what) -> dict:
+    if isinstance(what, Mapping):
+        return {"layers": layers, **what}
+    return {"layers": layers, "method": what}
+
+
+def _read_rule(rule) -> Rule:
+    if not isinstance(rule, Mapping) or "method" not in rule:
+        raise ValueError(f"it must be a mapping with the key 'method', got {rule!r}")
+    for key in rule:
+        if key not in _RULE_KEYS:
+            raise unknown("key", key, _RULE_KEYS)
+    method, options = rule["method"], rule.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"'options' must be a mapping, got {options!r}")
+    if isinstance(method, str) and method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if not isinstance(method, (str, Method)):
+        raise ValueError(f"'method' must be a method or its name, got {method!r}")
+    for key in options:
+        if key in SCHEDULE_FIELDS:
+            raise ValueError(f"{key} belongs to the schedule of the whole mixture, not to a rule")
+    chosen, _ = resolve(method, **options)
+    given = {key: rule[key] for key in ("layers", "heads", "steps") if rule.get(key) is not None}
+    return Rule(chosen, **given)
+
+
 def resolve(
-    method: Method | str, schedule: Schedule | None = None, **options
+    method: Method | str | Mapping | Sequence, schedule: Schedule | None = None, **options
 ) -> tuple[Method, Schedule]:
     """The method and schedule meant by a name, a preset, a YAML file or an object.
 
     Args:
         method: a :class:`~dittfast.methods.base.Method`, a name in ``METHODS``, a preset such as
-            "radial/wan2.1", or the path of a ``.yaml`` file with the keys ``method``,
-            ``options`` and ``schedule``.
+            "radial/wan2.1", the path of a ``.yaml`` file with the keys ``method``, ``options`` and
+            ``schedule``, or the rules of a mixture (:func:`read_rules`).
         schedule: overrides the preset's.
         options: fields of the method or of :class:`~dittfast.schedule.Schedule`; they win over
             the preset and over ``schedule``.
@@ -185,15 +250,17 @@ def resolve(
             out of range.
         FileNotFoundError: the YAML file is not there.
     """
+    if isinstance(method, (Mapping, list, tuple)):
+        method = Mixture(read_rules(method))
     if isinstance(method, Method):
         cls, base, planned = type(method), method, {}
     elif isinstance(method, (str, Path)):
         data = _read(str(method))
         fields, planned = data["options"], data["schedule"]
-        cls, base = METHODS[data["method"]], None
+        cls, base = KINDS[data["method"]], None
     else:
         raise ValueError(
-            f"method must be a Method, a name or a YAML path, got {type(method).__name__}"
+            f"method must be a Method, a name, a YAML path or rules, got {type(method).__name__}"
         )
     known = method_fields(cls)
     given = dict(fields) if base is None else {}
@@ -207,6 +274,8 @@ def resolve(
         if key not in known:
             raise unknown(f"option of {cls.name!r}", key, [*known, *SCHEDULE_FIELDS])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if cls is Mixture and "rules" in given:
+        given["rules"] = read_rules(given["rules"])
     chosen = cls(**given) if base is None else dataclasses.replace(base, **given)
     if schedule is None:
         schedule = Schedule(**planned)

@@ -7,17 +7,19 @@ the method, which remembers what depends on the layout alone, and call ``method_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Local, LogLinear, Neighborhood, Radial, Rectified
+from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
 __all__ = [
+    "linear_attention",
     "local_attention",
     "log_linear_attention",
     "neighborhood_attention",
@@ -241,3 +243,31 @@ def rectified_attention(
         block_size, topk, drop, top_p, order, neighbors, first_frame, round_up, rectify
     )
     return _attend(method, layout, (q, k, v), backend, scale, return_lse)
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout | None = None,
+    *,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Normalised linear attention (LinFusion, arXiv:2409.02097): no softmax, linear in N.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
+            (grouped-query attention).
+        layout: where the N tokens sit, for its padding alone; None for none.
+        parameters: the feature map, as :meth:`dittfast.methods.Linear.parameters` names it; None
+            leaves it out, as at its initial values.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype. Differentiable in q, k, v and parameters.
+
+    Raises:
+        ValueError: tensors that do not fit the layout or each other, or a map of other heads.
+    """
+    if layout is None:
+        layout = Layout.image(1, q.shape[-2])
+    return method_attention(Linear(), layout, q, k, v, **(parameters or {}))

@@ -587,6 +587,11 @@ class Plan:
         real = self._key_counts()[0]
         return self._full_pairs(real) / (self.num_queries * real.sum(-1).mean())
 
+    def listed_work(self) -> torch.Tensor:
+        """The same of all pairs computed, those with appended summaries among them."""
+        real, shown = self._key_counts()
+        return self._full_pairs(shown) / (self.num_queries * real.sum(-1).mean())
+
     @cached_property
     def _pairs(self) -> tuple[float, float]:
         """Mean over batch rows and heads of (real token pairs kept, all pairs computed)."""

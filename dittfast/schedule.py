@@ -64,6 +64,25 @@ class Schedule:
         return set(matching_layers(self.dense_layers, names))
 
 
+def ranges(entries: Iterable[int | str], count: int, option: str) -> tuple[int, ...]:
+    """Numbers and ranges such as "0-3" as numbers below ``count``, in rising order.
+
+    Raises:
+        ValueError: an entry outside of 0..count-1, or of another form; the range is named.
+    """
+    chosen: set[int] = set()
+    for entry in entries:
+        span = _RANGE.fullmatch(entry) if isinstance(entry, str) else None
+        number = isinstance(entry, int) or _NUMBER.fullmatch(entry)
+        first, last = (int(span[1]), int(span[2])) if span else (entry, entry)
+        if not span:
+            first = last = int(entry) if number else -1
+        if not 0 <= first <= last < count:
+            raise ValueError(f"{option} are 0..{count - 1}, got {entry!r}")
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
 def matching_layers(
     entries: Iterable[int | str], names: list[str], option: str = "dense_layers"
 ) -> list[str]:

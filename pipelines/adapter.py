@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from dittfast.config import check_fits, resolve, unknown
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
+from dittfast.mixture import Assignment, Rule
 from dittfast.schedule import Schedule
 
 from .description import Description, dense_steps, describe, other_attention, other_models
@@ -22,7 +24,9 @@ from .models import (
     attention_layers,
     exchanged,
     family_of,
+    head_shape,
     is_swapped,
+    own_dtype,
     stock_class,
     transformers_of,
 )
@@ -185,7 +189,7 @@ class Disabled(_Handle):
 
 def enable(
     pipe: Pipeline,
-    method: Method | str,
+    method: Method | str | Mapping[int | str, Any] | Sequence[Rule | Mapping[str, Any]],
     *,
     schedule: Schedule | None = None,
     backend: str = "auto",
@@ -201,8 +205,9 @@ def enable(
     Args:
         pipe: a diffusers pipeline (all its transformers share one step counter), or a transformer.
         method: a Method, a name such as "radial", a preset such as "radial/wan2.1", or a path to
-            a YAML file.
-        schedule: which steps and layers stay dense.
+            a YAML file. For a mixture, a mapping from layers to methods, or a list of
+            :class:`~dittfast.mixture.Rule`: layers, heads and steps that no rule names are dense.
+        schedule: which steps and layers stay dense, whatever the rules say.
         backend: as in :func:`dittfast.attend`.
         layout: for a model family that dittfast cannot read: a Layout, or a function
             ``(model, forward arguments by name) -> Layout``.
@@ -214,8 +219,8 @@ def enable(
 
     Raises:
         ValueError: an unknown method, option or model family, a preset for other models, a
-            pipeline that is enabled already, or a layer of the schedule that the model does not
-            have.
+            pipeline that is enabled already, a layer or head of the schedule or a rule that the
+            model does not have, or rules that meet.
     """
     from dittfast.attention import BACKENDS
 
@@ -241,8 +246,11 @@ def enable(
             raise ValueError(
                 f"{type(model).__name__} has no self-attention layer that dittfast knows"
             )
-        own = {n: _layer_parameters(method, m) for n, m in layers.items()}
-        state = ModelState(session, family, own)
+        dtype = own_dtype(model)
+        shapes = {n: head_shape(family, m) for n, m in layers.items()}
+        assignment = Assignment(method, {n: heads for n, (heads, _) in shapes.items()})
+        own = {n: _on(m, dtype, assignment.parameters(n, shapes[n][1])) for n, m in layers.items()}
+        state = ModelState(session, family, own, shapes, assignment)
         states[name] = model, state
     for name, (model, state) in states.items():
         _join(model, state)
@@ -263,6 +271,7 @@ def _remember(pipe, models) -> None:
 def _log(component: str, model: torch.nn.Module, state: ModelState) -> None:
     """One line: how many layers run the method, what is dense and why."""
     session, total = state.session, len(state.layers)
+    sparse = len(state.sparse_layers)
     dense = [*dense_steps(session.schedule), *other_attention(model, state)]
     if state.dense_layers:
         dense.insert(0, f"{len(state.dense_layers)} layers are dense by dense_layers")
@@ -270,18 +279,19 @@ def _log(component: str, model: torch.nn.Module, state: ModelState) -> None:
         "%s: %s in %d of %d self-attention layers%s",
         component,
         session.method,
-        total - len(state.dense_layers),
+        sparse,
         total,
         "".join(f"; {sentence}" for sentence in dense),
     )
 
 
-def _layer_parameters(method: Method, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def _on(
+    module: torch.nn.Module, dtype: torch.dtype, values: dict[str, torch.Tensor]
+) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a method's in a layer, on the device of the layer's own."""
     like = next(module.parameters(), None)
     device = None if like is None else like.device
-    return {
-        name: torch.nn.Parameter(value.to(device)) for name, value in method.parameters().items()
-    }
+    return {name: torch.nn.Parameter(value.to(device, dtype)) for name, value in values.items()}
 
 
 def disable(pipe: Pipeline) -> Disabled:

@@ -1,4 +1,4 @@
-"""describe: which layers run which method, at what density, and what is dense and why."""
+"""describe: which layers run which method, how much of it, and what is dense and why."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from dittfast.methods.amount import UNKNOWN, Amount, mean_amount
 from dittfast.methods.base import Method
+from dittfast.mixture import Mixture, leaves
 from dittfast.schedule import Schedule
 
-from .layer import PlannedLayout
 from .models import Pipeline, attention_backend, exchanged, is_swapped, transformers_of
 from .state import ModelState
 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One self-attention layer: its name, and why it is dense (None where it is sparse)."""
+    """One self-attention layer.
+
+    Attributes:
+        name: of the module.
+        dense: why it is dense; None where it is sparse.
+        methods: what it runs at some step, in words.
+        amount: density and work there, as far as they are known.
+    """
 
     name: str
     dense: str | None = None
+    methods: tuple[str, ...] = ()
+    amount: Amount = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,16 @@ class Description:
         method, schedule, backend: as enabled.
         num_tokens: tokens of the last forward pass; None before the first.
         density: kept fraction of token pairs in the sparse layers, averaged over all calls so far
-            where the method chooses from q and k at every call. None before the first pass, and
-            for such a method under torch.compile, which leaves the counting out.
+            where the method chooses from q and k at every call. None before the first pass, for
+            such a method under torch.compile, which leaves the counting out, and where a layer's
+            method computes its own output, which keeps no pairs.
         dense_attention: the attention backend of diffusers on which dense layers and steps run.
         layers: every self-attention layer, and why it is dense.
         notes: what else stays dense.
         num_passes, num_sparse: forward passes so far, and how many of them ran the method.
         num_steps: denoising steps of the last run; None where nothing had to know.
+        work: FLOPs of attention in the sparse layers over those of dense attention; None where
+            density is, but for methods that compute their own output.
     """
 
     method: Method
@@ -51,6 +64,12 @@ class Description:
     num_passes: int = 0
     num_sparse: int = 0
     num_steps: int | None = None
+    work: float | None = None
+
+    @property
+    def amount(self) -> Amount:
+        """Density and work of the sparse layers."""
+        return Amount(self.density, self.work)
 
     @property
     def did_not_run(self) -> str | None:
@@ -77,19 +96,32 @@ class Description:
     def to_dict(self) -> dict:
         """Plain data, for JSON."""
         return {
-            "method": {"name": self.method.name, **asdict(self.method)},
+            "method": self.method.to_dict(),
             "schedule": asdict(self.schedule),
             "backend": self.backend,
             "dense_attention": self.dense_attention,
             "num_tokens": self.num_tokens,
             "density": self.density,
+            "work": self.work,
             "sparse_layers": [x.name for x in self.layers if x.dense is None],
             "dense_layers": {x.name: x.dense for x in self.layers if x.dense is not None},
+            **self._by_layer(),
             "notes": list(self.notes),
             "num_passes": self.num_passes,
             "num_sparse_passes": self.num_sparse,
             "did_not_run": self.did_not_run,
         }
+
+    def _by_layer(self) -> dict:
+        """What each layer runs, where that differs."""
+        if not isinstance(self.method, Mixture):
+            return {}
+        layers = {
+            x.name: {"methods": list(x.methods), **x.amount._asdict()}
+            for x in self.layers
+            if x.dense is None
+        }
+        return {"layers": layers}
 
     def __str__(self) -> str:
         lines = [f"method    {self.method}", f"schedule  {self.schedule}"]
@@ -98,16 +130,12 @@ class Description:
             lines.append("tokens    known after the first forward pass")
         else:
             lines.append(f"tokens    {self.num_tokens:,}")
-            density = "chosen from q and k at every call"
-            if self.method.static:
-                density = "known after the first sparse pass"
-            if self.density is not None:
-                density = f"{self.density:.1%} of token pairs in sparse layers"
-                density += "" if self.method.static else ", mean over calls"
-            lines.append(f"density   {density}")
+            lines.append(self._amount_line())
         sparse = sum(x.dense is None for x in self.layers)
         ran = "sparse" if self.did_not_run is None or not sparse else "would be sparse"
         lines.append(f"layers    {len(self.layers)} self-attention: {sparse} {ran}")
+        if isinstance(self.method, Mixture):
+            lines.extend(self._mixture_lines())
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.dense is not None:
@@ -120,9 +148,33 @@ class Description:
         lines.extend(f"note      {note}" for note in self.notes)
         return "\n".join(lines)
 
+    def _amount_line(self) -> str:
+        if self.density is None and self.work is not None:
+            return f"FLOPs     {self.work:.2%} of dense attention in sparse layers"
+        dynamic = not all(m.static or m.computes for m in leaves(self.method))
+        words = "known after the first sparse pass"
+        if dynamic:
+            words = "chosen from q and k at every call"
+        if self.density is not None:
+            words = f"{self.density:.1%} of token pairs in sparse layers"
+            words += ", mean over calls" if dynamic else ""
+        return f"density   {words}"
+
+    def _mixture_lines(self) -> list[str]:
+        """Layers that run the same, together."""
+        same: dict[tuple, list[str]] = {}
+        for layer in self.layers:
+            if layer.dense is None:
+                same.setdefault((layer.methods, str(layer.amount)), []).append(layer.name)
+        lines = []
+        for (methods, amount), names in same.items():
+            shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+            lines.append(f"          {len(names)} {' | '.join(methods)} ({shown}): {amount}")
+        return lines
+
 
 def describe(pipe: Pipeline) -> Description:
-    """Which layers run which method, at what density, and what is dense and why.
+    """Which layers run which method, how much of it, and what is dense and why.
 
     Raises:
         ValueError: dittfast is not enabled on this pipeline.
@@ -136,20 +188,15 @@ def describe(pipe: Pipeline) -> Description:
     if not models:
         raise ValueError("dittfast is not enabled on this pipeline; call dittfast.enable first")
     layers, notes = [], []
-    num_tokens = density = num_steps = None
+    num_tokens = num_steps = None
     num_passes = num_sparse = 0
     for component, model in models.items():
         state: ModelState = model._dittfast
         prefix = "" if len(models) == 1 else f"{component}."
-        main = None
         if state.layout is not None:
             num_tokens = state.layout.num_tokens
-            keys = [key for key in state.parts if key[0] == state.layout]
-            main = state.parts.peek(keys[-1]) if keys else None
-            if main is not None:
-                density = main.density
         for name in state.layers:
-            layers.append(LayerDescription(prefix + name, _why_dense(state, name, main)))
+            layers.append(_describe_layer(state, prefix, name))
         notes.extend(prefix + note for note in other_attention(model, state))
         if state.sequences is not None and state.sequences.rows_differ:
             notes.append(f"{prefix}the batch rows differ in layout; the numbers are the first's")
@@ -160,6 +207,8 @@ def describe(pipe: Pipeline) -> Description:
         if state.guidance is not None:
             notes.append(prefix + state.guidance.describe())
     session = state.session
+    sparse = [(1, layer.amount) for layer in layers if layer.dense is None]
+    amount = mean_amount(sparse)
     notes.extend(dense_steps(session.schedule))
     notes.extend(other_models(pipe))
     return Description(
@@ -167,24 +216,36 @@ def describe(pipe: Pipeline) -> Description:
         session.schedule,
         session.backend,
         num_tokens,
-        density,
+        amount.density,
         ", ".join(sorted({attention_backend(model) for model in models.values()})),
         tuple(layers),
         tuple(notes),
         num_passes,
         num_sparse,
         num_steps,
+        amount.work,
     )
 
 
-def _why_dense(state: ModelState, name: str, main: PlannedLayout | None) -> str | None:
+def _describe_layer(state: ModelState, prefix: str, name: str) -> LayerDescription:
+    why = _why_dense(state, name)
+    methods = tuple(str(rule) for rule in state.assignment.rules(name))
+    return LayerDescription(prefix + name, why, methods, state.amount(name))
+
+
+def _why_dense(state: ModelState, name: str) -> str | None:
     if name in state.dense_layers:
         return "dense_layers of the schedule"
     if state.session.method.dense:
         return "the method is dense"
-    if main is None and len(state.parts) and state.layout is not None:
-        tokens = f"{state.layout.num_tokens:,}"
-        return f"{tokens} tokens are below min_tokens {state.break_even:,}"
+    if not state.assignment.ever(name):
+        return "no rule gives it a method"
+    # Methods that met this sequence, and were not worth it on so few tokens.
+    made = state.assignment.made(name) if state.layout is not None else ()
+    known = [method for method in made if method in state.break_even]
+    if known and not any(state.last_part(method) for method in known):
+        least = min(state.break_even[method] for method in known)
+        return f"{state.layout.num_tokens:,} tokens are below min_tokens {least:,}"
     done = state.last
     missed = done is not None and name in done.ran and name not in done.reached
     if missed and done.runs[name].core is not None:

@@ -12,53 +12,58 @@ import torch.nn.functional as F
 
 from dittfast.attention import method_attention
 from dittfast.layout import Context, Layout
-from dittfast.methods.base import Method
+from dittfast.methods.amount import Amount
+from dittfast.methods.base import Kept, Method
 from dittfast.plan import Plan
 
 _SDPA = F.scaled_dot_product_attention
 
 
 class PlannedLayout:
-    """One layout and its plan, None for methods that make it from q and k at every call.
+    """One layout and what its method keeps of it (:meth:`Method.keep`): mostly its plan.
 
-    Of those the density is averaged over the calls so far.
+    Of methods that plan from q and k at every call the amount is averaged over the calls so far.
     """
 
-    def __init__(self, layout: Layout, plan: Plan | None):
+    def __init__(self, method: Method, layout: Layout, kept: Plan | Kept | None):
+        self.method = method
         self.layout = layout
-        self.plan = plan
+        self.kept = kept
         self.num_tokens = layout.num_tokens
         self.calls = 0
         self._heads: dict[tuple[int, int], PlannedLayout] = {}
-        self._density: torch.Tensor | float = 0.0
+        self._sums: torch.Tensor | float = 0.0
         self._counting = threading.Lock()
 
-    def observe(self, plan: Plan) -> None:
-        """Count the density of a plan that was made from q and k."""
-        density = plan.listed_density().detach()
+    def observe(self, plan: Plan, heads: int = 1) -> None:
+        """Count density and work of a plan that was made from q and k, for so many heads."""
+        density = plan.listed_density()
+        work = density if plan.num_keys == plan.num_real_keys else plan.listed_work()
         with self._counting:
-            self._density = self._density + density
-            self.calls += 1
+            self._sums = self._sums + heads * torch.stack([density, work]).detach()
+            self.calls += heads
 
-    @property
-    def density(self) -> float | None:
-        """Kept fraction of token pairs: the plan's, or the mean over calls; None before any."""
-        if self.plan is not None:
-            return self.plan.density
-        return float(self._density) / self.calls if self.calls else None
+    def amount(self, heads: int | None, head_dim: int | None) -> Amount:
+        """Density and work, of the plan or the mean over calls, in a layer with such heads."""
+        observed = None
+        if self.calls:
+            observed = Amount(*(self._sums / self.calls).tolist())
+        return self.method.amount(self.layout, heads, head_dim, self.kept, observed)
 
     def of_heads(self, heads: slice) -> PlannedLayout:
         """The same for some heads; kept, as a plan keeps what backends prepare."""
-        plan = None if self.plan is None else self.plan.select_heads(heads)
-        if plan is self.plan:
+        if not isinstance(self.kept, Plan):
+            return self
+        plan = self.kept.select_heads(heads)
+        if plan is self.kept:
             return self
         if torch.compiler.is_compiling():
-            return PlannedLayout(self.layout, plan)
+            return PlannedLayout(self.method, self.layout, plan)
         key = heads.start, heads.stop
-        return self._heads.setdefault(key, PlannedLayout(self.layout, plan))
+        return self._heads.setdefault(key, PlannedLayout(self.method, self.layout, plan))
 
     def __deepcopy__(self, memo):
-        return PlannedLayout(self.layout, copy.deepcopy(self.plan, memo))
+        return PlannedLayout(self.method, self.layout, copy.deepcopy(self.kept, memo))
 
 
 class Watched(Protocol):
@@ -146,6 +151,7 @@ class LayerRun:
 
     Attributes:
         core: what runs instead of dense attention; None where the layer is dense.
+        parameters: the trainable parameters of the layer that its method has.
         transform: what changes the output of attention; None where nothing does.
         strength: ``[H]``, how far each head is weakened; None where no head is.
     """
@@ -155,10 +161,16 @@ class LayerRun:
         core: AttentionCore | None = None,
         transform: Transform | None = None,
         strength: torch.Tensor | None = None,
+        parameters: dict[str, torch.Tensor] | None = None,
     ):
         self.core = core
+        self.parameters = parameters or {}
         self.transform = transform
         self.strength = strength
+
+    def changed(self, transform: Transform, strength: torch.Tensor | None = None) -> LayerRun:
+        """The same with another transform."""
+        return LayerRun(self.core, transform, strength, self.parameters)
 
     @property
     def watched(self) -> Watched | None:
@@ -166,23 +178,18 @@ class LayerRun:
         return self.core if self.core is not None else self.transform
 
 
-def attend_call(
-    core: AttentionCore,
-    call: dict,
-    parameters: dict[str, torch.Tensor],
-    heads: slice | None = None,
-) -> torch.Tensor:
-    """Answer a call of scaled_dot_product_attention by ``core``.
+def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.Tensor:
+    """Answer a call of scaled_dot_product_attention by the core of ``run``.
 
     Args:
         call: its arguments by name.
-        parameters: the method's trainable parameters of the layer.
         heads: which of the layer's heads q, k and v hold, where ranks share them.
 
     Raises:
         ValueError: a causal call, attention dropout, a mask that differs between queries, or batch
             rows other than the pass describes.
     """
+    core, parameters = run.core, run.parameters
     if call.get("is_causal"):
         raise ValueError(
             f"{core.method.name} cannot run a causal attention layer; keep it dense with "
@@ -198,8 +205,14 @@ def attend_call(
         # As autocast does for the stock call.
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) for x in (q, k, v))
+    parameters = {n: x if x.device == q.device else x.to(q.device) for n, x in parameters.items()}
     rows = core.rows_of(q.shape[-2])
     if heads is not None:
+        if core.method.computes:
+            raise ValueError(
+                f"{core.method.name} computes its own output, for all heads of a layer, and under "
+                "context parallelism ranks share them; keep the layers dense with dense_layers"
+            )
         rows = tuple(row.of_heads(heads) for row in rows)
     token = rows[0].layout.grid_start if core.outer_mask else None
     weight = key_log_weight(mask, q, token)
@@ -240,7 +253,7 @@ def _attend_planned(core, parameters, planned: PlannedLayout, q, k, v, weight, s
         q,
         k,
         v,
-        plan=planned.plan,
+        kept=planned.kept,
         kv_log_weight=weight,
         scale=scale,
         backend=core.backend,

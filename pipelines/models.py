@@ -157,6 +157,21 @@ def attention_layers(model: torch.nn.Module, family: Family) -> dict[str, torch.
     }
 
 
+def head_shape(family: Family, module: torch.nn.Module) -> tuple[int | None, int | None]:
+    """Query heads of an attention module and the channels of one; None where it does not tell."""
+    try:
+        heads = family.num_heads(module)
+        return heads, family.query_width(module) // heads
+    except (AttributeError, ValueError):
+        return None, None
+
+
+def own_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype that a method's own parameters get: the model's, fp32 where that is 8 bits."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return next((p.dtype for p in model.parameters() if p.dtype in kinds), torch.float32)
+
+
 def backend_of(processor) -> str:
     """The attention backend of diffusers that a processor runs on, by its name there."""
     if not hasattr(processor, "_attention_backend"):

@@ -16,15 +16,13 @@ import torch
 from dittfast.layout import Context, Layout
 
 from .layer import LayerRun, attend_call
-from .passes import LayerState
 
 
 class ParallelRun:
     """A layer that attends through our backend: what it runs, and whether it did."""
 
-    def __init__(self, run: LayerRun, parameters: dict[str, torch.Tensor]):
+    def __init__(self, run: LayerRun):
         self.run = run
-        self.parameters = parameters
         self.reached = False
 
 
@@ -70,8 +68,7 @@ def rank_order(layout: Layout, ranks: int, device=None) -> torch.Tensor:
 
 def _local(running: ParallelRun, q, k, v, mask, scale, config):
     """Attention over the whole sequence with this rank's heads; all ``[B, N, H, D]``."""
-    core = running.run.core
-    rows = core.rows_of(q.shape[1])
+    rows = running.run.core.rows_of(q.shape[1])
     if rows is None or q.shape[1] != k.shape[1]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -83,7 +80,7 @@ def _local(running: ParallelRun, q, k, v, mask, scale, config):
     rank = config._ulysses_mesh.get_local_rank()
     heads = slice(rank * q.shape[1], (rank + 1) * q.shape[1])
     call = {"query": q, "key": k, "value": v, "attn_mask": mask, "scale": scale}
-    out = attend_call(core, call, running.parameters, heads).transpose(1, 2)
+    out = attend_call(running.run, call, heads).transpose(1, 2)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     running.reached = True
@@ -161,13 +158,13 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def running(module: torch.nn.Module, run: LayerRun, state: LayerState):
+def running(module: torch.nn.Module, run: LayerRun):
     """Inside, ``module`` attends through our backend, which runs ``run``."""
     if run.transform is not None:
         raise ValueError(
             "head guidance does not run under context parallelism; call dittfast.unguide(pipe)"
         )
-    if state.parameters and torch.is_grad_enabled():
+    if run.parameters and torch.is_grad_enabled():
         raise ValueError(
             "trainable parameters of a method get no gradient under context parallelism; train "
             "on one device, or without down-sampled keys"
@@ -175,7 +172,7 @@ def running(module: torch.nn.Module, run: LayerRun, state: LayerState):
     _register()
     processor = module.processor
     before, processor._attention_backend = processor._attention_backend, _BACKENDS[0]
-    layer = ParallelRun(run, state.parameters)
+    layer = ParallelRun(run)
     _RUNNING.append(layer)
     try:
         yield layer

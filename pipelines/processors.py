@@ -18,6 +18,7 @@ from dittfast.layout import Layout
 from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.methods.checks import check_integer
+from dittfast.methods.head_groups import by_head, value_lists
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.plan import to_be_kept
 
@@ -45,9 +46,8 @@ class _AttnProcessor(abc.ABC):
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, layout: Layout | None, parameters: dict[str, torch.Tensor] | None = None):
+    def __init__(self, layout: Layout | None):
         self.layout = layout
-        self.parameters = parameters or {}
         self._stock: dict[tuple[type, bool], object] = {}
         self._read: tuple[weakref.ref, Layout] | None = None
 
@@ -71,7 +71,7 @@ class _AttnProcessor(abc.ABC):
         stock = self._stock_processor(attn, watched=run is not None)
         if run is None:
             return stock(*arguments)
-        with intercept(run, self.parameters) as seen:
+        with intercept(run) as seen:
             out = stock(*arguments)
         if not torch.compiler.is_compiling():
             check_reached(run, seen.ran, seen.reached, attn)
@@ -120,7 +120,13 @@ class SparseAttnProcessor(_AttnProcessor):
             traced by torch.compile, so pass it there.
         backend: as in :func:`dittfast.attend`.
         min_tokens: below this many tokens attention stays dense.
+        heads, head_dim: of the layers, for a method whose parameters depend on them and are to be
+            trained or loaded; without them such a method has its initial values.
         options: fields of the method.
+
+    Attributes:
+        parameters: the method's trainable parameters, by name. Layers that share the processor
+            share them.
 
     Raises:
         ValueError: an unknown option (the nearest is named); at the call, a layout that cannot
@@ -130,18 +136,30 @@ class SparseAttnProcessor(_AttnProcessor):
     method_name: str
 
     def __init__(
-        self, layout: Layout | None = None, backend: str = "auto", min_tokens: int = 0, **options
+        self,
+        layout: Layout | None = None,
+        backend: str = "auto",
+        min_tokens: int = 0,
+        heads: int | None = None,
+        head_dim: int | None = None,
+        **options,
     ):
+        super().__init__(layout)
         cls = METHODS[self.method_name]
         for key in options:
             if key not in method_fields(cls):
                 raise unknown(f"option of {type(self).__name__}", key, method_fields(cls))
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         self.method: Method = cls(**options)
-        parameters = {n: torch.nn.Parameter(x) for n, x in self.method.parameters().items()}
-        super().__init__(layout, parameters)
+        if heads is not None:
+            values = by_head(self.method, heads).parameters(heads, head_dim)
+        else:
+            unknown_shape = self.method.computes or value_lists(self.method)
+            values = {} if unknown_shape else self.method.parameters(None, None)
+        self.parameters = {n: torch.nn.Parameter(x) for n, x in values.items()}
         self.backend = backend
         self.min_tokens = min_tokens
-        self._runs: dict[tuple[Layout, torch.device], LayerRun] = {}
+        self._runs: dict[tuple[Layout, torch.device, int], LayerRun] = {}
 
     @property
     def instead(self) -> str:
@@ -150,13 +168,14 @@ class SparseAttnProcessor(_AttnProcessor):
     def _run(self, attn, layout: Layout, hidden_states) -> LayerRun | None:
         if layout.num_tokens < self.min_tokens:
             return None
-        key = (layout, hidden_states.device)
+        key = (layout, hidden_states.device, attn.heads)
         if key not in self._runs:
+            method = by_head(self.method, attn.heads)
             with to_be_kept():
-                plan = self.method.plan(layout).to(key[1]) if self.method.static else None
-                self.method.prepare(layout, key[1])
-            planned = ((PlannedLayout(layout, plan),),)
-            self._runs[key] = LayerRun(AttentionCore(self.method, planned, self.backend))
+                method.prepare(layout, key[1])
+            planned = ((PlannedLayout(method, layout, method.keep(layout, key[1])),),)
+            core = AttentionCore(method, planned, self.backend)
+            self._runs[key] = LayerRun(core, parameters=self.parameters)
         return self._runs[key]
 
 
@@ -188,6 +207,12 @@ class RectifiedAttnProcessor(SparseAttnProcessor):
     """Rectified SpaAttn (arXiv:2511.19835); options of :class:`dittfast.methods.Rectified`."""
 
     method_name = "rectified"
+
+
+class LinearAttnProcessor(SparseAttnProcessor):
+    """LinFusion (arXiv:2409.02097); options of :class:`dittfast.methods.Linear`."""
+
+    method_name = "linear"
 
 
 class _LastPart:

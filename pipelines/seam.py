@@ -35,10 +35,9 @@ class intercept(TorchFunctionMode):
         reached: whether it met scaled_dot_product_attention on the whole sequence.
     """
 
-    def __init__(self, run: LayerRun, parameters: dict[str, torch.Tensor]):
+    def __init__(self, run: LayerRun):
         super().__init__()
         self.run = run
-        self.parameters = parameters
         self.shortcut = run.watched.shortcut
         self.ran = self.reached = False
 
@@ -69,10 +68,7 @@ class intercept(TorchFunctionMode):
         run = self.run
         if not torch.compiler.is_compiling():
             self.reached = True
-        if run.core is None:
-            out = func(*args, **kwargs)
-        else:
-            out = attend_call(run.core, call, self.parameters)
+        out = func(*args, **kwargs) if run.core is None else attend_call(run, call)
         if run.transform is not None:
             out = run.transform(out, run.strength, call)
         return out
@@ -128,8 +124,8 @@ def _watch(module: torch.nn.Module, state: LayerState, call, args: tuple, kwargs
             with _others_wait(module):
                 return call(module, *args, **kwargs)
         with (
-            _watchable_backend(module, run, state) as own,
-            intercept(run, state.parameters) as seen,
+            _watchable_backend(module, run) as own,
+            intercept(run) as seen,
         ):
             out = call(module, *args, **kwargs)
     finally:
@@ -189,7 +185,7 @@ def _others_wait(module: torch.nn.Module):
     return _SWITCHING
 
 
-def _watchable_backend(module: torch.nn.Module, run: LayerRun, state: LayerState):
+def _watchable_backend(module: torch.nn.Module, run: LayerRun):
     """Around a layer that is answered by dittfast: a backend that can be watched.
 
     The user's own choice stays for dense steps, dense layers and cross-attention.
@@ -199,7 +195,7 @@ def _watchable_backend(module: torch.nn.Module, run: LayerRun, state: LayerState
         from . import parallel
 
         if parallel.ulysses(module) is not None:
-            return parallel.running(module, run, state)
+            return parallel.running(module, run)
     if not _bypasses(processor):
         return contextlib.nullcontext()
     return _switched(processor)

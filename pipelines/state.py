@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
@@ -19,8 +20,9 @@ from dittfast import break_even
 from dittfast.attention import choose_backend
 from dittfast.cache import BytesLRU
 from dittfast.layout import Layout
+from dittfast.methods.amount import Amount, mean_amount
 from dittfast.methods.base import Method
-from dittfast.plan import to_be_kept
+from dittfast.mixture import Assignment, leaves
 from dittfast.schedule import Schedule
 
 from .families import Family
@@ -176,13 +178,24 @@ class ModelState:
         guidance: what guides the predictions; None where nothing does.
         only_guided: whether guidance alone put dittfast into the transformer.
         below: the state of a transformer that was only guided before its method came.
+        shapes: heads of each selected layer and the channels of one, None where it does not tell.
+        assignment: what each layer runs at each step.
         last: the last pass of any thread; None before the first.
         num_passes, num_sparse: how many passes there were, and how many ran the method.
     """
 
-    def __init__(self, session: Session, family: Family, parameters: dict[str, dict]):
+    def __init__(
+        self,
+        session: Session,
+        family: Family,
+        parameters: dict[str, dict],
+        shapes: dict[str, tuple[int | None, int | None]],
+        assignment: Assignment,
+    ):
         self.session = session
         self.family = family
+        self.shapes = shapes
+        self.assignment = assignment
         self.passes = Passes()
         self.layers = {name: LayerState(name, own, self.passes) for name, own in parameters.items()}
         names = list(self.layers)
@@ -193,8 +206,9 @@ class ModelState:
         self.below: ModelState | None = None
         self.last: Pass | None = None
         self.num_passes = self.num_sparse = 0
-        self.break_even: float | None = None
-        # By (Sequences or Layout, device, dtype): every prompt length and size is an entry.
+        self.break_even: dict[Method, float] = {}
+        self._sparse_calls: collections.Counter = collections.Counter()
+        # By method, sequences (or layout), device, dtype: every prompt length and size is an entry.
         self.cores = BytesLRU(_MOST_KEPT, _MOST_BYTES)
         self.parts = BytesLRU(_MOST_KEPT, _MOST_BYTES)
         self._here = _Here()
@@ -203,13 +217,20 @@ class ModelState:
 
     def __deepcopy__(self, memo):
         twin = memo[id(self)] = ModelState.__new__(ModelState)
-        twin.__init__(copy.deepcopy(self.session, memo), self.family, {})
+        session = copy.deepcopy(self.session, memo)
+        twin.__init__(session, self.family, {}, self.shapes, self.assignment)
         twin.passes = copy.deepcopy(self.passes, memo)
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.dense_layers = set(self.dense_layers)
         twin.guidance = copy.deepcopy(self.guidance, memo)
         twin.only_guided = self.only_guided
         return twin
+
+    @property
+    def sparse_layers(self) -> list[str]:
+        """Names of the layers that run a method at some step."""
+        ever = self.assignment.ever
+        return [name for name in self.layers if name not in self.dense_layers and ever(name)]
 
     @property
     def sequences(self) -> Sequences | None:
@@ -256,22 +277,22 @@ class ModelState:
         """
         sequences, device = self.read_sequences(model, arguments), device_of(arguments)
         step, dense = None, stock or bool(self.session.forced)
-        if self.session.needs_steps or self.guidance is not None or self.recorders:
+        by_step = self.session.needs_steps or self.assignment.needs_steps
+        if by_step or self.guidance is not None or self.recorders:
             step = self.session.step(model, self.family, arguments)
         if self.session.needs_steps and not stock:
             dense = self.session.is_dense_step(*step)
-        core = None
+        runs = dict.fromkeys(self.layers, LayerRun())
         if not dense:
-            core = self.core(sequences, device, dtype_of(arguments))
-        if core is not None and getattr(model, "_parallel_config", None) is not None:
+            runs = self._sparse_runs(step, sequences, device, dtype_of(arguments))
+        is_sparse = any(run.core is not None for run in runs.values())
+        if is_sparse and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
             parallel.check_and_register(model)
         differentiable = is_differentiable(arguments)
-        plain, sparse = LayerRun(), LayerRun(core)
-        runs = {name: plain if name in self.dense_layers else sparse for name in self.layers}
         for name, recorder in self.recorders.items():
-            runs[name] = LayerRun(runs[name].core, recorder)
+            runs[name] = runs[name].changed(recorder)
         current = Pass(sequences, step, device, self.layers, runs, differentiable)
         if self.weakening is not None:
             current = self.weakening.weakened(model, current)
@@ -280,8 +301,34 @@ class ModelState:
         with self._counting:
             self.last = current
             self.num_passes += 1
-            self.num_sparse += core is not None
+            self.num_sparse += is_sparse
+            if is_sparse:
+                self._sparse_calls.update((n, r.core.method) for n, r in runs.items() if r.core)
         return current
+
+    def _sparse_runs(self, step, sequences: Sequences, device, dtype) -> dict[str, LayerRun]:
+        """What each layer runs in a pass that is not dense."""
+        if step is None or not self.assignment.needs_steps:
+            step = None, None
+        cores: dict[int, AttentionCore | None] = {}
+        runs = {}
+        for name, assigned in self.assignment.at(*step).items():
+            if assigned is None or name in self.dense_layers:
+                runs[name] = LayerRun()
+                continue
+            method = assigned.method
+            if id(method) not in cores:
+                cores[id(method)] = self.core(method, sequences, device, dtype)
+            core, own = cores[id(method)], self.layers[name].parameters
+            runs[name] = LayerRun(
+                core,
+                parameters={
+                    n.removeprefix(assigned.key): x
+                    for n, x in own.items()
+                    if n.startswith(assigned.key)
+                },
+            )
+        return runs
 
     def checkpointing(self, model: torch.nn.Module, function: Callable) -> Callable:
         """``function`` of gradient checkpointing, whose parts run again as in the present pass."""
@@ -323,11 +370,11 @@ class ModelState:
         return sequences
 
     def core(
-        self, sequences: Sequences, device: torch.device, dtype: torch.dtype
+        self, method: Method, sequences: Sequences, device: torch.device, dtype: torch.dtype
     ) -> AttentionCore | None:
-        """What runs on these sequences in ``dtype``; None where they stay dense."""
-        make = lambda: self._make_core(sequences, device, dtype)  # noqa: E731
-        core = self.cores.get((sequences, device, dtype), make)
+        """What runs ``method`` on these sequences in ``dtype``; None where they stay dense."""
+        make = lambda: self._make_core(method, sequences, device, dtype)  # noqa: E731
+        core = self.cores.get((method, sequences, device, dtype), make)
         if core is not None:
             for rows in core.planned:
                 for planned in rows:
@@ -336,21 +383,18 @@ class ModelState:
         return core
 
     def _make_core(
-        self, sequences: Sequences, device: torch.device, dtype: torch.dtype
+        self, method: Method, sequences: Sequences, device: torch.device, dtype: torch.dtype
     ) -> AttentionCore | None:
         session, family = self.session, self.family
-        if session.method.dense:
-            # The stock attention, not a plan that lists every block.
-            return None
         planned = []
         for rows in sequences.by_length():
-            parts = tuple(self.part(layout, device, dtype) for layout in rows)
+            parts = tuple(self.part(method, layout, device, dtype) for layout in rows)
             if None not in parts:
                 planned.append(parts)
         if not planned:
             return None
         return AttentionCore(
-            session.method,
+            method,
             tuple(planned),
             session.backend,
             family.strict,
@@ -359,26 +403,42 @@ class ModelState:
         )
 
     def part(
-        self, layout: Layout, device: torch.device, dtype: torch.dtype
+        self, method: Method, layout: Layout, device: torch.device, dtype: torch.dtype
     ) -> PlannedLayout | None:
         """One layout and its plan; None where it stays dense. Static plans are made once."""
-        make = lambda: self._make_part(layout, device, dtype)  # noqa: E731
-        return self.parts.get((layout, device, dtype), make)
+        make = lambda: self._make_part(method, layout, device, dtype)  # noqa: E731
+        return self.parts.get((method, layout, device, dtype), make)
+
+    def last_part(self, method: Method) -> PlannedLayout | None:
+        """What a method has on the main sequence of the last pass; None where it stayed dense."""
+        keys = [k for k in self.parts if k[0] == method and k[1] == self.layout]
+        return self.parts.peek(keys[-1]) if keys else None
+
+    def amount(self, name: str) -> Amount:
+        """Density and work of a layer on the last sequence, a mean over the passes it ran in."""
+        shape, found = self.shapes[name], []
+        for method in self.assignment.made(name):
+            part, calls = self.last_part(method), self._sparse_calls[name, method]
+            if part is not None and calls:
+                found.append((calls, part.amount(*shape)))
+        return mean_amount(found)
 
     def _make_part(
-        self, layout: Layout, device: torch.device, dtype: torch.dtype
+        self, method: Method, layout: Layout, device: torch.device, dtype: torch.dtype
     ) -> PlannedLayout | None:
-        session, method = self.session, self.session.method
-        if method.needs_grid:
+        session = self.session
+        if method.needs_grid or any(part.needs_grid for part in leaves(method)):
             layout.grid  # noqa: B018 (raises on a text-only layout)
         least, source = session.schedule.min_tokens, "as asked for"
         if least is None:
             backend = session.backend
             backend = choose_backend(device, dtype) if backend == "auto" else backend
-            least = break_even.min_tokens(method.name, backend, dtype)
-            measured = break_even.is_measured(method.name, backend, dtype)
+            # Of groups of heads, the one that pays last decides.
+            names = [part.name for part in leaves(method)]
+            least = max(break_even.min_tokens(name, backend, dtype) for name in names)
+            measured = all(break_even.is_measured(name, backend, dtype) for name in names)
             source = "measured" if measured else "an estimate"
-        self.break_even = least
+        self.break_even[method] = least
         if layout.num_tokens < least:
             why = f"{layout.num_tokens:,} tokens are fewer than the {least:,} from which "
             why = f"in {dtype} at no length " if least == math.inf else why
@@ -387,9 +447,7 @@ class ModelState:
                 why, method.name, device.type, source,
             )  # fmt: skip
             return None
-        with to_be_kept():
-            plan = method.plan(layout).to(device) if method.static else None
-        return PlannedLayout(layout, plan)
+        return PlannedLayout(method, layout, method.keep(layout, device))
 
     def _check_reached(self, current: Pass) -> None:
         """Raise if no layer of a model that is not strict met its sequence in this pass."""

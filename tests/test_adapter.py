@@ -388,11 +388,11 @@ def test_masks_are_honoured_or_refused():
 
 def test_causal_and_dropout_are_refused():
     layout = Layout.image(4, 4)
-    planned = layer.PlannedLayout(layout, Full().plan(layout))
+    planned = layer.PlannedLayout(Full(), layout, Full().plan(layout))
     run = layer.LayerRun(layer.AttentionCore(Full(), ((planned,),), "reference"))
     q = torch.randn(1, 1, 16, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    with seam.intercept(run, {}):
+    with seam.intercept(run):
         with pytest.raises(ValueError, match="causal"):
             sdpa(q, q, q, is_causal=True)
         with pytest.raises(ValueError, match=r"dropout_p=0\.1"):
@@ -533,13 +533,13 @@ def test_force_dense_overrides_the_steps_but_not_the_layers(model_and_inputs):
 def test_autocast_reaches_the_replaced_attention():
     """Norms give q and k in fp32 on some devices; autocast lets the stock call mix them with v."""
     layout = Layout.image(5, 7, text=3)
-    planned = layer.PlannedLayout(layout, Full().plan(layout))
+    planned = layer.PlannedLayout(Full(), layout, Full().plan(layout))
     run = layer.LayerRun(layer.AttentionCore(Full(), ((planned,),), "reference"))
     q, k, v = torch.randn(3, 1, 2, layout.num_tokens, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     with torch.autocast("cpu", torch.bfloat16):
         stock = sdpa(q, k, v.bfloat16())
-        with seam.intercept(run, {}) as seen:
+        with seam.intercept(run) as seen:
             ours = sdpa(q, k, v.bfloat16())
     assert seen.reached and ours.dtype == stock.dtype == torch.bfloat16
     assert float((ours - stock).abs().max()) < 0.05 * float(stock.abs().max())

@@ -167,8 +167,8 @@ def test_adapters_of_the_first_format_load(trained, tmp_path):
 class Weighted(Local):
     """Local attention with one more parameter, of a name that projections have, too."""
 
-    def parameters(self):
-        return super().parameters() | {"weight": torch.ones(1)}
+    def parameters(self, heads, head_dim):
+        return super().parameters(heads, head_dim) | {"weight": torch.ones(1)}
 
     def extend(self, layout, k, v, weight=None, **parameters):
         return super().extend(layout, k, v, **parameters)

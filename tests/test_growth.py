@@ -53,7 +53,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     def wrong(*args, **kwargs):
         raise WrongResult("attend disagrees")
 
-    monkeypatch.setattr(module, "check_against_dense", wrong)
+    monkeypatch.setattr(module, "check_attention", wrong)
     monkeypatch.setattr(module, "interleaved_seconds", lambda *a: pytest.fail("timed"))
     with pytest.raises(WrongResult):
         growth(Radial(), [256], Workload(Layout.image(1, 1), head_dim=16), frame=(8, 8))

@@ -279,6 +279,8 @@ def _attention(args, methods, work) -> dict:
 
 
 def _print_table(rows: list[dict]) -> None:
+    from dittfast.measure.summary import number
+
     columns = ("method", "pass", "dtype", "density", "work", "dense s", "native", "cpu", "flex")
     print(f"\n{'efficiency by backend':>72}")
     print("{:<26}{:<9}{:<10}{:>8}{:>7}{:>9}{:>9}{:>7}{:>7}".format(*columns))
@@ -294,7 +296,7 @@ def _print_table(rows: list[dict]) -> None:
         name = f"{options['name']}" + (f" {options['window']:g}" if "window" in options else "")
         print(
             f"{name:<26}{'both' if row['backward'] else 'forward':<9}{row['dtype']:<10}"
-            f"{row['density']:>8.3f}{row['work']:>7.3f}{row['dense_seconds']['p50']:>9.3g}"
+            f"{number(row['density']):>8}{row['work']:>7.3f}{row['dense_seconds']['p50']:>9.3g}"
             "{:>9}{:>7}{:>7}".format(*cells)
         )
 
@@ -305,9 +307,11 @@ def _print_attention(row: dict) -> None:
     print(f"\n{row['method']['name']} ({options})")
     print(f"{attention_words(row)}, {what}")
     planned = "kept" if row["static"] else "in every call"
+    density = "" if row["density"] is None else f"density {row['density']:.4f}, "
+    agrees = "dense fp64 attention" if density else "the method's formula in fp64"
     print(
-        f"density {row['density']:.4f}, work {row['work']:.4f}, "
-        f"plan {seconds(row['plan_seconds'])} ({planned}); results agree with dense fp64 attention"
+        f"{density}work {row['work']:.4f}, "
+        f"plan {seconds(row['plan_seconds'])} ({planned}); results agree with {agrees}"
     )
     head = ("", "p20", "p50", "p80", "useful GFLOP/s", "efficiency", "speed-up")
     print("{:<16}{:>9}{:>9}{:>9}{:>16}{:>12}{:>10}".format(*head))
@@ -327,7 +331,7 @@ def _print_attention(row: dict) -> None:
         compared["flex_attention"] = flex
     for name, numbers in compared.items():
         efficiency = numbers["useful_efficiency"]["p50"]
-        speedup = efficiency / row["density"]
+        speedup = efficiency / (row["work"] if row["density"] is None else row["density"])
         lines.append((name, numbers["seconds"], numbers["gflops"], efficiency, speedup))
     for name, times, gflops, efficiency, speedup in lines:
         cells = [f"{1e3 * times[p]:.4g} ms" for p in ("p20", "p50", "p80")]
@@ -339,13 +343,15 @@ def _print_attention(row: dict) -> None:
     if "not_run" in flex:
         print(f"flex_attention  not run: {flex['not_run']}")
     print(
-        f"median of {row['rounds']} rounds; efficiency = dense time x density / attend time, "
+        f"median of {row['rounds']} rounds; efficiency = dense time x "
+        f"{'density' if density else 'work'} / attend time, "
         f"p20 {row['useful_efficiency']['p20']:.3f}, p80 {row['useful_efficiency']['p80']:.3f}"
     )
 
 
 def _break_even(args, methods, work) -> dict:
     from dittfast.measure.bench import break_even, least_faster
+    from dittfast.measure.summary import kept
 
     for method in methods:
         if method.name == "dense":
@@ -356,7 +362,7 @@ def _break_even(args, methods, work) -> dict:
     results = []
     for method in methods:
         print(f"\n{method!r}")
-        print(f"{'tokens':>8}{'density':>9}{'dense':>11}{'attend':>11}{'speed-up':>10}")
+        print(f"{'tokens':>8}{'density':>14}{'dense':>11}{'attend':>11}{'speed-up':>10}")
         rows = []
         options = dict(repeats=args.repeats, frames=args.frames, backend=args.backend)
         for row in break_even(method, args.tokens, work, **options):
@@ -364,7 +370,8 @@ def _break_even(args, methods, work) -> dict:
             times = (seconds(row[f"{name}_seconds"]["p50"]) for name in ("dense", "attend"))
             cells = "".join(f"{t:>11}" for t in times)
             speedup = row["speedup"]["p50"]
-            print(f"{row['tokens']:>8}{row['density']:>9.4f}{cells}{speedup:>10.2f}")
+            share = kept(row["density"], row["work"], 4)
+            print(f"{row['tokens']:>8}{share:>14}{cells}{speedup:>10.2f}")
         least = least_faster(rows)
         print("not faster at the largest size" if least is None else f"faster from {least:,}")
         results.append({"method": method.name, "min_tokens": least, "rows": rows})

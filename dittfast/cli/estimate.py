@@ -86,6 +86,8 @@ def run(args) -> int:
 
 
 def _lines(model) -> list[str]:
+    from dittfast.measure.summary import kept
+
     layout, cost = model.layout, model.cost
     frames, height, width = layout.grid.shape
     video = f"{model.num_frames} frames, " if model.num_frames > 1 else ""
@@ -105,7 +107,7 @@ def _lines(model) -> list[str]:
             [
                 x.method,
                 settings,
-                f"{'at least ' if x.at_least else ''}{x.density:.3g}",
+                f"{'at least ' if x.at_least else ''}{kept(x.density, x.work)}",
                 compact(x.attention),
                 f"{compact(cost.total / x.fewer_flops)}, "
                 f"{'at most ' if x.at_least else ''}{x.fewer_flops:.2f} x fewer",

@@ -387,7 +387,7 @@ def _write_stages(args, pipe, source, call, done, guided, output: Path, asked: d
         if ran is not None and ran.did_not_run is not None:
             kept = f"{ran.method.name} DID NOT RUN ({ran.did_not_run})"
         elif ran is not None:
-            kept = ran.method.name + ("" if ran.density is None else f", density {ran.density:.3f}")
+            kept = f"{ran.method.name}, {ran.amount}"
         took = seconds(stage.run.timing.total)
         print(f"{width} x {height}: {stage.num_tokens:,} tokens, {kept}, {took}")
     for line in _summary(last.arms, data) if last.arms else ():
@@ -448,10 +448,7 @@ def _captions(arms, data, gain: int):
         )
     ratio = data["dense_over_sparse"]["per_step"] or data["dense_over_sparse"]["whole"]
     facts = [f"{ratio:.2f}x as fast"]
-    if sparse.density is None:
-        facts.insert(0, "density differs by call")
-    else:
-        facts.insert(0, f"density {sparse.density:.3f}")
+    facts.insert(0, str(sparse.amount))
     schedule = sparse.description.schedule
     dense_steps = schedule.dense_first_steps + schedule.dense_last_steps
     if dense_steps:

@@ -46,10 +46,16 @@ def _summary(cls: type) -> str:
     return " ".join(inspect.getdoc(cls).split("\n\n")[0].split())
 
 
+def _kind(cls: type) -> str:
+    if cls.computes:
+        return "computes its own output"
+    return "planned once per size" if cls.static else "planned from q and k at every call"
+
+
 def _text(name: str, cls: type) -> str:
     from dittfast.methods.options import options_of
 
-    planned = "planned once per size" if cls.static else "planned from q and k at every call"
+    planned = _kind(cls)
     lines = [f"{name}: {_plain(_summary(cls))}", f"  {planned}"]
     for option in options_of(cls):
         lines.append(f"  {option.name} = {option.default!r}  ({option.type})")
@@ -72,7 +78,7 @@ def markdown(methods: dict[str, type]) -> str:
         "`dittfast.Schedule`.\n"
     ]
     for name, cls in methods.items():
-        planned = "Planned once per size." if cls.static else "Planned from q and k at every call."
+        planned = f"{_kind(cls).capitalize()}."
         rows = [
             f"| `{o.name}` | `{o.default!r}` | {o.type} | {_cell(o.meaning)} |"
             for o in options_of(cls)

@@ -25,12 +25,13 @@ A number is the density of a good cell: the kept fraction of the token pairs of 
 plan keeps everything (1.00) the output is the stock model's, and elsewhere the CPU backends give
 what the reference backend gives, both within the noise of eager attention; a plan that leaves
 something out changes the output; and after dittfast.disable the output is bit for bit the stock
-model's. "guided" says the same of dittfast.guide with one weakened head: equal beside stock
-attention and beside the full plan, another output than the model's, and gone without a trace.
-"checkpointed": under local, the gradients with diffusers' gradient checkpointing are those without
-("-": the class has none, or the stock model's gradients change with it). "compiled", run where it
-is asked for: a pass under local that torch.compile traced, graph breaks allowed, gives what it
-gives eagerly."""
+model's. A number with an F is the FLOPs, as a fraction of dense attention's, of a method that
+computes its own output; its good cell agrees with its formula. "guided" says the same of
+dittfast.guide with one weakened head: equal beside stock attention and beside the full plan,
+another output than the model's, and gone without a trace. "checkpointed": under local, the
+gradients with diffusers' gradient checkpointing are those without ("-": the class has none, or the
+stock model's gradients change with it). "compiled", run where it is asked for: a pass under local
+that torch.compile traced, graph breaks allowed, gives what it gives eagerly."""
 
 CLASSES = """## Every transformer class of diffusers
 

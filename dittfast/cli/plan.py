@@ -78,7 +78,13 @@ def run(args) -> int:
         if name in SCHEDULE_FIELDS:
             raise ValueError(f"{name} belongs to the schedule; it does not change a plan")
     method, _ = resolve(asked, **options)
-    if not method.static:
+    if not method.static or method.computes:
+        if method.computes:
+            raise ValueError(
+                f"{method.name} computes its own output and has no mask of key blocks; dittfast "
+                f"estimate MODEL --method {method.name} says what it costs, dittfast probe how far "
+                "it is from dense attention"
+            )
         raise ValueError(
             f"{method.name} chooses blocks from q and k at every call, so it has no mask of its "
             f"own; dittfast probe --method {method.name} draws what it does to a model's q and k"
@@ -112,14 +118,13 @@ def run(args) -> int:
 
 
 def _numbers(plan, method, layout, args) -> dict:
-    from dataclasses import asdict
 
     from dittfast.environment import versions
 
     full, listed = (int(x.sum()) for x in (plan.kv_num_full_blocks, plan.kv_num_blocks))
     tensors = [x for x in plan.tensors() if hasattr(x, "element_size")]
     return {
-        "method": {"name": method.name, **asdict(method)},
+        "method": method.to_dict(),
         "frames": args.frames,
         "height": args.height,
         "width": args.width,

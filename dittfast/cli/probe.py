@@ -64,9 +64,9 @@ def run(args) -> int:
 
     source = sources.find(args.model)
     check_fits(asked, sources.transformer_classes(source).values(), args.any_model)
-    found = check_run(source, args.prompt, {"num_inference_steps": args.steps}, method)
-    if found is not None:
-        pipe, call = found
+    outline = check_run(source, args.prompt, {"num_inference_steps": args.steps}, method)
+    if outline is not None:
+        pipe, call = outline
         if "num_inference_steps" in call:
             check_places(pipe, call, [] if args.step is None else [args.step], args.layers)
     device = sources.choose_device("auto")
@@ -76,11 +76,9 @@ def run(args) -> int:
     call = call_arguments(pipe, args.prompt, source.settings, num_inference_steps=args.steps)
     call = with_first_frame(pipe, call, source.settings)
     steps = None if args.step is None else [args.step]
-    reports = [
-        measure(method, c)
-        for c in capture(pipe, call, steps=steps, layers=args.layers, seed=args.seed)
-    ]
-    data = _numbers(reports, method, source, call, args)
+    captured = capture(pipe, call, steps=steps, layers=args.layers, seed=args.seed)
+    reports = [measure(method, c) for c in captured]
+    data = _numbers(reports, method, source, call, args, captured[0].layout.num_tokens)
     print("\n".join(_lines(reports, data)))
     if args.output is not None:
         write_image(args.output, kept_picture(reports, _title(method, data)))
@@ -89,50 +87,57 @@ def run(args) -> int:
     return 0
 
 
-def _mean(values) -> float:
+def _mean(values) -> float | None:
     values = list(values)
-    return sum(values) / len(values)
+    return None if None in values else sum(values) / len(values)
 
 
-def _numbers(reports, method, source, call: dict, args) -> dict:
+_NUMBERS = ("density", "work", "mass", "error")
+
+
+def _numbers(reports, method, source, call: dict, args, tokens: int) -> dict:
     from dataclasses import asdict
 
     from dittfast.environment import versions
 
     heads = [head for report in reports for head in report.heads]
     return {
-        "method": {"name": method.name, **asdict(method)},
+        "method": method.to_dict(),
         "model": source.name,
         "prompt": args.prompt,
         "seed": args.seed,
         "num_inference_steps": call["num_inference_steps"],
-        "tokens": reports[0].plan.num_queries,
+        "tokens": tokens,
         "calls": [
             {"step": r.step, "layer": r.layer, "heads": [asdict(h) for h in r.heads]}
             for r in reports
         ],
-        **{name: _mean(getattr(h, name) for h in heads) for name in ("density", "mass", "error")},
+        **{name: _mean(getattr(h, name) for h in heads) for name in _NUMBERS},
         "versions": versions(),
     }
 
 
 def _lines(reports, data: dict) -> list[str]:
+    from dittfast.measure.summary import kept, number
+
     width = max(len(r.layer) for r in reports)
     step = reports[0].step
     lines = [
         f"method    {data['method']['name']}",
         f"run       {data['model']}, step {step} of {data['num_inference_steps']}, "
         f"{data['tokens']:,} tokens",
-        f"{'layer':<{width}}  head  density  mass kept  error",
+        f"{'layer':<{width}}  head    density  mass kept  error",
     ]
     for report in reports:
         for head in report.heads:
             lines.append(
-                f"{report.layer:<{width}}  {head.head:>4}  {head.density:7.3f}  {head.mass:9.3f}  "
+                f"{report.layer:<{width}}  {head.head:>4}  "
+                f"{kept(head.density, head.work):>9}  {number(head.mass):>9}  "
                 f"{head.error:5.3f}"
             )
     lines.append(
-        f"{'mean':<{width}}        {data['density']:7.3f}  {data['mass']:9.3f}  "
+        f"{'mean':<{width}}        {kept(data['density'], data['work']):>9}  "
+        f"{number(data['mass']):>9}  "
         f"{data['error']:5.3f}"
     )
     lines.append(
@@ -142,8 +147,10 @@ def _lines(reports, data: dict) -> list[str]:
 
 
 def _title(method, data: dict) -> str:
+    from dittfast.measure.summary import number
+
     step = data["calls"][0]["step"]
     return (
         f"{method.name} on {data['model']}, step {step} of {data['num_inference_steps']}: "
-        f"density {data['density']:.2f}, mass kept {data['mass']:.2f}"
+        f"density {number(data['density'], 2)}, mass kept {number(data['mass'], 2)}"
     )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
-from ..attention import choose_backend, method_attention, method_call, not_supported_reasons
+from ..attention import choose_backend, method_attention, not_supported_reasons
 from ..layout import Layout
 from ..methods import METHODS
+from ..methods.amount import dense_flops
 from ..methods.base import Method
+from ..methods.head_groups import by_head, split
 from ..plan import Plan
 from ..testing import attention_inputs
-from .check import check_against_dense, detached
+from .check import check_attention, method_plan
 from .flex import flex_function
 from .timing import (
     check_repeats,
@@ -112,9 +114,10 @@ def bench_attention(
             and time dense attention on 1,024 of the query rows.
 
     Returns:
-        A row of plain values. ``work`` is the part of dense attention's pairs that is computed:
-        pooled and appended keys count there, not in ``density``. ``useful_efficiency`` is the
-        median over rounds of (dense seconds * density / attend seconds): 1 means that every pair
+        A row of plain values. ``work`` is the part of dense attention's FLOPs that is computed:
+        pooled and appended keys count there, not in ``density``, which is None for a method that
+        computes its own output. ``useful_efficiency`` is the median over rounds of (dense seconds
+        * density / attend seconds), with work where there is no density: 1 means that every pair
         kept costs what it costs in dense attention. ``flex`` holds seconds, or under ``not_run``
         why there are none; ``others`` has the same for each backend of ``compare``.
 
@@ -128,17 +131,18 @@ def bench_attention(
     q, k, v, grad_out = work.inputs()
     if work.backward:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-    plan_seconds, (plan, near_k, near_v, _, scale) = _planned(method, layout, q, k, v)
-    inputs = q.detach(), near_k.detach(), near_v.detach()
-    # A plan made from q, k and v may carry gradients to them; here it is held fixed.
+    method = by_head(method, work.heads)
+    plan_seconds, kept, planned = _planned(method, layout, q, k, v)
+    plan = None if planned is None else planned[0]
     chosen = choose_backend(q.device, q.dtype) if backend == "auto" else backend
+    plans = any(not group.method.computes for group in split(method, work.heads))
     others = [
-        name
-        for name in compare
-        if name != chosen and not not_supported_reasons(name, q, near_k, near_v, plan)
+        name for name in compare if plans and name != chosen and _may_run(name, q, k, v, planned)
     ]
     for name in (backend, *others):
-        check_against_dense(*inputs, grad_out, detached(plan), scale, name, work.backward)
+        options = {"backend": name, "backward": work.backward}
+        options["plan"] = plan if method.static else None
+        amount, _ = check_attention(method, layout, q, k, v, grad_out, **options)
 
     dense_rows = min(q.shape[2], _DENSE_ROWS) if brief else q.shape[2]
     dense_q = q.detach()[:, :, :dense_rows].requires_grad_(work.backward)
@@ -146,16 +150,18 @@ def bench_attention(
     def dense():
         return F.scaled_dot_product_attention(dense_q, k, v)
 
-    kept = {"plan": plan} if method.static else {}
-
     def sparse(backend):
-        return method_attention(method, layout, q, k, v, backend=backend, **kept)
+        return method_attention(method, layout, q, k, v, backend=backend, kept=kept)
 
     functions = {"dense": dense, "attend": partial(sparse, backend)}
     functions |= {name: partial(sparse, name) for name in others}
     flex_arm, flex_row = {}, {"not_run": "not asked for"}
-    if flex:
-        flex_arm, flex_row = _flex_arm(inputs, grad_out, detached(plan), scale, work.backward)
+    if flex and planned is None:
+        flex_row = {"not_run": "the method has no one plan to give it"}
+    elif flex:
+        plan, (_, near_k, near_v), scale = planned
+        inputs = q.detach(), near_k.detach(), near_v.detach()
+        flex_arm, flex_row = _flex_arm(inputs, grad_out, plan, scale, work.backward)
     if work.backward:
         grad = grad_out[:, :, :dense_rows]
         functions["dense"] = with_gradient(functions["dense"], (dense_q, k, v), grad)
@@ -170,17 +176,24 @@ def bench_attention(
     with torch.set_grad_enabled(work.backward):
         seconds = interleaved_seconds(functions, repeats, work.device, **options)
     seconds["dense"] = [s * q.shape[2] / dense_rows for s in seconds["dense"]]
-    return _row(method, work, plan, plan_seconds, seconds, flex_row, chosen, others)
+    return _row(method, work, plan, amount, plan_seconds, seconds, flex_row, chosen, others)
 
 
-def _planned(method: Method, layout: Layout, q, k, v) -> tuple[float, tuple]:
-    """Seconds that planning takes, and what :func:`method_call` returned."""
+def _planned(method: Method, layout: Layout, q, k, v) -> tuple[float, object, tuple | None]:
+    """Seconds that planning takes, what is kept of the layout, and :func:`method_plan`'s answer."""
     method.prepare(layout, q.device)
     synchronize(q.device)
     start = perf_counter()
-    call = method_call(method, layout, q, k, v)
+    kept = method.keep(layout, q.device)
+    planned = None if method.computes else method_plan(method, layout, q, k, v, plan=kept)
     synchronize(q.device)
-    return perf_counter() - start, call
+    return perf_counter() - start, kept, planned
+
+
+def _may_run(backend: str, q, k, v, planned: tuple | None) -> bool:
+    """Whether a backend takes the plan; of groups of heads that have several, the inputs."""
+    plan, (q, k, v), _ = planned or (Plan.full(k.shape[2]), (q, k, v), None)
+    return not not_supported_reasons(backend, q, k, v, plan)
 
 
 def _flex_arm(inputs, grad_out, plan: Plan, scale, backward) -> tuple[dict[str, Callable], dict]:
@@ -191,20 +204,22 @@ def _flex_arm(inputs, grad_out, plan: Plan, scale, backward) -> tuple[dict[str, 
         return {}, {"not_run": _reason(error)}
 
 
-def _row(method, work, plan: Plan, plan_seconds, seconds, flex_row, backend, others) -> dict:
+def _row(
+    method, work, plan: Plan | None, amount, plan_seconds, seconds, flex_row, backend, others
+) -> dict:
     layout = work.layout
-    density = plan.density
-    useful = plan.flops(work.head_dim, work.heads, work.batch, work.backward)
-    pairs = 4.0 * layout.num_tokens**2 * work.head_dim * work.heads * work.batch
-    dense_flops = pairs * 3.5 if work.backward else pairs
+    share = amount.work if amount.density is None else amount.density
+    pairs = dense_flops(layout.num_tokens, work.heads, work.head_dim) * work.batch
+    dense = pairs * 3.5 if work.backward else pairs
+    useful = amount.work * dense
     speedups = [d / s for d, s in zip(seconds["dense"], seconds["attend"])]
     row = {
-        "method": {"name": method.name, **asdict(method)},
+        "method": method.to_dict(),
         "static": method.static,
         "tokens": layout.num_tokens,
         "grid": list(layout.grid.shape),
         "context": layout.num_context,
-        "keys": plan.num_keys,
+        "keys": layout.num_tokens if plan is None else plan.num_keys,
         "batch": work.batch,
         "heads": work.heads,
         "head_dim": work.head_dim,
@@ -212,21 +227,21 @@ def _row(method, work, plan: Plan, plan_seconds, seconds, flex_row, backend, oth
         "backward": work.backward,
         "backend": backend,
         "rounds": len(speedups),
-        "density": density,
-        "work": useful / dense_flops,
+        "density": amount.density,
+        "work": amount.work,
         "useful_flops": useful,
-        "dense_flops": dense_flops,
+        "dense_flops": dense,
         "plan_seconds": plan_seconds,
         "dense_seconds": percentiles(seconds["dense"]),
         "attend_seconds": percentiles(seconds["attend"]),
         "speedup": percentiles(speedups),
-        "useful_efficiency": percentiles(s * density for s in speedups),
+        "useful_efficiency": percentiles(s * share for s in speedups),
     }
     row["attend_gflops"] = useful / row["attend_seconds"]["p50"] / 1e9
-    row["dense_gflops"] = dense_flops / row["dense_seconds"]["p50"] / 1e9
+    row["dense_gflops"] = dense / row["dense_seconds"]["p50"] / 1e9
 
     def compared(name) -> dict:
-        ratios = [d / s * density for d, s in zip(seconds["dense"], seconds[name])]
+        ratios = [d / s * share for d, s in zip(seconds["dense"], seconds[name])]
         numbers = {"seconds": percentiles(seconds[name]), "useful_efficiency": percentiles(ratios)}
         return numbers | {"gflops": useful / numbers["seconds"]["p50"] / 1e9}
 

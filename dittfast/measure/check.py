@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..attention import attend
+from ..attention import attend, computing_call, method_attention, method_call
 from ..block_lists import block_states
-from ..layout import inverse_permutation
+from ..layout import Layout, inverse_permutation
+from ..methods.amount import Amount, mean_amount
+from ..methods.base import Method
+from ..methods.head_groups import select_heads, split
 from ..plan import Plan
 from ..testing import assert_within_budget
 
@@ -63,6 +66,106 @@ def _oracle_rows(q, k, v, plan: Plan, tokens, mask, scale: float) -> torch.Tenso
     return out
 
 
+def check_attention(
+    method: Method,
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_out: torch.Tensor,
+    *,
+    scale: float | None = None,
+    kv_log_weight: torch.Tensor | None = None,
+    backend: str = "auto",
+    backward: bool = False,
+    plan: Plan | None = None,
+) -> tuple[Amount, Plan | None]:
+    """Compare a method on q, k and v with its definition in fp64, on sampled query rows.
+
+    Of a method that plans that is dense attention under its own plan, of one that computes its own
+    output its :meth:`~dittfast.methods.base.Method.formula`; of groups of heads, each by itself.
+
+    Args:
+        plan: of a method that plans, from the layout alone, where there is one already.
+
+    Returns:
+        How much of dense attention it does, and its plan (of the first heads that have one).
+
+    Raises:
+        WrongResult: saying what differs, where and by how much.
+    """
+    amounts, first = [], None
+    for group in split(method, q.shape[1]):
+        own, mine = group.method, (select_heads(x, group.heads, q.shape[1]) for x in (q, k, v))
+        weight = kv_log_weight
+        if weight is not None and weight.shape[1] > 1:
+            weight = weight[:, list(group.heads)]
+        inputs, grad = tuple(mine), grad_out[:, list(group.heads)]
+        own.prepare(layout, q.device)
+        if own.computes:
+            amount = own.amount(layout, len(group.heads), q.shape[3])
+            _check_formula(own, layout, inputs, grad, scale, weight, backend, backward)
+        else:
+            made, inputs, softmax_scale = method_plan(own, layout, *inputs, scale, weight, plan)
+            amount = own.amount(layout, None, None, made)
+            check_against_dense(*inputs, grad, made, softmax_scale, backend, backward)
+            first = first or made
+        amounts.append((len(group.heads), amount))
+    return mean_amount(amounts), first
+
+
+def method_plan(
+    method: Method, layout: Layout, q, k, v, scale=None, kv_log_weight=None, plan=None
+) -> tuple[Plan, tuple[torch.Tensor, ...], float]:
+    """``(plan, (q, k, v) with summary tokens, scale)`` that attention gets by a planning method.
+
+    The mask's log weights are the plan's own then, and nothing in it carries a gradient.
+    """
+    given = {"plan": plan, "scale": scale, "kv_log_weight": kv_log_weight}
+    call = method_call(method, layout, q, k, v, **given)
+    plan, weight = detached(call.plan), call.kv_log_weight
+    if weight is not None:
+        if plan.kv_log_weight is not None:
+            weight = weight + plan.kv_log_weight
+        plan = plan.replace(kv_log_weight=weight)
+    return plan, (q, call.k, call.v), call.scale
+
+
+def _check_formula(method, layout, inputs, grad_out, scale, weight, backend, backward) -> None:
+    tokens = _sampled(inputs[0])
+    given = {"kv_log_weight": weight, "scale": scale, "backend": backend}
+    sampled = torch.zeros_like(grad_out)
+    sampled[:, :, tokens] = grad_out[:, :, tokens]
+    sides = []
+    for name, dtype in (("method", grad_out.dtype), ("exact", torch.float64), ("eager", None)):
+        dtype = dtype or grad_out.dtype
+        leaves = [x.detach().to(dtype).requires_grad_(backward) for x in inputs]
+        if name == "method":
+            out = method_attention(method, layout, *leaves, **given)
+            rows, grad = out[:, :, tokens], sampled
+        else:
+            call = computing_call(method, layout, *leaves, **given)
+            out = rows = method.formula(layout, *leaves, tokens, call)
+            grad = grad_out[:, :, tokens].to(dtype)
+        sides.append([rows.detach(), *(torch.autograd.grad(out, leaves, grad) if backward else ())])
+    _compare(f"{method.name} disagrees with its formula", sides)
+
+
+def _sampled(q: torch.Tensor) -> torch.Tensor:
+    total = q.shape[2]
+    draw = torch.Generator().manual_seed(0)
+    return torch.randperm(total, generator=draw)[: min(total, _SAMPLED_ROWS)].to(q.device)
+
+
+def _compare(what: str, sides: list) -> None:
+    """Raise WrongResult unless the first of three sides is within the budget of the others."""
+    try:
+        for name, actual, exact, eager in zip(("out", "dq", "dk", "dv"), *sides):
+            assert_within_budget(name, actual, exact, eager, floor=8)
+    except AssertionError as error:
+        raise WrongResult(f"{what}: {error}") from error
+
+
 def check_against_dense(
     q, k, v, grad_out, plan: Plan, scale: float, backend: str = "auto", backward: bool = False
 ) -> None:
@@ -74,9 +177,7 @@ def check_against_dense(
     Raises:
         WrongResult: saying what differs, where and by how much.
     """
-    total = q.shape[2]
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randperm(total, generator=draw)[: min(total, _SAMPLED_ROWS)].to(q.device)
+    tokens = _sampled(q)
     mask = mask_rows(plan, tokens)
     sampled = torch.zeros_like(grad_out)
     sampled[:, :, tokens] = grad_out[:, :, tokens]
@@ -91,11 +192,7 @@ def check_against_dense(
             grad = grad_out[:, :, tokens].to(dtype)
         grads = torch.autograd.grad(out, leaves, grad) if backward else ()
         sides.append([rows.detach(), *grads])
-    try:
-        for name, actual, exact, eager in zip(("out", "dq", "dk", "dv"), *sides):
-            assert_within_budget(name, actual, exact, eager, floor=8)
-    except AssertionError as error:
-        raise WrongResult(f"attend disagrees with dense attention: {error}") from error
+    _compare("attend disagrees with dense attention", sides)
 
 
 def detached(plan: Plan) -> Plan:

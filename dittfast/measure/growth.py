@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from ..attention import method_attention, method_call
+from ..attention import method_attention
+from ..cache import nbytes
 from ..layout import Layout
 from ..methods.base import Method
+from ..methods.head_groups import by_head
 from .bench import Workload
-from .check import check_against_dense, detached
+from .check import check_attention
 from .timing import clock_for, interleaved_seconds, percentiles
 
 # Longest sequence on which plain dense attention is timed beside the method.
@@ -35,8 +37,11 @@ def growing_layout(tokens: int, frame: tuple[int, int] | None = None) -> Layout:
 
 
 def exponent(tokens: Sequence[int], values: Sequence[float]) -> float | None:
-    """The least-squares slope of log(values) over log(tokens); None for fewer than two sizes."""
-    if len(tokens) < 2:
+    """The least-squares slope of log(values) over log(tokens).
+
+    None for fewer than two sizes, or a value of 0.
+    """
+    if len(tokens) < 2 or not all(values):
         return None
     x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (tokens, values))
     x, y = x - x.mean(), y - y.mean()
@@ -65,7 +70,8 @@ def growth(
 
     Returns:
         ``{"method", "frame", "rows", "exponents"}``, plain values. ``exponents`` are slopes in
-        log-log scale of the median ``seconds``, of ``plan_bytes`` and of the ``pairs`` computed.
+        log-log scale of the median ``seconds``, of ``plan_bytes`` (what is kept of the layout;
+        None where that is nothing) and of the ``pairs`` computed, or of as many FLOPs.
 
     Raises:
         WrongResult: a result is wrong. ValueError: lengths that do not work.
@@ -83,7 +89,7 @@ def growth(
         "pairs": exponent(counts, [row["pairs"] for row in rows]),
     }
     return {
-        "method": {"name": method.name, **asdict(method)},
+        "method": method.to_dict(),
         "frame": frame,
         "heads": work.heads,
         "head_dim": work.head_dim,
@@ -97,21 +103,21 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     layout = work.layout
     q, k, v, grad_out = work.inputs()
     method.prepare(layout, q.device)
-    plan, near_k, near_v, _, scale = method_call(method, layout, q, k, v)
-    check_against_dense(q, near_k, near_v, grad_out, detached(plan), scale)
+    amount, plan = check_attention(method, layout, q, k, v, grad_out)
     functions = {"attend": partial(method_attention, method, layout, q, k, v)}
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention
         functions["dense"] = partial(dense, q, k, v)
     # The check was the warm-up.
     times = interleaved_seconds(functions, repeats, q.device, warmup=0, clock=clock_for(q.device))
-    density = plan.density
+    kept = by_head(method, work.heads).keep(layout, q.device) if plan is None else plan
     return {
         "tokens": layout.num_tokens,
         "grid": list(layout.grid.shape),
-        "density": density,
-        "pairs": plan.flops(1) / 4,
-        "plan_bytes": plan.nbytes,
+        "density": amount.density,
+        "work": amount.work,
+        "pairs": amount.work * float(layout.num_tokens) ** 2,
+        "plan_bytes": nbytes(kept),
         "seconds": percentiles(times["attend"]),
         "dense_seconds": percentiles(times["dense"]) if "dense" in times else None,
         "rounds": repeats,

@@ -57,3 +57,10 @@ def interval(estimate: dict, digits: int = 2) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number with ``digits`` decimals, or ``"-"`` for None."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def kept(density: float | None, work: float | None, digits: int = 3) -> str:
+    """The density, or where a method computes its own output its FLOPs as a part of dense."""
+    if density is None and work is not None:
+        return f"FLOPs {work:.{digits}g}"
+    return number(density, digits)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..markdown import as_text, markdown_table
 from .comparable import settings_apart
-from .summary import interval, number
+from .summary import interval, kept, number
 
 # What fidelity compares, in the order of its table: name -> (heading, decimals).
 MEASURES = {
@@ -72,10 +72,17 @@ def idle_notes(rows) -> list[str]:
     ]
 
 
+_DENSITY = (
+    "density: kept fraction of token pairs in the sparse layers; FLOPs, as a fraction of dense, "
+    "where a method computes its own output."
+)
+
+
 def _density(row: dict) -> str:
     if row.get("did_not_run"):
         return "did not run"
-    return "not recorded" if row["density"] is None else number(row["density"])
+    known = kept(row["density"], row.get("work"))
+    return "not recorded" if known == "-" else known
 
 
 def setting_of(data: dict) -> str:
@@ -118,7 +125,7 @@ def fidelity_tables(data: dict) -> list[Table]:
         *idle_notes(rows),
         f"{len(data['items'])} prompts, one seed each; dense and method share prompt and noise. "
         f"Intervals: {data['interval']}.",
-        "density: kept fraction of token pairs in the sparse layers. work: FLOPs of their "
+        f"{_DENSITY} work: FLOPs of their "
         "attention, summary tokens included, as a fraction of dense (on q, k, v of one step).",
         "time: median over prompts of one call each, a rough figure; "
         "`dittfast evaluate latency` measures speed.",
@@ -154,7 +161,7 @@ def overview_table(fidelity: dict, latency: dict | None, fid: dict | None) -> Ta
     apart = {_arm(row["folder"]): row for row in (fid or {"rows": []})["rows"]}
     other = with_other_settings(fidelity, latency, fid)
     head = ["method", "density"]
-    notes = ["density: kept fraction of token pairs in the sparse layers."]
+    notes = [_DENSITY]
     notes += idle_notes(fidelity["methods"])
     notes += [
         f"{OTHER}: {what} of {label} was measured with {why}."
@@ -277,11 +284,10 @@ def latency_table(data: dict) -> Table:
             continue
         share = row["share"]
         quality = row["against_dense"]["psnr_db"]
-        density = (row["attention"] or {}).get("density")
         cells.append(
             (
                 row["label"],
-                number(row["parity"]["density"] if density is None else density),
+                kept(*_first_known(row["attention"], row["parity"])),
                 _spread(row["end_to_end"], "{:.2f}"),
                 "-" if row["per_step"] is None else _spread(row["per_step"], "{:.2f}"),
                 _both(row["seconds"], "whole"),
@@ -314,13 +320,23 @@ def latency_table(data: dict) -> Table:
         "brackets the 20th and 80th percentile of the pairs' ratios. Below 1.00 the method is "
         "slower.",
         f"Checked against dense fp64 attention before anything was timed ({checked}).",
-        "Ceilings are Amdahl's, 1 / (1 - share + share x density); the share comes from a run "
+        "Ceilings are Amdahl's, 1 / (1 - share + share x density), with FLOPs where a method has "
+        "no density; the share comes from a run "
         "of its own that waits for the device around each attention call.",
         "Peak memory: on a CPU all of the process, weights included.",
         setting_of(first) + ".",
         *(f"{row['label']}: {options(row)}" for row in data["rows"]),
     )
     return Table("Speed against dense attention", head, tuple(cells), notes)
+
+
+def _first_known(*records: dict | None) -> tuple[float | None, float | None]:
+    """Density and work from the first record that has one of them."""
+    for record in records:
+        found = (record or {}).get("density"), (record or {}).get("work")
+        if found != (None, None):
+            return found
+    return None, None
 
 
 def _spread(values: dict, form: str) -> str:

@@ -1,7 +1,8 @@
-"""Attention methods: each a frozen config that plans which key blocks a query block sees."""
+"""Attention methods: each a frozen config that plans attention, or computes it itself."""
 
 from .base import Method
 from .dense import Dense
+from .linear import Linear
 from .local import Local
 from .log_linear import LogLinear
 from .neighborhood import Neighborhood
@@ -15,9 +16,10 @@ METHODS: dict[str, type[Method]] = {
     "neighborhood": Neighborhood,
     "log_linear": LogLinear,
     "rectified": Rectified,
+    "linear": Linear,
 }
 
 __all__ = [
     *("METHODS", "Method"),
-    *("Dense", "Local", "LogLinear", "Neighborhood", "Radial", "Rectified"),
+    *("Dense", "Linear", "Local", "LogLinear", "Neighborhood", "Radial", "Rectified"),
 ]

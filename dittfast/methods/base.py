@@ -1,40 +1,89 @@
-"""What every attention method is: a frozen config that turns a Layout into a Plan."""
+"""What every attention method is: a frozen config that plans attention, or computes it itself."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import dataclasses
+from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from ..layout import Layout
-from ..plan import Plan
+from ..plan import Plan, to_be_kept
+from .amount import UNKNOWN, Amount, dense_flops
+
+
+class Call(NamedTuple):
+    """What :meth:`Method.attention` is given besides q, k and v.
+
+    Attributes:
+        scale: the softmax scale the model asks for; None for ``1/sqrt(D)``.
+        kv_log_weight: ``[B|1, H|1, N]`` fp32, what the model's mask and the layout's padding add
+            to the logits of each key; -inf hides it. None where nothing is hidden.
+        geometry: what :meth:`Method.geometry` made of the layout.
+        attend: :func:`dittfast.attend` on the backend that was asked for.
+        inner: ``inner(method, layout, q, k, v, kept=..., heads=..., **parameters) -> out``: the
+            attention of another method, planned or computed, under this call's scale and mask;
+            ``kept`` as :meth:`Method.keep` of that method gave it, None to make it now; ``heads``
+            the numbers of the layer's heads that q holds, None for all.
+    """
+
+    scale: float | None
+    kv_log_weight: torch.Tensor | None
+    geometry: Any
+    attend: Callable[..., Any]
+    inner: Callable[..., torch.Tensor]
+
+
+class Kept(NamedTuple):
+    """What is kept of a layout for a method that computes its own output.
+
+    Attributes:
+        padding: :meth:`Layout.kv_log_weight` on the device.
+        geometry: of :meth:`Method.geometry`.
+    """
+
+    padding: torch.Tensor | None
+    geometry: Any
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods: a planner. It touches no kernel, and no kernel knows a method.
+    """Base of all methods. It touches no kernel, and no kernel knows a method.
+
+    A method is one of two kinds, by what it defines:
+
+    - :meth:`plan`: it says which key blocks each query block sees, and ``attend`` does the rest;
+    - :meth:`attention`: it computes the output itself, and :meth:`flops` says what that costs.
 
     Subclasses are frozen dataclasses whose fields are the method's options, validated in
     ``__post_init__`` with errors that name the value and the allowed range.
 
     Class attributes:
+        computes: whether the method is of the second kind; set from what the class defines.
         name: short public name, the key in :data:`dittfast.methods.METHODS`.
         static: True if the plan depends on the layout alone, so that it can be cached; False if
             it is made from q and k at every call.
         needs_grid: True if the method has no meaning for a text-only layout.
         for_videos: True if the method tells frames apart, so that benchmarks give it a video.
         dense: True if every token sees every valid one, so that the model's own attention does.
+        per_head: options that may be a list with one value for each head: see :meth:`by_head`.
     """
 
     name: ClassVar[str]
+    computes: ClassVar[bool] = False
     static: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
     for_videos: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    per_head: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.computes = cls.attention is not Method.attention
+
     def plan(
         self,
         layout: Layout,
@@ -58,7 +107,111 @@ class Method(ABC):
         Returns:
             A plan for N queries and N keys plus those that :meth:`extend` appends. Padding of
             ``layout.context_lengths`` is in its ``kv_log_weight``.
+
+        Raises:
+            ValueError: the method computes its own output.
         """
+        raise ValueError(
+            f"{self.name} computes its output itself and has no plan of key blocks; call "
+            "dittfast.attention.method_attention"
+        )
+
+    def check_one_value(self) -> None:
+        """Raise ValueError where an option has a value for each head."""
+        for name in self.per_head:
+            if isinstance(getattr(self, name), tuple):
+                raise ValueError(
+                    f"{name} has a value for each head, so there is a plan for each; plan with one "
+                    "value, or call dittfast.attention.method_attention"
+                )
+
+    def attention(
+        self,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        **parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """The output of a method that computes it itself; differentiable, and traceable.
+
+        Args:
+            layout: geometry of the sequence, N tokens.
+            q: ``[B, H, N, D]``. k, v: ``[B, Hk, N, D]`` with H a multiple of Hk.
+            call: scale, mask, what is kept of the layout, and how to run other attention.
+            parameters: those of :meth:`parameters`; missing ones have their initial values.
+
+        Returns:
+            ``[B, H, N, D]`` in q's dtype.
+        """
+        raise ValueError(f"{self.name} plans; call dittfast.attention.method_attention")
+
+    def formula(
+        self,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor,
+        call: Call,
+        **parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        """What :meth:`attention` is to give for some query rows, as the paper writes it.
+
+        Short, plain and in the dtype of the inputs; it may take ``O(len(rows) · N)``. What is
+        measured of a method is compared with it first, in fp64. Arguments as :meth:`attention`,
+        and ``rows``, int64 numbers of queries.
+        """
+        raise ValueError(f"{self.name} has no formula to be checked against")
+
+    def flops(self, layout: Layout, heads: int, head_dim: int) -> float:
+        """FLOPs of :meth:`attention` over one sample, forward: 2 for each multiply-add.
+
+        Matrix products alone, as :meth:`Plan.flops` counts; dense attention has ``4 N² D H``.
+        """
+        raise ValueError(f"{self.name} plans; Plan.flops says what its plan costs")
+
+    def amount(
+        self,
+        layout: Layout,
+        heads: int | None,
+        head_dim: int | None,
+        kept: Any = None,
+        observed: Amount | None = None,
+    ) -> Amount:
+        """How much of dense attention the method does on a layout.
+
+        Args:
+            heads, head_dim: of a layer; None where nothing tells.
+            kept: what :meth:`keep` gave.
+            observed: mean over the plans that were made from q and k; None before any.
+        """
+        if self.computes:
+            if heads is None:
+                return UNKNOWN
+            dense = dense_flops(layout.num_tokens, heads, head_dim)
+            return Amount(None, self.flops(layout, heads, head_dim) / dense)
+        if isinstance(kept, Plan):
+            pairs = kept.num_queries * kept.num_real_keys
+            return Amount(kept.density, kept.flops(1) / (4.0 * pairs))
+        return observed or UNKNOWN
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one runs for its heads; none where it is no group of others."""
+        return ()
+
+    def geometry(self, layout: Layout, device: torch.device) -> Any:
+        """What :meth:`attention` needs that depends on the layout alone; kept and handed to it."""
+        return None
+
+    def keep(self, layout: Layout, device: torch.device) -> Any:
+        """What is made once for a layout and device: a static plan, a geometry, or nothing."""
+        with to_be_kept():
+            if self.computes:
+                return Kept(layout.kv_log_weight(device), self.geometry(layout, device))
+            return self.plan(layout).to(device) if self.static else None
 
     def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 (optional)
         """Compute and keep what a plan made from q and k needs of the layout alone.
@@ -84,9 +237,26 @@ class Method(ABC):
         """
         return k, v
 
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Initial values of the trainable parameters one layer has; none by default."""
+    def parameters(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+        """Initial values of the trainable parameters of one layer; none by default.
+
+        Args:
+            heads: query heads of the layer. head_dim: channels of one.
+        """
         return {}
+
+    def words(self) -> str:
+        """The method and those options that are not at their default."""
+        given = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.init and getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def to_dict(self) -> dict:
+        """Name and options as plain data, for records."""
+        return {"name": self.name, **dataclasses.asdict(self)}
 
     def scale(self, layout: Layout, head_dim: int) -> float | None:
         """The factor of the logits where it is not ``1/sqrt(head_dim)``; None where it is."""

@@ -43,5 +43,10 @@ def check_block_size(value, name: str = "block_size") -> None:
     check_integer(name, value, 1, MAX_BLOCK_SIZE, remedy)
 
 
+def each(value) -> tuple:
+    """The values of an option that may be a list with one for each head."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def _then(remedy: str) -> str:
     return f" ({remedy})" if remedy else ""

@@ -211,6 +211,7 @@ class DynamicMethod(Method):
 
     def _check(self, layout: Layout, **tensors: torch.Tensor | None) -> None:
         """Raise ValueError where q, k or v are missing or do not fit the layout."""
+        self.check_one_value()
         for name, x in tensors.items():
             if x is None:
                 raise ValueError(

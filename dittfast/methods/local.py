@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..layout import Blocks, Context, Grid, Layout, split_evenly, tile_lengths
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
-from .checks import MAX_BLOCK_SIZE, check_integer, check_positive
+from .checks import MAX_BLOCK_SIZE, check_integer, check_positive, each
 from .pairs import chunks, close_pairs, expand_ranges, product
 
 # Pairs of blocks worked on together: bounds memory, not the result.
@@ -41,7 +41,8 @@ class Local(Method):
     stays a mean of them at the start. Where c divides the sides this is CLEAR.
 
     Args:
-        window: the circle's radius in tokens, above 0. 1 leaves only the token itself.
+        window: the circle's radius in tokens, above 0. 1 leaves only the token itself. A list has
+            one for each head.
         downsample: side c of a patch, from 2 to the shorter side of the grid; None for none.
         tile: tokens of a block as (frames, height, width), at most 256 together; None chooses.
             It changes the speed, not the result.
@@ -57,15 +58,17 @@ class Local(Method):
     """
 
     name: ClassVar[str] = "local"
+    per_head: ClassVar[tuple[str, ...]] = ("window",)
 
-    window: float = 8
+    window: float | tuple[float, ...] = 8
     downsample: int | None = None
     tile: tuple[int, int, int] | None = None
     frame_window: int | None = None
     proportional: bool | int = False
 
     def __post_init__(self):
-        check_positive("window", self.window, "it is the radius in tokens; CLEAR uses 8, 16, 32")
+        for window in each(self.window):
+            check_positive("window", window, "it is the radius in tokens; CLEAR uses 8, 16, 32")
         if self.downsample is not None:
             check_integer("downsample", self.downsample, 2, remedy="None for none; CLEAR uses 4")
         if self.frame_window is not None:
@@ -85,6 +88,7 @@ class Local(Method):
     def plan(
         self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
     ) -> Plan:
+        self.check_one_value()
         tile = self.tile or self._default_tile(layout.grid)
         blocks = layout.tiles(tile)
         extra = self._patches(layout)
@@ -115,8 +119,8 @@ class Local(Method):
         """k and v ``[B, H, N + extra, D]``; ``extra`` patches follow in raster order.
 
         Args:
-            spatial_weight: ``[c, c]``; default :meth:`parameters`. Patches are summed in the
-                wider dtype of k and spatial_weight and returned in k's. Differentiable.
+            spatial_weight: ``[c, c]``; default :meth:`parameters`. Patches are summed in at least
+                fp32 and returned in k's dtype. Differentiable.
         """
         if self.downsample is None:
             if spatial_weight is not None:
@@ -140,7 +144,9 @@ class Local(Method):
         k, v = (torch.cat([x, _patch_sums(x, layout, spatial_weight)], 2) for x in (k, v))
         return k, v
 
-    def parameters(self) -> dict[str, torch.Tensor]:
+    def parameters(
+        self, heads: int | None = None, head_dim: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """``spatial_weight [c, c]`` fp32 at 1/c² where ``downsample=c``; nothing otherwise."""
         if self.downsample is None:
             return {}
@@ -221,7 +227,7 @@ def _append_blocks(blocks: Blocks, start: int, extra: int, block_size: int) -> B
 def _patch_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> torch.Tensor:
     """Weighted sums ``[B, H, patches, D]`` over the main grid's patches of ``x [B, H, N, D]``."""
     grid, c = layout.grid, weight.shape[0]
-    wide = torch.promote_types(x.dtype, weight.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     tokens = x.narrow(2, layout.grid_start, grid.length).unflatten(2, grid.shape).to(wide)
     tokens = F.pad(tokens, (0, 0, 0, -grid.width % c, 0, -grid.height % c))
     patches = tokens.unflatten(4, (-1, c)).unflatten(3, (-1, c))

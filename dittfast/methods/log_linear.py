@@ -9,7 +9,7 @@ import torch
 
 from ..layout import Layout, make_blocks, split_evenly
 from ..plan import Plan, to_be_kept
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
 from .dynamic import DynamicMethod, Partition, Pool, match_heads, wide_dtype
 
 ORDERS = ("morton", "hilbert", "raster")
@@ -46,7 +46,8 @@ class LogLinear(DynamicMethod):
 
     Args:
         block_size: tokens in a block and blocks in a block of the next level, 8 to 256.
-        topk: blocks chosen on each level, at least 1; clamped to the blocks there are.
+        topk: blocks chosen on each level, at least 1; clamped to the blocks there are. A list
+            has a number for each head.
         levels: levels of pooling, at least 1, or "auto": the largest L with
             ``block_size ** (L + 1)`` at most the number of image tokens (the paper's rule).
         order: "morton" (the paper), "hilbert" or "raster".
@@ -60,9 +61,10 @@ class LogLinear(DynamicMethod):
     """
 
     name: ClassVar[str] = "log_linear"
+    per_head: ClassVar[tuple[str, ...]] = ("topk",)
 
     block_size: int = 16
-    topk: int = 8
+    topk: int | tuple[int, ...] = 8
     levels: int | str = 2
     order: str = "morton"
     enrich: bool = True
@@ -71,12 +73,14 @@ class LogLinear(DynamicMethod):
     def __post_init__(self):
         super().__post_init__()
         check_integer("block_size", self.block_size, 8, MAX_BLOCK_SIZE)
-        check_integer("topk", self.topk, 1)
+        for topk in each(self.topk):
+            check_integer("topk", topk, 1)
         if self.levels != "auto":
             check_integer("levels", self.levels, 1, remedy='or "auto", from the length')
             object.__setattr__(self, "levels", int(self.levels))
         object.__setattr__(self, "block_size", int(self.block_size))
-        object.__setattr__(self, "topk", int(self.topk))
+        if not isinstance(self.topk, tuple):
+            object.__setattr__(self, "topk", int(self.topk))
         check_choice("order", self.order, ORDERS)
         check_choice("text_queries", self.text_queries, ("dense", "sparse"))
 

@@ -13,7 +13,7 @@ import torch
 from ..layout import Blocks, Layout, make_blocks, split_evenly
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
-from .checks import check_block_size, check_choice, check_positive
+from .checks import check_block_size, check_choice, check_positive, each
 from .pairs import Pairs, chunks, close_pairs, expand_ranges, product, sorted_unique
 
 VARIANTS = ("wan", "hunyuan", "paper", "wan_corrected", "hunyuan_corrected")
@@ -58,7 +58,8 @@ class Radial(Method):
     token by token.
 
     Args:
-        decay_factor: factor of the band's half-width, above 0; 1.0 for "paper".
+        decay_factor: factor of the band's half-width, above 0; 1.0 for "paper". A list has
+            one for each head.
         block_size: tokens in a block, 1 to 256.
         variant: "wan", "hunyuan", "paper", "wan_corrected" or "hunyuan_corrected".
 
@@ -68,16 +69,18 @@ class Radial(Method):
 
     name: ClassVar[str] = "radial"
     for_videos: ClassVar[bool] = True
+    per_head: ClassVar[tuple[str, ...]] = ("decay_factor",)
 
-    decay_factor: float = 1.0
+    decay_factor: float | tuple[float, ...] = 1.0
     block_size: int = 128
     variant: str = "wan"
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
-        check_positive("decay_factor", self.decay_factor, "published settings lie in 0.2..1")
+        for factor in each(self.decay_factor):
+            check_positive("decay_factor", factor, "published settings lie in 0.2..1")
         check_block_size(self.block_size)
-        if self.variant == "paper" and self.decay_factor != 1:
+        if self.variant == "paper" and any(x != 1 for x in each(self.decay_factor)):
             raise ValueError(
                 f"decay_factor must be 1 for variant 'paper', got {self.decay_factor!r}: Equation "
                 "4 has none (use variant 'wan' or 'hunyuan' to set it)"
@@ -86,6 +89,7 @@ class Radial(Method):
     def plan(
         self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None
     ) -> Plan:
+        self.check_one_value()
         return self._paper_plan(layout) if self.variant == "paper" else self._code_plan(layout)
 
     def _code_plan(self, layout: Layout) -> Plan:

@@ -10,7 +10,7 @@ import torch
 
 from ..layout import Grid, Layout
 from ..plan import Plan
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
 from .dynamic import DynamicMethod, Partition, Pool, match_heads
 
 ORDERS = ("hilbert", "morton", "raster")
@@ -52,7 +52,8 @@ class Rectified(DynamicMethod):
     Args:
         block_size: tokens in a block, 8 to 256.
         topk: at least 1: key blocks of image tokens each query block keeps, or more; clamped to
-            those there are. Give this or ``drop``.
+            those there are. Give this or ``drop``. Lists have a value for each head, here and for
+            ``drop`` and ``top_p``.
         drop: share of the image's key blocks to drop, in [0, 1):
             ``topk = max(1, floor((1 - drop) · blocks))``. Default 0.8.
         top_p: blocks are kept until their P, in falling order, sums to more than this; in [0, 1].
@@ -68,11 +69,12 @@ class Rectified(DynamicMethod):
     """
 
     name: ClassVar[str] = "rectified"
+    per_head: ClassVar[tuple[str, ...]] = ("topk", "drop", "top_p")
 
     block_size: int = 128
-    topk: int | None = None
-    drop: float | None = None
-    top_p: float = 0.3
+    topk: int | tuple[int, ...] | None = None
+    drop: float | tuple[float, ...] | None = None
+    top_p: float | tuple[float, ...] = 0.3
     order: str = "hilbert"
     neighbors: bool = True
     first_frame: bool = False
@@ -82,16 +84,19 @@ class Rectified(DynamicMethod):
     def __post_init__(self):
         super().__post_init__()
         check_integer("block_size", self.block_size, 8, MAX_BLOCK_SIZE)
-        if self.topk is not None:
-            check_integer("topk", self.topk, 1)
+        for topk in each(self.topk) if self.topk is not None else ():
+            check_integer("topk", topk, 1)
+        if self.topk is not None and not isinstance(self.topk, tuple):
             object.__setattr__(self, "topk", int(self.topk))
         object.__setattr__(self, "block_size", int(self.block_size))
         if self.topk is not None and self.drop is not None:
             raise ValueError(f"give topk or drop, not both; got topk={self.topk}, drop={self.drop}")
-        if self.drop is not None and not 0 <= self.drop < 1:
-            raise ValueError(f"drop must lie in [0, 1), 0 drops nothing; got {self.drop!r}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must lie in [0, 1], a share of the mass; got {self.top_p!r}")
+        for drop in each(self.drop) if self.drop is not None else ():
+            if not 0 <= drop < 1:
+                raise ValueError(f"drop must lie in [0, 1), 0 drops nothing; got {drop!r}")
+        for top_p in each(self.top_p):
+            if not 0 <= top_p <= 1:
+                raise ValueError(f"top_p must lie in [0, 1], a share of the mass; got {top_p!r}")
         check_choice("order", self.order, ORDERS)
 
     def least(self) -> Rectified:

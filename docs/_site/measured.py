@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
+from dittfast.measure.summary import kept
+
 INTRODUCTION = """\
 # Measured numbers
 
@@ -103,7 +105,7 @@ def attention(data: dict) -> str:
         (
             r["method"]["name"],
             f"{r['tokens']:,}",
-            f"{r['density']:.3f}",
+            kept(r["density"], r.get("work")),
             spread(r["useful_efficiency"]),
             spread(r["speedup"]),
             f"{r['backend']}, {r['dtype']}",
@@ -133,7 +135,7 @@ def growth(data: dict) -> str:
         (
             m["method"]["name"],
             f"{r['tokens']:,}",
-            f"{r['density']:.4f}",
+            kept(r["density"], r.get("work"), 4),
             spread(r["seconds"], ".3g"),
             spread(r["dense_seconds"], ".3g") if r["dense_seconds"] else "not measured",
             f"{r['plan_bytes']:,}",
@@ -164,7 +166,8 @@ def overhead(data: dict) -> str:
 def fidelity(data: dict) -> str:
     """``dittfast evaluate fidelity``."""
     rows = [m for m in data["methods"] if m["pooled"]["psnr_db"]["mean"] is not None]
-    points = {m["label"]: [(m["density"], m["pooled"]["psnr_db"]["mean"])] for m in rows}
+    planned = [m for m in rows if m["density"] is not None]
+    points = {m["label"]: [(m["density"], m["pooled"]["psnr_db"]["mean"])] for m in planned}
     said = "; ".join(f"{name} {p[0][1]:.1f} dB at {p[0][0]:.2f}" for name, p in points.items())
     words = f"PSNR to dense attention against density: {said}"
     cells = []
@@ -173,7 +176,7 @@ def fidelity(data: dict) -> str:
         cells.append(
             (
                 f"`{m['label']}`",
-                f"{m['density']:.3f}",
+                kept(m["density"], m.get("work")),
                 f"{psnr['mean']:.2f} ({psnr['low']:.2f} to {psnr['high']:.2f})",
                 f"{ssim['mean']:.4f}",
             )

@@ -13,7 +13,7 @@ from dittfast.methods.local import Local
 from dittfast.plan import Plan, to_be_kept
 
 from ..families.sequences import Sequences
-from ..layer import LayerRun, by_rows, key_log_weight
+from ..layer import by_rows, key_log_weight
 from ..passes import Pass
 
 # Sequences whose perturbation is kept: a server sees a new one with every prompt length.
@@ -73,7 +73,7 @@ class Perturbation:
             layout, plan = row
             if self.weak is not None:
                 weak = method_attention(
-                    self.weak, layout, q, k, v, plan=plan, kv_log_weight=weight, scale=scale
+                    self.weak, layout, q, k, v, kept=plan, kv_log_weight=weight, scale=scale
                 )
                 return soft_pag(out, weak, strength, rows=layout)
             if v.shape[1] != out.shape[1]:
@@ -121,7 +121,7 @@ class HeadWeakening:
             perturbation, strengths = self._perturbations[key], self._moved[device]
         return current.changed(
             {
-                name: LayerRun(current.runs[name].core, perturbation, strength)
+                name: current.runs[name].changed(perturbation, strength)
                 for name, strength in strengths.items()
             }
         )

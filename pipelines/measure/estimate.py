@@ -12,8 +12,12 @@ import torch
 from dittfast.config import resolve
 from dittfast.layout import Layout
 from dittfast.methods import METHODS
+from dittfast.methods.amount import Amount, mean_amount
 from dittfast.methods.base import Method
+from dittfast.methods.head_groups import split
+from dittfast.mixture import Assignment
 from dittfast.plan import Plan
+from dittfast.schedule import Schedule
 
 from ..families import FAMILIES
 from ..families.published import PublishedModel
@@ -27,7 +31,9 @@ class Estimate:
 
     Attributes:
         method, settings: its name, and the preset or options asked for.
-        density: kept fraction of the token pairs in a sparse layer.
+        density: kept fraction of the token pairs in a sparse layer; None of a method that computes
+            its own output.
+        work: FLOPs of attention in a sparse layer, as a fraction of dense.
         at_least: whether the method may keep more, by what q and k are.
         dense_layers: of the model's self-attention layers.
         attention: FLOPs of all self-attention layers in a sparse step, dense layers included. The
@@ -40,7 +46,7 @@ class Estimate:
 
     method: str
     settings: str
-    density: float = 0.0
+    density: float | None = 0.0
     at_least: bool = False
     dense_layers: int = 0
     attention: float = 0.0
@@ -48,6 +54,7 @@ class Estimate:
     plan_bytes: int = 0
     build_seconds: float = 0.0
     problem: str | None = None
+    work: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,9 @@ def estimate(
     model = card.build()
     sequences = card.sequences(model, num_frames, height, width, text)
     layout, cost = sequences.layout, forward_cost(model, sequences, text)
-    names = list(attention_layers(model, FAMILIES[card.model]))
+    heads = {name: cost.heads for name in attention_layers(model, FAMILIES[card.model])}
     estimates = [
-        method_estimate(settings, method, len(schedule.dense_layer_names(names)), layout, cost)
+        method_estimate(settings, method, schedule, heads, layout, cost)
         for settings, (method, schedule) in chosen
     ]
     parameters = sum(x.numel() for x in model.parameters())
@@ -127,38 +134,74 @@ def default_settings(card: PublishedModel) -> list[str]:
 
 
 def method_estimate(
-    settings: str, method: Method, dense_layers: int, layout: Layout, cost: Cost
+    settings: str,
+    method: Method,
+    schedule: Schedule,
+    heads: dict[str, int],
+    layout: Layout,
+    cost: Cost,
 ) -> Estimate:
-    """What ``method`` keeps and costs on ``layout``."""
+    """What ``method`` keeps and costs on ``layout``, in steps that no schedule keeps dense.
+
+    Args:
+        heads: of every self-attention layer by name. A mixture counts each layer by what its rules
+            give it, and of rules for some steps the mean.
+    """
     start = perf_counter()
+    found: dict[Method, Amount] = {}
     try:
-        plan = _plan(method, layout)
+        assignment = Assignment(method, heads)
+        dense = schedule.dense_layer_names(list(heads))
+        layers, least, size = [], False, 0
+        for name, count in heads.items():
+            groups = [] if name in dense else assignment.ever(name)
+            parts = []
+            for group in groups:
+                for own in split(group.method, len(group.heads)):
+                    if own.method not in found:
+                        found[own.method], plan = _amount(own.method, layout, cost)
+                        size += 0 if plan is None else _list_bytes(plan)
+                    least |= own.method.least() != own.method
+                    parts.append((len(own.heads), found[own.method]))
+            if groups:
+                rest = max(0, count - sum(weight for weight, _ in parts))
+                layers.append(mean_amount([*parts, *([(rest, Amount(1.0, 1.0))] if rest else [])]))
     except ValueError as error:
         return Estimate(method.name, settings, problem=str(error))
     seconds = perf_counter() - start
-    sparse = plan.flops(cost.head_dim, cost.heads)
-    attention = (cost.layers - dense_layers) * sparse + dense_layers * cost.attention / cost.layers
-    lists = (plan.kv_indices, plan.kv_num_blocks, plan.kv_num_full_blocks, plan.kv_blocks.order)
-    lists = [x for x in (*lists, *plan.q_blocks, *plan.kv_blocks[:2]) if x is not None]
+    amount = mean_amount((1, x) for x in layers) if layers else Amount(1.0, 1.0)
+    each = cost.attention / cost.layers
+    attention = each * (amount.work * len(layers) + cost.layers - len(layers))
     return Estimate(
         method.name,
         settings,
-        density=plan.density,
-        at_least=method.least() != method,
-        dense_layers=dense_layers,
+        density=amount.density,
+        work=amount.work,
+        at_least=least,
+        dense_layers=cost.layers - len(layers),
         attention=attention,
         fewer_flops=cost.speedup(attention / cost.attention),
-        plan_bytes=sum(x.element_size() * x.numel() for x in lists),
+        plan_bytes=size,
         build_seconds=seconds,
     )
 
 
-def _plan(method: Method, layout: Layout) -> Plan:
-    """The plan; where it is chosen from q and k, that of random ones, which has as many blocks."""
+def _amount(method: Method, layout: Layout, cost: Cost) -> tuple[Amount, Plan | None]:
+    """Of a planning method, from its plan; that of random q and k has as many blocks."""
+    if method.computes:
+        return method.amount(layout, cost.heads, cost.head_dim), None
     if method.static:
-        return method.plan(layout)
-    method = method.least()
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
-    with torch.no_grad():
-        return method.plan(layout, draw(), draw(), draw())
+        plan = method.plan(layout)
+    else:
+        least = method.least()
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
+        with torch.no_grad():
+            plan = least.plan(layout, draw(), draw(), draw())
+    return method.amount(layout, None, None, plan), plan
+
+
+def _list_bytes(plan: Plan) -> int:
+    lists = (plan.kv_indices, plan.kv_num_blocks, plan.kv_num_full_blocks, plan.kv_blocks.order)
+    lists = [x for x in (*lists, *plan.q_blocks, *plan.kv_blocks[:2]) if x is not None]
+    return sum(x.element_size() * x.numel() for x in lists)

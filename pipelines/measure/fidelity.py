@@ -33,7 +33,14 @@ from ..runs.run import Run, duration
 from ..runs.settings import run_settings
 from ..runs.sources import Source
 from .drawings import Drawings
-from .method_check import Checked, capture_layers, check_captured, layer_names, sparse_layers
+from .method_check import (
+    Checked,
+    assignment_of,
+    capture_layers,
+    check_captured,
+    layer_names,
+    sparse_layers,
+)
 from .structure import mask_picture, mass_by_distance
 from .variants import DENSE, Variant, check_labels
 
@@ -299,18 +306,18 @@ def evaluate_fidelity(
 
 def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
     """Check every method on one dense run; its attention by distance. Masks go into folders."""
-    layers = {v.label: sparse_layers(pipe, v.schedule) for v in variants}
+    layers = {v.label: sparse_layers(pipe, v.method, v.schedule) for v in variants}
     captured = capture_layers(
         pipe, call, sorted({x for some in layers.values() for x in some}), seed
     )
     names = layer_names(pipe)
     checks: dict[str, Checked] = {}
     for v in variants:
-        own = [] if v.method.dense else [names[x] for x in layers[v.label]]
+        own = [names[x] for x in layers[v.label]]
         mine = [c for c in captured if c.layer in own]
         if own and not mine:
             mine = capture_layers(pipe, call, layers[v.label], seed)
-        checks[v.label], plan = check_captured(v.method, mine, v.backend)
+        checks[v.label], plan = check_captured(assignment_of(pipe, v.method), mine, v.backend)
         path = folder / v.label / "mask.png"
         if plan is not None and not path.exists():
             picture = mask_picture(plan, mine[0].layout, v.label, mine[0].layer)
@@ -340,7 +347,8 @@ def _row(variant: Variant, checked: Checked, records: dict, measured: list[dict]
         "preset": variant.preset,
         **variant.settings(),
         "did_not_run": idle,
-        "density": _density(own),
+        "density": _mean_of(own, "density"),
+        "work": _mean_of(own, "work"),
         "checked": checked.to_dict(),
         "sparse_layers": _sparse_layers(own),
         "dense_over_method_seconds": None if idle else seconds_ratio(records[DENSE], own),
@@ -355,14 +363,12 @@ def did_not_run(records: Sequence[dict]) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def _density(records: Sequence[dict]) -> float | None:
+def _mean_of(records: Sequence[dict], name: str) -> float | None:
     """Mean over pictures of what ``describe`` found in sparse layers; None if not recorded."""
-    densities = [
-        r["attention"]["density"] if r["attention"]["sparse_layers"] else 1 for r in records
-    ]
-    if None in densities:
+    values = [r["attention"].get(name) if r["attention"]["sparse_layers"] else 1 for r in records]
+    if None in values:
         return None
-    return math.fsum(densities) / len(densities)
+    return math.fsum(values) / len(values)
 
 
 def _sparse_layers(records: Sequence[dict]) -> str:

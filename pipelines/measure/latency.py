@@ -269,8 +269,10 @@ def _numbers(arms: _Arms, checked: Checked) -> dict:
         "share": arms.shares,
         "ceiling": None if ceiling == float("inf") else ceiling,
         "ceiling_at_density": None
-        if checked.density is None
-        else amdahl(min(share, 1.0), min(checked.density, 1.0)),
+        if checked.density is None and checked.work is None
+        else amdahl(
+            min(share, 1.0), min(checked.work if checked.density is None else checked.density, 1.0)
+        ),
         "peak_memory_bytes": arms.memory,
         "against_dense": quality(dense[0], sparse[0]),
     }

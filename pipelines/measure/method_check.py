@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from dittfast.attention import choose_backend, method_call
-from dittfast.measure.check import WrongResult, check_against_dense, detached
+from dittfast.attention import choose_backend
+from dittfast.measure.check import WrongResult, check_attention
+from dittfast.methods.amount import mean_amount
 from dittfast.methods.base import Method
+from dittfast.methods.head_groups import select_heads
+from dittfast.mixture import Assignment
 from dittfast.plan import Plan
 from dittfast.schedule import Schedule
 
 from ..families import FAMILIES
-from ..models import attention_layers, transformers_of
+from ..models import attention_layers, head_shape, transformers_of
 from .probe import Captured, capture
 
 _STEPS = 2
@@ -25,12 +27,13 @@ _LAYERS = 8
 
 @dataclass(frozen=True)
 class Checked:
-    """A method that agreed with dense fp64 attention under its own plan.
+    """A method that agreed with its definition in fp64.
 
     Attributes:
         backend: the one that was checked.
         layers: how many sparse layers, at the last of two denoising steps.
-        density: kept fraction of token pairs, mean over those layers.
+        density: kept fraction of token pairs, mean over those layers; None where a layer's method
+            computes its own output.
         work: FLOPs of attention, appended summary tokens included, as a fraction of dense; mean
             over those layers. Without summaries it equals density.
     """
@@ -42,21 +45,6 @@ class Checked:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def method_plan(method: Method, captured: Captured) -> tuple[Plan, tuple, float]:
-    """The plan, ``(q, k, v)`` with summary tokens and the scale that a call gets by ``method``."""
-    c = captured
-    method.prepare(c.layout, c.q.device)
-    call = method_call(
-        method, c.layout, c.q, c.k, c.v, scale=c.scale, kv_log_weight=c.kv_log_weight
-    )
-    plan, weight = detached(call.plan), call.kv_log_weight
-    if weight is not None:
-        if plan.kv_log_weight is not None:
-            weight = weight + plan.kv_log_weight
-        plan = plan.replace(kv_log_weight=weight)
-    return plan, (c.q, call.k, call.v), call.scale
 
 
 def layer_names(pipe) -> list[str]:
@@ -74,11 +62,23 @@ def layer_names(pipe) -> list[str]:
     return list(attention_layers(model, family))
 
 
-def sparse_layers(pipe, schedule: Schedule) -> list[int]:
-    """Numbers of the layers of :func:`layer_names` that a schedule leaves to the method."""
+def assignment_of(pipe, method: Method) -> Assignment:
+    """What each layer of :func:`layer_names` runs under a method or mixture.
+
+    Raises:
+        ValueError: rules that do not fit the model.
+    """
+    model = next(iter(transformers_of(pipe).values()))
+    family = FAMILIES[type(model).__name__]
+    layers = attention_layers(model, family)
+    return Assignment(method, {name: head_shape(family, m)[0] for name, m in layers.items()})
+
+
+def sparse_layers(pipe, method: Method, schedule: Schedule) -> list[int]:
+    """Numbers of the layers of :func:`layer_names` that a method runs in at some step."""
     names = layer_names(pipe)
-    dense = schedule.dense_layer_names(names)
-    return [number for number, name in enumerate(names) if name not in dense]
+    dense, assignment = schedule.dense_layer_names(names), assignment_of(pipe, method)
+    return [n for n, name in enumerate(names) if name not in dense and assignment.ever(name)]
 
 
 def spread(values: list, count: int) -> list:
@@ -99,9 +99,9 @@ def capture_layers(pipe, call: dict, layers: list[int], seed: int = 0) -> list[C
 
 @torch.no_grad()
 def check_captured(
-    method: Method, captured: Sequence[Captured], backend: str = "auto"
+    assignment: Assignment, captured: Sequence[Captured], backend: str = "auto"
 ) -> tuple[Checked, Plan | None]:
-    """Compare ``attend`` with dense fp64 attention under the method's plan; the first plan, too.
+    """Compare what each captured layer runs with its definition in fp64; the first plan, too.
 
     Raises:
         dittfast.measure.check.WrongResult: naming the layer, what differs and by how much.
@@ -111,17 +111,19 @@ def check_captured(
     backend = (
         choose_backend(captured[0].q.device, captured[0].q.dtype) if backend == "auto" else backend
     )
-    checks = [_check(method, c, backend) for c in captured]
-    density, work = (statistics.fmean(x) for x in list(zip(*checks))[:2])
-    return Checked(backend, len(checks), density, work), checks[0][2]
+    checks = [x for c in captured for x in _check(assignment, c, backend)]
+    amount = mean_amount((heads, found) for heads, found, _ in checks)
+    plan = next((plan for _, _, plan in checks if plan is not None), None)
+    return Checked(backend, len(captured), *amount), plan
 
 
 def check_method(
     pipe, call: dict, method: Method, schedule: Schedule, backend: str = "auto", seed: int = 0
 ) -> Checked:
-    """Run the pipeline dense for two steps and compare ``attend`` on sparse layers' q, k and v.
+    """Run the pipeline dense for two steps and check the method on sparse layers' q, k and v.
 
-    Sampled query rows are compared with attention computed densely in fp64 under the same plan.
+    Sampled query rows are compared with attention computed densely in fp64 under the same plan, or
+    with the method's formula where it computes its output itself.
 
     Args:
         call: see :func:`~dittfast.pipelines.runs.call.call_arguments`.
@@ -129,16 +131,22 @@ def check_method(
     Raises:
         dittfast.measure.check.WrongResult: naming the layer, what differs and by how much.
     """
-    layers = [] if method.dense else sparse_layers(pipe, schedule)
-    return check_captured(method, capture_layers(pipe, call, layers, seed), backend)[0]
+    layers = sparse_layers(pipe, method, schedule)
+    captured = capture_layers(pipe, call, layers, seed)
+    return check_captured(assignment_of(pipe, method), captured, backend)[0]
 
 
-def _check(method: Method, captured: Captured, backend: str) -> tuple[float, float, Plan]:
-    plan, (q, k, v), scale = method_plan(method, captured)
-    try:
-        check_against_dense(q, k, v, torch.zeros_like(q), plan, scale, backend)
-    except WrongResult as error:
-        raise WrongResult(f"{method.name}, layer {captured.layer}: {error}") from error
-    dim = q.shape[-1]
-    work = plan.flops(dim) / (4.0 * plan.num_queries * plan.num_real_keys * dim)
-    return plan.density, work, plan
+def _check(assignment: Assignment, c: Captured, backend: str) -> Iterator[tuple]:
+    """``(heads, amount, plan)`` of all that a layer runs at some step."""
+    for group in assignment.ever(c.layer):
+        q, k, v = (select_heads(x, group.heads, c.q.shape[1]) for x in (c.q, c.k, c.v))
+        weight = c.kv_log_weight
+        if weight is not None and weight.shape[1] > 1:
+            weight = weight[:, list(group.heads)]
+        given = {"scale": c.scale, "kv_log_weight": weight, "backend": backend}
+        try:
+            zeros = torch.zeros_like(q)
+            found = check_attention(group.method, c.layout, q, k, v, zeros, **given)
+        except WrongResult as error:
+            raise WrongResult(f"{group.method.name}, layer {c.layer}: {error}") from error
+        yield len(group.heads), *found

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dittfast.attention import choose_backend
-from dittfast.methods import Local, LogLinear, Neighborhood, Radial, Rectified
+from dittfast.methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.plan import Plan
@@ -36,6 +36,29 @@ class Full(Method):
         return Plan.full(layout.num_tokens, block_size=self.block_size, kv_log_weight=weight)
 
 
+@dataclass(frozen=True)
+class ByFormula(Method):
+    """A method that computes its own output, replaced by its formula."""
+
+    name: ClassVar[str] = "by formula"
+    needs_grid: ClassVar[bool] = False
+
+    method: Method | None = None
+
+    def parameters(self, heads, head_dim):
+        return self.method.parameters(heads, head_dim)
+
+    def attention(self, layout, q, k, v, call, **parameters):
+        rows = torch.arange(q.shape[2], device=q.device)
+        return self.method.formula(layout, q, k, v, rows, call, **parameters)
+
+    def geometry(self, layout, device):
+        return self.method.geometry(layout, device)
+
+    def flops(self, layout, heads, head_dim):
+        return self.method.flops(layout, heads, head_dim)
+
+
 # Small blocks, so that even a hundred tokens have something to leave out.
 METHODS: dict[str, Method] = {
     "full": Full(),
@@ -44,6 +67,7 @@ METHODS: dict[str, Method] = {
     "neighborhood": Neighborhood(window=2),
     "log_linear": LogLinear(block_size=16, topk=2, levels=1),
     "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
+    "linear": Linear(),
 }
 
 # Weakened heads are no method: guidance runs beside any of them, here beside none and "full".
@@ -58,13 +82,16 @@ class Cell:
     """One family under one method.
 
     Attributes:
-        density: kept fraction of the token pairs; None for guidance, and where nothing ran.
+        density: kept fraction of the token pairs; None for guidance, where nothing ran, and for a
+            method that computes its own output.
         error: largest difference that should be none, relative to the largest output: of the full
-            plan from the stock model, of a sparse one between the CPU backends and reference.
+            plan from the stock model, of a sparse one between the CPU backends and reference, of a
+            method that computes its own output from its formula.
         noise: what eager attention loses by another order of its sums, in the same unit.
         change: how far the method moves the output from the stock model's.
         problem: what is wrong; None if nothing is.
         absent: whether diffusers has no such thing for this class, or it is broken there.
+        work: FLOPs of attention as a fraction of dense.
     """
 
     family: str
@@ -75,6 +102,7 @@ class Cell:
     change: float = 0.0
     problem: str | None = None
     absent: bool = False
+    work: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -113,12 +141,14 @@ def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
 
 
 def _cell(name, method, model, inputs, stock, noise) -> Cell:
-    outputs, density = {}, None
+    outputs, chosen = {}, METHODS[method]
     try:
         for backend in (*_cpu_backends(stock), "reference"):
-            with enable(model, METHODS[method], backend=backend, min_tokens=0):
+            if backend == "reference" and chosen.computes:
+                chosen = ByFormula(chosen)
+            with enable(model, chosen, backend=backend, min_tokens=0):
                 outputs[backend] = output(model, inputs)
-                density = describe(model).density
+                density, work = describe(model).amount
     except (ValueError, RuntimeError) as error:
         return Cell(name, method, problem=f"{type(error).__name__}: {error}")
     *ours, reference = outputs.values()
@@ -133,7 +163,7 @@ def _cell(name, method, model, inputs, stock, noise) -> Cell:
         problem = f"differs by {error:.1e} where eager attention loses {noise:.1e}"
     elif density != 1 and change <= 20 * noise:
         problem = f"the method changed nothing ({change:.1e})"
-    return Cell(name, method, density, error, noise, change, problem)
+    return Cell(name, method, density, error, noise, change, problem, work=work)
 
 
 def _cpu_backends(stock: torch.Tensor) -> list[str]:
@@ -257,9 +287,11 @@ def matrix(families: Iterable[str] = (), methods: Iterable[str] = ()) -> Iterato
 
 
 def text_of(cell: Cell) -> str:
-    """What a table shows: the density of a method's good cell, "yes" where another is good."""
+    """What a table shows of a good cell: the density, FLOPs with an F, "yes" where neither is."""
     if not cell.ok:
         return "FAILED"
     if cell.absent:
         return "-"
-    return f"{cell.density:.2f}" if cell.method in METHODS else "yes"
+    if cell.method not in METHODS:
+        return "yes"
+    return f"{cell.work:.2f} F" if cell.density is None else f"{cell.density:.2f}"

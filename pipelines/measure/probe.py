@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 
+from dittfast.attention import attend, method_attention, method_call
 from dittfast.layout import Layout
 from dittfast.measure.check import mask_rows
 from dittfast.measure.draw import kept_mass
 from dittfast.methods.base import Method
+from dittfast.methods.head_groups import select_heads, split
 from dittfast.plan import Plan
 
 from ..adapter import enable
@@ -155,17 +157,20 @@ class HeadReport:
 
     Attributes:
         head: its number; the numbers are means over the batch.
-        density: kept fraction of token pairs.
+        density: kept fraction of token pairs; None where a method keeps no pairs, because it
+            computes its own output.
+        work: FLOPs as a fraction of dense attention's.
         mass: share of dense attention's probability that lies on the pairs kept token by token,
             a mean over the grid's query rows. What a method gives back by pooled summaries or a
-            correction is not in it.
+            correction is not in it. None where no pairs are kept.
         error: ``|out - dense| / |dense|`` of the head's output, over the same rows.
     """
 
     head: int
-    density: float
-    mass: float
+    density: float | None
+    mass: float | None
     error: float
+    work: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,36 +179,62 @@ class CallReport:
 
     Attributes:
         step, layer: as captured. heads: one report a head.
-        plan: the plan the method made.
+        plan: the plan the method made; None of one that computes its own output, and of groups of
+            heads that have several.
         block_mass: ``[H, nQ, nK]`` dense attention between the plan's blocks, each row adding up
-            to 1 over the sequence's own keys, for the first batch row.
+            to 1 over the sequence's own keys, for the first batch row; None without a plan.
     """
 
     step: int
     layer: str
     heads: tuple[HeadReport, ...]
-    plan: Plan = field(repr=False)
-    block_mass: torch.Tensor = field(repr=False)
+    plan: Plan | None = field(repr=False)
+    block_mass: torch.Tensor | None = field(repr=False)
 
 
 def measure(method: Method, captured: Captured, backend: str = "auto") -> CallReport:
-    """Plan ``method`` on captured q, k and v, and compare with dense attention."""
-    from dittfast.attention import attend, method_call
+    """Run ``method`` on captured q, k and v, and compare with dense attention."""
+    c, num_heads = captured, captured.q.shape[1]
+    heads, last = {}, None
+    groups = split(method, num_heads)
+    for group in groups:
+        own = list(group.heads)
+        q, k, v = (select_heads(x, group.heads, num_heads) for x in (c.q, c.k, c.v))
+        weight = c.kv_log_weight
+        if weight is not None and weight.shape[1] > 1:
+            weight = weight[:, own]
+        part = replace(c, q=q, k=k, v=v, kv_log_weight=weight)
+        last = _measure_heads(group.method, part, backend)
+        heads |= {h: replace(x, head=h) for h, x in zip(own, last.heads)}
+    reports = tuple(heads[h] for h in range(num_heads))
+    plan, mass = (last.plan, last.block_mass) if len(groups) == 1 else (None, None)
+    return CallReport(c.step, c.layer, reports, plan, mass)
 
-    c = captured
+
+def _measure_heads(method: Method, c: Captured, backend: str) -> CallReport:
+    """The same for heads that run one method."""
     given = {"scale": c.scale, "kv_log_weight": c.kv_log_weight}
-    plan, near_k, near_v, weight, scale = method_call(method, c.layout, c.q, c.k, c.v, **given)
-    out = attend(c.q, near_k, near_v, plan, kv_log_weight=weight, scale=scale, backend=backend)
+    heads, n = c.q.shape[1:3]
+    method.prepare(c.layout, c.q.device)
+    plan = None
+    if method.computes:
+        out = method_attention(method, c.layout, c.q, c.k, c.v, backend=backend, **given)
+        amounts = [method.amount(c.layout, heads, c.q.shape[3])] * heads
+    else:
+        plan, near_k, near_v, weight, scale = method_call(method, c.layout, c.q, c.k, c.v, **given)
+        out = attend(c.q, near_k, near_v, plan, kv_log_weight=weight, scale=scale, backend=backend)
+        amounts = [method.amount(c.layout, None, None, x) for x in _plans(plan, heads)]
     is_grid = torch.from_numpy(c.layout.coordinates()[:, 0] >= 0)
     if not is_grid.any():
         is_grid = torch.ones_like(is_grid)
-    heads, n = c.q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1).double() for x in (c.k, c.v))
     valid = c.layout.kv_log_weight(c.q.device)
-    kept = torch.zeros(heads, dtype=torch.float64)
+    kept, block_mass = torch.zeros(heads, dtype=torch.float64), None
     apart, size = torch.zeros_like(kept), torch.zeros_like(kept)
-    row_of, column_of = (_block_of(b, n) for b in (plan.q_blocks, plan.kv_blocks))
-    block_mass = torch.zeros(heads, plan.q_blocks.count, plan.kv_blocks.count, dtype=torch.float64)
+    if plan is not None:
+        row_of, column_of = (_block_of(b, n) for b in (plan.q_blocks, plan.kv_blocks))
+        counts = plan.q_blocks.count, plan.kv_blocks.count
+        block_mass = torch.zeros(heads, *counts, dtype=torch.float64)
     for tokens in torch.arange(n).split(_ROWS):
         logits = c.q[:, :, tokens].double() @ k.transpose(-1, -2) * c.scale
         for weight in (valid, c.kv_log_weight):
@@ -211,27 +242,44 @@ def measure(method: Method, captured: Captured, backend: str = "auto") -> CallRe
                 logits = logits + weight[..., None, :].double()
         shares = torch.softmax(logits, -1)
         dense = shares @ v
-        columns = torch.zeros(heads, len(tokens), plan.kv_blocks.count, dtype=torch.float64)
-        columns.index_add_(2, column_of, shares[0].cpu())
-        block_mass.index_add_(1, row_of[tokens], columns)
-        seen = mask_rows(plan, tokens)[..., :n]
         rows = is_grid[tokens].double()
-        kept += ((shares * seen).sum(-1).mean(0).cpu() * rows).sum(-1)
+        if plan is not None:
+            columns = torch.zeros(heads, len(tokens), plan.kv_blocks.count, dtype=torch.float64)
+            columns.index_add_(2, column_of, shares[0].cpu())
+            block_mass.index_add_(1, row_of[tokens], columns)
+            seen = mask_rows(plan, tokens)[..., :n]
+            kept += ((shares * seen).sum(-1).mean(0).cpu() * rows).sum(-1)
         off = (out[:, :, tokens].double() - dense).square().sum((0, 3)).cpu()
         apart += (off * rows).sum(-1)
         size += (dense.square().sum((0, 3)).cpu() * rows).sum(-1)
-    block_mass /= plan.q_blocks.lengths.cpu()[:, None]
-    density = _densities(plan, heads)
+    if plan is not None:
+        block_mass /= plan.q_blocks.lengths.cpu()[:, None]
     mass, error = kept / is_grid.sum(), (apart / size).sqrt()
     reports = tuple(
-        HeadReport(h, density[h], float(mass[h]), float(error[h])) for h in range(heads)
+        HeadReport(
+            h,
+            amounts[h].density,
+            None if plan is None else float(mass[h]),
+            float(error[h]),
+            amounts[h].work,
+        )
+        for h in range(heads)
     )
     return CallReport(c.step, c.layer, reports, plan, block_mass)
 
 
 def kept_picture(reports: Sequence[CallReport], title: str = "") -> Image.Image:
-    """Kept and dropped attention of every head, a row for each call."""
-    rows = []
+    """Kept and dropped attention of every head, a row for each call that has a plan.
+
+    Raises:
+        ValueError: no call has one.
+    """
+    rows, reports = [], [report for report in reports if report.plan is not None]
+    if not reports:
+        raise ValueError(
+            "there is no mask to draw: the method computes its own output, or has a plan for each "
+            "group of heads"
+        )
     for report in reports:
         plan = report.plan
         mask = plan.to_block_mask()[0].cpu().numpy()
@@ -249,10 +297,11 @@ def kept_picture(reports: Sequence[CallReport], title: str = "") -> Image.Image:
     return kept_mass(rows, title=title, names=[r.layer for r in reports])
 
 
-def _densities(plan: Plan, heads: int) -> list[float]:
+def _plans(plan: Plan, heads: int) -> list[Plan]:
+    """The plan of each head."""
     if plan.kv_indices.shape[1] == 1:
-        return [plan.density] * heads
-    return [plan.select_heads(slice(h, h + 1)).density for h in range(heads)]
+        return [plan] * heads
+    return [plan.select_heads(slice(h, h + 1)) for h in range(heads)]
 
 
 def _block_of(blocks, n: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ class Variant:
         """Plain data, for manifests and tables."""
         trained = {} if self.way is None else {"adapter": self.way.digest()}
         return {
-            "method": {"name": self.method.name, **asdict(self.method)},
+            "method": self.method.to_dict(),
             "schedule": asdict(self.schedule),
             "backend": self.backend,
             **trained,

@@ -13,6 +13,7 @@ import numpy as np
 
 from dittfast.measure.metrics import SSIM_WINDOW, image_tensor, psnr, ssim
 from dittfast.measure.timing import in_turns
+from dittfast.methods.amount import Amount
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.schedule import Schedule
@@ -59,10 +60,17 @@ class Arm:
             return 1.0
         return self.description.density
 
+    @property
+    def amount(self) -> Amount:
+        """The density, or FLOPs where the method computes its own output."""
+        work = 1.0 if self.density == 1 or self.description is None else self.description.work
+        return Amount(self.density, work)
+
     def to_dict(self) -> dict:
         """Plain data, for JSON."""
         return {
             "density": self.density,
+            "work": self.amount.work,
             "seconds_per_step": self.seconds_per_step,
             "seconds": self.seconds,
             "runs": [dataclasses.asdict(t) for t in self.timings],

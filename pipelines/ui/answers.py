@@ -6,6 +6,7 @@ from html import escape
 
 from dittfast.measure.draw import difference
 from dittfast.measure.embed import image_tag, png_source, webp_source
+from dittfast.measure.summary import kept
 
 from .studio import Look, Result
 
@@ -61,12 +62,13 @@ def _table(result: Result) -> str:
     speed = "did not run"
     if sparse.did_not_run is None:
         speed = f"{ratios['per_step'] or ratios['whole']:.2f} x as fast"
-    density = "differs by call" if sparse.density is None else f"{sparse.density:.3f}"
+    amount = kept(*sparse.amount)
+    amount = "differs by call" if amount == "-" else amount
     rows = [
         (dense.name, "1", dense.seconds_per_step, dense.seconds, ""),
-        (sparse.name, density, sparse.seconds_per_step, sparse.seconds, speed),
+        (sparse.name, amount, sparse.seconds_per_step, sparse.seconds, speed),
     ]
-    head = ("", "density", "a step", "in all", "against dense")
+    head = ("", "density or FLOPs", "a step", "in all", "against dense")
     lines = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(kept)}</td>'
         f"<td>{_seconds(step)}</td><td>{_seconds(whole)}</td><td>{escape(words)}</td></tr>"

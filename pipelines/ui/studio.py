@@ -17,6 +17,7 @@ from PIL import Image
 from dittfast.config import check_fits, resolve
 from dittfast.measure.draw import block_mask
 from dittfast.methods.base import Method
+from dittfast.methods.head_groups import value_lists
 from dittfast.pictures import read_picture
 
 from ..measure.probe import capture, kept_picture, measure
@@ -177,7 +178,7 @@ class Studio:
             )
             data = record(pipe, source, call, request.seed, [dense, sparse])
             if at is not None:
-                no_look = _too_long(sparse.description.num_tokens)
+                no_look = _no_mask(method) or _too_long(sparse.description.num_tokens)
             if at is not None and no_look is None:
                 progress.stage("attention", last_step=at[0])
                 look = self._look(pipe, call | {"num_inference_steps": steps}, method, at, request)
@@ -215,6 +216,15 @@ class Studio:
         kept = kept_picture([report], f"{method.name}: {mass:.0%} of the attention kept")
         tokens = captured.layout.num_tokens
         return Look(step, report.layer, tokens, mask, kept, density, mass, error)
+
+
+def _no_mask(method: Method) -> str | None:
+    if not method.computes and not value_lists(method) and not method.parts:
+        return None
+    return (
+        f"{method.name} has no one mask of key blocks: it computes its own output, or differs by "
+        "head, layer or step. What ran where says how much it computes."
+    )
 
 
 def _too_long(tokens: int | None) -> str | None:
