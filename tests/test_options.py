@@ -80,7 +80,9 @@ def test_an_option_without_words_is_refused():
 def test_the_command_lists_them(capsys, tmp_path):
     assert main(["methods", "radial"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("radial: ") and "decay_factor = 1.0  (float)" in shown
+    assert (
+        shown.startswith("radial: ") and "decay_factor = 1.0  (float or tuple[float, ...])" in shown
+    )
     assert "local" not in shown
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
