@@ -117,6 +117,8 @@ def _read(name: str) -> dict:
         data = _read_yaml(file.read_text(), f"preset {name}")
     else:
         raise unknown("method or preset", name, [*METHODS, *presets()])
+    if not isinstance(data["method"], str):
+        raise _in(name, ValueError(f"'method' must be a name, got {data['method']!r}"))
     if data["method"] not in KINDS:
         raise _in(name, unknown("method", data["method"], KINDS))
     for key in data["schedule"]:
@@ -196,13 +198,13 @@ def read_rules(rules, where: str = "rules") -> tuple[Rule, ...]:
         rules = [_with_layers(layers, what) for layers, what in rules.items()]
     if isinstance(rules, str) or not isinstance(rules, Sequence) or not rules:
         raise ValueError(f"{where} must be a list of rules or a mapping from layers, got {rules!r}")
-    found = []
+    read = []
     for number, rule in enumerate(rules):
         try:
-            found.append(rule if isinstance(rule, Rule) else _read_rule(rule))
+            read.append(rule if isinstance(rule, Rule) else _read_rule(rule))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: rule {number}: {error}") from error
-    return tuple(found)
+    return tuple(read)
 
 
 def _with_layers(layers, what) -> dict:

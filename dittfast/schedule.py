@@ -43,13 +43,14 @@ class Schedule:
         layers = self.dense_layers
         if isinstance(layers, (int, str)):
             layers = (layers,)
-        object.__setattr__(self, "dense_layers", tuple(layers))
-        for entry in self.dense_layers:
+        listed = isinstance(layers, (tuple, list, set, frozenset, range))
+        for entry in layers if listed else [layers]:
             if isinstance(entry, bool) or not isinstance(entry, (int, str)):
                 raise ValueError(
                     "dense_layers takes indices, ranges such as '37-56' and name patterns; "
                     f"got {entry!r}"
                 )
+        object.__setattr__(self, "dense_layers", tuple(layers))
 
     def is_dense_step(self, step: int, num_steps: int) -> bool:
         """Whether 0-based denoising ``step`` of ``num_steps`` is dense."""

@@ -128,3 +128,10 @@ def test_settings_for_another_model_are_taken_with_a_warning(tmp_path, caplog):
     path.write_text("method: local\ntransformers: FluxTransformer2DModel\n")
     with pytest.raises(ValueError, match="'transformers' must be a list of class names"):
         check_fits(str(path), ["UNet"])
+
+
+@pytest.mark.parametrize("method", ["[local]", "{local: 1}", "8", "null"])
+def test_a_file_whose_method_is_no_name(tmp_path, method):
+    (tmp_path / "a.yaml").write_text(f"method: {method}\n")
+    with pytest.raises(ValueError, match=r"a\.yaml: 'method' must be a name, got"):
+        resolve(str(tmp_path / "a.yaml"))

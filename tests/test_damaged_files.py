@@ -313,6 +313,12 @@ def make_texts(folder):
     (folder / "methods.yaml").write_text(yaml.safe_dump(compared))
     preset = {"method": "local", "options": {"window": 3}, "schedule": {"dense_layers": ["x"]}}
     (folder / "preset.yaml").write_text(yaml.safe_dump(preset | {"source": "here"}))
+    rules = [
+        {"layers": ["transformer_blocks.*"], "method": "local", "options": {"window": 3}},
+        {"heads": ["0-1"], "steps": [0, 0.5], "method": "linear"},
+    ]
+    mixed = {"rules": rules, "schedule": {"dense_first_steps": 1}}
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(mixed))
     (folder / "prompts.txt").write_text("a cat\n# no\n\na dög\n", encoding="utf-8")
     prompts = {"annotations": [{"caption": "a cat"}, {"caption": "a dog"}]}
     (folder / "prompts.json").write_text(json.dumps(prompts))
@@ -333,10 +339,10 @@ def read_methods(folder):
     make_variants(read_variants(folder / "methods.yaml")[0])
 
 
-def read_preset(folder):
+def read_preset(name):
     from dittfast.config import resolve
 
-    resolve(str(folder / "preset.yaml"))
+    return lambda folder: resolve(str(folder / name))
 
 
 def read_prompts(name):
@@ -415,7 +421,8 @@ GROUPS: dict[str, tuple[Callable, list[Reader]]] = {
         [
             Reader("run.yaml", read_run, False, yaml.safe_load, False),
             Reader("methods.yaml", read_methods, False, yaml.safe_load, False),
-            Reader("preset.yaml", read_preset, False, yaml.safe_load, False),
+            Reader("preset.yaml", read_preset("preset.yaml"), False, yaml.safe_load, False),
+            Reader("mixture.yaml", read_preset("mixture.yaml"), False, yaml.safe_load, False),
             Reader("prompts.txt", read_prompts("prompts.txt"), False),
             Reader("prompts.json", read_prompts("prompts.json"), False, plain),
             Reader("metadata.jsonl", read_pictures, False, plain),

@@ -105,7 +105,7 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
     common = data.get("schedule") or {}
     _check_schedule(f"{path}", common)
     pairs = data.get("pairs") or []
-    if not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise ValueError(f"{path}: 'pairs' must be a list of two labels each, got {pairs!r}")
     variants = {str(label): _entry(path, label, e, common) for label, e in data["methods"].items()}
     return variants, [tuple(map(str, pair)) for pair in pairs]
