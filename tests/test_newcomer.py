@@ -62,7 +62,7 @@ def is_named(path: str, allowed: set[str]) -> bool:
 BEYOND_FAMILIES = {
     "pipelines/measure/overhead.py": {"FluxTransformer2DModel", "WanTransformer3DModel"},
 }
-# `local`, `linear` and `dense` are ordinary words, and parts of other things are made of dense and local.
+# Ordinary words, and parts of other things are made of dense and local.
 WITNESSES = {
     "Adding a method": [
         [name, cls.__name__]
