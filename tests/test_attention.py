@@ -13,6 +13,9 @@ from dittfast.attention import BACKENDS, choose_backend, method_attention
 from dittfast.plan import Plan
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
+# Most of a kernel's time in the interpreter is its patching.
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 SIZES = [1, 63, 111, 390]
 BLOCKS = even_blocks(8, 4)
 

@@ -212,6 +212,7 @@ def test_kernels_agree_on_them(plan, backend):
     assert_matches_oracle(plan, backend)
 
 
+@pytest.mark.usefixtures("quick_interpreter")
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=["local", "hunyuan"])
 def test_triton_agrees_on_them(plan):

@@ -15,6 +15,9 @@ from dittfast.methods import LogLinear
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
 
+# Most of a kernel's time in the interpreter is its patching.
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 
 def with_runs(rule=False, lists=(1, 2), seed=0, block_size=16, sizes=(111, 143), **fields):
     """``(plan with runs, the same plan with every block listed)``; ragged blocks by default."""
