@@ -32,7 +32,8 @@ from dittfast.cli import main
 from dittfast.pipelines.runs import sources
 break_even.MEASURED = break_even.ESTIMATED = {}
 
-arguments, output, every = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+arguments, output, every, *tasks = json.loads(sys.argv[1]), *sys.argv[2:]
+every = int(every)
 pipe = sources.load(sources.find(arguments[arguments.index("--model") + 1]), torch.device("cpu"))
 sources.load = lambda source, device, dtype: pipe
 
@@ -59,7 +60,7 @@ def run(task, name, kill_at=None):
     os._exit(main(["evaluate", task, *arguments, "-o", f"{output}/{task}/{name}"]))
 
 
-for task in ("fidelity", "draw"):
+for task in tasks:
     os.mkdir(f"{output}/{task}")
     assert run(task, "whole") == 0
     kills = 0
@@ -87,8 +88,8 @@ def model(tmp_path_factory):
     return str(path)
 
 
-def kill(model, tmp_path, every) -> dict[str, int]:
-    """Run both tasks once whole and once in pieces; how often each was killed."""
+def kill(model, tmp_path, every, tasks) -> dict[str, int]:
+    """Run each task once whole and once in pieces; how often each was killed."""
     (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
     arguments = [
         *("--model", model, "--prompts", str(tmp_path / "prompts.txt"), "-n", "2"),
@@ -97,7 +98,10 @@ def kill(model, tmp_path, every) -> dict[str, int]:
         *("--device", "cpu"),
     ]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CHILDREN, json.dumps(arguments), str(tmp_path), str(every)],
+        [
+            *(sys.executable, "-P", "-c", CHILDREN),
+            *(json.dumps(arguments), str(tmp_path), str(every), *tasks),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -106,7 +110,7 @@ def kill(model, tmp_path, every) -> dict[str, int]:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    return {x[0]: int(x[1]) for x in lines if len(x) == 2 and x[0] in ("fidelity", "draw")}
+    return {x[0]: int(x[1]) for x in lines if len(x) == 2 and x[0] in tasks}
 
 
 def pictures(folder):
@@ -135,14 +139,22 @@ def assert_same_numbers(tmp_path, name):
     assert killed == whole
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(0, marks=pytest.mark.slow)])
-def test_killed_runs_go_on_to_the_same_pictures_and_numbers(model, tmp_path, every):
+@pytest.mark.parametrize(
+    ("every", "tasks"),
+    [
+        # draw writes its files by the same functions as fidelity, and fewer of them.
+        pytest.param(5, ["fidelity"], id="5"),
+        pytest.param(5, ["draw"], id="5-draw", marks=pytest.mark.slow),
+        pytest.param(0, ["fidelity", "draw"], id="0", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_runs_go_on_to_the_same_pictures_and_numbers(model, tmp_path, every, tasks):
     """Two prompts, two arms: one run killed again and again after ``every`` writes; or, with 0, one
     for each file, which is cut in half or not put in place."""
-    kills = kill(model, tmp_path, every)
-    assert kills["fidelity"] >= (16 // every if every else 32)
-    assert kills["draw"] >= (8 // every if every else 16)
-    for task in ("fidelity", "draw"):
+    kills = kill(model, tmp_path, every, tasks)
+    writes = {"fidelity": 16, "draw": 8}
+    for task in tasks:
+        assert kills[task] >= (writes[task] // every if every else 2 * writes[task])
         names = [p.name for p in (tmp_path / task).glob("killed*")]
         assert len(names) == (1 if every else kills[task] + 1)
         for name in names:
