@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def address(tmp_path_factory):
                     break
             else:
                 pytest.fail(f"the server ended with {server.wait()}")
+            # A pipe that nobody reads would stop the server once it is full.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
             yield found[1]
         finally:
             server.terminate()
@@ -97,12 +100,14 @@ def test_it_draws_and_shows_the_difference(opened, width, scheme, tmp_path):
     option(page, "window").fill("3")
     page.get_by_role("button", name="Draw").click()
     page.get_by_text("Done in").wait_for()
+    # The buttons are above the options: what was asked for and what came are seen together.
+    assert page.get_by_text("Done in").bounding_box()["y"] < 844
     pictures = page.locator(".dittfast img").all()
     assert len(pictures) == 5
     for picture in pictures:
         assert len(picture.get_attribute("alt").split()) > 5
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
-        box = picture.bounding_box()
+        box = picture.locator("xpath=ancestor::figure").bounding_box()  # a drawing scrolls in it
         assert box["x"] >= 0 and box["x"] + box["width"] <= width
     words = page.locator(".dittfast").all_inner_texts()
     assert any("PSNR" in text for text in words) and any("of dense attention" in x for x in words)

@@ -42,11 +42,12 @@ def _data(kind: str, content: bytes) -> str:
 
 
 def image_tag(source: str, alt: str) -> str:
-    """An ``<img>``.
+    """An ``<img>``, loaded at once: its bytes are here, and one that waits to be scrolled to is
+    missing from print.
 
     Raises:
         ValueError: no words.
     """
     if not alt.strip():
         raise ValueError("a picture needs words for those who cannot see it; got none")
-    return f'<img src="{source}" alt="{escape(alt)}" loading="lazy">'
+    return f'<img src="{source}" alt="{escape(alt)}" decoding="async">'
