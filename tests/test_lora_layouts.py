@@ -90,3 +90,33 @@ def test_each_expert_has_its_own_lora(tmp_path):
         )
     assert distance(first, before[0]) < 2e-5
     assert distance(second, expected) < 2e-5 < 1e-3 < distance(second, before[1])
+
+
+def loaded(folder, file, tmp_path):
+    """The model of a folder with a LoRA in it, as the command line puts it in."""
+    from dittfast.pipelines.runs.loading import Loading, Lora, load_with
+    from dittfast.pipelines.runs.sources import find
+
+    save_file({k: v.contiguous() for k, v in file.items()}, tmp_path / "some.safetensors")
+    how = Loading((Lora(str(tmp_path / "some.safetensors")),))
+    return load_with(find(str(folder)), "cpu", torch.float32, how).transformer
+
+
+def test_what_diffusers_leaves_of_a_lora_is_said_and_what_it_leaves_empty_is_nothing(
+    tmp_path, caplog
+):
+    """Biases of some layers alone, and trained norms, as distilled Wan LoRAs have them."""
+    pipe = tiny.wan_pipeline()
+    pipe.save_pretrained(tmp_path / "wan")
+    file, added = hub.wan_lightx2v(pipe.transformer)
+    last = f"blocks.{len(pipe.transformer.blocks) - 1}."
+    file = {k: v for k, v in file.items() if not (last in k and k.endswith(".diff_b"))}
+    added = {k: v for k, v in added.items() if not (last in k and k.endswith(".bias"))}
+    expected = parity.output(merged(pipe.transformer, added), tiny.wan_inputs())
+    model = loaded(tmp_path / "wan", file, tmp_path)
+    assert distance(parity.output(model, tiny.wan_inputs()), expected) < 2e-5
+    assert "leaves out" not in caplog.text  # the norms in it are zeros
+    norm = "diffusion_model.blocks.0.self_attn.norm_q.diff"
+    model = loaded(tmp_path / "wan", file | {norm: torch.ones_like(file[norm])}, tmp_path)
+    assert distance(parity.output(model, tiny.wan_inputs()), expected) < 2e-5
+    assert f"leaves out 1 whole weights that it changes ({norm} ...)" in caplog.text

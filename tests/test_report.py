@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dittfast.cli import main
+from dittfast.measure.embed import image_tag
 from dittfast.measure.plots import Point, distance_plot, pareto_front, pareto_plot
 from dittfast.measure.report import _points, html_report, markdown_report, read_results, tables_of
 from dittfast.measure.summary import bootstrap_mean
@@ -347,3 +348,11 @@ def test_plots_are_the_same_every_time():
     assert pareto_plot(points, "x", "y", "one") == pareto_plot(points, "x", "y", "one")
     text = distance_plot({"layer": [0.7, 0.3]}, ["0", "1"], [0.5, 0.5], "d", "two")
     assert text.startswith("<svg") and "uniform" in text and 'id="two-' in text
+
+
+def test_a_picture_waits_for_nothing():
+    """A page is printed and photographed whole: what loads when it is scrolled to is missing."""
+    tag = image_tag("data:,", 'a "fox"')
+    assert re.findall(r" (\w+)=", tag) == ["src", "alt"] and "&quot;fox&quot;" in tag
+    with pytest.raises(ValueError, match="needs words"):
+        image_tag("data:,", " ")

@@ -50,4 +50,4 @@ def image_tag(source: str, alt: str) -> str:
     """
     if not alt.strip():
         raise ValueError("a picture needs words for those who cannot see it; got none")
-    return f'<img src="{source}" alt="{escape(alt)}" decoding="async">'
+    return f'<img src="{source}" alt="{escape(alt)}">'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from ..models import transformers_of
 from . import sources
 from .sources import Source
+
+logger = logging.getLogger(__name__)
 
 OFFLOADS = ("model", "group", "sequential")
 # name -> (what it is in diffusers, the package that does it).
@@ -192,6 +195,8 @@ def _put_lora(pipe, lora: Lora, name: str) -> None:
             weight_name=path.name,
             adapter_name=name,
             local_files_only=True,
+            # Else biases that only some layers have are left without values in the others.
+            low_cpu_mem_usage=False,
             **more,
         )
     except Exception as error:  # each layout has its own way to fail
@@ -203,6 +208,23 @@ def _put_lora(pipe, lora: Lora, name: str) -> None:
             f"{path} holds no layer of {lora.component} ({type(model).__name__}); it is for "
             "another model"
         )
+    lost = _left_out(path)
+    if lost:
+        logger.warning(
+            "%s: diffusers leaves out %d whole weights that it changes (%s ...), so the model is "
+            "not quite what the LoRA was trained to make of it", path, len(lost), lost[0],
+        )  # fmt: skip
+
+
+def _left_out(path: Path) -> list[str]:
+    """Differences of whole weights in a LoRA file that are not zero: no layout of diffusers has a
+    place for them, and it drops them without a word."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        names = [n for n in names if n.endswith(".diff") or (n.endswith(".diff_b") and "norm" in n)]
+        return [name for name in names if file.get_tensor(name).count_nonzero()]
 
 
 def _set_scales(models: dict, loras) -> None:
