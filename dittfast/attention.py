@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from .layout import Layout
 from .methods.base import Call, Kept, Method
 from .methods.head_groups import by_head
+from .methods.memory import Memory
 from .plan import Plan, to_be_kept
 
 if TYPE_CHECKING:
@@ -367,6 +368,7 @@ def method_call(
     plan: Plan | None = None,
     kv_log_weight: torch.Tensor | None = None,
     scale: float | None = None,
+    memory: Memory | None = None,
     **parameters: torch.Tensor,
 ) -> MethodCall:
     """A method applied to q, k and v over ``layout``: everything but the attention itself.
@@ -377,6 +379,8 @@ def method_call(
         kv_log_weight: ``[B|1, H|1, N]`` fp32 for the sequence's own keys; -inf hides a key.
         scale: default ``1/sqrt(D)``. A method that departs from that (proportional attention)
             departs from any scale by the same factor.
+        memory: where a plan from q and k may be kept for the next steps; not while torch.compile
+            traces.
         parameters: the method's trainable parameters; missing ones take their initial values.
 
     Returns:
@@ -399,7 +403,10 @@ def method_call(
         if plan is None:
             plan = method.keep(layout, q.device)
         if plan is None:
-            plan = method.plan(layout, q, k, v, scale=scale, kv_log_weight=kv_log_weight)
+            given = {"scale": scale, "kv_log_weight": kv_log_weight}
+            make = partial(method.plan, layout, q, k, v, **given)
+            keeps = memory is not None and not torch.compiler.is_compiling()
+            plan = memory.plan(method, layout, q, k, make) if keeps else make()
         k, v = method.extend(layout, k, v, **parameters)
     extra = k.shape[-2] - layout.num_tokens
     if kv_log_weight is not None and extra:
@@ -420,6 +427,7 @@ def method_attention(
     return_lse: bool = False,
     backend: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
+    memory: Memory | None = None,
     **parameters: torch.Tensor,
 ):
     """Self-attention over ``layout`` by ``method``, whether it plans or computes its own output.
@@ -427,7 +435,7 @@ def method_attention(
     Args:
         q, k, v: ``[B, H, N, D]`` with N the tokens of the layout.
         kept: what ``method.keep(layout, device)`` gave; made here if None.
-        kv_log_weight, scale, parameters: as in :func:`method_call`.
+        kv_log_weight, scale, memory, parameters: as in :func:`method_call`.
         on_plan: called with a plan that is made from q and k; not while torch.compile traces.
 
     Returns and raises: as :func:`attend` and :func:`method_call`; ValueError also where the lse of
@@ -437,12 +445,14 @@ def method_attention(
     if method.computes:
         if return_lse:
             raise ValueError(f"{method.name} computes its own output, which has no lse")
-        call = computing_call(method, layout, q, k, v, kept, kv_log_weight, scale, backend, on_plan)
+        given = {"kv_log_weight": kv_log_weight, "scale": scale, "backend": backend}
+        given |= {"on_plan": on_plan, "memory": memory}
+        call = computing_call(method, layout, q, k, v, kept, **given)
         from .kernels.op import own_precision
 
         with own_precision(q):
             return method.attention(layout, q, k, v, call, **parameters)
-    given = {"plan": kept, "kv_log_weight": kv_log_weight, "scale": scale}
+    given = {"plan": kept, "kv_log_weight": kv_log_weight, "scale": scale, "memory": memory}
     plan, k, v, weight, scale = method_call(method, layout, q, k, v, **given, **parameters)
     if on_plan is not None and not method.static and not torch.compiler.is_compiling():
         with to_be_kept():
@@ -463,6 +473,7 @@ def computing_call(
     scale: float | None = None,
     backend: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
+    memory: Memory | None = None,
 ) -> Call:
     """What a method that computes its own output is called with; arguments as above.
 
@@ -485,8 +496,8 @@ def computing_call(
         own = weight
         if heads is not None and own is not None and own.shape[1] > 1:
             own = own[:, heads]
-        given = {"kv_log_weight": own, "scale": scale, "backend": backend}
+        given = {"kv_log_weight": own, "scale": scale, "backend": backend, "memory": memory}
         given["on_plan"] = on_plan if on_plan is None else partial(on_plan, heads=q.shape[1])
         return method_attention(method, layout, q, k, v, kept=kept, **given, **parameters)
 
-    return Call(scale, weight, kept.geometry, partial(attend, backend=backend), inner)
+    return Call(scale, weight, kept.geometry, partial(attend, backend=backend), inner, memory)

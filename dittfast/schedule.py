@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .methods.checks import check_integer, check_positive
+from .methods.memory import Lasting
+
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _NUMBER = re.compile(r"-?\d+")
 
@@ -23,15 +26,22 @@ class Schedule:
             such as "single_transformer_blocks.*".
         min_tokens: below this many tokens the whole model stays dense; None is the break-even
             measured for the method and the device, 0 always runs the method.
+        replan_every: steps that a plan made from q and k lasts in its layer and guidance branch, at
+            least 1; None is 1, or with ``replan_drift`` no number. Not used in passes that may be
+            differentiated, nor under torch.compile, where each call plans.
+        replan_drift: renew such a plan when the means of q or k over 64 tokens have changed by more
+            than this, relative to what they were; above 0. It waits for the device.
 
     Raises:
-        ValueError: a negative count, or a layer entry of another form.
+        ValueError: a negative count, a drift of 0 or less, or a layer entry of another form.
     """
 
     dense_first_steps: int = 0
     dense_last_steps: int = 0
     dense_layers: tuple[int | str, ...] = ()
     min_tokens: int | None = None
+    replan_every: int | None = None
+    replan_drift: float | None = None
 
     def __post_init__(self):
         for name in ("dense_first_steps", "dense_last_steps", "min_tokens"):
@@ -40,6 +50,10 @@ class Schedule:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        if self.replan_every is not None:
+            check_integer("replan_every", self.replan_every, 1, remedy="1 plans in every step")
+        if self.replan_drift is not None:
+            check_positive("replan_drift", self.replan_drift, "0.1 is a change by a tenth")
         layers = self.dense_layers
         if isinstance(layers, (int, str)):
             layers = (layers,)
@@ -51,6 +65,14 @@ class Schedule:
                     f"got {entry!r}"
                 )
         object.__setattr__(self, "dense_layers", tuple(layers))
+
+    @property
+    def lasting(self) -> Lasting:
+        """How long a plan from q and k lasts."""
+        every = self.replan_every
+        if every is None and self.replan_drift is None:
+            every = 1
+        return Lasting(every, self.replan_drift)
 
     def is_dense_step(self, step: int, num_steps: int) -> bool:
         """Whether 0-based denoising ``step`` of ``num_steps`` is dense."""

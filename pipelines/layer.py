@@ -14,6 +14,7 @@ from dittfast.attention import method_attention
 from dittfast.layout import Context, Layout
 from dittfast.methods.amount import Amount
 from dittfast.methods.base import Kept, Method
+from dittfast.methods.memory import Memory
 from dittfast.plan import Plan
 
 _SDPA = F.scaled_dot_product_attention
@@ -152,6 +153,7 @@ class LayerRun:
     Attributes:
         core: what runs instead of dense attention; None where the layer is dense.
         parameters: the trainable parameters of the layer that its method has.
+        memory: what the layer keeps from step to step of the run; None where it keeps nothing.
         transform: what changes the output of attention; None where nothing does.
         strength: ``[H]``, how far each head is weakened; None where no head is.
     """
@@ -162,15 +164,24 @@ class LayerRun:
         transform: Transform | None = None,
         strength: torch.Tensor | None = None,
         parameters: dict[str, torch.Tensor] | None = None,
+        memory: Memory | None = None,
     ):
         self.core = core
+        self.memory = memory
         self.parameters = parameters or {}
         self.transform = transform
         self.strength = strength
 
     def changed(self, transform: Transform, strength: torch.Tensor | None = None) -> LayerRun:
         """The same with another transform."""
-        return LayerRun(self.core, transform, strength, self.parameters)
+        return LayerRun(self.core, transform, strength, self.parameters, self.memory)
+
+    def weakened(self) -> LayerRun:
+        """The same in the pass in which guidance weakens heads, which keeps plans of its own."""
+        if self.memory is None:
+            return self
+        memory = self.memory.weakened()
+        return LayerRun(self.core, self.transform, self.strength, self.parameters, memory)
 
     @property
     def watched(self) -> Watched | None:
@@ -217,7 +228,10 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
     token = rows[0].layout.grid_start if core.outer_mask else None
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
-    answer = lambda row, *call: _attend_planned(core, parameters, row, *call, scale)  # noqa: E731
+
+    def answer(row, *qkv):
+        return _attend_planned(core, parameters, run.memory, row, *qkv, scale)
+
     out = by_rows(rows, answer, q, k, v, weight)
     if core.outer_mask and mask is not None and mask.dtype != torch.bool:
         out = _restore_context(out, call, rows[0].layout)
@@ -246,7 +260,7 @@ def by_rows(rows: tuple, answer: Callable, q: torch.Tensor, *others) -> torch.Te
     return torch.cat(parts)
 
 
-def _attend_planned(core, parameters, planned: PlannedLayout, q, k, v, weight, scale):
+def _attend_planned(core, parameters, memory, planned: PlannedLayout, q, k, v, weight, scale):
     return method_attention(
         core.method,
         planned.layout,
@@ -258,6 +272,7 @@ def _attend_planned(core, parameters, planned: PlannedLayout, q, k, v, weight, s
         scale=scale,
         backend=core.backend,
         on_plan=planned.observe,
+        memory=memory,
         **parameters,
     )
 

@@ -19,6 +19,7 @@ import torch
 
 from .families.sequences import Sequences
 from .layer import AttentionCore, LayerRun
+from .memories import forget
 
 _NOTE = "_dittfast_passes"
 
@@ -71,6 +72,7 @@ class Pass:
         device: of its tensors; an offloaded model's parameters are elsewhere until it runs.
         runs: what each selected layer runs, by name. Never changed once the pass is made.
         differentiable: whether a backward pass may come back to it.
+        memories: what layers keep from step to step, of its guidance branch; empty where nothing.
         ran, reached: names of layers that did their projections, and that met attention over the
             whole sequence; not filled in by what torch.compile traced.
     """
@@ -83,7 +85,9 @@ class Pass:
         layers: dict[str, LayerState],
         runs: dict[str, LayerRun],
         differentiable: bool,
+        memories: dict | None = None,
     ):
+        self.memories = {} if memories is None else memories
         self.sequences = sequences
         self.step = step
         self.device = device
@@ -104,7 +108,12 @@ class Pass:
         """The pass in which some layers run something else."""
         runs = {**self.runs, **runs}
         own = self.sequences, self.step, self.device, self.layers
-        return Pass(*own, runs, self.differentiable)
+        return Pass(*own, runs, self.differentiable, self.memories)
+
+    def forget(self) -> None:
+        """At the last step of a run: let go of what its layers kept."""
+        if self.step is not None and self.step[1] is not None and self.step[0] + 1 >= self.step[1]:
+            forget(self.memories)
 
     def saw(self, name: str, ran: bool, reached: bool) -> None:
         """What the call of a layer came to."""

@@ -22,12 +22,14 @@ from dittfast.cache import BytesLRU
 from dittfast.layout import Layout
 from dittfast.methods.amount import Amount, mean_amount
 from dittfast.methods.base import Method
+from dittfast.methods.memory import Memory, Tally
 from dittfast.mixture import Assignment, leaves
 from dittfast.schedule import Schedule
 
 from .families import Family
 from .families.sequences import Sequences
 from .layer import AttentionCore, LayerRun, PlannedLayout
+from .memories import Memories, memory_of
 from .models import bind_arguments
 from .passes import Bound, LayerState, Pass, Passes, in_backward, is_differentiable
 from .seam import put_back
@@ -157,12 +159,14 @@ class _Here(threading.local):
         context: the name of the pipeline's pass ("cond", "uncond"), where it gives one.
         weakening: what weakens heads in the passes under way.
         read: position ids (weakly) with their versions and shapes, and the sequences read.
+        memories: what layers keep over the run under way.
     """
 
     def __init__(self):
         self.context: str | None = None
         self.weakening: Weakening | None = None
         self.read: tuple[list[weakref.ref], tuple, Sequences] | None = None
+        self.memories = Memories()
 
 
 class ModelState:
@@ -182,6 +186,8 @@ class ModelState:
         assignment: what each layer runs at each step.
         last: the last pass of any thread; None before the first.
         num_passes, num_sparse: how many passes there were, and how many ran the method.
+        lasting: how long plans from q and k last.
+        tally: how many of them were made, and how often one was used again.
     """
 
     def __init__(
@@ -206,6 +212,11 @@ class ModelState:
         self.below: ModelState | None = None
         self.last: Pass | None = None
         self.num_passes = self.num_sparse = 0
+        self.lasting, self.tally = session.schedule.lasting, Tally()
+        parts = list(leaves(session.method))
+        self.remembers = any(part.remembers for part in parts) or (
+            self.lasting.every != 1 and any(not (p.static or p.computes) for p in parts)
+        )
         self.break_even: dict[Method, float] = {}
         self._sparse_calls: collections.Counter = collections.Counter()
         # By method, sequences (or layout), device, dtype: every prompt length and size is an entry.
@@ -277,23 +288,28 @@ class ModelState:
         """
         sequences, device = self.read_sequences(model, arguments), device_of(arguments)
         step, dense = None, stock or bool(self.session.forced)
-        by_step = self.session.needs_steps or self.assignment.needs_steps
+        differentiable = is_differentiable(arguments)
+        remembers = self.remembers and not differentiable and not stock
+        remembers = remembers and self.session.forced is None
+        by_step = self.session.needs_steps or self.assignment.needs_steps or remembers
         if by_step or self.guidance is not None or self.recorders:
             step = self.session.step(model, self.family, arguments)
         if self.session.needs_steps and not stock:
             dense = self.session.is_dense_step(*step)
+        memories = None
+        if remembers and step[1] is not None:  # a run, with a scheduler that ends it
+            memories = self._here.memories.begin(self.session.steps.run, step[0], self.context)
         runs = dict.fromkeys(self.layers, LayerRun())
         if not dense:
-            runs = self._sparse_runs(step, sequences, device, dtype_of(arguments))
+            runs = self._sparse_runs(step, sequences, device, dtype_of(arguments), memories)
         is_sparse = any(run.core is not None for run in runs.values())
         if is_sparse and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
             parallel.check_and_register(model)
-        differentiable = is_differentiable(arguments)
         for name, recorder in self.recorders.items():
             runs[name] = runs[name].changed(recorder)
-        current = Pass(sequences, step, device, self.layers, runs, differentiable)
+        current = Pass(sequences, step, device, self.layers, runs, differentiable, memories)
         if self.weakening is not None:
             current = self.weakening.weakened(model, current)
         if differentiable:
@@ -306,28 +322,25 @@ class ModelState:
                 self._sparse_calls.update((n, r.core.method) for n, r in runs.items() if r.core)
         return current
 
-    def _sparse_runs(self, step, sequences: Sequences, device, dtype) -> dict[str, LayerRun]:
+    def _sparse_runs(
+        self, step, sequences: Sequences, device, dtype, memories: dict[str, Memory] | None
+    ) -> dict[str, LayerRun]:
         """What each layer runs in a pass that is not dense."""
-        if step is None or not self.assignment.needs_steps:
-            step = None, None
         cores: dict[int, AttentionCore | None] = {}
         runs = {}
-        for name, assigned in self.assignment.at(*step).items():
+        for name, assigned in self.assignment.at(*(step or (None, None))).items():
             if assigned is None or name in self.dense_layers:
                 runs[name] = LayerRun()
                 continue
             method = assigned.method
             if id(method) not in cores:
                 cores[id(method)] = self.core(method, sequences, device, dtype)
-            core, own = cores[id(method)], self.layers[name].parameters
-            runs[name] = LayerRun(
-                core,
-                parameters={
-                    n.removeprefix(assigned.key): x
-                    for n, x in own.items()
-                    if n.startswith(assigned.key)
-                },
-            )
+            key, memory = assigned.key, None
+            if memories is not None:
+                memory = memory_of(memories, name, step[0], self.lasting, self.tally)
+            own = self.layers[name].parameters.items()
+            own = {n.removeprefix(key): x for n, x in own if n.startswith(key)}
+            runs[name] = LayerRun(cores[id(method)], parameters=own, memory=memory)
         return runs
 
     def checkpointing(self, model: torch.nn.Module, function: Callable) -> Callable:
@@ -487,6 +500,7 @@ def _end(state: ModelState, model, current: Pass, args: tuple, kwargs: dict, out
     if state.guidance is not None and state.weakening is None and not in_backward():
         arguments = bind_arguments(model, args, kwargs)
         out = state.guidance.guide(model, state, current, arguments, out)
+    current.forget()
     return out
 
 

@@ -138,9 +138,9 @@ class _Run:
     def by_value(self, timestep) -> int:
         if timestep is None:
             raise ValueError(
-                "dense_first_steps and dense_last_steps need the step of this forward pass, and "
-                "it has neither a timestep nor a pipeline whose scheduler tells it; call "
-                "dittfast.enable on the pipeline"
+                "dense_first_steps and dense_last_steps, rules for some steps and plans that last "
+                "need the step of this forward pass, and it has neither a timestep nor a pipeline "
+                "whose scheduler tells it; call dittfast.enable on the pipeline"
             )
         return self.counter.read(timestep)
 
@@ -163,6 +163,11 @@ class Steps:
         self._runs: dict[int, tuple[weakref.ref, _Run]] = {}
         self._alone = threading.local()
 
+    @property
+    def run(self) -> object:
+        """What stands for the run that this thread's last pass belonged to: another in each run."""
+        return getattr(self._alone, "latest", None)
+
     def read(self, model: torch.nn.Module, enabled, timestep) -> tuple[int, int | None]:
         """``(0-based step, number of steps)`` of the pass that begins now.
 
@@ -181,6 +186,7 @@ class Steps:
         Raises:
             ValueError: there is neither a scheduler that tells the step nor a timestep.
         """
+        self._alone.latest = None
         loops = running(model)
         pipes = loops.pipelines or [enabled]
         pairs = [(pipe, getattr(pipe, "scheduler", None)) for pipe in pipes]
@@ -206,12 +212,14 @@ class Steps:
         if timesteps is None:
             if not hasattr(self._alone, "run"):
                 self._alone.run = _Run()
+            self._alone.latest = self._alone.run
             return self._alone.run
         runs, key = self._runs, id(timesteps)
         of, run = runs.get(key, (lambda: None, None))
         if of() is not timesteps:
             run = _Run()
             runs[key] = weakref.ref(timesteps, lambda _: runs.pop(key, None)), run
+        self._alone.latest = run
         return run
 
     def _count(self, pipe, timestep) -> tuple[int, int | None]:

@@ -28,6 +28,9 @@ class Call(NamedTuple):
             attention of another method, planned or computed, under this call's scale and mask;
             ``kept`` as :meth:`Method.keep` of that method gave it, None to make it now; ``heads``
             the numbers of the layer's heads that q holds, None for all.
+        memory: what the layer keeps from step to step of the run, in this guidance branch
+            (:class:`~dittfast.methods.memory.Memory`); None outside of a pipeline's run, in passes
+            that may be differentiated, and unless the method ``remembers``.
     """
 
     scale: float | None
@@ -35,6 +38,7 @@ class Call(NamedTuple):
     geometry: Any
     attend: Callable[..., Any]
     inner: Callable[..., torch.Tensor]
+    memory: Any = None
 
 
 class Kept(NamedTuple):
@@ -69,6 +73,7 @@ class Method(ABC):
         needs_grid: True if the method has no meaning for a text-only layout.
         for_videos: True if the method tells frames apart, so that benchmarks give it a video.
         dense: True if every token sees every valid one, so that the model's own attention does.
+        remembers: whether :meth:`attention` keeps values from step to step, in ``call.memory``.
         per_head: options that may be a list with one value for each head: see :meth:`by_head`.
     """
 
@@ -78,6 +83,7 @@ class Method(ABC):
     needs_grid: ClassVar[bool] = True
     for_videos: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs):

@@ -121,8 +121,10 @@ class HeadWeakening:
             perturbation, strengths = self._perturbations[key], self._moved[device]
         return current.changed(
             {
-                name: current.runs[name].changed(perturbation, strength)
-                for name, strength in strengths.items()
+                name: run.weakened().changed(perturbation, strengths[name])
+                if name in strengths
+                else run.weakened()
+                for name, run in current.runs.items()
             }
         )
 

@@ -76,6 +76,7 @@ class GuidanceState:
         context = model.cache_context("perturbed") if cached else contextlib.nullcontext()
         with state.passes.under_way(weak), context:
             weakened = _prediction(torch.nn.Module.__call__(model, **arguments))
+        done.forget()
         scale = self.config.guidance_scale
         here.delta = delta = _each(lambda c, w: scale * (c - w), conditional, weakened)
         if parts > 1:
