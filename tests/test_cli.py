@@ -184,6 +184,7 @@ def test_stages_say_where_the_method_did_not_run(model, out, capsys):
 
 def test_density_of_a_method_that_chooses_at_every_call(model, out):
     from dittfast.cli.generate import _captions
+    from dittfast.methods.amount import Amount
 
     arguments = ["generate", "a red cat", "--model", model, "-o", str(out / "a.png"), *SMALL]
     assert main([*arguments, *words("--method rectified --set block_size=16 --compare")]) == 0
@@ -195,14 +196,16 @@ def test_density_of_a_method_that_chooses_at_every_call(model, out):
             name=n,
             seconds=1.0,
             seconds_per_step=0.1,
-            density=d,
+            amount=Amount(d, None),
             description=about,
             did_not_run=None,
         )
         for n, d, about in (("dense", 1.0, None), ("x", None, described))
     ]
     assert "density differs by call" in _captions(arms, data, 1)[1][1][1]
-    arms[1].density = 0.25
+    arms[1].amount = Amount(None, 0.0321)
+    assert "FLOPs 0.0321 of dense, 2 steps" in _captions(arms, data, 1)[1][1][1]
+    arms[1].amount = Amount(0.25, 0.3)
     assert "density 0.250, 2 steps dense" in _captions(arms, data, 1)[1][1][1]
 
 

@@ -21,6 +21,7 @@ from dittfast.pipelines.families.tiny_model import BATCH, TEXT, Draw
 from dittfast.pipelines.measure.cost import Cost, forward_cost
 from dittfast.pipelines.measure.estimate import default_settings, estimate, method_estimate
 from dittfast.pipelines.measure.parity import output
+from dittfast.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -171,7 +172,7 @@ def test_every_method_at_every_usual_size(name):
         found = estimate(card, frames, height, width)
         for x in found.methods:
             assert x.problem is None
-            assert 0 < x.density <= 1
+            assert 0 < (x.work if x.density is None else x.density) <= 1
             assert x.plan_bytes < 3e8
             assert 1 <= x.fewer_flops <= found.cost.speedup(0)
 
@@ -216,7 +217,8 @@ LONG = ("radial/hunyuan-long", "radial/wan2.1-long", "rectified/hunyuan")  # hal
 
 @functools.cache
 def planned(method, layout):
-    return method_estimate("", method, 0, layout, Cost(1.0, 1.0, 0.0, 1, 1, 64))
+    cost = Cost(1.0, 1.0, 0.0, 1, 1, 64)
+    return method_estimate("", method, Schedule(), {"layer": 1}, layout, cost)
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ def test_every_option_of_every_method_has_a_field(page, here):
         assert options.groups[name].visible == (name == "local")
     assert set(options.schedule) == {
         "dense_first_steps", "dense_last_steps", "dense_layers", "min_tokens",
+        "replan_every", "replan_drift",
     }  # fmt: skip
 
 
