@@ -37,6 +37,7 @@ _EXPORTS = {
     "RadialAttnProcessor": "dittfast.pipelines.processors",
     "LocalAttnProcessor": "dittfast.pipelines.processors",
     "NeighborhoodAttnProcessor": "dittfast.pipelines.processors",
+    "TopKAttnProcessor": "dittfast.pipelines.processors",
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",

@@ -33,6 +33,7 @@ MEASURED = {
 ESTIMATED = {
     ("local", "triton"): 8192,
     ("neighborhood", "triton"): 8192,
+    ("topk", "triton"): 16384,
     ("log_linear", "triton"): 16384,
     ("radial", "triton"): 16384,
     ("rectified", "triton"): 16384,
@@ -43,6 +44,7 @@ ESTIMATED = {
 FAST_HALF = {
     "local": 8192,
     "neighborhood": 8192,
+    "topk": 32768,
     "log_linear": 32768,
     "radial": math.inf,
     "rectified": math.inf,

@@ -1,8 +1,9 @@
 """Every method as a plain function of q, k, v, for people without diffusers.
 
 Nothing is cached: each call plans anew. To plan once, keep ``plan = method.plan(layout)`` and call
-:func:`dittfast.attend` with it. LogLinear and Rectified plan from q and k, so at every call; keep
-the method, which remembers what depends on the layout alone, and call ``method_attention`` with it.
+:func:`dittfast.attend` with it. TopK, LogLinear and Rectified plan from q and k, so at every call;
+keep the method, which remembers what depends on the layout alone, and call ``method_attention``
+with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified
+from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, TopK
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
@@ -26,6 +27,7 @@ __all__ = [
     "radial_attention",
     "rectified_attention",
     "soft_pag",
+    "topk_attention",
 ]
 
 
@@ -156,6 +158,44 @@ def neighborhood_attention(
             fit the layout.
     """
     method = Neighborhood(window, stride, dilation, causal, tile)
+    return _attend(method, layout, (q, k, v), backend, scale, return_lse)
+
+
+def topk_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout | None = None,
+    block_size: int = 64,
+    topk: int | float | tuple[int | float, ...] | None = None,
+    topp: float | tuple[float, ...] | None = None,
+    *,
+    score: str = "subblock",
+    sub_block: int = 4,
+    order: str = "hilbert",
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Attended:
+    """Block top-k and top-p (SLA, arXiv:2509.24006, without its linear branch), and all text.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
+            (grouped-query attention).
+        layout: where the N tokens sit; None for a one-dimensional sequence as it is.
+        block_size, topk, topp, score, sub_block, order: see :class:`dittfast.methods.TopK`.
+        backend, scale, return_lse: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype, or ``(out, lse [B, H, N] fp32)``. Differentiable in
+        q, k and v, with the choice of blocks held fixed.
+
+    Raises:
+        ValueError: an option out of range, or tensors that do not fit the layout.
+    """
+    method = TopK(block_size, topk, topp, score, sub_block, order)
+    if layout is None:
+        layout = Layout.image(1, q.shape[-2])
     return _attend(method, layout, (q, k, v), backend, scale, return_lse)
 
 

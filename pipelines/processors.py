@@ -197,6 +197,12 @@ class NeighborhoodAttnProcessor(SparseAttnProcessor):
     method_name = "neighborhood"
 
 
+class TopKAttnProcessor(SparseAttnProcessor):
+    """Block top-k and top-p; options of :class:`dittfast.methods.TopK`."""
+
+    method_name = "topk"
+
+
 class LogLinearAttnProcessor(SparseAttnProcessor):
     """LLSA (arXiv:2512.16615); options of :class:`dittfast.methods.LogLinear`."""
 

@@ -22,7 +22,7 @@ def natten_mask(shape, window, stride, dilation, causal):
     import natten.functional
 
     tokens = math.prod(shape)
-    width = -(-tokens // 8) * 8
+    width = max(8, 1 << (tokens - 1).bit_length())  # the head dims that it takes
     run = getattr(natten.functional, f"na{len(shape)}d")
     q = torch.zeros(1, *shape, 1, width)
     v = torch.eye(tokens, width).reshape(1, *shape, 1, width)

@@ -286,4 +286,4 @@ def test_natten_itself_sees_the_same(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     # NATTEN's attention over all of a causal axis does not run on a CPU.
-    assert "999 agree, 9 do not run in NATTEN" in done.stdout
+    assert "995 agree, 9 do not run in NATTEN" in done.stdout

@@ -17,6 +17,7 @@ from dittfast.pipelines.processors import (
     NeighborhoodAttnProcessor,
     RadialAttnProcessor,
     RectifiedAttnProcessor,
+    TopKAttnProcessor,
 )
 
 CASES = {
@@ -29,6 +30,12 @@ CASES = {
         NeighborhoodAttnProcessor,
         "neighborhood",
         dict(window=(3, 4), stride=(1, 2)),
+    ),
+    "flux-topk": (
+        tiny.flux_pipeline,
+        TopKAttnProcessor,
+        "topk",
+        dict(block_size=8, topk=(1, 2), topp=0.3),
     ),
     "flux-log_linear": (
         tiny.flux_pipeline,

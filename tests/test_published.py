@@ -179,6 +179,7 @@ def test_every_method_at_every_usual_size(name):
 
 USUAL = {
     "local/sample-flux": Layout.image(32, 32, text=24),
+    "topk/sample-flux": Layout.image(32, 32, text=24),
     "log_linear/pixel-dit": Layout.image(128, 128),
     "rectified/cogvideox": Layout.video(11, 48, 80, text=226, text_first=True),
     "rectified/cogvideox-i2v": Layout.video(11, 48, 80, text=226, text_first=True),

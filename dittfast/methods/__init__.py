@@ -8,12 +8,14 @@ from .log_linear import LogLinear
 from .neighborhood import Neighborhood
 from .radial import Radial
 from .rectified import Rectified
+from .topk import TopK
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
     "radial": Radial,
     "local": Local,
     "neighborhood": Neighborhood,
+    "topk": TopK,
     "log_linear": LogLinear,
     "rectified": Rectified,
     "linear": Linear,
@@ -21,5 +23,5 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     *("METHODS", "Method"),
-    *("Dense", "Linear", "Local", "LogLinear", "Neighborhood", "Radial", "Rectified"),
+    *("Dense", "Linear", "Local", "LogLinear", "Neighborhood", "Radial", "Rectified", "TopK"),
 ]

@@ -235,3 +235,30 @@ def match_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """``[B, Hk, n, D]`` repeated to ``heads`` heads (grouped-query attention)."""
     groups = heads // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def dense_context_rows(lists: torch.Tensor, count: torch.Tensor, partition: Partition):
+    """Rows for all query blocks, of which those of context see every block of the sequence.
+
+    Weights have to hide the padding.
+
+    Args:
+        lists: ``[B, H, n, width]`` int32 key blocks that the image's n blocks see, and how many of
+            them count, ``[B, H, n]``.
+
+    Returns:
+        What :meth:`Plan.with_lists` takes: lists and counts of all blocks, and which may be runs.
+    """
+    context, n_q = partition.context, partition.blocks.count
+    if context.numel() == 0:
+        return lists, count.int(), None
+    # A list where there is room for one, else a run.
+    batch, heads, _, width = lists.shape
+    merged = lists.new_zeros(batch, heads, n_q, width)
+    merged[:, :, partition.grid] = lists
+    counts = count.new_full((*count.shape[:2], n_q), n_q)
+    counts[:, :, partition.grid] = count
+    if n_q > width:
+        return merged, counts.int(), context
+    merged[:, :, context, :n_q] = torch.arange(n_q, dtype=lists.dtype, device=lists.device)
+    return merged, counts.int(), None

@@ -10,7 +10,14 @@ import torch
 from ..layout import Layout, make_blocks, split_evenly
 from ..plan import Plan, to_be_kept
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
-from .dynamic import DynamicMethod, Partition, Pool, match_heads, wide_dtype
+from .dynamic import (
+    DynamicMethod,
+    Partition,
+    Pool,
+    dense_context_rows,
+    match_heads,
+    wide_dtype,
+)
 
 ORDERS = ("morton", "hilbert", "raster")
 
@@ -178,29 +185,22 @@ class LogLinear(DynamicMethod):
         keys = [match_heads(x, q.shape[1]) for x in self._pyramid(k, geometry.pool, levels)]
         chosen = self._choose(self._pyramid(q, geometry.pool, levels), keys)
         lists, count = self._lists(chosen, geometry, padding)
+        count = count[:, None, None].expand(-1, q.shape[1], lists.shape[2])
+        if context.numel() == 0 or self.text_queries == "dense":
+            rows = dense_context_rows(lists, count, geometry.partition)
+            return self._finish(geometry, padding, q.dtype, *rows)
+        pool = self._context_pool(layout, geometry, q.device)
+        chosen = self._choose(self._pyramid(q, pool, levels), keys)
+        context_lists, context_count = self._lists(chosen, geometry, padding)
         batch, heads, _, width = lists.shape
-        n_q = geometry.partition.blocks.count
-        if context.numel() == 0:
-            return self._finish(geometry, padding, lists, count, q.dtype)
-        if self.text_queries == "sparse":
-            pool = self._context_pool(layout, geometry, q.device)
-            chosen = self._choose(self._pyramid(q, pool, levels), keys)
-            context_lists, context_count = self._lists(chosen, geometry, padding)
-            width = max(width, context_lists.shape[-1])
-        else:
-            # All blocks of the sequence, which come before those of the summaries: a list where
-            # there is room for one, else a run. Weights hide the padding.
-            context_count = count.new_full((1,), n_q)
-            listed = torch.arange(n_q if n_q <= width else 1, device=q.device)
-            context_lists = listed.int().expand(1, 1, 1, -1)
+        n_q, width = geometry.partition.blocks.count, max(width, context_lists.shape[-1])
         merged = lists.new_zeros(batch, heads, n_q, width)
         merged[:, :, grid, : lists.shape[-1]] = lists
         merged[:, :, context, : context_lists.shape[-1]] = context_lists
-        counts = count.new_zeros(len(count), n_q)
-        counts[:, grid] = count[:, None]
-        counts[:, context] = context_count.to(count)[:, None]
-        runs = context if n_q > width and self.text_queries == "dense" else None
-        return self._finish(geometry, padding, merged, counts, q.dtype, runs)
+        counts = count.new_zeros(*count.shape[:2], n_q)
+        counts[:, :, grid] = count
+        counts[:, :, context] = context_count[:, None, None]
+        return self._finish(geometry, padding, q.dtype, merged, counts)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:
         super().prepare(layout, device)
@@ -216,11 +216,8 @@ class LogLinear(DynamicMethod):
 
         return self._cached("context", layout, device, make)
 
-    def _finish(self, geometry: _Geometry, padding, lists, count, dtype, run_rows=None) -> Plan:
-        batch, heads, n_q, _ = lists.shape
-        if count.ndim == 1:
-            count = count[:, None]
-        count = count[:, None].expand(batch, heads, n_q).int()
+    def _finish(self, geometry: _Geometry, padding, dtype, lists, count, run_rows=None) -> Plan:
+        count = count.expand(lists.shape[:3]).int()
         with to_be_kept():
             weight = geometry.log_weight.to(wide_dtype(dtype))
             if padding.log_weight is not None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dittfast.attention import choose_backend
-from dittfast.methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified
+from dittfast.methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, TopK
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.plan import Plan
@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
     "radial": Radial(block_size=4, decay_factor=0.2),
     "local": Local(window=3),
     "neighborhood": Neighborhood(window=2),
+    "topk": TopK(block_size=8, topk=2),
     "log_linear": LogLinear(block_size=16, topk=2, levels=1),
     "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
     "linear": Linear(),
