@@ -208,6 +208,7 @@ def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
         )
     per_list = {"kv_indices": plan.kv_indices, "out_scale": plan.out_scale}
     per_list |= {"out_residual": plan.out_residual, "plan.kv_log_weight": plan.kv_log_weight}
+    per_list |= {"tail_lse": plan.tail_lse, "tail_value": plan.tail_value}
     per_list["kv_log_weight"] = kv_log_weight
     for name, x in per_list.items():
         if x is not None and any(n not in (1, size) for n, size in zip(x.shape[:2], q.shape[:2])):
@@ -215,10 +216,10 @@ def check_inputs(q, k, v, plan: Plan, kv_log_weight=None) -> None:
                 f"{name} is for batch {x.shape[0]} and {x.shape[1]} heads, which does not "
                 f"broadcast to batch {q.shape[0]} and {q.shape[1]} heads"
             )
-    if plan.out_residual is not None and plan.out_residual.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"out_residual has {plan.out_residual.shape[3]} channels, the head dim is {q.shape[3]}"
-        )
+    for name in ("out_residual", "tail_value"):
+        x = per_list[name]
+        if x is not None and x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} has {x.shape[3]} channels, the head dim is {q.shape[3]}")
     if kv_log_weight is not None and kv_log_weight.shape[2:] != (plan.num_keys,):
         raise ValueError(
             f"kv_log_weight must be [B|1, H|1, {plan.num_keys}], got {list(kv_log_weight.shape)}"
@@ -281,9 +282,9 @@ def attend(
 ):
     """Attention restricted to ``plan``: ``softmax(scale * q kᵀ + kv_log_weight) v``.
 
-    Differentiable in q, k and v, and in the plan's ``out_scale`` and ``out_residual``, backwards
-    and in forward mode (``torch.func.jvp``, ``torch.autograd.forward_ad``); works under
-    ``torch.compile(fullgraph=True)``.
+    Differentiable in q, k and v, and in the plan's ``out_scale``, ``out_residual``, ``tail_lse``
+    and ``tail_value``, backwards and in forward mode (``torch.func.jvp``,
+    ``torch.autograd.forward_ad``); works under ``torch.compile(fullgraph=True)``.
 
     Args:
         q: ``[B, H, Nq, D]``, any strides.

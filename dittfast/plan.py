@@ -27,6 +27,7 @@ from .layout import Blocks, Layout, make_blocks, split_evenly
 
 DISTANCES = ("disc", "raster")
 METRICS = (*DISTANCES, "box")
+TAIL = ("tail_lse", "tail_value", "tail_index")
 # Rows or columns whose squared distances an int32 holds, and half of one the rows.
 _MOST_ROWS = 1 << 15
 # Token pairs looked at together when a rule is evaluated block by block: bounds memory.
@@ -179,6 +180,9 @@ class PlanTensors(NamedTuple):
     kv_log_weight: torch.Tensor | None
     out_scale: torch.Tensor | None
     out_residual: torch.Tensor | None
+    tail_lse: torch.Tensor | None
+    tail_value: torch.Tensor | None
+    tail_index: torch.Tensor | None
     limits: torch.Tensor | None
     q_frame: torch.Tensor | None
     q_place: torch.Tensor | None
@@ -243,6 +247,12 @@ class Plan:
             many tokens a key stands for; -inf hides it.
         out_scale: ``[B|1, H|1, nQ]``, positive, and out_residual: ``[B|1, H|1, nQ, D]``: the
             epilogue ``out = out_scale * softmax(...) v + out_residual``, per query block.
+        tail_lse: ``[B|1, H|1, nT]`` fp32, and tail_value: ``[B|1, H|1, nT, D]``: the *tail*, one
+            key more in the softmax of each query, whose logit is ``tail_lse`` (natural log; -inf
+            for none) and whose value is ``tail_value``. It stands for what the query does not list
+            and is part of lse; the epilogue comes after it. A row with a tail may list nothing.
+        tail_index: ``[num_queries]`` int32, which of the nT tails each query takes, in token order.
+            None: that of its query block, and nT is nQ.
         num_real_keys: keys that are tokens of the sequence; later ones are appended summaries,
             which count as work but not towards ``density``.
         num_partial_pairs: token pairs ``rule`` keeps in all partial blocks together, for a
@@ -267,6 +277,9 @@ class Plan:
     kv_log_weight: torch.Tensor | None = None
     out_scale: torch.Tensor | None = None
     out_residual: torch.Tensor | None = None
+    tail_lse: torch.Tensor | None = None
+    tail_value: torch.Tensor | None = None
+    tail_index: torch.Tensor | None = None
     num_real_keys: int | None = None
     num_partial_pairs: int | None = None
     validate: dataclasses.InitVar[bool] = True
@@ -283,6 +296,8 @@ class Plan:
             set_(f"{side}_ragged", ragged)
         for name in ("kv_indices", "kv_num_blocks", "kv_num_full_blocks"):
             set_(name, _plain(getattr(self, name)))
+        if self.tail_index is not None:
+            set_("tail_index", _plain(self.tail_index))
         if self.num_real_keys is None:
             set_("num_real_keys", self.num_keys)
         set_("_transpose", None)
@@ -291,7 +306,8 @@ class Plan:
         if validate:
             with to_be_kept():  # reads values, which torch.func's tensors do not have
                 self._validate()
-        bare = self.kv_log_weight is None and self.out_scale is None and self.out_residual is None
+        added = self.kv_log_weight, self.out_scale, self.out_residual, self.tail_lse
+        bare = all(x is None for x in added)
         least = int(self.kv_num_full_blocks.min()) if bare else 0
         set_("is_dense", least == self.kv_blocks.count)
 
@@ -362,11 +378,11 @@ class Plan:
         errors.append(_range_error("kv_num_blocks", listed, 0, shape[3]))
         if bool(((runs > 0) & (self.kv_num_full_blocks < runs)).any()):
             errors.append("all blocks of a run must be full")
-        if bool((self.kv_num_blocks < 1).any()):
+        if self.tail_lse is None and bool((self.kv_num_blocks < 1).any()):
             b, h, row = (int(x) for x in (self.kv_num_blocks < 1).nonzero()[0])
             errors.append(
                 f"query block {row} (batch {b}, head {h}) sees no key block; "
-                "every row must keep at least one key"
+                "every row must keep at least one key, or have a tail"
             )
         if bool((self.kv_num_full_blocks > self.kv_num_blocks).any()):
             errors.append("kv_num_full_blocks exceeds kv_num_blocks")
@@ -387,11 +403,41 @@ class Plan:
             errors.append(self._shape_error("out_residual", (n_q, self.out_residual.shape[-1])))
         if self.out_scale is not None and not bool((self.out_scale > 0).all()):
             errors.append(f"out_scale must be positive, found {float(self.out_scale.min())}")
+        errors += self._tail_errors()
         if not 0 < self.num_real_keys <= self.num_keys:
             errors.append(f"num_real_keys must lie in 1..{self.num_keys}, got {self.num_real_keys}")
         errors = [e for e in errors if e]
         if errors:
             raise ValueError("invalid Plan: " + "; ".join(errors))
+
+    def _tail_errors(self) -> list[str | None]:
+        lse, value, index = self.tail_lse, self.tail_value, self.tail_index
+        if (lse is None) != (value is None) or (lse is None and index is not None):
+            given = [n for n in TAIL if getattr(self, n) is not None]
+            return [f"tail_lse and tail_value belong together, got {' and '.join(given)} alone"]
+        if lse is None:
+            return []
+        errors = []
+        rows = self.q_blocks.count
+        if index is not None:
+            rows = lse.shape[-1]
+            if tuple(index.shape) != (self.num_queries,) or index.dtype != torch.int32:
+                got = f"{list(index.shape)} {index.dtype}"
+                errors.append(f"tail_index must be [{self.num_queries}] int32, got {got}")
+            errors.append(_range_error("tail_index", index, 0, rows - 1))
+        errors.append(self._shape_error("tail_lse", (rows,)))
+        errors.append(self._shape_error("tail_value", (rows, value.shape[-1])))
+        if lse.dtype not in (torch.float32, torch.float64):
+            errors.append(f"tail_lse must be float32 or float64, got {lse.dtype}")
+        if not value.dtype.is_floating_point:
+            errors.append(f"tail_value must be of a floating-point dtype, got {value.dtype}")
+        wrong = lse[torch.isnan(lse) | (lse == torch.inf)]
+        if wrong.numel():
+            errors.append(f"tail_lse must be finite, or -inf for no tail, found {float(wrong[0])}")
+        if not bool(torch.isfinite(value).all()):
+            worst = float(value[~torch.isfinite(value)][0])
+            errors.append(f"tail_value must be finite, also where tail_lse is -inf, found {worst}")
+        return errors
 
     def _shape_error(self, name: str, tail: tuple[int, ...]) -> str | None:
         x = getattr(self, name)
@@ -422,7 +468,7 @@ class Plan:
 
     def replace(self, **changes: Any) -> Plan:
         """A validated copy with some fields changed."""
-        if not changes.keys() <= {"out_scale", "out_residual", "num_real_keys"}:
+        if not changes.keys() <= {"out_scale", "out_residual", *TAIL, "num_real_keys"}:
             changes.setdefault("num_partial_pairs", None)
         return dataclasses.replace(self, validate=True, **changes)
 
@@ -436,8 +482,8 @@ class Plan:
         """This partition with other lists, all of them full blocks; *not* validated.
 
         For methods that make lists at every call: nothing is checked and nothing waits for a
-        device, here and later. ``fields`` may set ``kv_log_weight``, ``out_scale`` and
-        ``out_residual``. :meth:`replace` validates the result.
+        device, here and later. ``fields`` may set ``kv_log_weight``, ``out_scale``,
+        ``out_residual`` and the tail. :meth:`replace` validates the result.
 
         Args:
             run_rows: ``[r]`` int64, every row that may be a run; None where none is. Gradients
@@ -458,7 +504,7 @@ class Plan:
         Itself where all heads are alike. Nothing is checked, so ``torch.compile`` can trace it.
         """
         names = ("kv_indices", "kv_num_blocks", "kv_num_full_blocks")
-        names += ("kv_log_weight", "out_scale", "out_residual")
+        names += ("kv_log_weight", "out_scale", "out_residual", "tail_lse", "tail_value")
         given = {name: getattr(self, name) for name in names}
         per_head = {n: x[:, heads] for n, x in given.items() if x is not None and x.shape[1] > 1}
         return self._copy(per_head) if per_head else self
@@ -497,6 +543,7 @@ class Plan:
             weight,
             self.out_scale,
             self.out_residual,
+            *(getattr(self, name) for name in TAIL),
             *((None,) * 7 if rule is None else (rule.limits, rule.q_frame, rule.q_place)),
             *(() if rule is None else (rule.kv_frame, rule.kv_place)),
             *(() if rule is None else (rule.q_frame_last, rule.q_place_last)),
@@ -597,6 +644,7 @@ class Plan:
         """Mean over batch rows and heads of (real token pairs kept, all pairs computed)."""
         real, shown = self._key_counts()
         totals = [float(self._full_pairs(keys)) for keys in (real, shown)]
+        totals[1] += self._num_tails()
         used = self._used()
         full = torch.arange(used.shape[-1], device=self.device)
         full = full < self.kv_num_full_blocks[..., None]
@@ -619,6 +667,15 @@ class Plan:
                     totals[n] += float((keep.sum(1) * shown_here).sum()) / (lists[0] * lists[1])
         return totals[0], totals[1]
 
+    def _num_tails(self) -> float:
+        """How many queries have a tail; a mean over batch rows and heads."""
+        if self.tail_lse is None:
+            return 0.0
+        there = torch.isfinite(self.tail_lse).double()
+        if self.tail_index is None:
+            return float((there * self.q_blocks.lengths).sum(-1).mean())
+        return float(there[..., self.tail_index.long()].sum(-1).mean())
+
     def _partial_keep(self, rows: torch.Tensor, cols: torch.Tensor):
         """Kept pairs ``[n, q_block, kv_block]`` of partial blocks and their key positions."""
         q_at, q_in = block_positions(
@@ -634,8 +691,8 @@ class Plan:
     def density(self) -> float:
         """Kept fraction of the real token pairs, averaged over batch rows and heads.
 
-        Appended summaries are no tokens of the sequence and keys hidden by -inf are not there at
-        all: neither counts, in the numerator or the denominator.
+        Appended summaries and tails are no tokens of the sequence and keys hidden by -inf are not
+        there at all: none counts, in the numerator or the denominator.
         """
         real = float(self.num_real_keys)
         if self.kv_log_weight is not None:
@@ -650,8 +707,8 @@ class Plan:
     def flops(self, head_dim: int, heads: int = 1, batch: int = 1, backward: bool = False) -> float:
         """Useful floating-point operations: 2 matrix products forward, 5 more backward.
 
-        Counts every pair the softmax sees, appended summaries included; block padding and the
-        softmax itself are not useful work and do not count.
+        Counts every pair the softmax sees, appended summaries and tails included; block padding
+        and the softmax itself are not useful work and do not count.
         """
         products = 7 if backward else 2
         return 2.0 * products * self._pairs[1] * head_dim * heads * batch
@@ -692,6 +749,15 @@ def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):
     offset = torch.arange(block_size, device=starts.device)
     inside = offset < lengths[blocks][:, None]
     return starts[blocks].long()[:, None] + torch.where(inside, offset, 0), inside
+
+
+def query_blocks(t: PlanTensors) -> torch.Tensor:
+    """``[num_queries]`` int64: the query block of each token."""
+    by = torch.argsort(t.q_starts)
+    block = torch.repeat_interleave(by, t.q_lengths[by].long())
+    if t.q_order is None:
+        return block
+    return torch.empty_like(block).index_copy_(0, t.q_order.long(), block)
 
 
 def token_rule(t: PlanTensors) -> TokenRule | None:

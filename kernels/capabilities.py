@@ -32,6 +32,8 @@ class Capabilities:
             have the block size and stand one behind the other.
         runs: rows that see the first key blocks without listing them.
         epilogue: ``out_scale`` and ``out_residual``.
+        tail: ``tail_lse`` and ``tail_value``, merged around it. So its forward pass has to return
+            the lse, and its backward pass to use the ``out`` and ``lse`` that it is given.
         backward: gradients of q, k and v.
         grouped_heads: k and v with fewer heads than q are used as they are; others get copies.
         compile: its op is one node in a graph of ``torch.compile``.
@@ -50,6 +52,7 @@ class Capabilities:
     ragged_blocks: bool = True
     runs: bool = True
     epilogue: bool = True
+    tail: bool = False
     backward: bool = True
     grouped_heads: bool = False
     compile: bool = True
@@ -64,6 +67,7 @@ FEATURES = {
     "ragged_blocks": "ragged blocks",
     "runs": "runs: rows that list nothing",
     "epilogue": "epilogue",
+    "tail": "a tail for what is not listed",
     "backward": "gradients",
     "grouped_heads": "fewer key heads, without copies",
     "compile": "one node under torch.compile",
@@ -77,7 +81,8 @@ LACKS = {
     "ragged_blocks": "its blocks are of one size, and this plan's are ragged",
     "runs": "it walks lists alone, and this plan has runs (rows that list nothing)",
     "epilogue": "it has no epilogue, and this plan has out_scale or out_residual",
-    "backward": "it has no backward pass there, and q, k, v or the epilogue needs a gradient",
+    "tail": "it takes no tail, and this plan has tail_lse",
+    "backward": "it has no backward pass there, and q, k, v, epilogue or tail needs a gradient",
     "compile": "torch.compile cannot trace it",
     "deterministic": "its gradients differ from run to run, and deterministic ones are asked for",
 }
@@ -108,7 +113,7 @@ def demand(
     """
     leaves, weights, q_block, kv_block = [q, k, v], [kv_log_weight], 0, 0
     if plan is not None:
-        leaves += [plan.out_scale, plan.out_residual]
+        leaves += [plan.out_scale, plan.out_residual, plan.tail_lse, plan.tail_value]
         weights += [plan.kv_log_weight]
         q_block, kv_block = plan.q_block_size, plan.kv_block_size
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
@@ -124,6 +129,7 @@ def demand(
         asked["partial_blocks"] = plan.rule is not None
         asked["ragged_blocks"] = plan.q_ragged or plan.kv_ragged
         asked["epilogue"] = plan.out_scale is not None or plan.out_residual is not None
+        asked["tail"] = plan.tail_lse is not None
     needs = tuple(name for name in LACKS if asked.get(name))
     return Demand(q.device, q.dtype, q.shape[-1], q_block, kv_block, needs)
 

@@ -28,7 +28,7 @@ from .op import define_backend
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-CAPABILITIES = (Capabilities(("cpu",)),)
+CAPABILITIES = (Capabilities(("cpu",), tail=True),)
 # Bias values of one call: bounds memory.
 _BIAS_VALUES = 1 << 23
 # Keys of a piece: gathered ones should still be in the cache when they are used.

@@ -12,14 +12,14 @@ from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 
 import torch
 
-from dittfast.plan import PlanTensors, transpose_lists
+from dittfast.plan import PlanTensors, query_blocks, transpose_lists
 
 from .capabilities import Capabilities
 from .native_build import BuildError, library
 from .op import define_backend, empty_outputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = (Capabilities(("cpu",), DTYPES, grouped_heads=True),)
+CAPABILITIES = (Capabilities(("cpu",), DTYPES, grouped_heads=True, tail=True),)
 _STATUS = {
     1: "there is not enough memory for its threads",
     2: "the plan lists a block that does not exist; Plan.replace() validates one",
@@ -212,7 +212,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
         # Undoing the epilogue would lose what rounding, or a large residual, has taken.
         out, lse = _forward(q, k, v, t._replace(out_scale=None, out_residual=None), scale)
         q, k, v, grad_out = (x.float() for x in (q, k, v, grad_out))
-        blocks = _block_of_token(t)
+        blocks = query_blocks(t)
         if t.out_residual is not None:
             grad_residual = _block_sums(grad_out, blocks, t)
         if t.out_scale is not None:
@@ -237,17 +237,6 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
     p.delta = call.values(delta)
     call.run()
     return dq.to(kind), dk.to(kind), dv.to(kind), grad_scale, grad_residual
-
-
-def _block_of_token(t: PlanTensors) -> torch.Tensor:
-    """``[num_queries]``: the query block of each query."""
-    by = torch.argsort(t.q_starts)
-    blocks = torch.repeat_interleave(by, t.q_lengths[by].long())
-    return (
-        blocks
-        if t.q_order is None
-        else torch.empty_like(blocks).index_copy_(0, t.q_order.long(), blocks)
-    )
 
 
 def _block_sums(x: torch.Tensor, blocks: torch.Tensor, t: PlanTensors) -> torch.Tensor:

@@ -17,16 +17,18 @@ from torch.library import Library
 
 from dittfast.plan import PlanTensors
 
+from .tail import with_tail
 from .tangent import tangents
 
 # The op takes the plan's tensors as one list: the schema stays short and a field added to
 # PlanTensors does not change it.
 _NUM_TENSORS = PlanTensors._fields.index("metric")
-_SCALE = PlanTensors._fields.index("out_scale")
-_RESIDUAL = PlanTensors._fields.index("out_residual")
-_PLAN = "Tensor?[] tensors, Tensor? out_scale, Tensor? out_residual, int[] sizes, float scale"
+# The plan's tensors that have derivatives: arguments of their own, called ``ends`` below.
+_ENDS = ("out_scale", "out_residual", "tail_lse", "tail_value")
+_PLAN = f"Tensor?[] tensors, {', '.join(f'Tensor? {x}' for x in _ENDS)}, int[] sizes, float scale"
 _QKV = "Tensor q, Tensor k, Tensor v"
-_TANGENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor? d_out_scale, Tensor? d_out_residual"
+_GIVEN = 3 + len(_ENDS)
+_TANGENTS = ", ".join([f"Tensor d{x}" for x in "qkv"] + [f"Tensor? d_{x}" for x in _ENDS])
 
 # What PyTorch has registered, by name; ops exist as long as their Library does.
 _LIBRARIES: dict[str, Library] = {}
@@ -48,7 +50,11 @@ def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def define_backend(
-    name: str, forward: Callable, backward: Callable | None, twice: bool = False
+    name: str,
+    forward: Callable,
+    backward: Callable | None,
+    twice: bool = False,
+    own_tail: bool = False,
 ) -> Callable:
     """Register ``dittfast::attend_{name}`` and its derivatives; return the function to call.
 
@@ -62,6 +68,8 @@ def define_backend(
             d out_scale or None, d out_residual or None)``; None where there is none.
         twice: whether ``backward`` is made of differentiable PyTorch functions of its inputs, so
             that it can be differentiated itself.
+        own_tail: whether the two functions know a plan's tail, and ``backward`` gives its two
+            gradients after the others. Otherwise :mod:`.tail` merges it around them.
 
     Returns:
         ``(q, k, v, PlanTensors, scale) -> (out, lse)``.
@@ -70,7 +78,10 @@ def define_backend(
         _LIBRARIES.pop(name)._destroy()
     library = _LIBRARIES[name] = Library("dittfast", "FRAGMENT")
     full = f"attend_{name}"
-    run, run_backward = _run(forward), _run_backward(backward or _no_backward(name))
+    backward = backward or _no_backward(name)
+    if not own_tail:
+        forward, backward = with_tail(forward, backward)
+    run, run_backward = _run(forward), _run_backward(backward)
     op = _define(library, full, f"({_QKV}, {_PLAN}) -> (Tensor, Tensor)", run, _fake)
     backward_op = _define(
         library,
@@ -105,9 +116,8 @@ def define_backend(
     library.impl(f"{full}_tangent", autograd_tangent, "Autograd")
 
     def call(q, k, v, t: PlanTensors, scale: float):
-        tensors = list(t[:_NUM_TENSORS])
-        tensors[_SCALE] = tensors[_RESIDUAL] = None
-        return op(q, k, v, tensors, t.out_scale, t.out_residual, list(t[_NUM_TENSORS:]), scale)
+        tensors, *ends = op_tensors(t)
+        return op(q, k, v, tensors, *ends, list(t[_NUM_TENSORS:]), scale)
 
     return call
 
@@ -122,11 +132,17 @@ def _define(library: Library, full: str, schema: str, run: Callable, fake: Calla
     return getattr(torch.ops.dittfast, full).default
 
 
+def op_tensors(t: PlanTensors) -> tuple:
+    """The arguments of an op that are made of a plan's tensors: one list, and the ends."""
+    ends = [getattr(t, name) for name in _ENDS]
+    return list(t._replace(**dict.fromkeys(_ENDS))[:_NUM_TENSORS]), *ends
+
+
 def _run(forward: Callable) -> Callable:
-    def run(q, k, v, tensors, out_scale, out_residual, sizes, scale):
+    def run(q, k, v, tensors, *more):
         if not q.numel():  # an empty batch: backends need not survive it
             return empty_outputs(q)
-        t = _plan_tensors(tensors, out_scale, out_residual, sizes)
+        t, scale = _plan_tensors(tensors, *more)
         with own_precision(q):
             out, lse = forward(q, k, v, t, scale)
         # A tensor on "meta" has strides and no memory.
@@ -142,11 +158,11 @@ def _fake(q, *_):
 
 
 def _run_backward(backward: Callable) -> Callable:
-    def run(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, sizes, scale):
-        inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
+    def run(grad_out, grad_lse, q, k, v, out, lse, tensors, *more):
+        inputs = [x for x in (q, k, v, *_ends(more)) if x is not None]
         if not q.numel():
             return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        t = _plan_tensors(tensors, out_scale, out_residual, sizes)
+        t, scale = _plan_tensors(tensors, *more)
         with own_precision(q):
             grads = backward(grad_out, grad_lse, q, k, v, out, lse, t, scale)
         grads = [g for g in grads if g is not None]
@@ -162,24 +178,23 @@ def _no_backward(name: str) -> Callable:
     return backward
 
 
-def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual, *_):
-    inputs = [x for x in (q, k, v, out_scale, out_residual) if x is not None]
+def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, *more):
+    inputs = [x for x in (q, k, v, *_ends(more)) if x is not None]
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
 
 
-def _run_tangent(
-    dq, dk, dv, d_scale, d_residual, q, k, v, lse, tensors, out_scale, out_residual, sizes, scale,
-):  # fmt: skip
+def _run_tangent(*inputs):
+    given, (q, k, v, lse, tensors, *more) = inputs[:_GIVEN], inputs[_GIVEN:]
     if not q.numel():
         return empty_outputs(q)
-    t = _plan_tensors(tensors, out_scale, out_residual, sizes)
+    t, scale = _plan_tensors(tensors, *more)
     with own_precision(q):
-        d_out, d_lse = tangents((dq, dk, dv, d_scale, d_residual), q, k, v, lse, t, scale)
+        d_out, d_lse = tangents(given, q, k, v, lse, t, scale)
     return torch.empty_like(q).copy_(d_out), d_lse.to(lse.dtype)
 
 
-def _fake_tangent(dq, dk, dv, d_scale, d_residual, q, *_):
-    return empty_outputs(q)
+def _fake_tangent(*inputs):
+    return empty_outputs(inputs[_GIVEN])
 
 
 def _attend_function(op, backward_op, tangent_op) -> type:
@@ -192,30 +207,26 @@ def _attend_function(op, backward_op, tangent_op) -> type:
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            q, k, v, tensors, out_scale, out_residual, sizes, scale = inputs
-            ctx.save_for_backward(q, k, v, *output, out_scale, out_residual, *tensors)
-            ctx.save_for_forward(q, k, v, output[1], out_scale, out_residual, *tensors)
+            q, k, v, tensors, *ends, sizes, scale = inputs
+            ctx.save_for_backward(q, k, v, *output, *ends, *tensors)
+            ctx.save_for_forward(q, k, v, output[1], *ends, *tensors)
             ctx.sizes, ctx.scale = sizes, scale
 
         @staticmethod
         def backward(ctx, grad_out, grad_lse):
-            q, k, v, out, lse, out_scale, out_residual, *tensors = ctx.saved_tensors
-            grads = backward_op(
-                grad_out, grad_lse, q, k, v, out, lse, tensors, out_scale, out_residual,
-                ctx.sizes, ctx.scale,
-            )  # fmt: skip
-            dq, dk, dv, *rest = grads
-            d_scale = rest.pop(0) if out_scale is not None else None
-            d_residual = rest.pop(0) if out_residual is not None else None
-            return dq, dk, dv, None, d_scale, d_residual, None, None
+            q, k, v, out, lse, *saved = ctx.saved_tensors
+            ends, tensors = saved[: len(_ENDS)], saved[len(_ENDS) :]
+            inputs = q, k, v, out, lse, tensors, *ends, ctx.sizes, ctx.scale
+            dq, dk, dv, *rest = backward_op(grad_out, grad_lse, *inputs)
+            d_ends = [None if x is None else rest.pop(0) for x in ends]
+            return dq, dk, dv, None, *d_ends, None, None
 
         @staticmethod
-        def jvp(ctx, dq, dk, dv, _, d_scale, d_residual, *__):
-            q, k, v, lse, out_scale, out_residual, *tensors = ctx.saved_tensors
-            return tangent_op(
-                dq, dk, dv, d_scale, d_residual, q, k, v, lse, tensors, out_scale, out_residual,
-                ctx.sizes, ctx.scale,
-            )  # fmt: skip
+        def jvp(ctx, dq, dk, dv, _, *given):
+            q, k, v, lse, *saved = ctx.saved_tensors
+            ends, tensors = saved[: len(_ENDS)], saved[len(_ENDS) :]
+            inputs = q, k, v, lse, tensors, *ends, ctx.sizes, ctx.scale
+            return tangent_op(dq, dk, dv, *given[: len(_ENDS)], *inputs)
 
     return Attend
 
@@ -279,9 +290,14 @@ def own_precision(x: torch.Tensor):
     return torch.autocast(device, enabled=False)
 
 
-def _plan_tensors(tensors, out_scale, out_residual, sizes) -> PlanTensors:
-    t = PlanTensors(*tensors, *sizes)
-    return t._replace(out_scale=out_scale, out_residual=out_residual)
+def _ends(more) -> tuple:
+    """Of an op's arguments from the ends on, the ends."""
+    return tuple(more[: len(_ENDS)])
+
+
+def _plan_tensors(tensors, *more) -> tuple[PlanTensors, float]:
+    *ends, sizes, scale = more
+    return PlanTensors(*tensors, *sizes)._replace(**dict(zip(_ENDS, ends))), scale
 
 
 def _reduce(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

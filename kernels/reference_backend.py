@@ -6,5 +6,5 @@ from .capabilities import Capabilities
 from .op import define_backend
 from .reference import backward, forward
 
-CAPABILITIES = (Capabilities(),)
-attend = define_backend("reference", forward, backward, twice=True)
+CAPABILITIES = (Capabilities(tail=True),)
+attend = define_backend("reference", forward, backward, twice=True, own_tail=True)

@@ -4,6 +4,8 @@ With ``p`` the probabilities and ``s`` the logits of one query, dots for tangent
 
     ds  = scale (dq kᵀ + q dkᵀ)     dlse = Σ p ds     dout = Σ p (ds v + dv) - dlse out
 
+A tail is one key more, whose logit and value have tangents of their own.
+
 All of these are sums over keys once the log-sum-exp is known, so pairs of blocks are gathered and
 added in any portion that fits in memory. About three times the multiplications of the forward.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from dittfast.plan import PlanTensors, block_positions, token_rule
+from dittfast.plan import PlanTensors, block_positions, query_blocks, token_rule
 
 # Values gathered or computed at once: bounds memory.
 _VALUES = 1 << 24
@@ -24,11 +26,12 @@ def tangents(
     """``(d out, d lse)`` in at least fp32.
 
     Args:
-        given: tangents of q, k, v and, or None, of out_scale and out_residual.
+        given: tangents of q, k, v and, or None, of out_scale, out_residual and the tail.
         lse: of the forward; -inf where a query sees nothing, whose derivatives are 0.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv, d_scale, d_residual = (None if x is None else x.to(dtype) for x in given)
+    given = (None if x is None else x.to(dtype) for x in given)
+    dq, dk, dv, d_scale, d_residual, d_tail_lse, d_tail_value = given
     q, k, v = (x.to(dtype) for x in (q, k, v))
     # Once a pair of blocks is there, [dq, q] and [k, dk] give ds in one product.
     queries, keys = torch.cat([dq, q], -1), torch.cat([k, dk], -1)
@@ -45,8 +48,16 @@ def tangents(
         inputs = (x if x is None else x[own] for x in (queries, keys, v, dv, lse, weight, sums))
         _add_list(*inputs, t, (batch, head), scale)
     out, d_out, d_lse = sums[..., :width], sums[..., width:-1], sums[..., -1:]
+    row = query_blocks(t)
+    if t.tail_lse is not None:
+        index = row if t.tail_index is None else t.tail_index.long()
+        tail_lse, value = (x.to(dtype).index_select(2, index) for x in (t.tail_lse, t.tail_value))
+        p = (tail_lse - lse).exp()[..., None]
+        p_ds = p * d_tail_lse.index_select(2, index)[..., None]
+        out = out + p * value
+        d_out = d_out + p_ds * value + p * d_tail_value.index_select(2, index)
+        d_lse = d_lse + p_ds
     d_out = d_out - d_lse * out
-    row = _row_blocks(t)
     if t.out_scale is not None:
         per_row = lambda x: x.to(dtype).index_select(2, row)[..., None]  # noqa: E731
         d_out = d_out * per_row(t.out_scale) + out * per_row(d_scale)
@@ -69,6 +80,8 @@ def _add_list(queries, keys, v, dv, lse, weight, sums, t: PlanTensors, at, scale
     first = 0
     while first < len(longest):
         size = longest[first]
+        if not size:  # rows that list nothing
+            break
         rows = by[first : first + max(1, most // size)]
         first += rows.numel()
         for start in range(0, size, most):
@@ -99,12 +112,3 @@ def _add_list(queries, keys, v, dv, lse, weight, sums, t: PlanTensors, at, scale
             # Slots past the end of a short block repeat a query: they must add nothing.
             added = torch.cat(added, -1).masked_fill(~q_in[..., None], 0)
             sums.index_add_(2, q_token.flatten(), added.flatten(2, 3))
-
-
-def _row_blocks(t: PlanTensors) -> torch.Tensor:
-    """``[num_queries]``: the query block of each token."""
-    by = torch.argsort(t.q_starts)
-    block = torch.repeat_interleave(by, t.q_lengths[by].long())
-    if t.q_order is None:
-        return block
-    return torch.empty_like(block).index_copy_(0, t.q_order.long(), block)

@@ -231,12 +231,12 @@ def _interprets_bfloat16() -> bool:
 def CAPABILITIES() -> tuple[Capabilities, ...]:
     """On GPUs, and on CPUs where Triton interprets its kernels."""
     sizes = range(16, MAX_HEAD_DIM + 1, 16)
-    on_gpus = Capabilities(("cuda",), DTYPES, ARCHITECTURES, sizes)
+    on_gpus = Capabilities(("cuda",), DTYPES, ARCHITECTURES, sizes, tail=True)
     if block_sparse is None or not isinstance(block_sparse.forward_kernel, InterpretedFunction):
         return (on_gpus,)
     # The interpreter may multiply the bits of bfloat16 as integers.
     dtypes = DTYPES if _interprets_bfloat16() else (torch.float16, torch.float32)
-    return on_gpus, Capabilities(("cpu",), dtypes, head_dims=sizes)
+    return on_gpus, Capabilities(("cpu",), dtypes, head_dims=sizes, tail=True)
 
 
 def machine_reasons(asked) -> list[str]:

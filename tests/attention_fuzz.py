@@ -196,8 +196,12 @@ def plan_case(draw, case):
     if draw.random() < 0.5:
         rule = random_plans.random_rule(queries, keys, draw.choice(METRICS), seed=seed)
     lists = draw.choice(((1, 1), (1, 2), (2, 1), (2, 2)))
+    q_blocks, tail = make(queries, blocks), {}
+    if draw.random() < 0.3:
+        per, shared = draw.choice(random_plans.TAILS), (lists, draw.choice(((1, 1), lists)))
+        tail = random_plans.random_tail(q_blocks, case["head_dim"], per, shared, seed)
     plan = random_plans.random_plan(
-        make(queries, blocks), make(keys, blocks), lists, rule, draw.random(), seed
+        q_blocks, make(keys, blocks), lists, rule, draw.random(), seed, **tail
     )
     batch = max(lists[0], draw.choice((1, 2)))
     weight = None
@@ -205,6 +209,7 @@ def plan_case(draw, case):
         weight = torch.randn(batch, 1, keys)
         weight[..., torch.rand(keys) < 0.2] = -torch.inf
     case["layout"] = "plan with a rule" if rule else "plan"
+    case["layout"] += ", tails" * bool(tail)
     scale = draw.choice((None, 0.3))
     d, dtype = case["head_dim"], case["dtype"]
     inputs = attention_inputs(batch, 2, queries, d, keys, dtype, case["size"])

@@ -7,6 +7,9 @@ none of it is used here: only the fields that its docstring describes.
 import numpy as np
 import torch
 
+# What a plan holds that has gradients.
+ENDS = ("out_scale", "out_residual", "tail_lse", "tail_value")
+
 
 def positions(blocks, block):
     start = int(blocks.starts[block])
@@ -87,6 +90,14 @@ def row_values(x, blocks):
     return x[..., torch.from_numpy(block), :]
 
 
+def tails(plan):
+    """``(lse [..., num_queries, 1], value [..., num_queries, D])`` of each query's tail."""
+    both = plan.tail_lse[..., None], plan.tail_value
+    if plan.tail_index is not None:
+        return tuple(x[:, :, plan.tail_index.long()] for x in both)
+    return tuple(row_values(x, plan.q_blocks) for x in both)
+
+
 def attention(q, k, v, plan, weight=None, scale=None):
     """``(out, lse)`` in the inputs' dtype, from PyTorch's own functions, for autograd.
 
@@ -99,11 +110,16 @@ def attention(q, k, v, plan, weight=None, scale=None):
         if x is not None:
             logits = logits + x[:, :, None, :].to(logits)
     logits = torch.where(mask(plan), logits, -torch.inf)
+    if plan.tail_lse is not None:
+        tail_lse, tail_value = tails(plan)
+        logits = torch.cat([logits, tail_lse.to(logits).expand(*logits.shape[:-1], 1)], -1)
     unseen = (logits == -torch.inf).all(-1, keepdim=True)
     logits = logits.masked_fill(unseen, 0)
     lse = torch.logsumexp(logits, -1)
     p = torch.exp(logits - lse[..., None]).masked_fill(unseen, 0)
-    out = torch.einsum("bhij,bhjd->bhid", p, v)
+    out = torch.einsum("bhij,bhjd->bhid", p[..., : v.shape[2]], v)
+    if plan.tail_lse is not None:
+        out = out + p[..., -1:] * tail_value.to(out)
     if plan.out_scale is not None:
         out = out * row_values(plan.out_scale[..., None].to(out), plan.q_blocks)
     if plan.out_residual is not None:
@@ -114,10 +130,10 @@ def attention(q, k, v, plan, weight=None, scale=None):
 def results(q, k, v, grad_out, grad_lse, plan, weight=None, scale=None):
     """``{name: value}`` of out, lse and all gradients, in fp64."""
     leaves = {"q": q, "k": k, "v": v}
-    leaves |= {"out_scale": plan.out_scale, "out_residual": plan.out_residual}
+    leaves |= {name: getattr(plan, name) for name in ENDS}
     leaves = {n: x.detach().double().requires_grad_() for n, x in leaves.items() if x is not None}
-    epilogue = {n: x for n, x in leaves.items() if n.startswith("out_")}
-    plan = plan.replace(**epilogue) if epilogue else plan
+    ends = {n: x for n, x in leaves.items() if n in ENDS}
+    plan = plan.replace(**ends) if ends else plan
     out, lse = attention(*(leaves[n] for n in "qkv"), plan, weight, scale)
     # Where a query sees nothing lse is a constant.
     total = (out * grad_out.double()).sum()
@@ -132,7 +148,7 @@ def results(q, k, v, grad_out, grad_lse, plan, weight=None, scale=None):
 def pairs(plan, num_real_keys=None):
     """``(density, pairs)``: the kept share of real token pairs, and all that are computed.
 
-    Means over batch rows and heads; keys of log weight -inf are not there.
+    Means over batch rows and heads; keys of log weight -inf are not there. A tail is a pair.
     """
     kept = mask(plan)
     shown = torch.ones(1, 1, kept.shape[-1], dtype=torch.bool)
@@ -144,4 +160,7 @@ def pairs(plan, num_real_keys=None):
     density = seen[..., real].sum((-2, -1)).mean() / (
         kept.shape[-2] * shown[..., real].double().sum(-1).mean()
     )
-    return float(density), float(seen.sum((-2, -1)).mean())
+    tail = 0.0
+    if plan.tail_lse is not None:
+        tail = float((tails(plan)[0] != -torch.inf).double().sum((-2, -1)).mean())
+    return float(density), float(seen.sum((-2, -1)).mean()) + tail

@@ -13,12 +13,21 @@ from which to go on. With sanitizers (GCC):
 import argparse
 
 import torch
-from random_plans import VIEWS, even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import (
+    TAILS,
+    VIEWS,
+    even_blocks,
+    ragged_blocks,
+    random_plan,
+    random_rule,
+    random_tail,
+)
 
 from dittfast import attend
 from dittfast.plan import METRICS, Plan, TokenRule
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+ENDS = "out_scale", "out_residual", "tail_lse", "tail_value"
 
 
 # ---- the oracle ----
@@ -84,12 +93,22 @@ def formula(q, k, v, plan: Plan, weight, scale: float):
             mask = mask & (x > -torch.inf)[:, :, None]
             logits = logits + x.double().clamp_min(-1e4)[:, :, None]
     blind = ~mask.any(-1)
-    logits = logits.masked_fill(~mask, -torch.inf).masked_fill(blind[..., None], 0)
-    out = (torch.softmax(logits, -1) @ v).masked_fill(blind[..., None], 0)
     block = torch.empty(plan.num_queries, dtype=torch.long)
     for n, (start, length) in enumerate(zip(*(x.tolist() for x in plan.q_blocks[:2]))):
         at = torch.arange(start, start + length)
         block[at if plan.q_blocks.order is None else plan.q_blocks.order[at].long()] = n
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if plan.tail_lse is not None:
+        index = block if plan.tail_index is None else plan.tail_index.long()
+        tail = plan.tail_lse.double()[:, :, index].expand(batch, heads, -1)
+        logits = torch.cat([logits, tail[..., None]], -1)
+        blind = blind & (tail == -torch.inf)
+    logits = logits.masked_fill(blind[..., None], 0)
+    p = torch.softmax(logits, -1)
+    out = p[..., : v.shape[2]] @ v
+    if plan.tail_lse is not None:
+        out = out + p[..., -1:] * plan.tail_value.double()[:, :, index]
+    out = out.masked_fill(blind[..., None], 0)
     if plan.out_scale is not None:
         out = out * plan.out_scale.double()[:, :, block, None]
     if plan.out_residual is not None:
@@ -188,6 +207,9 @@ def random_case(draw: Draw):
         "out_scale": draw.maybe(lambda: normal(q_blocks.count).abs() + 0.5),
         "out_residual": draw.maybe(lambda: normal(q_blocks.count, dim)),
     }
+    if draw.upto(3) == 1:
+        lists = broadcast(), broadcast()
+        fields |= random_tail(q_blocks, dim, draw.choice(*TAILS), lists, draw.upto(10**6))
     plan = random_plan(
         q_blocks, kv_blocks, broadcast(), rule, draw.upto(10) / 10, seed,
         **{name: x for name, x in fields.items() if x is not None},
@@ -212,7 +234,7 @@ def check(seed: int) -> None:
 
     def run(function, cast):
         leaves = [x.to(cast).requires_grad_() for x in inputs]
-        fields = {"out_scale": plan.out_scale, "out_residual": plan.out_residual}
+        fields = {name: getattr(plan, name) for name in ENDS}
         fields = {n: x.clone().requires_grad_() for n, x in fields.items() if x is not None}
         out, lse, blind = function(*leaves, plan.replace(**fields) if fields else plan)
         total = (out * grad).sum() + (lse.masked_fill(blind, 0) * grad_lse).sum()
@@ -228,13 +250,14 @@ def check(seed: int) -> None:
     exact = run(lambda *x: formula(*x, weight, scale), torch.float64)
     # A gradient is a sum over many rows of products that each carry the rounding of `out`.
     limit = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
-    names = "out", "lse", "dq", "dk", "dv", "d epilogue", "d epilogue"
+    names = "out", "lse", "dq", "dk", "dv", *("d epilogue",) * 4
     for name, a, b in zip(names, found, exact):
         if name == "lse":
             assert torch.equal(a == -torch.inf, b == -torch.inf), f"seed {seed}: other lse of -inf"
             a, b = (x.masked_fill(x == -torch.inf, 0) for x in (a, b))
         worst = float((a.double() - b.double()).abs().max())
-        # That of the scale is a sum over thousands of numbers, rows of a block times head dim.
+        # Those of the scale and of tail_lse are sums over thousands of numbers, rows of a block
+        # times head dim.
         limits = limit * max(1.0, float(b.abs().max())) * (4 if name == "d epilogue" else 1)
         assert worst <= limits, (
             f"seed {seed}: {name} differs by {worst:.2e}, more than {limits:.2e}"

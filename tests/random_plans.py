@@ -4,9 +4,10 @@ import oracle
 import torch
 
 from dittfast.attention import attend
+from dittfast.kernels.op import op_tensors
 from dittfast.layout import Blocks, make_blocks, split_evenly
 from dittfast.plan import Plan, TokenRule
-from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
+from dittfast.testing import assert_within_budget, attention_inputs
 
 _UNUSED = 1 << 30
 
@@ -71,26 +72,58 @@ def random_rule(num_queries, num_keys, metric="disc", frames=4, sink_frames=0, s
     return TokenRule(metric, limits[:0], *sides, sink_frames, last.int(), place, bits)
 
 
+TAILS = ("block", "query", "any")
+
+
+def random_tail(q_blocks: Blocks, head_dim: int, per="block", lists=((1, 1), (1, 1)), seed=0):
+    """The fields of a tail, a quarter of them none: one per block, per query, or shared at will.
+
+    Args:
+        lists: (batch, heads) of the log weights, and of the values.
+    """
+    draw, queries = _generator(seed), int(q_blocks.lengths.sum())
+    index, count = None, q_blocks.count
+    if per == "query":
+        index, count = torch.randperm(queries, generator=draw).int(), queries
+    elif per == "any":  # some tails are taken by many queries all over, some by none
+        count = 5
+        index = torch.randint(0, 4, (queries,), generator=draw, dtype=torch.int32)
+    lse = 2 * torch.randn(*lists[0], count, generator=draw) + 1
+    lse[torch.rand(lse.shape, generator=draw) < 0.25] = -torch.inf
+    value = torch.randn(*lists[1], count, head_dim, generator=draw)
+    return {"tail_lse": lse, "tail_value": value, "tail_index": index}
+
+
+def op_arguments(q, k, v, plan: Plan, scale: float) -> tuple:
+    """What a backend's op is called with."""
+    t = plan.tensors()
+    return q, k, v, *op_tensors(t), list(t[t._fields.index("metric") :]), scale
+
+
 def random_plan(
     q_blocks: Blocks, kv_blocks: Blocks, lists=(1, 1), rule=None, density=0.5, seed=0, runs=True,
     **fields,
 ) -> Plan:  # fmt: skip
     """Random lists in random order, some of them ``runs``. Every row keeps a block.
 
-    With a rule about half of the blocks are partial, so that some queries may see nothing.
+    With a rule about half of the blocks are partial, so that some queries may see nothing. With a
+    tail some rows list nothing.
     """
     draw = _generator(seed)
     shape = (*lists, q_blocks.count, kv_blocks.count)
     # 0: not listed, 1: partial, 2: full.
     state = 2 * (torch.rand(shape, generator=draw) < density).int()
     always = torch.randint(0, shape[-1], (*shape[:-1], 1), generator=draw)
-    state.scatter_(-1, always, 2)
+    if "tail_lse" in fields:
+        state[torch.rand(shape[:-1], generator=draw) < 0.2] = 0
+    else:
+        state.scatter_(-1, always, 2)
     if rule is not None:
         state[(torch.rand(shape, generator=draw) < 0.5) & (state == 2)] = 1
     count = (state > 0).sum(-1, dtype=torch.int32)
     # Full blocks first, and each kind in any order.
     indices = torch.argsort(state + torch.rand(shape, generator=draw), dim=-1, descending=True)
-    indices = indices.int()[..., : int(count.max())].contiguous()
+    indices = indices.int()[..., : max(1, int(count.max()))].contiguous()
     width = indices.shape[-1]
     indices[torch.arange(width) >= count[..., None]] = _UNUSED
     full = (state == 2).sum(-1, dtype=torch.int32)
@@ -113,17 +146,11 @@ VIEWS = {
 
 def results(q, k, v, grad_out, grad_lse, plan: Plan, backend: str, **options) -> dict:
     """out, lse and all gradients of one backend."""
-    leaves = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "out_scale": plan.out_scale,
-        "out_residual": plan.out_residual,
-    }
+    leaves = {"q": q, "k": k, "v": v} | {name: getattr(plan, name) for name in oracle.ENDS}
     leaves = {n: x.detach().requires_grad_() for n, x in leaves.items() if x is not None}
-    epilogue = {n: x for n, x in leaves.items() if n.startswith("out_")}
-    if epilogue:
-        plan = plan.replace(**epilogue)
+    ends = {n: x for n, x in leaves.items() if n in oracle.ENDS}
+    if ends:
+        plan = plan.replace(**ends)
     out, lse = attend(
         leaves["q"], leaves["k"], leaves["v"], plan, backend=backend, return_lse=True, **options
     )
@@ -136,25 +163,36 @@ def results(q, k, v, grad_out, grad_lse, plan: Plan, backend: str, **options) ->
 
 
 def eager_results(q, k, v, grad_out, grad_lse, plan: Plan, weight, scale) -> dict:
-    """out, lse, dq, dk and dv of plain attention in the dtype of q; the epilogue left out."""
+    """out, lse and gradients of plain attention in the dtype of q; the epilogue left out."""
     mask = oracle.mask(plan)
     if weight is not None:
         mask = mask & torch.isfinite(weight)[..., None, :]
         weight = weight.clamp_min(-1e3)
-    unseen = ~mask.any(-1)
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    mask = mask | unseen[..., None]
-    out = eager_attention(q, k, v, mask, scale, weight).masked_fill(unseen[..., None], 0)
-    logits = q @ k.transpose(-1, -2) * scale
+    leaves = {"q": q, "k": k, "v": v}
+    if plan.tail_lse is not None:
+        leaves |= {"tail_lse": plan.tail_lse, "tail_value": plan.tail_value}
+    leaves = {n: x.detach().to(q.dtype).requires_grad_() for n, x in leaves.items()}
+    logits = leaves["q"] @ leaves["k"].transpose(-1, -2) * scale
     if weight is not None:
         logits = logits + weight[..., None, :].to(logits)
-    lse = torch.logsumexp(logits.masked_fill(~mask, -torch.inf), -1).masked_fill(unseen, 0)
+    logits, values = logits.masked_fill(~mask, -torch.inf), leaves["v"]
+    if plan.tail_lse is not None:
+        tail_lse, tail_value = oracle.tails(plan._copy(dict(list(leaves.items())[3:])))
+        logits = torch.cat([logits, tail_lse.expand(*logits.shape[:-1], 1)], -1)
+    unseen = (logits == -torch.inf).all(-1, keepdim=True)
+    logits = logits.masked_fill(unseen, 0)
+    p = torch.softmax(logits, -1)
+    out = p[..., : v.shape[2]] @ values
+    if plan.tail_lse is not None:
+        out = out + p[..., -1:] * tail_value
+    out = out.masked_fill(unseen, 0)
+    lse = torch.logsumexp(logits, -1).masked_fill(unseen[..., 0], 0)
     wanted, given = [out], [grad_out.to(out.dtype)]
     if grad_lse is not None:
         wanted, given = [out, lse], [*given, grad_lse.to(lse.dtype)]
-    grads = torch.autograd.grad(wanted, (q, k, v), given)
+    grads = torch.autograd.grad(wanted, list(leaves.values()), given)
     found = {"out": out.detach(), "lse": lse.detach()}
-    return found | {f"d{name}": g for name, g in zip("qkv", grads)}
+    return found | {f"d{name}": g for name, g in zip(leaves, grads)}
 
 
 def assert_matches_oracle(

@@ -45,6 +45,7 @@ NEEDS = {
     "kv_log_weight": (plan_of(kv_log_weight=WEIGHT), False),
     "ragged_blocks": (plan_of(ragged_blocks(32, 16, 1)), False),
     "epilogue": (plan_of(out_scale=torch.ones(1, 1, 2)), False),
+    "tail": (plan_of(tail_lse=torch.zeros(1, 1, 2), tail_value=torch.zeros(1, 1, 2, 16)), False),
     "q_block_sizes": (plan_of(even_blocks(32, 8)), range(16, 17)),
     "kv_block_sizes": (plan_of(even_blocks(32, 8)), range(16, 65, 16)),
 }

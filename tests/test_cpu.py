@@ -6,9 +6,11 @@ import torch
 from random_plans import (
     assert_matches_oracle,
     even_blocks,
+    op_arguments,
     ragged_blocks,
     random_plan,
     random_rule,
+    random_tail,
     results,
 )
 
@@ -90,22 +92,20 @@ def test_runs_are_bit_identical(threads):
 
 
 def _arguments(plan):
-    t = plan.tensors()
-    number = t._fields.index("metric")
-    tensors = list(t._replace(out_scale=None, out_residual=None)[:number])
     q, k, v, _ = attention_inputs(1, 2, plan.num_queries, 16, plan.num_keys)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    return q, k, v, tensors, t.out_scale, t.out_residual, list(t[number:]), 0.25
+    return op_arguments(q, k, v, plan, 0.25)
 
 
-@pytest.mark.parametrize("with_epilogue", [False, True])
-def test_opcheck(with_epilogue):
+@pytest.mark.parametrize("with_ends", [False, True])
+def test_opcheck(with_ends):
     blocks = ragged_blocks(40, 16, 17)
     fields = {}
-    if with_epilogue:
+    if with_ends:
         fields = {
             "out_scale": torch.rand(1, 1, blocks.count) + 0.5,
             "out_residual": torch.rand(1, 2, blocks.count, 16),
+            **random_tail(blocks, 16, "any"),
         }
     plan = random_plan(blocks, blocks, rule=random_rule(40, 40), **fields)
     torch.library.opcheck(torch.ops.dittfast.attend_cpu.default, _arguments(plan))

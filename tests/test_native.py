@@ -9,9 +9,11 @@ import torch
 from random_plans import (
     assert_matches_oracle,
     even_blocks,
+    op_arguments,
     ragged_blocks,
     random_plan,
     random_rule,
+    random_tail,
     results,
 )
 
@@ -159,20 +161,19 @@ def test_where_there_is_no_compiler(monkeypatch):
         attend(q, q, q, plan, backend="native")
 
 
-@pytest.mark.parametrize("with_epilogue", [False, True])
-def test_opcheck(with_epilogue):
+@pytest.mark.parametrize("with_ends", [False, True])
+def test_opcheck(with_ends):
     blocks = ragged_blocks(40, 16, 17)
     fields = {}
-    if with_epilogue:
+    if with_ends:
         fields = {
             "out_scale": torch.rand(1, 1, blocks.count) + 0.5,
             "out_residual": torch.rand(1, 2, blocks.count, 16),
+            **random_tail(blocks, 16, "any"),
         }
-    t = random_plan(blocks, blocks, rule=random_rule(40, 40), **fields).tensors()
-    number = t._fields.index("metric")
-    tensors = list(t._replace(out_scale=None, out_residual=None)[:number])
+    plan = random_plan(blocks, blocks, rule=random_rule(40, 40), **fields)
     inputs = [x.requires_grad_() for x in attention_inputs(1, 2, 40, 16)[:3]]
-    arguments = *inputs, tensors, t.out_scale, t.out_residual, list(t[number:]), 0.25
+    arguments = op_arguments(*inputs, plan, 0.25)
     torch.library.opcheck(torch.ops.dittfast.attend_native.default, arguments)
 
 

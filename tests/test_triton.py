@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from random_plans import VIEWS
+from random_plans import VIEWS, op_arguments, random_tail
 
 from dittfast.attention import attend, not_supported_reasons
 from dittfast.kernels import capabilities, triton_backend
@@ -406,15 +406,12 @@ def test_runs_are_bit_identical():
 
 def test_opcheck():
     blocks = ragged(40, 16, seed=28)
-    plan = random_plan(blocks, blocks, out_scale=torch.rand(1, 1, blocks.count) + 0.5).to(DEVICE)
+    fields = {"out_scale": torch.rand(1, 1, blocks.count) + 0.5}
+    plan = random_plan(blocks, blocks, **fields, **random_tail(blocks, 16)).to(DEVICE)
     q, k, v, _ = attention_inputs(1, 1, 40, 16, device=DEVICE)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     plan.transpose()
-    tensors = list(plan.tensors())
-    number = plan.tensors()._fields.index("metric")
-    scale = plan.tensors()._fields.index("out_scale")
-    tensors[scale] = None
-    args = (q, k, v, tensors[:number], plan.out_scale, None, tensors[number:], 0.25)
+    args = op_arguments(q, k, v, plan, 0.25)
     torch.library.opcheck(torch.ops.dittfast.attend_triton.default, args)
 
 

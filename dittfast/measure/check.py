@@ -52,13 +52,18 @@ def _oracle_rows(q, k, v, plan: Plan, tokens, mask, scale: float) -> torch.Tenso
     logits = q[:, :, tokens] @ k.transpose(-1, -2) * scale
     if plan.kv_log_weight is not None:
         logits = logits + plan.kv_log_weight[..., None, :].to(logits)
-    out = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1) @ v
-    if plan.out_scale is None and plan.out_residual is None:
-        return out
+    logits = logits.masked_fill(~mask, -torch.inf)
     at = tokens
     if plan.q_blocks.order is not None:
         at = inverse_permutation(plan.q_blocks.order)[tokens].long()
     row = _block_of(plan.q_blocks.starts, plan.q_blocks.lengths)[at]
+    if plan.tail_lse is None:
+        out = torch.softmax(logits, -1) @ v
+    else:
+        index = row if plan.tail_index is None else plan.tail_index[tokens].long()
+        tail = plan.tail_lse[:, :, index, None].to(logits).expand(*logits.shape[:-1], 1)
+        p = torch.softmax(torch.cat([logits, tail], -1), -1)
+        out = p[..., :-1] @ v + p[..., -1:] * plan.tail_value[:, :, index].to(v)
     if plan.out_scale is not None:
         out = out * plan.out_scale[:, :, row, None].to(out)
     if plan.out_residual is not None:
@@ -196,7 +201,7 @@ def check_against_dense(
 
 
 def detached(plan: Plan) -> Plan:
-    """The plan without the graph that its epilogue and weights may hang on."""
-    names = ("kv_log_weight", "out_scale", "out_residual")
+    """The plan without the graph that its epilogue, tail and weights may hang on."""
+    names = ("kv_log_weight", "out_scale", "out_residual", "tail_lse", "tail_value")
     held = {n: x.detach() for n in names if (x := getattr(plan, n)) is not None}
     return plan.replace(**held) if held else plan

@@ -34,6 +34,8 @@ def flex_inputs(q, k, v, plan: Plan):
             raise ValueError("flex_attention needs blocks of one size; this plan's are ragged")
     if t.out_scale is not None or t.out_residual is not None:
         raise ValueError("flex_attention has no epilogue")
+    if t.tail_lse is not None:
+        raise ValueError("flex_attention takes no tail")
     if t.q_order is not None:
         q = q[:, :, t.q_order.long()]
     weight = t.kv_log_weight

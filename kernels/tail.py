@@ -1,0 +1,156 @@
+"""The tail of a plan, around any backend: what a query does not list, as one key more.
+
+The backend runs without it. Of a softmax over two sets of keys, each part is known from its own
+output and log-sum-exp (FlashAttention, arXiv:2205.14135), so merging them afterwards is exact::
+
+    lse = logaddexp(lse, tail_lse)    share = exp(tail_lse - lse)    out += share (tail_value - out)
+
+With this lse and out in place of its own, a backend's backward pass gives the gradients of q, k and
+v as they are: it takes probabilities from lse, and from out the sum ``delta`` over all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dittfast.plan import PlanTensors, query_blocks
+
+# Values computed at once: bounds memory.
+_VALUES = 1 << 26
+
+
+def with_tail(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """A backend's two functions for plans that may have a tail.
+
+    Args:
+        forward: as in :func:`dittfast.register_backend`; it sees plans without a tail.
+        backward: likewise. It has to use the ``out`` and ``lse`` that it is given.
+
+    Returns:
+        The same functions; ``backward`` also gives the gradients of tail_lse and tail_value, or
+        None for each. Where there is a tail the epilogue is applied here, because it comes after.
+    """
+
+    def merged(q, k, v, t: PlanTensors, scale: float):
+        out, lse = forward(q, k, v, _bare(t), scale)
+        return merge(out, lse, t)
+
+    def forward_with(q, k, v, t: PlanTensors, scale: float):
+        if t.tail_lse is None:
+            return forward(q, k, v, t, scale)
+        out, lse = merged(q, k, v, t, scale)
+        kind = out.dtype
+        if t.out_scale is not None:
+            out = out * _per_query(t.out_scale[..., None], t).to(lse)
+        if t.out_residual is not None:
+            out = out + _per_query(t.out_residual, t).to(lse)
+        return out.to(kind), lse
+
+    def backward_with(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
+        if t.tail_lse is None:
+            return *backward(grad_out, grad_lse, q, k, v, out, lse, t, scale), None, None
+        grad_scale = grad_residual = None
+        if t.out_scale is not None or t.out_residual is not None:
+            # Undoing the epilogue would lose what rounding, or a large residual, has taken.
+            out, lse = merged(q, k, v, t, scale)
+            rows, count, wide = query_blocks(t), t.q_starts.numel(), grad_out.to(lse)
+            if t.out_residual is not None:
+                grad_residual = sum_rows(wide, rows, count)
+            if t.out_scale is not None:
+                dot = (wide * out).sum(-1, keepdim=True)
+                grad_scale = sum_rows(dot, rows, count)[..., 0]
+                grad_out = (wide * _per_query(t.out_scale[..., None], t).to(lse)).to(q.dtype)
+        grads = backward(grad_out, grad_lse, q, k, v, out, lse, _bare(t), scale)
+        ends = gradients(grad_out, grad_lse, out, lse, t)
+        return *grads[:3], grad_scale, grad_residual, *ends
+
+    return forward_with, backward_with
+
+
+def merge(out, lse, t: PlanTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` of a softmax over the listed keys with the plan's tail as one key more.
+
+    Args:
+        out: ``[B, H, N, D]``. lse: ``[B, H, N]``; -inf where a query sees nothing, with out 0.
+    """
+    index = _index(t)
+    merged, total = torch.empty_like(out), torch.empty_like(lse)
+    for heads in _portions(out):
+        tail_lse, value = _tail(t, heads, index, lse.dtype)
+        total[:, heads] = torch.logaddexp(lse[:, heads], tail_lse)
+        share = _share(tail_lse, total[:, heads])
+        merged[:, heads] = out[:, heads].to(lse).lerp(value.expand(out[:, heads].shape), share)
+    return merged, total
+
+
+def gradients(grad_out, grad_lse, out, lse, t: PlanTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of tail_lse ``[B, H, nT]`` and tail_value ``[B, H, nT, D]``; no atomics.
+
+    Args:
+        grad_out, grad_lse, out, lse: of what :func:`merge` gave; grad_lse may be None.
+    """
+    index, count = _index(t), t.tail_lse.shape[-1]
+    found = []
+    for heads in _portions(out):
+        tail_lse, value = _tail(t, heads, index, lse.dtype)
+        share = _share(tail_lse, lse[:, heads])
+        grad = grad_out[:, heads].to(lse)
+        logit = (grad * (value - out[:, heads])).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            logit = logit + grad_lse[:, heads, :, None]
+        found.append(sum_rows(torch.cat([grad, logit], -1) * share, index, count))
+    found = torch.cat(found, 1)
+    return found[..., -1], found[..., :-1]
+
+
+def sum_rows(x: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
+    """``[B, H, count, D]``: the sums of ``x [B, H, N, D]`` over tokens of equal ``row [N]``.
+
+    In the same order in every run.
+    """
+    if x.device.type == "cpu":
+        return x.new_zeros(*x.shape[:2], count, x.shape[3]).index_add_(2, row, x)
+    return sum_segments(x, row, count)
+
+
+def sum_segments(x: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
+    """:func:`sum_rows` where index_add_ uses atomics."""
+    by = torch.argsort(row, stable=True)
+    edges = torch.searchsorted(row[by], torch.arange(count + 1, device=row.device))
+    flat = x.permute(2, 0, 1, 3).flatten(1).index_select(0, by)
+    sums = torch.segment_reduce(flat, "sum", offsets=edges, axis=0, unsafe=True, initial=0)
+    return sums.view(count, *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3)
+
+
+def _bare(t: PlanTensors) -> PlanTensors:
+    none = ("tail_lse", "tail_value", "tail_index", "out_scale", "out_residual")
+    return t._replace(**dict.fromkeys(none))
+
+
+def _index(t: PlanTensors) -> torch.Tensor:
+    return query_blocks(t) if t.tail_index is None else t.tail_index.long()
+
+
+def _per_query(x: torch.Tensor, t: PlanTensors) -> torch.Tensor:
+    """Per-query-block values ``[..., nQ, D]`` by token."""
+    return x.index_select(-2, query_blocks(t))
+
+
+def _portions(out: torch.Tensor) -> list[slice]:
+    """Heads that are merged together."""
+    batch, heads, rows, width = out.shape
+    step = max(1, _VALUES // (batch * rows * width))
+    return [slice(start, start + step) for start in range(0, heads, step)]
+
+
+def _tail(t: PlanTensors, heads: slice, index: torch.Tensor, dtype: torch.dtype):
+    """``(lse [B|1, h|1, N], value [B|1, h|1, N, D])`` of each query's tail, in ``dtype``."""
+    parts = (x if x.shape[1] == 1 else x[:, heads] for x in (t.tail_lse, t.tail_value))
+    return tuple(x.to(dtype).index_select(2, index) for x in parts)
+
+
+def _share(tail_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """``[B, H, N, 1]``: the tail's part of each softmax; 0 where a query has neither."""
+    return torch.exp(tail_lse - lse.masked_fill(lse == -torch.inf, 0))[..., None]
