@@ -247,12 +247,13 @@ class Plan:
             many tokens a key stands for; -inf hides it.
         out_scale: ``[B|1, H|1, nQ]``, positive, and out_residual: ``[B|1, H|1, nQ, D]``: the
             epilogue ``out = out_scale * softmax(...) v + out_residual``, per query block.
-        tail_lse: ``[B|1, H|1, nT]`` fp32, and tail_value: ``[B|1, H|1, nT, D]``: the *tail*, one
-            key more in the softmax of each query, whose logit is ``tail_lse`` (natural log; -inf
-            for none) and whose value is ``tail_value``. It stands for what the query does not list
+        tail_lse: ``[B|1, H|1, nQ]`` fp32, and tail_value: ``[B|1, H|1, nQ, D]``: the *tail*, one
+            key more in the softmax of every query of a block, whose logit is ``tail_lse`` (natural
+            log; -inf for none) and whose value is ``tail_value``. It stands for what is not listed
             and is part of lse; the epilogue comes after it. A row with a tail may list nothing.
-        tail_index: ``[num_queries]`` int32, which of the nT tails each query takes, in token order.
-            None: that of its query block, and nT is nQ.
+        tail_index: ``[num_queries]`` int32 where the tail differs from query to query: each query's
+            row of ``tail_value [B|1, H|1, nT, D]``, with ``tail_lse [B|1, H|1, num_queries]``, both
+            in token order. None: both are per query block.
         num_real_keys: keys that are tokens of the sequence; later ones are appended summaries,
             which count as work but not towards ``density``.
         num_partial_pairs: token pairs ``rule`` keeps in all partial blocks together, for a
@@ -417,15 +418,14 @@ class Plan:
             return [f"tail_lse and tail_value belong together, got {' and '.join(given)} alone"]
         if lse is None:
             return []
-        errors = []
-        rows = self.q_blocks.count
+        errors, rows, logits = [], self.q_blocks.count, self.q_blocks.count
         if index is not None:
-            rows = lse.shape[-1]
+            rows, logits = value.shape[2] if value.ndim > 2 else 0, self.num_queries
             if tuple(index.shape) != (self.num_queries,) or index.dtype != torch.int32:
                 got = f"{list(index.shape)} {index.dtype}"
                 errors.append(f"tail_index must be [{self.num_queries}] int32, got {got}")
             errors.append(_range_error("tail_index", index, 0, rows - 1))
-        errors.append(self._shape_error("tail_lse", (rows,)))
+        errors.append(self._shape_error("tail_lse", (logits,)))
         errors.append(self._shape_error("tail_value", (rows, value.shape[-1])))
         if lse.dtype not in (torch.float32, torch.float64):
             errors.append(f"tail_lse must be float32 or float64, got {lse.dtype}")
@@ -673,8 +673,8 @@ class Plan:
             return 0.0
         there = torch.isfinite(self.tail_lse).double()
         if self.tail_index is None:
-            return float((there * self.q_blocks.lengths).sum(-1).mean())
-        return float(there[..., self.tail_index.long()].sum(-1).mean())
+            there = there * self.q_blocks.lengths
+        return float(there.sum(-1).mean())
 
     def _partial_keep(self, rows: torch.Tensor, cols: torch.Tensor):
         """Kept pairs ``[n, q_block, kv_block]`` of partial blocks and their key positions."""

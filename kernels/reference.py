@@ -23,9 +23,11 @@ def _blocks(x: torch.Tensor, t: PlanTensors) -> torch.Tensor:
 
 def _tail(t: PlanTensors, like: torch.Tensor):
     """``(lse [..., num_queries, 1], value [..., num_queries, D], index)`` of each token's tail."""
-    index = query_blocks(t) if t.tail_index is None else t.tail_index.long()
     lse, value = t.tail_lse[..., None].to(like), t.tail_value.to(like)
-    return lse.index_select(-2, index), value.index_select(-2, index), index
+    if t.tail_index is None:
+        return _rows(lse, t), _rows(value, t), query_blocks(t)
+    index = t.tail_index.long()
+    return lse, value.index_select(-2, index), index
 
 
 def _probabilities(q, k, t: PlanTensors, scale: float):
@@ -83,10 +85,9 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
         _, value, index = _tail(t, grad)
         p, p_tail = p[..., :-1], p[..., -1:]
         ds_tail = p_tail * ((grad * value).sum(-1) - delta)[..., None]
-        shape = (*grad.shape[:2], t.tail_lse.shape[-1])
-        sums = [grad.new_zeros(*shape, x.shape[-1]) for x in (p_tail, grad)]
-        grad_tail_lse = sums[0].index_add_(-2, index, ds_tail)[..., 0]
-        grad_tail_value = sums[1].index_add_(-2, index, p_tail * grad)
+        grad_tail_lse = (ds_tail if t.tail_index is not None else _blocks(ds_tail, t))[..., 0]
+        grad_tail_value = grad.new_zeros(*grad.shape[:2], *t.tail_value.shape[2:])
+        grad_tail_value = grad_tail_value.index_add_(-2, index, p_tail * grad)
     grad_v = torch.matmul(p.transpose(-1, -2), grad)
     ds = p * (torch.matmul(grad, wide_v.transpose(-1, -2)) - delta[..., None]) * scale
     grad_q = torch.matmul(ds, wide_k)

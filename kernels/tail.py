@@ -86,13 +86,13 @@ def merge(out, lse, t: PlanTensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(grad_out, grad_lse, out, lse, t: PlanTensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of tail_lse ``[B, H, nT]`` and tail_value ``[B, H, nT, D]``; no atomics.
+    """Gradients of tail_lse ``[B, H, nQ|N]`` and tail_value ``[B, H, nQ|nT, D]``; no atomics.
 
     Args:
         grad_out, grad_lse, out, lse: of what :func:`merge` gave; grad_lse may be None.
     """
-    index, count = _index(t), t.tail_lse.shape[-1]
-    found = []
+    index, count = _index(t), t.tail_value.shape[2]
+    logits, values = [], []
     for heads in _portions(out):
         tail_lse, value = _tail(t, heads, index, lse.dtype)
         share = _share(tail_lse, lse[:, heads])
@@ -100,9 +100,10 @@ def gradients(grad_out, grad_lse, out, lse, t: PlanTensors) -> tuple[torch.Tenso
         logit = (grad * (value - out[:, heads])).sum(-1, keepdim=True)
         if grad_lse is not None:
             logit = logit + grad_lse[:, heads, :, None]
-        found.append(sum_rows(torch.cat([grad, logit], -1) * share, index, count))
-    found = torch.cat(found, 1)
-    return found[..., -1], found[..., :-1]
+        logit = logit * share
+        logits.append(sum_rows(logit, index, count) if t.tail_index is None else logit)
+        values.append(sum_rows(grad * share, index, count))
+    return torch.cat(logits, 1)[..., 0], torch.cat(values, 1)
 
 
 def sum_rows(x: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
@@ -147,8 +148,11 @@ def _portions(out: torch.Tensor) -> list[slice]:
 
 def _tail(t: PlanTensors, heads: slice, index: torch.Tensor, dtype: torch.dtype):
     """``(lse [B|1, h|1, N], value [B|1, h|1, N, D])`` of each query's tail, in ``dtype``."""
-    parts = (x if x.shape[1] == 1 else x[:, heads] for x in (t.tail_lse, t.tail_value))
-    return tuple(x.to(dtype).index_select(2, index) for x in parts)
+    both = t.tail_lse, t.tail_value
+    lse, value = ((x if x.shape[1] == 1 else x[:, heads]).to(dtype) for x in both)
+    if t.tail_index is None:
+        lse = lse.index_select(2, index)
+    return lse, value.index_select(2, index)
 
 
 def _share(tail_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

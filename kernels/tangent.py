@@ -50,10 +50,14 @@ def tangents(
     out, d_out, d_lse = sums[..., :width], sums[..., width:-1], sums[..., -1:]
     row = query_blocks(t)
     if t.tail_lse is not None:
-        index = row if t.tail_index is None else t.tail_index.long()
-        tail_lse, value = (x.to(dtype).index_select(2, index) for x in (t.tail_lse, t.tail_value))
+        index, tail_lse = row, t.tail_lse.to(dtype)
+        if t.tail_index is None:
+            tail_lse, d_tail_lse = (x.index_select(2, row) for x in (tail_lse, d_tail_lse))
+        else:
+            index = t.tail_index.long()
+        value = t.tail_value.to(dtype).index_select(2, index)
         p = (tail_lse - lse).exp()[..., None]
-        p_ds = p * d_tail_lse.index_select(2, index)[..., None]
+        p_ds = p * d_tail_lse[..., None]
         out = out + p * value
         d_out = d_out + p_ds * value + p * d_tail_value.index_select(2, index)
         d_lse = d_lse + p_ds

@@ -92,10 +92,10 @@ def row_values(x, blocks):
 
 def tails(plan):
     """``(lse [..., num_queries, 1], value [..., num_queries, D])`` of each query's tail."""
-    both = plan.tail_lse[..., None], plan.tail_value
+    lse, value = plan.tail_lse[..., None], plan.tail_value
     if plan.tail_index is not None:
-        return tuple(x[:, :, plan.tail_index.long()] for x in both)
-    return tuple(row_values(x, plan.q_blocks) for x in both)
+        return lse, value[:, :, plan.tail_index.long()]
+    return row_values(lse, plan.q_blocks), row_values(value, plan.q_blocks)
 
 
 def attention(q, k, v, plan, weight=None, scale=None):

@@ -99,8 +99,12 @@ def formula(q, k, v, plan: Plan, weight, scale: float):
         block[at if plan.q_blocks.order is None else plan.q_blocks.order[at].long()] = n
     logits = logits.masked_fill(~mask, -torch.inf)
     if plan.tail_lse is not None:
-        index = block if plan.tail_index is None else plan.tail_index.long()
-        tail = plan.tail_lse.double()[:, :, index].expand(batch, heads, -1)
+        index, tail = block, plan.tail_lse.double()
+        if plan.tail_index is None:
+            tail = tail[:, :, block]
+        else:
+            index = plan.tail_index.long()
+        tail = tail.expand(batch, heads, -1)
         logits = torch.cat([logits, tail[..., None]], -1)
         blind = blind & (tail == -torch.inf)
     logits = logits.masked_fill(blind[..., None], 0)

@@ -76,19 +76,21 @@ TAILS = ("block", "query", "any")
 
 
 def random_tail(q_blocks: Blocks, head_dim: int, per="block", lists=((1, 1), (1, 1)), seed=0):
-    """The fields of a tail, a quarter of them none: one per block, per query, or shared at will.
+    """The fields of a tail, a quarter of them none; values per block, per query, or shared at will.
 
     Args:
         lists: (batch, heads) of the log weights, and of the values.
     """
     draw, queries = _generator(seed), int(q_blocks.lengths.sum())
-    index, count = None, q_blocks.count
-    if per == "query":
+    index, count, logits = None, q_blocks.count, queries
+    if per == "block":
+        logits = count
+    elif per == "query":
         index, count = torch.randperm(queries, generator=draw).int(), queries
-    elif per == "any":  # some tails are taken by many queries all over, some by none
+    else:  # some values are shared by many queries all over, some are nobody's
         count = 5
         index = torch.randint(0, 4, (queries,), generator=draw, dtype=torch.int32)
-    lse = 2 * torch.randn(*lists[0], count, generator=draw) + 1
+    lse = 2 * torch.randn(*lists[0], logits, generator=draw) + 1
     lse[torch.rand(lse.shape, generator=draw) < 0.25] = -torch.inf
     value = torch.randn(*lists[1], count, head_dim, generator=draw)
     return {"tail_lse": lse, "tail_value": value, "tail_index": index}

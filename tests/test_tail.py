@@ -240,8 +240,8 @@ BAD = [
         "tail_index must lie in 0..2, found 3..3",
     ),
     (
-        dict(tail_lse=LSE[..., :2], tail_value=VALUE, tail_index=INDEX),
-        "tail_value must be [B|1, H|1, 2, 8], got [1, 1, 3, 8]",
+        dict(tail_lse=LSE, tail_value=VALUE, tail_index=INDEX),
+        "tail_lse must be [B|1, H|1, 12], got [1, 1, 3]",
     ),
 ]
 

@@ -60,8 +60,10 @@ def _oracle_rows(q, k, v, plan: Plan, tokens, mask, scale: float) -> torch.Tenso
     if plan.tail_lse is None:
         out = torch.softmax(logits, -1) @ v
     else:
-        index = row if plan.tail_index is None else plan.tail_index[tokens].long()
-        tail = plan.tail_lse[:, :, index, None].to(logits).expand(*logits.shape[:-1], 1)
+        per_block = plan.tail_index is None
+        index = row if per_block else plan.tail_index[tokens].long()
+        tail = plan.tail_lse[:, :, row if per_block else tokens, None].to(logits)
+        tail = tail.expand(*logits.shape[:-1], 1)
         p = torch.softmax(torch.cat([logits, tail], -1), -1)
         out = p[..., :-1] @ v + p[..., -1:] * plan.tail_value[:, :, index].to(v)
     if plan.out_scale is not None:
