@@ -141,7 +141,7 @@ def compare(method, layout, mask, case):
     plan = method.plan(layout)
 
     def ours(q, k, v):
-        more_k, more_v = method.extend(layout, k, v, **method.parameters())
+        more_k, more_v = method.extend(layout, k, v, **method.parameters(2, case["head_dim"]))
         return attend(q, more_k, more_v, plan, backend=case["backend"], return_lse=True)
 
     def theirs(q, k, v):

@@ -36,6 +36,7 @@ EMBEDDED = {
 }
 SMALL = {
     "FluxPipeline": dict(height=64, width=96, max_sequence_length=12),
+    "FluxImg2ImgPipeline": dict(height=128, width=192, max_sequence_length=12),
     "WanPipeline": dict(SMALL_VIDEO, max_sequence_length=12),
     "WanImageToVideoPipeline": dict(SMALL_VIDEO, max_sequence_length=12),
     **EMBEDDED,

@@ -62,12 +62,13 @@ def is_named(path: str, allowed: set[str]) -> bool:
 BEYOND_FAMILIES = {
     "pipelines/measure/overhead.py": {"FluxTransformer2DModel", "WanTransformer3DModel"},
 }
-# Ordinary words, and parts of other things are made of dense and local.
+# Names that are words of other things as well, and methods that parts of other things are made of.
+WORDS, PARTS = {"topk"}, {"local", "linear", "dense"}
 WITNESSES = {
     "Adding a method": [
-        [name, cls.__name__]
+        [cls.__name__] if name in WORDS else [name, cls.__name__]
         for name, cls in METHODS.items()
-        if name not in ("local", "linear", "dense")
+        if name not in PARTS
     ],
     "Adding a model family": [[name] for name in FAMILIES],
     "Adding a kernel": [["reference_backend"]],

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,9 +229,15 @@ def decoder_run(scripts, data, vae, tmp_path_factory):
         given = ["--data", data, "--model", folder / "model", "--out", folder / name]
         given += ["--clips", 4, "--batch", 4, "--steps", 1000, "--lr", 5e-3]
         (folder / name).mkdir(exist_ok=True)
+        for clips in made:  # the clips are the same for every run: each has a seed of its own
+            if not (folder / name / clips.name).exists():
+                shutil.copy(clips, folder / name)
         args = scripts.train_wan_vae.make_parser().parse_args([*map(str, given)])
-        return scripts.train_wan_vae.Run(args)
+        run = scripts.train_wan_vae.Run(args)
+        made[:] = [folder / name / "train.pt", folder / name / "held-out.pt"]
+        return run
 
+    made = []
     yield make
     patch.undo()
 
