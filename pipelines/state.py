@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Plans that a transformer keeps. A plan of a long video is hundreds of megabytes.
 _MOST_KEPT, _MOST_BYTES = 32, 2**30
+# Graphs that torch.compile may make of one function: one or two for each size, method and guidance.
+_MOST_GRAPHS = 1024
 
 
 class _Forced(threading.local):
@@ -475,12 +477,28 @@ class ModelState:
 
 
 def _run(state: ModelState, model, call: Callable, args: tuple, kwargs: dict):
-    current, leave = state._untraced.begin(state, model, args, kwargs)
-    try:
-        out = call(model, *args, **kwargs)
-    finally:
-        leave()
-    return state._untraced.end(state, model, current, args, kwargs, out)
+    with _room_for_graphs():
+        current, leave = state._untraced.begin(state, model, args, kwargs)
+        try:
+            out = call(model, *args, **kwargs)
+        finally:
+            leave()
+        return state._untraced.end(state, model, current, args, kwargs, out)
+
+
+def _room_for_graphs():
+    """Inside, and in this thread, torch.compile does not give up at the eighth size it meets.
+
+    A graph holds the numbers of its layout, so every size has graphs of its own, which stay.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return contextlib.nullcontext()
+    config, room = dynamo.config, {}
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if getattr(config, name) < _MOST_GRAPHS:
+            room[name] = _MOST_GRAPHS
+    return config.patch(room) if room else contextlib.nullcontext()
 
 
 def _begin(state: ModelState, model, args: tuple, kwargs: dict):
