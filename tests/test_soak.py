@@ -132,7 +132,7 @@ def test_a_compiled_server_sees_forty_sizes(method, guided):
     dittfast.enable(pipe, method, min_tokens=0)
     if guided:
         dittfast.guide(pipe, heads=[(1, 0)])
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
     sizes = [(8 * h, 8 * w) for h in range(4, 12) for w in range(4, 14, 2)]
     draw, drawn = random.Random(0), {}
     for size in draw.sample(sizes, 40) + draw.sample(sizes, 40):

@@ -380,7 +380,7 @@ def _load(args, source, variants, device=None):
     from dittfast.pipelines.measure.fidelity import check_dense_kernel
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.first_frame import with_first_frame
-    from dittfast.pipelines.runs.outline import check_run
+    from dittfast.pipelines.runs.outline import check_run, outline
 
     given = {name: getattr(args, name) for name in CALL}
     check_ranges(prompt="any", seed=args.seed, **given)
@@ -391,8 +391,9 @@ def _load(args, source, variants, device=None):
             "there were drawn with them; take --offload group, which needs as little memory"
         )
     check_loading_options(args, source, device)
-    for variant in variants:
-        check_run(source, "any", given, variant.method, variant.schedule)
+    empty = outline(source)
+    for variant in variants if empty is not None else ():
+        check_run(empty, source, "any", given, variant.method, variant.schedule)
     pipe = load_pipeline(args, source, [v.preset or v.method.name for v in variants], device)
     pipe.set_progress_bar_config(disable=True)
     call = call_arguments(pipe, "any", source.settings, **given)

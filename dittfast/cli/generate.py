@@ -250,15 +250,15 @@ def _position_scale(text: str) -> float | str:
 def _check_outline(args, source, given: dict, stages, method, schedule, guided) -> None:
     """Check, before weights are read, all that the model's folder tells."""
     from dittfast.pipelines.runs.high_resolution import rope_theta_scaled
-    from dittfast.pipelines.runs.outline import check_run
+    from dittfast.pipelines.runs.outline import check_run, outline
     from dittfast.pipelines.runs.positions import positions_scaled
 
+    pipe = outline(source)
+    if pipe is None:
+        return
     for height, width in stages or [(args.height, args.width)]:
         size = {"height": height, "width": width}
-        found = check_run(source, args.prompt, given | size, method, schedule, guided)
-        if found is None:
-            continue
-        pipe, call = found
+        call = check_run(pipe, source, args.prompt, given | size, method, schedule, guided)
         _check_kind(args, pipe, call, source)
         scale = 1.0 if stages and args.position_scale == "fit" else _fitted(args, source, call)
         with (

@@ -151,7 +151,7 @@ def run(args) -> int:
     from dittfast.pipelines.headhunter.search import Policy
     from dittfast.pipelines.runs.call import call_arguments, check_ranges
     from dittfast.pipelines.runs.compare import installed
-    from dittfast.pipelines.runs.outline import check_run
+    from dittfast.pipelines.runs.outline import check_run, outline
 
     check_ranges(prompt=prompts[0], **given)
     check_loading_options(args, source)
@@ -160,11 +160,10 @@ def run(args) -> int:
         raise ValueError("--holdout-seeds has no held-out prompts to draw; add --holdout FILE")
     HeadGuidance(((0, 0),), **guidance_options(args))  # checks them
     policy = Policy(*(search[name] for name in ("rounds", "topk", "screen", "keep")))
-    found = check_run(
-        source, prompts[0], given, None if adapter else method, None if adapter else schedule
-    )
-    if found is not None:
-        check_pool(found[0], policy, search["layers"], search["heads"])
+    empty = outline(source)
+    if empty is not None:
+        check_run(empty, source, prompts[0], given, None if adapter else method, schedule)
+        check_pool(empty, policy, search["layers"], search["heads"])
     pipe = load_pipeline(args, source, [] if args.method is None else [args.method])
     call = call_arguments(pipe, prompts[0], source.settings, **given)
     call.pop("prompt")

@@ -58,15 +58,16 @@ def run(args) -> int:
     from dittfast.pipelines.measure.probe import capture, check_places, kept_picture, measure
     from dittfast.pipelines.runs import sources
     from dittfast.pipelines.runs.first_frame import with_first_frame
-    from dittfast.pipelines.runs.outline import check_run
+    from dittfast.pipelines.runs.outline import check_run, outline
 
     from .options import quiet_libraries
 
     source = sources.find(args.model)
     check_fits(asked, sources.transformer_classes(source).values(), args.any_model)
-    outline = check_run(source, args.prompt, {"num_inference_steps": args.steps}, method)
-    if outline is not None:
-        pipe, call = outline
+    pipe = outline(source)
+    if pipe is not None:
+        given = {"num_inference_steps": args.steps}
+        call = check_run(pipe, source, args.prompt, given, method)
         if "num_inference_steps" in call:
             check_places(pipe, call, [] if args.step is None else [args.step], args.layers)
     device = sources.choose_device("auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -47,33 +48,32 @@ def outline(source: Source):
 
 
 def check_run(
+    pipe,
     source: Source,
     prompt: str,
     given: dict,
     method: Method | None = None,
     schedule: Schedule | None = None,
     guidance: HeadGuidance | None = None,
-):
-    """Refuse now what a run would refuse once its pipeline is loaded, as far as its folder tells.
+) -> dict:
+    """Refuse now what a run would refuse once its pipeline is loaded.
 
     Args:
+        pipe: the :func:`outline` of the source; left as it is.
         given: arguments of the call by name, None where nobody gave one.
         method, schedule, guidance: what :func:`dittfast.enable` and :func:`dittfast.guide` take.
 
     Returns:
-        The pipeline without weights and the arguments of its call, for further checks; None where
-        the folder does not tell.
+        The arguments of its call.
 
     Raises:
         ValueError: an argument that the pipeline does not take, a size that it would round, a
             model, layer or head that the method or the guidance cannot have.
     """
-    pipe = outline(source)
-    if pipe is None:
-        return None
     call = call_arguments(pipe, prompt, source.settings, **given)
-    if method is not None:
-        enable(pipe, method, schedule=schedule)
-    if guidance is not None:
-        guide(pipe, guidance)
-    return pipe, call
+    with contextlib.ExitStack() as stack:
+        if method is not None:
+            stack.enter_context(enable(pipe, method, schedule=schedule))
+        if guidance is not None:
+            stack.enter_context(guide(pipe, guidance))
+    return call
