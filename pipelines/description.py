@@ -88,6 +88,8 @@ class Description:
         if self.num_steps is not None:
             steps = f"0 of {self.num_steps} denoising steps"
         first, last = self.schedule.dense_first_steps, self.schedule.dense_last_steps
+        if isinstance(self.method, Mixture) and not first + last:
+            return f"{steps} sparse: they lie in the steps of no rule"
         return (
             f"{steps} sparse: all belong to dense steps (dense_first_steps={first}, "
             f"dense_last_steps={last}); take more steps or keep fewer dense"

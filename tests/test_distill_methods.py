@@ -76,8 +76,8 @@ def test_rules_for_some_steps_are_not_trained(tmp_path):
 
 
 def test_what_a_run_would_train_is_known_before_it(tmp_path):
-    from dittfast.distill.memory import estimate
+    from dittfast.distill.memory import memory_needs
 
     config = make_config(tmp_path, student=STUDENTS["linear"] | {"trainable": "method"})
     each = sum(x.numel() for x in Linear(hidden=3).parameters(2, 16).values())
-    assert estimate(config)["parameters"]["trained"] == 4 * each
+    assert memory_needs(config)["parameters"]["trained"] == 4 * each

@@ -18,7 +18,8 @@ from dittfast.measure.metrics import cosine, temporal_consistency
 from dittfast.measure.perceptual import load_lpips, missing_for_lpips
 from dittfast.measure.summary import bootstrap_mean, interval
 from dittfast.measure.tables import fidelity_tables
-from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.methods import Linear, Local, LogLinear, Radial, Rectified
+from dittfast.mixture import Mixture, Rule
 from dittfast.pipelines.fingerprint import weights_digest
 from dittfast.pipelines.measure import fidelity
 from dittfast.pipelines.measure.drawings import Drawings
@@ -235,6 +236,8 @@ def test_a_video_has_temporal_numbers(tmp_path):
         Local(window=3, tile=(1, 4, 4)),
         LogLinear(block_size=8, topk=2, levels=1),
         Rectified(block_size=16, topk=1, top_p=0),
+        Linear(hidden=3),
+        Mixture((Rule(Local(window=3), "1"), Rule(Linear(hidden=0), "2-3", heads=(1,)))),
     ],
     ids=lambda m: m.name,
 )
@@ -242,6 +245,9 @@ def test_methods_are_checked_on_the_models_own_attention(pipe, method):
     call = CALL | {"prompt": "a red cat"}
     checked = check_method(pipe, call, method, Schedule(dense_layers=(0,)), "cpu")
     assert checked.backend == "cpu" and checked.layers == 3
+    if method.name in ("linear", "mixture"):
+        assert checked.density is None and 0 < checked.work < 1
+        return
     assert 0 < checked.density < 1
     if method.name == "log_linear":
         # 12 pooled keys for each query of 108 tokens come on top of the token pairs.

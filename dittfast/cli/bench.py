@@ -293,7 +293,8 @@ def _print_table(rows: list[dict]) -> None:
             for n in columns[6:]
         )
         options = row["method"]
-        name = f"{options['name']}" + (f" {options['window']:g}" if "window" in options else "")
+        window = options.get("window")
+        name = options["name"] + (f" {window:g}" if isinstance(window, (int, float)) else "")
         print(
             f"{name:<26}{'both' if row['backward'] else 'forward':<9}{row['dtype']:<10}"
             f"{number(row['density']):>8}{row['work']:>7.3f}{row['dense_seconds']['p50']:>9.3g}"

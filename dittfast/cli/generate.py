@@ -465,6 +465,8 @@ def _options(arm) -> str:
     from dataclasses import fields
 
     method = arm.description.method
+    if method.parts:
+        return method.words()
     shown = [
         f"{field.name}={getattr(method, field.name)}"
         for number, field in enumerate(fields(method))

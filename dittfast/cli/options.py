@@ -358,10 +358,10 @@ def check_backend(name: str) -> None:
 
 def preset_of(args) -> str | None:
     """The preset or file that method and schedule come from; None for a method's own name."""
-    from dittfast.methods import METHODS
+    from dittfast.config import KINDS
 
     asked = chosen_method(args)
-    return None if asked in METHODS else asked
+    return None if asked in KINDS else asked
 
 
 def add_json_argument(parser) -> None:

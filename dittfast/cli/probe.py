@@ -55,6 +55,8 @@ def run(args) -> int:
     check_ranges(prompt=args.prompt, seed=args.seed, num_inference_steps=args.steps)
     options.setdefault("min_tokens", 0)
     method, _ = resolve(asked, **options)
+    from dittfast.mixture import Mixture
+    from dittfast.pipelines.measure.method_check import assignment_of
     from dittfast.pipelines.measure.probe import capture, check_places, kept_picture, measure
     from dittfast.pipelines.runs import sources
     from dittfast.pipelines.runs.first_frame import with_first_frame
@@ -78,7 +80,14 @@ def run(args) -> int:
     call = with_first_frame(pipe, call, source.settings)
     steps = None if args.step is None else [args.step]
     captured = capture(pipe, call, steps=steps, layers=args.layers, seed=args.seed)
-    reports = [measure(method, c) for c in captured]
+    runs = dict.fromkeys((c.layer for c in captured), method)
+    if isinstance(method, Mixture):
+        there = assignment_of(pipe, method).at(captured[0].step, call["num_inference_steps"])
+        runs = {name: there[name].method for name in runs if there[name] is not None}
+        captured = [c for c in captured if c.layer in runs]
+    if not captured:
+        raise ValueError("no rule runs in these layers there; choose others: --layers, --step")
+    reports = [measure(runs[c.layer], c) for c in captured]
     data = _numbers(reports, method, source, call, args, captured[0].layout.num_tokens)
     print("\n".join(_lines(reports, data)))
     if args.output is not None:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dittfast.config import SCHEDULE_FIELDS, check_fits, parse_yaml, resolve, unknown
+from dittfast.config import KINDS, SCHEDULE_FIELDS, check_fits, parse_yaml, resolve, unknown
 from dittfast.disk.records import read_text
-from dittfast.methods import METHODS
 from dittfast.methods.base import Method
 from dittfast.schedule import Schedule
 
@@ -166,6 +165,6 @@ def make_variants(
             k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == label
         }
         method, schedule = resolve(name, **(own | common | mine))
-        preset = None if name in METHODS else name
+        preset = None if name in KINDS else name
         variants.append(Variant(label, method, schedule, backend, preset))
     return variants
