@@ -218,6 +218,7 @@ METHODS = {
     "local": dict(window=2, tile=(1, 4, 4)),
     "log_linear": dict(block_size=8, topk=2, levels=1),
     "rectified": dict(block_size=8, topk=1, top_p=0.0, neighbors=False),
+    "linear": dict(hidden=3),
 }
 
 
