@@ -51,9 +51,21 @@ def _reference():
     return reference_backend
 
 
-BACKENDS = {"triton": _triton, "native": _native, "cpu": _cpu, "reference": _reference}
+def _flex():
+    from .kernels import flex
+
+    return flex
+
+
+BACKENDS = {
+    "triton": _triton,
+    "native": _native,
+    "cpu": _cpu,
+    "flex": _flex,
+    "reference": _reference,
+}
 # What "auto" tries on each type of device, the fastest first.
-PREFERRED = {"cuda": ("triton",), "cpu": ("native", "cpu")}
+PREFERRED = {"cuda": ("triton", "flex"), "cpu": ("native", "cpu")}
 _ELSEWHERE = ("cpu",)
 
 
@@ -336,7 +348,11 @@ def attend(
             elif needs_grad and torch.is_grad_enabled():
                 plan.transpose()
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = implementation.attend(q, k, v, plan.tensors(kv_log_weight, name), scale)
+    t = plan.tensors(kv_log_weight, name)
+    wants_lse = return_lse or forward_ad._current_level >= 0
+    if not wants_lse and not {"backward", "tail"}.intersection(asked.needs):
+        t = t._replace(wants_lse=0)
+    out, lse = implementation.attend(q, k, v, t, scale)
     return (out, lse) if return_lse else out
 
 

@@ -201,6 +201,9 @@ class PlanTensors(NamedTuple):
     place_bits: int
     q_block_size: int
     kv_block_size: int
+    q_ragged: int = 1
+    kv_ragged: int = 1
+    wants_lse: int = 1  # 0: nobody looks at lse, here or in the backward pass
 
 
 def for_training(value):
@@ -555,6 +558,8 @@ class Plan:
             0 if rule is None else rule.place_bits,
             self.q_block_size,
             self.kv_block_size,
+            int(self.q_ragged),
+            int(self.kv_ragged),
         )
 
     def transpose(self) -> Transpose:

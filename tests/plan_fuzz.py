@@ -24,6 +24,7 @@ from random_plans import (
 )
 
 from dittfast import attend
+from dittfast.attention import not_supported_reasons
 from dittfast.plan import METRICS, Plan, TokenRule
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
@@ -221,8 +222,11 @@ def random_case(draw: Draw):
     return plan, draw.maybe(weight), (batch, heads, kv_heads, dim)
 
 
-def check(seed: int) -> None:
-    """Make the plan of this seed and compare; AssertionError names what differs."""
+def check(seed: int, backend: str = "native") -> None:
+    """Make the plan of this seed and compare; AssertionError names what differs.
+
+    Gradients too, unless the backend has none.
+    """
     draw = Draw(seed)
     plan, weight, (batch, heads, kv_heads, dim) = random_case(draw)
     dtype = DTYPES[seed % 3]
@@ -236,17 +240,23 @@ def check(seed: int) -> None:
     grad = tensor(heads, plan.num_queries)
     grad_lse = torch.randn(batch, heads, plan.num_queries, generator=draw.generator)
 
+    wanted = [x.detach().requires_grad_() for x in inputs]
+    differentiable = not not_supported_reasons(backend, *wanted, plan)
+
     def run(function, cast):
-        leaves = [x.to(cast).requires_grad_() for x in inputs]
+        leaves = [x.to(cast).requires_grad_(differentiable) for x in inputs]
         fields = {name: getattr(plan, name) for name in ENDS}
-        fields = {n: x.clone().requires_grad_() for n, x in fields.items() if x is not None}
+        fields = {n: x.clone() for n, x in fields.items() if x is not None}
+        fields = {n: x.requires_grad_(differentiable) for n, x in fields.items()}
         out, lse, blind = function(*leaves, plan.replace(**fields) if fields else plan)
+        if not differentiable:
+            return out, lse.masked_fill(blind, -torch.inf)
         total = (out * grad).sum() + (lse.masked_fill(blind, 0) * grad_lse).sum()
         grads = torch.autograd.grad(total, [*leaves, *fields.values()])
         return out.detach(), lse.detach().masked_fill(blind, -torch.inf), *grads
 
     def ours(q, k, v, plan):
-        options = dict(scale=scale, return_lse=True, backend="native")
+        options = dict(scale=scale, return_lse=True, backend=backend)
         out, lse = attend(q, k, v, plan, kv_log_weight=weight, **options)
         return out, lse, lse == -torch.inf
 
@@ -272,9 +282,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the first plan")
     parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--backend", default="native", help="flex compiles most plans anew")
     args = parser.parse_args()
     for seed in range(args.seed, args.seed + args.count):
-        check(seed)
+        check(seed, args.backend)
         if (seed + 1 - args.seed) % 100 == 0:
             print(f"{seed + 1 - args.seed} plans agree; go on with --seed {seed + 1}", flush=True)
     print(f"seeds {args.seed} to {args.seed + args.count - 1} agree")

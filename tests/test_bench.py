@@ -1,20 +1,18 @@
 """Benchmarks: what is measured is right, and a wrong result is not measured."""
 
-import itertools
 import json
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import ragged_blocks, random_plan, random_rule
 
 from dittfast import Layout, attend, methods
 from dittfast.attention import choose_backend
 from dittfast.cli import main
-from dittfast.measure import bench, check, flex, timing
+from dittfast.measure import bench, check, timing
 from dittfast.measure.bench import Workload
-from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
 
 
@@ -108,68 +106,6 @@ def test_rounds_are_interleaved_and_turned_around():
 
 def test_percentiles():
     assert timing.percentiles(range(11)) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
-
-
-FLEX_PLANS = {
-    "full blocks": lambda: random_plan(even_blocks(250, 64), even_blocks(128, 64)),
-    "per head": lambda: random_plan(even_blocks(128, 32), even_blocks(128, 32), (1, 2)),
-    "partial blocks": lambda: random_plan(
-        even_blocks(128, 64), even_blocks(128, 32), rule=random_rule(128, 128)
-    ),
-    "tiles": lambda: methods.Local(3, tile=(1, 4, 8)).plan(Layout.image(16, 24)),
-    "weights": lambda: random_plan(
-        even_blocks(96, 32), even_blocks(96, 32), kv_log_weight=torch.randn(1, 2, 96)
-    ),
-}
-
-
-def mask_of(block_mask, shape):
-    """What compiled flex_attention takes from a BlockMask: eager does not look at the lists."""
-    height, width = block_mask.BLOCK_SIZE
-    mask = torch.zeros(*block_mask.kv_indices.shape[:2], *shape, dtype=torch.bool)
-    at_q, at_k = torch.arange(shape[0])[:, None], torch.arange(shape[1])
-    kept = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), at_q, at_k).expand(shape)
-    for b, h, row in itertools.product(*(range(n) for n in block_mask.kv_num_blocks.shape)):
-        rows = slice(row * height, (row + 1) * height)
-        full = block_mask.full_kv_indices[b, h, row, : block_mask.full_kv_num_blocks[b, h, row]]
-        partial = block_mask.kv_indices[b, h, row, : block_mask.kv_num_blocks[b, h, row]]
-        for col in full.tolist():
-            mask[b, h, rows, col * width : (col + 1) * width] = True
-        for col in partial.tolist():
-            cols = slice(col * width, (col + 1) * width)
-            mask[b, h, rows, cols] = kept[rows, cols]
-    return mask
-
-
-@pytest.mark.parametrize("name", FLEX_PLANS)
-def test_flex_attention_is_given_the_same_problem(name):
-    plan = FLEX_PLANS[name]()
-    q, k, v, _ = attention_inputs(1, 2, plan.num_queries, 16, plan.num_keys)
-    fq, fk, fv, block_mask, score_mod = flex.flex_inputs(q, k, v, plan)
-    logits = fq @ fk.mT / 4
-    if score_mod is not None:
-        places = torch.arange(2)[:, None, None], torch.arange(len(fq[0, 0]))[:, None]
-        logits = score_mod(logits, 0, *places, torch.arange(len(fk[0, 0])))
-    mask = mask_of(block_mask, logits.shape[2:])
-    found = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1) @ fv
-    expected = attend(q, k, v, plan, backend="reference")
-    if plan.q_blocks.order is not None:
-        expected = expected[:, :, plan.q_blocks.order.long()]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_flex_attention_cannot_express_is_said():
-    blocks = ragged_blocks(40, 8)
-    q, k, v, _ = attention_inputs(1, 2, 40, 16)
-    with pytest.raises(ValueError, match="needs blocks of one size"):
-        flex.flex_inputs(q, k, v, random_plan(blocks, blocks))
-    scaled = Plan.full(40, block_size=8, out_scale=torch.ones(1, 1, 5))
-    with pytest.raises(ValueError, match="no epilogue"):
-        flex.flex_inputs(q, k, v, scaled)
-    row = bench.bench_attention(
-        methods.Local(2, tile=(1, 3, 3)), Workload(Layout.image(5, 8)), repeats=1
-    )
-    assert row["flex"]["not_run"].startswith("ValueError: flex_attention needs blocks of one size")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_plans import assert_matches_oracle, even_blocks, ragged_blocks, random_plan, random_rule
 
 from dittfast import Layout, attend
-from dittfast.measure import check, draw, flex
+from dittfast.measure import check, draw
 from dittfast.methods import LogLinear
 from dittfast.plan import Plan
 from dittfast.testing import attention_inputs
@@ -70,18 +70,6 @@ def test_backends_forward_and_backward(backend, rule, block_size, nan_empty):
     sizes = (63, 111) if block_size == 8 else (63, 300)
     plan, _ = with_runs(rule, (1, 2), 3, block_size, sizes)
     assert_matches_oracle(plan, backend)
-
-
-def test_flex_inputs_list_the_run():
-    blocks = even_blocks(160, 16)
-    plan = random_plan(blocks, blocks, density=0.2)
-    indices, count = plan.kv_indices.clone(), plan.kv_num_blocks.clone()
-    indices[0, 0, 4], count[0, 0, 4] = 0, 10
-    plan = plan.replace(kv_indices=indices, kv_num_blocks=count, kv_num_full_blocks=count)
-    inputs = torch.randn(3, 1, 1, 160, 16)
-    mask = flex.flex_inputs(*inputs, plan)[3]
-    assert mask.full_kv_indices[0, 0, 4].tolist() == list(range(10))
-    assert torch.equal(mask.to_dense().bool(), plan.to_block_mask())
 
 
 def test_wrong_runs_are_named():

@@ -196,7 +196,16 @@ calls (`kernels/capabilities.py`). A backend that is named runs or raises, and t
 that can. PyTorch's own attention runs where a plan leaves nothing out; otherwise `backend="auto"`
 takes the first that can, {preferred}.
 
-{markdown_table(["", *(f"`{name}`" for name, _ in facts)], rows)}"""
+{markdown_table(["", *(f"`{name}`" for name, _ in facts)], rows)}
+{_notes()}"""
+
+
+def _notes() -> str:
+    """A line for each backend: the first of its module."""
+    from dittfast.attention import BACKENDS
+
+    said = {name: load().__doc__.splitlines()[0] for name, load in BACKENDS.items()}
+    return "".join(f"- `{name}`: {line}\n" for name, line in said.items())
 
 
 def capability_table() -> list[tuple[str, dict[str, str]]]:

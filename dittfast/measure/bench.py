@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from ..attention import choose_backend, method_attention, not_supported_reasons
+from ..attention import attend, choose_backend, method_attention, not_supported_reasons
 from ..layout import Layout
 from ..methods import METHODS
 from ..methods.amount import dense_flops
@@ -20,7 +20,6 @@ from ..methods.head_groups import by_head, split
 from ..plan import Plan
 from ..testing import attention_inputs
 from .check import check_attention, method_plan
-from .flex import flex_function
 from .timing import (
     check_repeats,
     clock_for,
@@ -197,11 +196,17 @@ def _may_run(backend: str, q, k, v, planned: tuple | None) -> bool:
 
 
 def _flex_arm(inputs, grad_out, plan: Plan, scale, backward) -> tuple[dict[str, Callable], dict]:
-    """What runs flex_attention, or under ``not_run`` why nothing does."""
+    """What runs the flex backend under this plan, or under ``not_run`` why nothing does."""
+    q, k, v = (x.requires_grad_(backward) for x in inputs)
+    reasons = not_supported_reasons("flex", q, k, v, plan)
+    if reasons:
+        return {}, {"not_run": "; ".join(reasons)}
+    run = partial(attend, q, k, v, plan, scale=scale, backend="flex")
     try:
-        return {"flex": flex_function(*inputs, grad_out, plan, scale, backward)}, {}
+        check_attention(q, k, v, grad_out, plan, scale, "flex", backward)
     except Exception as error:  # whatever a compiler throws belongs in the table
         return {}, {"not_run": _reason(error)}
+    return {"flex": with_gradient(run, (q, k, v), grad_out) if backward else run}, {}
 
 
 def _row(

@@ -1,0 +1,85 @@
+"""Plans for engines whose blocks are all of one size: padded blocks, and lists with every block.
+
+Engines count blocks by their place: block ``b`` is slots ``b * size ... (b + 1) * size - 1``. A
+*slot* holds the token of one position, or is padding behind the end of a short block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dittfast.plan import PlanTensors, block_positions, run_lengths
+
+
+class Side(NamedTuple):
+    """Queries or keys as slots.
+
+    Attributes:
+        positions: ``[slots]`` int64, the position in each slot; that of some other slot in padding.
+        tokens: ``[slots]`` int64, likewise the token.
+        padding: ``[slots]`` bool; None where there is none.
+    """
+
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    padding: torch.Tensor | None
+
+
+def side(t: PlanTensors, name: str, size: int, whole: bool = False) -> Side | None:
+    """The slots of one side ("q" or "kv") in blocks of ``size``; None where they are its tokens.
+
+    Without padding the last block may end before its last slot, unless ``whole`` ones are wanted.
+    """
+    starts, lengths, order = (getattr(t, f"{name}_{x}") for x in ("starts", "lengths", "order"))
+    even = not getattr(t, f"{name}_ragged") and getattr(t, f"{name}_block_size") == size
+    if even and not whole:
+        if order is None:
+            return None
+        return Side(torch.arange(order.numel(), device=order.device), order.long(), None)
+    blocks = torch.arange(starts.numel(), device=starts.device)
+    positions, inside = (x.flatten() for x in block_positions(starts, lengths, blocks, size))
+    return Side(positions, positions if order is None else order[positions].long(), ~inside)
+
+
+def slots_of_tokens(one: Side, num_tokens: int) -> torch.Tensor:
+    """``[num_tokens]`` int64, the slot of each token."""
+    tokens = one.tokens
+    if one.padding is not None:  # padding goes into a place past the end
+        tokens = torch.where(one.padding, num_tokens, tokens)
+    slots = torch.arange(tokens.numel(), device=tokens.device)
+    return slots.new_empty(num_tokens + 1).index_copy_(0, tokens, slots)[:-1]
+
+
+class Lists(NamedTuple):
+    """Key blocks of each query block, in part and in full, in lists with room for every block.
+
+    Attributes:
+        partial, full: ``[B|1, H|1, nQ]`` int32, how many there are.
+        partial_blocks, full_blocks: ``[B|1, H|1, nQ, nK]`` int32, those first; a block that exists
+            in every other place.
+    """
+
+    partial: torch.Tensor
+    partial_blocks: torch.Tensor
+    full: torch.Tensor
+    full_blocks: torch.Tensor
+
+
+def lists(t: PlanTensors) -> Lists:
+    """The plan's lists. Memory grows with query blocks times key blocks."""
+    columns = t.kv_starts.numel()
+    width = t.kv_indices.shape[-1]
+    slot = torch.arange(columns, dtype=torch.int32, device=t.kv_indices.device)
+    listed = torch.nn.functional.pad(t.kv_indices, (0, columns - width))
+    runs = run_lengths(t.kv_indices, t.kv_num_blocks)
+    listed = torch.where((runs > 0)[..., None], slot, listed)
+    full, partial = t.kv_num_full_blocks, t.kv_num_blocks - t.kv_num_full_blocks
+    shifted = listed.gather(-1, (slot + full[..., None]).clamp_max(columns - 1).long())
+    return Lists(
+        partial,
+        shifted.where(slot < partial[..., None], 0),
+        full,
+        listed.where(slot < full[..., None], 0),
+    )
