@@ -40,6 +40,7 @@ _EXPORTS = {
     "TopKAttnProcessor": "dittfast.pipelines.processors",
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
+    "SolAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }

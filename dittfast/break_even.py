@@ -37,6 +37,7 @@ ESTIMATED = {
     ("log_linear", "triton"): 16384,
     ("radial", "triton"): 16384,
     ("rectified", "triton"): 16384,
+    ("sol", "triton"): 16384,
 }
 # Where the CPU multiplies half precision (AMX, AVX512-BF16), dense attention in it is about three
 # times as fast as in fp32, and our kernels, which widen it, are not. Estimated from that: methods
@@ -48,6 +49,7 @@ FAST_HALF = {
     "log_linear": 32768,
     "radial": math.inf,
     "rectified": math.inf,
+    "sol": math.inf,
 }
 
 

@@ -1,9 +1,9 @@
 """Every method as a plain function of q, k, v, for people without diffusers.
 
 Nothing is cached: each call plans anew. To plan once, keep ``plan = method.plan(layout)`` and call
-:func:`dittfast.attend` with it. TopK, LogLinear and Rectified plan from q and k, so at every call;
-keep the method, which remembers what depends on the layout alone, and call ``method_attention``
-with it.
+:func:`dittfast.attend` with it. TopK, LogLinear, Rectified and Sol plan from q and k, so at every
+call; keep the method, which remembers what depends on the layout alone, and call
+``method_attention`` with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, TopK
+from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, Sol, TopK
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
@@ -27,6 +27,7 @@ __all__ = [
     "radial_attention",
     "rectified_attention",
     "soft_pag",
+    "sol_attention",
     "topk_attention",
 ]
 
@@ -282,6 +283,43 @@ def rectified_attention(
     method = Rectified(
         block_size, topk, drop, top_p, order, neighbors, first_frame, round_up, rectify
     )
+    return _attend(method, layout, (q, k, v), backend, scale, return_lse)
+
+
+def sol_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout | None = None,
+    tau: float = 1.0,
+    tail: str = "block",
+    *,
+    block_size: int = 64,
+    order: str = "raster",
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Attended:
+    """Sol-Attn (arXiv:2607.24027): blocks above a threshold, and the rest as one pooled key.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
+            (grouped-query attention).
+        layout: where the N tokens sit; None for a one-dimensional sequence as it is.
+        tau, tail, block_size, order: see :class:`dittfast.methods.Sol`.
+        backend, scale: see :func:`dittfast.attend`.
+        return_lse: also return the lse, which the tail is part of.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype, or ``(out, lse [B, H, N] fp32)``. Differentiable in
+        q, k and v, with the choice of blocks held fixed.
+
+    Raises:
+        ValueError: an option out of range, or tensors that do not fit the layout.
+    """
+    method = Sol(tau, tail, block_size, order)
+    if layout is None:
+        layout = Layout.image(1, q.shape[-2])
     return _attend(method, layout, (q, k, v), backend, scale, return_lse)
 
 

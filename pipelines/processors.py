@@ -215,6 +215,12 @@ class RectifiedAttnProcessor(SparseAttnProcessor):
     method_name = "rectified"
 
 
+class SolAttnProcessor(SparseAttnProcessor):
+    """Sol-Attn (arXiv:2607.24027); options of :class:`dittfast.methods.Sol`."""
+
+    method_name = "sol"
+
+
 class LinearAttnProcessor(SparseAttnProcessor):
     """LinFusion (arXiv:2409.02097); options of :class:`dittfast.methods.Linear`."""
 

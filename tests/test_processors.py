@@ -17,6 +17,7 @@ from dittfast.pipelines.processors import (
     NeighborhoodAttnProcessor,
     RadialAttnProcessor,
     RectifiedAttnProcessor,
+    SolAttnProcessor,
     TopKAttnProcessor,
 )
 
@@ -43,6 +44,7 @@ CASES = {
         "log_linear",
         dict(block_size=8, topk=2, levels=1),
     ),
+    "wan-sol": (tiny.wan_pipeline, SolAttnProcessor, "sol", dict(block_size=8, tail="query")),
     "wan-rectified": (
         tiny.wan_pipeline,
         RectifiedAttnProcessor,

@@ -8,6 +8,7 @@ from .log_linear import LogLinear
 from .neighborhood import Neighborhood
 from .radial import Radial
 from .rectified import Rectified
+from .sol import Sol
 from .topk import TopK
 
 METHODS: dict[str, type[Method]] = {
@@ -18,10 +19,21 @@ METHODS: dict[str, type[Method]] = {
     "topk": TopK,
     "log_linear": LogLinear,
     "rectified": Rectified,
+    "sol": Sol,
     "linear": Linear,
 }
 
 __all__ = [
     *("METHODS", "Method"),
-    *("Dense", "Linear", "Local", "LogLinear", "Neighborhood", "Radial", "Rectified", "TopK"),
+    *(
+        "Dense",
+        "Linear",
+        "Local",
+        "LogLinear",
+        "Neighborhood",
+        "Radial",
+        "Rectified",
+        "Sol",
+        "TopK",
+    ),
 ]
