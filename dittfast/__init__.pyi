@@ -26,6 +26,7 @@ from dittfast.pipelines.processors import LogLinearAttnProcessor as LogLinearAtt
 from dittfast.pipelines.processors import NeighborhoodAttnProcessor as NeighborhoodAttnProcessor
 from dittfast.pipelines.processors import RadialAttnProcessor as RadialAttnProcessor
 from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAttnProcessor
+from dittfast.pipelines.processors import SolAttnProcessor as SolAttnProcessor
 from dittfast.pipelines.processors import TopKAttnProcessor as TopKAttnProcessor
 from dittfast.pipelines.runs.high_resolution import (
     generate_high_resolution as generate_high_resolution,
