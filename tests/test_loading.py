@@ -234,3 +234,35 @@ def test_generate_takes_them_and_records_them(source, lora, tmp_path, capsys):
     from dittfast.pictures import read_picture
 
     assert np.array_equal(np.asarray(read_picture(tmp_path / "a.png")), expected[0])
+
+
+def test_an_outline_is_the_pipeline_without_its_weights(tmp_path):
+    from dittfast.methods import Local
+    from dittfast.methods.head_guidance import HeadGuidance
+    from dittfast.pipelines.guidance.plain import head_counts
+    from dittfast.pipelines.models import is_swapped
+    from dittfast.pipelines.runs.call import size_multiples
+    from dittfast.pipelines.runs.outline import check_run, outline
+    from dittfast.pipelines.runs.sources import Source, find
+    from dittfast.schedule import Schedule
+
+    pipe = flux_pipeline()
+    pipe.save_pretrained(tmp_path / "flux")
+    source = find(str(tmp_path / "flux"))
+    empty = outline(source)
+    assert type(empty) is type(pipe) and empty.transformer.device.type == "meta"
+    assert size_multiples(empty) == size_multiples(pipe)
+    assert head_counts(empty) == head_counts(pipe)
+    run = {"method": Local(), "guidance": HeadGuidance(((0, 1),))}
+    call = check_run(empty, source, "a red cat", {"height": 64}, **run)
+    assert call == {"prompt": "a red cat", "height": 64} and not is_swapped(empty.transformer)
+    for wrong, words in (
+        ({"schedule": Schedule(dense_layers=(99,))}, "99"),
+        ({"guidance": HeadGuidance(((0, 99),))}, "head 99"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_run(empty, source, "a red cat", {}, **run | wrong)
+        assert not is_swapped(empty.transformer)
+    assert outline(Source("hub", "a/b", "a/b")) is None
+    (tmp_path / "flux" / "transformer" / "config.json").write_text("{")
+    assert outline(source) is None
