@@ -19,7 +19,7 @@ from ..methods.base import Method
 from ..methods.head_groups import by_head, split
 from ..plan import Plan
 from ..testing import attention_inputs
-from .check import check_attention, method_plan
+from .check import check_against_dense, check_attention, method_plan
 from .timing import (
     check_repeats,
     clock_for,
@@ -203,7 +203,7 @@ def _flex_arm(inputs, grad_out, plan: Plan, scale, backward) -> tuple[dict[str, 
         return {}, {"not_run": "; ".join(reasons)}
     run = partial(attend, q, k, v, plan, scale=scale, backend="flex")
     try:
-        check_attention(q, k, v, grad_out, plan, scale, "flex", backward)
+        check_against_dense(q, k, v, grad_out, plan, scale, "flex", backward)
     except Exception as error:  # whatever a compiler throws belongs in the table
         return {}, {"not_run": _reason(error)}
     return {"flex": with_gradient(run, (q, k, v), grad_out) if backward else run}, {}
