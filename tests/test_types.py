@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -48,9 +49,7 @@ both: tuple[torch.Tensor, torch.Tensor] = attend(
     q, q, q, dittfast.Plan.full(16), return_lse=True
 )
 plain: torch.Tensor = dittfast.functional.local_attention(q, q, q, layout, window=2)
-pair: tuple[torch.Tensor, torch.Tensor] = dittfast.functional.radial_attention(
-    q, q, q, layout, return_lse=True
-)
+out, lse = dittfast.functional.radial_attention(q, q, q, layout, return_lse=True)
 
 
 class Pipe:
@@ -118,6 +117,24 @@ def test_mypy_finds_wrong_calls_and_only_those(installed, tmp_path):
     lines = WRONG.splitlines()
     for line in range(5, 10):
         assert any(f"use.py:{line}:" in text and "error" in text for text in found), lines[line - 1]
+
+
+@pytest.mark.slow
+def test_pyright_finds_wrong_calls_and_only_those(installed, tmp_path):
+    pytest.importorskip("pyright")
+    for name, source in (("right.py", RIGHT), ("wrong.py", WRONG)):
+        (tmp_path / name).write_text(source)
+    config = {"include": ["right.py", "wrong.py"], "extraPaths": [str(installed)]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    reported = json.loads(done.stdout)["generalDiagnostics"]
+    at = {(Path(x["file"]).name, x["range"]["start"]["line"]) for x in reported}
+    lines = {n for n, line in enumerate(WRONG.splitlines()) if line and "import" not in line}
+    # Other errors are about libraries that are not installed, and none in the right file.
+    assert at == {("wrong.py", n) for n in lines}, reported
 
 
 def functions_of(module: str, name: str) -> list[tuple[str, ast.FunctionDef]]:
