@@ -121,8 +121,16 @@ def shown(plan, layout):
     return mask if valid is None else mask & valid[:, None, None]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", LAYOUTS)
+# Every option on the two layouts that have most to go wrong, a few on the others.
+CASES = [
+    (name, options)
+    for name in LAYOUTS
+    for options in OPTIONS
+    if name in ("ragged image", "padded") or options in ("means", "uneven parts", "both")
+]
+
+
+@pytest.mark.parametrize("name, options", CASES)
 def test_the_definition(name, options):
     layout, method = LAYOUTS[name], TopK(block_size=16, **OPTIONS[options])
     q, k, _, _ = attention_inputs(2, 4, layout.num_tokens, 32)
