@@ -756,10 +756,10 @@ def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):
     return starts[blocks].long()[:, None] + torch.where(inside, offset, 0), inside
 
 
-def query_blocks(t: PlanTensors) -> torch.Tensor:
-    """``[num_queries]`` int64: the query block of each token."""
+def query_blocks(t: PlanTensors, num_queries: int | None = None) -> torch.Tensor:
+    """``[num_queries]`` int64: the query block of each token. Waits for the device where None."""
     by = torch.argsort(t.q_starts)
-    block = torch.repeat_interleave(by, t.q_lengths[by].long())
+    block = torch.repeat_interleave(by, t.q_lengths[by].long(), output_size=num_queries)
     if t.q_order is None:
         return block
     return torch.empty_like(block).index_copy_(0, t.q_order.long(), block)

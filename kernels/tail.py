@@ -43,9 +43,9 @@ def with_tail(forward: Callable, backward: Callable) -> tuple[Callable, Callable
         out, lse = merged(q, k, v, t, scale)
         kind = out.dtype
         if t.out_scale is not None:
-            out = out * _per_query(t.out_scale[..., None], t).to(lse)
+            out = out * _per_query(t.out_scale[..., None], t, out).to(lse)
         if t.out_residual is not None:
-            out = out + _per_query(t.out_residual, t).to(lse)
+            out = out + _per_query(t.out_residual, t, out).to(lse)
         return out.to(kind), lse
 
     def backward_with(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
@@ -55,13 +55,14 @@ def with_tail(forward: Callable, backward: Callable) -> tuple[Callable, Callable
         if t.out_scale is not None or t.out_residual is not None:
             # Undoing the epilogue would lose what rounding, or a large residual, has taken.
             out, lse = merged(q, k, v, t, scale)
-            rows, count, wide = query_blocks(t), t.q_starts.numel(), grad_out.to(lse)
+            rows, count = query_blocks(t, out.shape[2]), t.q_starts.numel()
+            wide = grad_out.to(lse)
             if t.out_residual is not None:
                 grad_residual = sum_rows(wide, rows, count)
             if t.out_scale is not None:
                 dot = (wide * out).sum(-1, keepdim=True)
                 grad_scale = sum_rows(dot, rows, count)[..., 0]
-                grad_out = (wide * _per_query(t.out_scale[..., None], t).to(lse)).to(q.dtype)
+                grad_out = (wide * _per_query(t.out_scale[..., None], t, out).to(lse)).to(q.dtype)
         grads = backward(grad_out, grad_lse, q, k, v, out, lse, _bare(t), scale)
         ends = gradients(grad_out, grad_lse, out, lse, t)
         return *grads[:3], grad_scale, grad_residual, *ends
@@ -75,7 +76,7 @@ def merge(out, lse, t: PlanTensors) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         out: ``[B, H, N, D]``. lse: ``[B, H, N]``; -inf where a query sees nothing, with out 0.
     """
-    index = _index(t)
+    index = _index(t, out)
     merged, total = torch.empty_like(out), torch.empty_like(lse)
     for heads in _portions(out):
         tail_lse, value = _tail(t, heads, index, lse.dtype)
@@ -91,7 +92,7 @@ def gradients(grad_out, grad_lse, out, lse, t: PlanTensors) -> tuple[torch.Tenso
     Args:
         grad_out, grad_lse, out, lse: of what :func:`merge` gave; grad_lse may be None.
     """
-    index, count = _index(t), t.tail_value.shape[2]
+    index, count = _index(t, out), t.tail_value.shape[2]
     logits, values = [], []
     for heads in _portions(out):
         tail_lse, value = _tail(t, heads, index, lse.dtype)
@@ -130,13 +131,13 @@ def _bare(t: PlanTensors) -> PlanTensors:
     return t._replace(**dict.fromkeys(none))
 
 
-def _index(t: PlanTensors) -> torch.Tensor:
-    return query_blocks(t) if t.tail_index is None else t.tail_index.long()
+def _index(t: PlanTensors, out: torch.Tensor) -> torch.Tensor:
+    return query_blocks(t, out.shape[2]) if t.tail_index is None else t.tail_index.long()
 
 
-def _per_query(x: torch.Tensor, t: PlanTensors) -> torch.Tensor:
-    """Per-query-block values ``[..., nQ, D]`` by token."""
-    return x.index_select(-2, query_blocks(t))
+def _per_query(x: torch.Tensor, t: PlanTensors, out: torch.Tensor) -> torch.Tensor:
+    """Per-query-block values ``[..., nQ, D]`` by token, as ``out`` is."""
+    return x.index_select(-2, query_blocks(t, out.shape[2]))
 
 
 def _portions(out: torch.Tensor) -> list[slice]:

@@ -48,7 +48,7 @@ def tangents(
         inputs = (x if x is None else x[own] for x in (queries, keys, v, dv, lse, weight, sums))
         _add_list(*inputs, t, (batch, head), scale)
     out, d_out, d_lse = sums[..., :width], sums[..., width:-1], sums[..., -1:]
-    row = query_blocks(t)
+    row = query_blocks(t, q.shape[2])
     if t.tail_lse is not None:
         index, tail_lse = row, t.tail_lse.to(dtype)
         if t.tail_index is None:

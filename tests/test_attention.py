@@ -309,6 +309,7 @@ def test_forms_of_results_agree_with_each_other():
     [
         methods.LogLinear(block_size=16, topk=4, levels=2),
         methods.Rectified(block_size=16, topk=4, top_p=0.3),
+        methods.Sol(block_size=16, tail="query"),
     ],
     ids=lambda method: method.name,
 )

@@ -15,6 +15,7 @@ from random_plans import (
     random_tail,
     results,
 )
+from test_waits import watched
 
 import dittfast
 from dittfast import Capabilities, Plan, attend
@@ -130,6 +131,22 @@ def test_sums_without_atomics_are_those_of_index_add(count):
     x = torch.randn(2, 3, 300, 5, dtype=torch.float64)
     found = tail.sum_segments(x, row, count)
     torch.testing.assert_close(found, tail.sum_rows(x, row, count))
+
+
+@pytest.mark.parametrize("per", TAILS)
+def test_merging_does_not_wait_for_a_device(per, monkeypatch):
+    """What is put around a backend on a GPU."""
+    monkeypatch.setattr(tail, "sum_rows", tail.sum_segments)
+    plan = tailed(per)
+    n = plan.q_blocks.count
+    plan = plan.replace(out_scale=torch.ones(1, 1, n), out_residual=torch.ones(1, 1, n, 16))
+    q, k, v, grad = attention_inputs(1, 2, 111, 16, 130)
+    t, lse = plan.tensors(), torch.zeros(1, 2, 111)
+    run = tail.with_tail(lambda *_: (q, lse), lambda *_: (q, k, v, None, None))
+    with watched() as found:
+        out = run[0](q, k, v, t, 1.0)
+        grads = run[1](grad, lse, q, k, v, *out, t, 1.0)
+    assert not found and len(grads) == 7
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "native"])

@@ -15,7 +15,7 @@ from dittfast.attention import method_attention
 from dittfast.block_lists import transpose_lists
 from dittfast.kernels import triton_backend
 from dittfast.layout import Layout
-from dittfast.methods import LogLinear, Rectified
+from dittfast.methods import LogLinear, Rectified, Sol
 from dittfast.testing import attention_inputs
 
 ALWAYS_WAIT = {
@@ -106,6 +106,8 @@ METHODS = [
     LogLinear(block_size=8, topk=2, text_queries="sparse"),
     Rectified(block_size=16, topk=2),
     Rectified(block_size=16, topk=2, top_p=0, rectify=False),
+    Sol(block_size=16),
+    Sol(block_size=16, tail="query"),
 ]
 
 
