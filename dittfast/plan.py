@@ -640,16 +640,17 @@ class Plan:
         return self._full_pairs(real) / (self.num_queries * real.sum(-1).mean())
 
     def listed_work(self) -> torch.Tensor:
-        """The same of all pairs computed, those with appended summaries among them."""
+        """The same of all pairs computed, those with summaries and tails among them."""
         real, shown = self._key_counts()
-        return self._full_pairs(shown) / (self.num_queries * real.sum(-1).mean())
+        pairs = self._full_pairs(shown) + self._num_tails()
+        return pairs / (self.num_queries * real.sum(-1).mean())
 
     @cached_property
     def _pairs(self) -> tuple[float, float]:
         """Mean over batch rows and heads of (real token pairs kept, all pairs computed)."""
         real, shown = self._key_counts()
         totals = [float(self._full_pairs(keys)) for keys in (real, shown)]
-        totals[1] += self._num_tails()
+        totals[1] += float(self._num_tails())
         used = self._used()
         full = torch.arange(used.shape[-1], device=self.device)
         full = full < self.kv_num_full_blocks[..., None]
@@ -672,14 +673,14 @@ class Plan:
                     totals[n] += float((keep.sum(1) * shown_here).sum()) / (lists[0] * lists[1])
         return totals[0], totals[1]
 
-    def _num_tails(self) -> float:
+    def _num_tails(self) -> torch.Tensor | float:
         """How many queries have a tail; a mean over batch rows and heads."""
         if self.tail_lse is None:
             return 0.0
         there = torch.isfinite(self.tail_lse).double()
         if self.tail_index is None:
             there = there * self.q_blocks.lengths
-        return float(there.sum(-1).mean())
+        return there.sum(-1).mean()
 
     def _partial_keep(self, rows: torch.Tensor, cols: torch.Tensor):
         """Kept pairs ``[n, q_block, kv_block]`` of partial blocks and their key positions."""

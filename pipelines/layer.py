@@ -39,7 +39,8 @@ class PlannedLayout:
     def observe(self, plan: Plan, heads: int = 1) -> None:
         """Count density and work of a plan that was made from q and k, for so many heads."""
         density = plan.listed_density()
-        work = density if plan.num_keys == plan.num_real_keys else plan.listed_work()
+        plain = plan.num_keys == plan.num_real_keys and plan.tail_lse is None
+        work = density if plain else plan.listed_work()
         with self._counting:
             self._sums = self._sums + heads * torch.stack([density, work]).detach()
             self.calls += heads

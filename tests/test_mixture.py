@@ -14,7 +14,7 @@ import dittfast
 from dittfast import Layout, Mixture, Rule, Schedule, functional
 from dittfast.attention import method_attention
 from dittfast.config import resolve
-from dittfast.methods import Dense, Linear, Local, LogLinear, Radial, Rectified
+from dittfast.methods import Dense, Linear, Local, LogLinear, Radial, Rectified, Sol, TopK
 from dittfast.methods.head_groups import Group, HeadGroups, by_head, select_heads, split
 from dittfast.mixture import Assignment
 from dittfast.pipelines.adapter import method_parameters
@@ -444,3 +444,15 @@ def test_assignment_says_what_runs_where():
     assert found.ever("b.0") == () and len(found.ever("a.0")) == 1
     with pytest.raises(ValueError, match="does not tell its number of heads"):
         Assignment(rules, dict.fromkeys(heads))
+
+
+@pytest.mark.parametrize(
+    "method", [Sol(block_size=16), LogLinear(8, 1, 1), TopK(block_size=16, topk=(1, 2, 1, 3))]
+)
+def test_work_counted_while_drawing_is_that_of_the_plan(method):
+    """With summaries and tails, without waiting for the device."""
+    q, k, v, _ = attention_inputs(2, 4, LAYOUT.num_tokens, 8)
+    plan = method.plan(LAYOUT, q, k, v)
+    dense = LAYOUT.num_tokens * LAYOUT.valid().sum(-1).double().mean()
+    assert float(plan.listed_density()) == pytest.approx(plan.density)
+    assert float(plan.listed_work()) == pytest.approx(plan.flops(1) / (4 * float(dense)))
