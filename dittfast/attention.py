@@ -57,11 +57,18 @@ def _flex():
     return flex
 
 
+def _cudnn():
+    from .kernels import cudnn_backend
+
+    return cudnn_backend
+
+
 BACKENDS = {
     "triton": _triton,
     "native": _native,
     "cpu": _cpu,
     "flex": _flex,
+    "cudnn": _cudnn,
     "reference": _reference,
 }
 # What "auto" tries on each type of device, the fastest first.

@@ -27,14 +27,17 @@ class Side(NamedTuple):
     padding: torch.Tensor | None
 
 
-def side(t: PlanTensors, name: str, size: int, whole: bool = False) -> Side | None:
+def side(t: PlanTensors, name: str, size: int, whole_of: int = 0) -> Side | None:
     """The slots of one side ("q" or "kv") in blocks of ``size``; None where they are its tokens.
 
-    Without padding the last block may end before its last slot, unless ``whole`` ones are wanted.
+    Without padding the last block may end before its last slot.
+
+    Args:
+        whole_of: how many tokens there are, if all blocks shall have all their slots.
     """
     starts, lengths, order = (getattr(t, f"{name}_{x}") for x in ("starts", "lengths", "order"))
     even = not getattr(t, f"{name}_ragged") and getattr(t, f"{name}_block_size") == size
-    if even and not whole:
+    if even and not whole_of % size:
         if order is None:
             return None
         return Side(torch.arange(order.numel(), device=order.device), order.long(), None)

@@ -158,20 +158,21 @@ def _compiled(form: Form) -> Callable:
 class _Call:
     """One call of flex_attention under a plan: its tensors in slots, and the way back."""
 
-    def __init__(self, q, k, v, t: PlanTensors, scale: float, whole_keys: bool = False):
+    def __init__(self, q, k, v, t: PlanTensors, scale: float, whole_of: int = 0):
         self.t, self.scale, self.num_queries = t, scale, q.shape[2]
         self.blocks = _block(t.q_block_size), _block(t.kv_block_size)
         self.queries = side(t, "q", self.blocks[0])
-        self.keys = side(t, "kv", self.blocks[1], whole_keys)
+        self.keys = side(t, "kv", self.blocks[1], whole_of)
         self.q, self.k, self.v = (
-            x if one is None else x.index_select(2, one.tokens)
+            _dense(x) if one is None else x.index_select(2, one.tokens)
             for x, one in ((q, self.queries), (k, self.keys), (v, self.keys))
         )
         self.lists = unpacked(t)
 
     def run(self, extras: Extras, with_lse: bool, flash: bool = False):
         """``(out, lse or None)`` in the order of slots."""
-        tensors = self.q, self.k, self.v
+        # Sizes are marked as open on views: the tensors themselves may be the caller's.
+        views = tuple(x.view_as(x) for x in (self.q, self.k, self.v, *self.lists))
         extras = Extras(*map(_rounded_up, extras[:3]), rule=tuple(map(_rounded_up, extras.rule)))
         form = Form(
             self.blocks,
@@ -184,9 +185,9 @@ class _Call:
             with_lse,
             _kernel_options(self.blocks, flash),
             # PyTorch calls FlashAttention-4 with sizes that it knows.
-            _shapes((*tensors, *self.lists), (*extras[:3], *extras.rule), mark=not flash),
+            _shapes(views, (*extras[:3], *extras.rule), mark=not flash),
         )
-        return _compiled(form)(*tensors, self.lists, extras)
+        return _compiled(form)(*views[:3], Lists(*views[3:]), extras)
 
     def extras(self) -> Extras:
         """Log weights, padding and the token rule."""
@@ -216,6 +217,11 @@ class _Call:
 def _block(size: int) -> int:
     """The size of flex_attention's blocks for a plan's: few, so that few graphs are needed."""
     return max(16, 1 << (size - 1).bit_length()) if size <= 128 else -(-size // 128) * 128
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in one of two orders of memory, heads before or after tokens; each has its graph."""
+    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
 def _in_slots(x: torch.Tensor | None, one: Side | None) -> torch.Tensor | None:
@@ -327,7 +333,7 @@ def _lse_on_cpu(q, k, t: PlanTensors, scale: float) -> torch.Tensor:
 
 def _share_of_one_more(q, k, t: PlanTensors, scale: float, logit: torch.Tensor) -> torch.Tensor:
     """``[B, H, num_queries]``: what the softmax gives a further key with the logits ``logit``."""
-    call = _Call(q, k, k.new_zeros(*k.shape[:3], 1), t, scale, whole_keys=True)
+    call = _Call(q, k, k.new_zeros(*k.shape[:3], 1), t, scale, whole_of=k.shape[2])
     size, slots = call.blocks[1], call.k.shape[2]
     # A block of its own, behind the others, all hidden but its first slot.
     call.k, call.v = (F.pad(x, (0, 0, 0, size)) for x in (call.k, call.v))

@@ -272,7 +272,7 @@ BAD_CALLS = [
         tensors(),
         PLAN,
         {"backend": "gpu"},
-        "backend must be auto, triton, native, cpu, reference; got 'gpu'",
+        "backend must be auto, triton, native, cpu, flex, cudnn, reference; got 'gpu'",
     ),
 ]
 

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_plans import assert_matches_oracle, even_blocks, ragged_blocks, random_plan, random_rule
+from random_plans import (
+    VIEWS,
+    assert_matches_oracle,
+    even_blocks,
+    ragged_blocks,
+    random_plan,
+    random_rule,
+)
 from torch._dynamo.utils import counters
 
 from dittfast import Capabilities, Layout, attend, methods
@@ -312,6 +319,20 @@ def test_lists_that_differ_need_no_other_form(emulator):
     assert len(emulator) > 3 and len(set(emulator)) == 1
 
 
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strided_tensors_and_nothing_written_on_them(emulator, view):
+    plan = PLANS["even"]()
+    q, k, v, _ = attention_inputs(2, 2, 122, 16, 64)
+    expected = attend(q, k, v, plan, backend="flex")
+    given = [view(x) for x in (q, k, v)]
+    known = [set(vars(x)) for x in given]
+    lists = vars(plan.kv_num_full_blocks).copy()
+    out = attend(*given, plan, backend="flex")
+    torch.testing.assert_close(out, expected)
+    # Marks for torch.compile would make other graphs of the caller's.
+    assert [set(vars(x)) for x in given] == known and vars(plan.kv_num_full_blocks) == lists
+
+
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -408,7 +429,7 @@ def test_slots():
     assert equal_blocks.slots_of_tokens(one, 5).tolist() == [5, 1, 2, 0, 4]
     even = Plan.full(10, block_size=4).tensors()
     assert equal_blocks.side(even, "kv", 4) is None
-    assert equal_blocks.side(even, "kv", 4, whole=True).padding.sum() == 2
+    assert equal_blocks.side(even, "kv", 4, whole_of=10).padding.sum() == 2
 
 
 def test_lists_hold_runs_and_both_kinds_of_blocks():

@@ -201,10 +201,17 @@ takes the first that can, {preferred}.
 
 
 def _notes() -> str:
-    """A line for each backend: the first of its module."""
+    """A line for each backend that is a module: the first of it."""
+    from types import ModuleType
+
     from dittfast.attention import BACKENDS
 
-    said = {name: load().__doc__.splitlines()[0] for name, load in BACKENDS.items()}
+    modules = ((name, load()) for name, load in BACKENDS.items())
+    said = {
+        name: module.__doc__.splitlines()[0]
+        for name, module in modules
+        if isinstance(module, ModuleType)
+    }
     return "".join(f"- `{name}`: {line}\n" for name, line in said.items())
 
 

@@ -157,7 +157,10 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bfloat16 on accelerators, float32 on CPUs",
     )
     where.add_argument(
-        "--backend", default="auto", metavar="NAME", help="auto, triton, native, cpu or reference"
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="auto, triton, native, cpu, flex, cudnn or reference",
     )
 
 
