@@ -244,20 +244,20 @@ class Assignment:
         if not isinstance(self.method, Mixture):
             self._entries = {n: (_Entry(0, None, None, self.method),) for n in self.heads}
             return
-        found: dict[str, list[_Entry]] = {name: [] for name in self.heads}
+        entries_of: dict[str, list[_Entry]] = {name: [] for name in self.heads}
         for number, rule in enumerate(self.method.rules):
             where = f"rule {number} ({rule.method.name}): "
             try:
                 for name in matching_layers(rule.layers, list(self.heads), "layers"):
                     heads = self._heads_of(rule, name)
-                    found[name].append(_Entry(number, heads, rule.steps, rule.method))
+                    entries_of[name].append(_Entry(number, heads, rule.steps, rule.method))
             except ValueError as error:
                 raise ValueError(f"{where}{error}") from error
-        for name, entries in found.items():
+        for name, entries in entries_of.items():
             for a, b in combinations(entries, 2):
                 if _may_meet(a.steps, b.steps):
                     _refuse_meeting(name, a, b)
-        self._entries = {name: tuple(entries) for name, entries in found.items()}
+        self._entries = {name: tuple(entries) for name, entries in entries_of.items()}
 
     def _heads_of(self, rule: Rule, name: str) -> tuple[int, ...] | None:
         if rule.heads is None:
@@ -322,8 +322,8 @@ class Assignment:
 
     def made(self, name: str) -> tuple[Method, ...]:
         """The methods that a layer has been assigned so far."""
-        found = (assigned[name] for assigned in list(self._made.values()))
-        return tuple(dict.fromkeys(x.method for x in found if x is not None))
+        assigned_all = (assigned[name] for assigned in list(self._made.values()))
+        return tuple(dict.fromkeys(x.method for x in assigned_all if x is not None))
 
     def ever(self, name: str) -> tuple[Group, ...]:
         """All that a layer runs at any step, a group for each rule; dense attention is left out.
@@ -332,13 +332,13 @@ class Assignment:
         """
         count, mixed = self.heads[name], isinstance(self.method, Mixture)
         every = None if count is None else tuple(range(count))
-        found = []
+        groups = []
         for e in self._entries[name]:
             heads = every if e.heads is None else e.heads
             method = by_head(e.method, None if heads is None else len(heads))
             if not method.dense:
-                found.append(Group(heads, method, e.key if mixed else ""))
-        return tuple(found)
+                groups.append(Group(heads, method, e.key if mixed else ""))
+        return tuple(groups)
 
     def parameters(self, name: str, head_dim: int | None) -> dict[str, torch.Tensor]:
         """Initial values of the trainable parameters of a layer, of all that it ever runs."""

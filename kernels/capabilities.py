@@ -150,8 +150,8 @@ def refusals(backend, asked: Demand) -> list[str]:
 
     Of several :class:`Capabilities` those speak that lack least.
     """
-    found = [_lacks(one, asked) for one in variants_of(backend)]
-    _, reasons = min(found, key=lambda x: (x[0], len(x[1])))
+    lacking = [_lacks(one, asked) for one in variants_of(backend)]
+    _, reasons = min(lacking, key=lambda x: (x[0], len(x[1])))
     if reasons:
         return reasons
     # What the machine lacks is looked for last: it may take a compiler's run.

@@ -91,12 +91,12 @@ def _softmax(q, k, v, problem: _Problem) -> tuple[torch.Tensor, torch.Tensor]:
     import cudnn
 
     queries, keys, options = problem
-    found = cudnn.block_sparse_attention_forward(
+    result = cudnn.block_sparse_attention_forward(
         _slots(q, queries), _slots(k, keys), _slots(v, keys),
         # A row that lists nothing has a tail.
         allow_empty_block_nums=True, pack_gqa=False, **options,
     )  # fmt: skip
-    parts = found["o_tensor"], found["lse_tensor"]
+    parts = result["o_tensor"], result["lse_tensor"]
     return tuple(_tokens(x, queries, q.shape[2]) for x in parts)
 
 
@@ -138,12 +138,12 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
     if queries is not None and queries.padding is not None:
         # Padding repeats a token, and its gradient would count twice.
         grad = grad.masked_fill(queries.padding[:, None], 0)
-    found = cudnn.block_sparse_attention_backward(
+    result = cudnn.block_sparse_attention_backward(
         grad, _slots(q, queries), _slots(k, keys), _slots(v, keys), _slots(out, queries),
         _slots(lse, queries), **options,
     )  # fmt: skip
-    dq = _tokens(found["dq_tensor"], queries, q.shape[2])
-    dk, dv = (_tokens(found[f"d{x}_tensor"], keys, k.shape[2]) for x in "kv")
+    dq = _tokens(result["dq_tensor"], queries, q.shape[2])
+    dk, dv = (_tokens(result[f"d{x}_tensor"], keys, k.shape[2]) for x in "kv")
     return dq, dk, dv, grad_scale, grad_residual
 
 

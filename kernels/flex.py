@@ -120,7 +120,7 @@ def _traced(form: Form, flex_attention: Callable) -> Callable:
             # The backward pass walks the lists from the keys.
             compute_q_blocks=q.requires_grad or k.requires_grad or v.requires_grad,
         )
-        found = flex_attention(
+        result = flex_attention(
             q, k, v,
             score_mod=None if extras.bias is None else score_mod,
             block_mask=mask,
@@ -129,7 +129,7 @@ def _traced(form: Form, flex_attention: Callable) -> Callable:
             kernel_options=dict(form.options),
             return_aux=AuxRequest(lse=True) if form.with_lse else None,
         )  # fmt: skip
-        return (found[0], found[1].lse) if form.with_lse else (found, None)
+        return (result[0], result[1].lse) if form.with_lse else (result, None)
 
     return run
 
@@ -249,10 +249,10 @@ def _shapes(
     Marks the other sizes as open. Those that are equal become one size there, and 1 stays 1.
     """
     classes: dict[int, int] = {1: 1}
-    found = []
+    forms = []
     for x in (*open_, *fixed):
         if x is None:
-            found.append(None)
+            forms.append(None)
             continue
         wide = x.ndim == 4 and x.is_floating_point()
         static = range(x.ndim) if any(x is y for y in fixed) else (1, 3) if wide else (1,)
@@ -264,8 +264,8 @@ def _shapes(
             for dim, n in enumerate(x.shape)
         )
         order = sorted(range(x.ndim), key=lambda dim: (x.stride(dim), dim))
-        found.append((x.device, x.dtype, *sizes, *order, x.is_inference(), x.requires_grad))
-    return tuple(found)
+        forms.append((x.device, x.dtype, *sizes, *order, x.is_inference(), x.requires_grad))
+    return tuple(forms)
 
 
 def _kernel_options(blocks: tuple[int, int], flash: bool) -> tuple:
@@ -382,8 +382,8 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
         if grad_lse is not None:
             outputs, grads = [*outputs, own_lse], [*grads, grad_lse]
         grads = [g.to(x.dtype) for g, x in zip(grads, outputs)]
-        found = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads)))
-    return tuple(found.get(name) for name in given)
+        gradients = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads)))
+    return tuple(gradients.get(name) for name in given)
 
 
 @torch.no_grad()

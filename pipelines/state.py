@@ -431,12 +431,12 @@ class ModelState:
 
     def amount(self, name: str) -> Amount:
         """Density and work of a layer on the last sequence, a mean over the passes it ran in."""
-        shape, found = self.shapes[name], []
+        shape, amounts = self.shapes[name], []
         for method in self.assignment.made(name):
             part, calls = self.last_part(method), self._sparse_calls[name, method]
             if part is not None and calls:
-                found.append((calls, part.amount(*shape)))
-        return mean_amount(found)
+                amounts.append((calls, part.amount(*shape)))
+        return mean_amount(amounts)
 
     def _make_part(
         self, method: Method, layout: Layout, device: torch.device, dtype: torch.dtype

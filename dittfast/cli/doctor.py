@@ -220,11 +220,13 @@ def capability_table() -> list[tuple[str, dict[str, str]]]:
     from dittfast.attention import BACKENDS
     from dittfast.kernels.capabilities import declares, described, variants_of
 
-    found = []
+    variants = []
     for name, load in BACKENDS.items():
         backend = load()
-        found += [(name, described(x)) for x in (variants_of(backend) if declares(backend) else ())]
-    return found
+        variants += [
+            (name, described(x)) for x in (variants_of(backend) if declares(backend) else ())
+        ]
+    return variants
 
 
 def _print_triton() -> None:

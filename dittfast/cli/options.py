@@ -378,15 +378,15 @@ def add_json_argument(parser) -> None:
 
 def files_read(args) -> list[tuple[str, Path]]:
     """The files that options name to be read, with the option."""
-    found = []
+    paths = []
     for name in ("method", "config", "image", "guide", "prompts", "holdout", "lora", "lora_2"):
         given = getattr(args, name, None) or []
         for path in [given] if isinstance(given, str) else given:
             if name.startswith("lora") and not Path(path).is_file():
                 path = path.rpartition(":")[0]
             if Path(path).is_file():
-                found.append((f"--{name.replace('_', '-')}", Path(path)))
-    return found
+                paths.append((f"--{name.replace('_', '-')}", Path(path)))
+    return paths
 
 
 def check_json(args, written: Written | None = None, read: Read = ()) -> None:
@@ -428,10 +428,10 @@ def check_apart(written: Written, read: Read = ()) -> None:
 def _place(path: str | Path) -> tuple:
     """The same for two names of one file."""
     try:
-        found = os.stat(path)
+        entry = os.stat(path)
     except OSError:
         return (os.path.realpath(path),)
-    return found.st_dev, found.st_ino
+    return entry.st_dev, entry.st_ino
 
 
 def write_json_result(args, data) -> None:

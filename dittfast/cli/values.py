@@ -66,7 +66,7 @@ def number(
 
 def numbers(given: str) -> list[int]:
     """``"0, 4-6"`` as ``[0, 4, 5, 6]``, each number once."""
-    found: list[int] = []
+    listed: list[int] = []
     for item in given.replace(",", " ").split():
         first, dash, last = item.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
@@ -78,21 +78,21 @@ def numbers(given: str) -> list[int]:
             raise argparse.ArgumentTypeError(
                 f"must be numbers such as 0,1 or rising ranges such as 0-3, got {item!r}"
             )
-        found.extend(range(low, high + 1))
-    if not found:
+        listed.extend(range(low, high + 1))
+    if not listed:
         raise argparse.ArgumentTypeError(f"must be numbers such as 0,1 or 0-3, got {given!r}")
-    different(found)
-    return found
+    different(listed)
+    return listed
 
 
 def places(given: str) -> list[int]:
     """``"0,3,-1"`` as ``[0, 3, -1]``, each number once; negative ones count from the end."""
     try:
-        found = [int(item) for item in given.split(",")]
+        listed = [int(item) for item in given.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers such as 0,3, got {given!r}") from None
-    different(found)
-    return found
+    different(listed)
+    return listed
 
 
 def different(values: Sequence) -> None:
@@ -106,12 +106,12 @@ def different(values: Sequence) -> None:
 
 def sizes(given: str) -> list[tuple[int, int]]:
     """``"256,512x768"`` as ``[(256, 256), (512, 768)]``: height and width of each."""
-    found = []
+    pairs = []
     for item in given.split(","):
         height, x, width = item.strip().partition("x")
         if not height.isdigit() or (x and not width.isdigit()):
             raise argparse.ArgumentTypeError(
                 f"must be sizes such as 256,512 or 256x384,512x768, got {item!r}"
             )
-        found.append((int(height), int(width if x else height)))
-    return found
+        pairs.append((int(height), int(width if x else height)))
+    return pairs

@@ -333,9 +333,9 @@ def latency_table(data: dict) -> Table:
 def _first_known(*records: dict | None) -> tuple[float | None, float | None]:
     """Density and work from the first record that has one of them."""
     for record in records:
-        found = (record or {}).get("density"), (record or {}).get("work")
-        if found != (None, None):
-            return found
+        amount = (record or {}).get("density"), (record or {}).get("work")
+        if amount != (None, None):
+            return amount
     return None, None
 
 

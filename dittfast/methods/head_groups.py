@@ -104,12 +104,12 @@ class HeadGroups(Method):
         }
 
     def amount(self, layout, heads, head_dim, kept=None, observed=None) -> Amount:
-        found = []
+        amounts = []
         for n, group in enumerate(self.groups):
             mine = None if kept is None else kept.geometry[n]
             size = len(group.heads)
-            found.append((size, group.method.amount(layout, size, head_dim, mine, observed)))
-        return mean_amount(found)
+            amounts.append((size, group.method.amount(layout, size, head_dim, mine, observed)))
+        return mean_amount(amounts)
 
     def least(self) -> HeadGroups:
         return HeadGroups(tuple(g._replace(method=g.method.least()) for g in self.groups))
@@ -157,12 +157,12 @@ def split(method: Method, heads: int) -> list[Group]:
     whole = by_head(method, heads)
     if not isinstance(whole, HeadGroups):
         return [Group(tuple(range(heads)), whole)]
-    found = []
+    groups = []
     for group in whole.groups:
         for inner in split(group.method, len(group.heads)):
             own = tuple(group.heads[head] for head in inner.heads)
-            found.append(Group(own, inner.method, group.key + inner.key))
-    return found
+            groups.append(Group(own, inner.method, group.key + inner.key))
+    return groups
 
 
 def select_heads(x: torch.Tensor, heads: tuple[int, ...], num_queries: int) -> torch.Tensor:

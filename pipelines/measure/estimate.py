@@ -148,7 +148,7 @@ def method_estimate(
             give it, and of rules for some steps the mean.
     """
     start = perf_counter()
-    found: dict[Method, Amount] = {}
+    amounts: dict[Method, Amount] = {}
     try:
         assignment = Assignment(method, heads)
         dense = schedule.dense_layer_names(list(heads))
@@ -158,11 +158,11 @@ def method_estimate(
             parts = []
             for group in groups:
                 for own in split(group.method, len(group.heads)):
-                    if own.method not in found:
-                        found[own.method], plan = _amount(own.method, layout, cost)
+                    if own.method not in amounts:
+                        amounts[own.method], plan = _amount(own.method, layout, cost)
                         size += 0 if plan is None else _list_bytes(plan)
                     least |= own.method.least() != own.method
-                    parts.append((len(own.heads), found[own.method]))
+                    parts.append((len(own.heads), amounts[own.method]))
             if groups:
                 rest = max(0, count - sum(weight for weight, _ in parts))
                 layers.append(mean_amount([*parts, *([(rest, Amount(1.0, 1.0))] if rest else [])]))

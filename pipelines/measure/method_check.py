@@ -112,7 +112,7 @@ def check_captured(
         choose_backend(captured[0].q.device, captured[0].q.dtype) if backend == "auto" else backend
     )
     checks = [x for c in captured for x in _check(assignment, c, backend)]
-    amount = mean_amount((heads, found) for heads, found, _ in checks)
+    amount = mean_amount((heads, amount) for heads, amount, _ in checks)
     plan = next((plan for _, _, plan in checks if plan is not None), None)
     return Checked(backend, len(captured), *amount), plan
 
@@ -146,7 +146,7 @@ def _check(assignment: Assignment, c: Captured, backend: str) -> Iterator[tuple]
         given = {"scale": c.scale, "kv_log_weight": weight, "backend": backend}
         try:
             zeros = torch.zeros_like(q)
-            found = check_attention(group.method, c.layout, q, k, v, zeros, **given)
+            checked = check_attention(group.method, c.layout, q, k, v, zeros, **given)
         except WrongResult as error:
             raise WrongResult(f"{group.method.name}, layer {c.layer}: {error}") from error
-        yield len(group.heads), *found
+        yield len(group.heads), *checked
