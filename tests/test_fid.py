@@ -177,9 +177,9 @@ def test_the_command_names_the_features(network, tmp_path, capsys):
     a, b = fill(tmp_path / "a", 12), fill(tmp_path / "b", 12, seed=4)
     features = ["--features", str(tmp_path / "net"), "--device", "cpu", "--json", "-"]
     assert main(["evaluate", "fid", str(a), str(b), "--against", str(b), *features]) == 0
-    out = capsys.readouterr().out
-    assert "Fréchet distance of tiny (not Inception, so not FID; clean-fid)" in out
-    rows = json.loads(out.splitlines()[-1])["rows"]
+    out, said = capsys.readouterr()
+    assert "Fréchet distance of tiny (not Inception, so not FID; clean-fid)" in said
+    rows = json.loads(out)["rows"]
     assert [r["pictures"] for r in rows] == [12, 12] and rows[1]["value"] < rows[0]["value"]
     extractor = CleanFidExtractor(load_features(tmp_path / "net"))
     direct = compute_fid(

@@ -164,7 +164,7 @@ def generate(models, out, *arguments):
 
 
 def test_one_prompt_gives_a_clip(models, tmp_path):
-    assert generate(models, tmp_path / "a.png") == 0
+    assert generate(models, tmp_path / "a.png", "--numbered") == 0
     names = [f"a.{n:03}.png" for n in range(5)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "a.json"]
     frames = np.stack([np.asarray(Image.open(tmp_path / name)) for name in names])

@@ -23,7 +23,6 @@ from dittfast.attention import BACKENDS, not_supported_reasons
 from dittfast.kernels import tail
 from dittfast.kernels.capabilities import LACKS
 from dittfast.measure.check import check_against_dense, detached
-from dittfast.measure.flex import flex_inputs
 from dittfast.testing import attention_inputs
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
@@ -318,9 +317,6 @@ def test_checks_on_sampled_rows_know_it(per, monkeypatch):
     plan = plan.replace(tail_lse=plan.tail_lse.clamp_min(-3))
     q, k, v, grad = attention_inputs(1, 2, 111, 16, 130)
     check_against_dense(q, k, v, grad, plan, 0.25, backward=True)
-    with pytest.raises(ValueError, match="flex_attention takes no tail"):
-        even = Plan.full(12, block_size=4, tail_lse=LSE, tail_value=VALUE)
-        flex_inputs(*[torch.zeros(1, 1, 12, 8)] * 3, even)
 
 
 def test_a_backend_without_tails_refuses_it(monkeypatch):
