@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 _KEYS = ("method", "rules", "options", "schedule", "source", "models", "transformers")
 _RULE_KEYS = ("layers", "heads", "steps", "method", "options")
 # What a name may stand for: a mixture is given its rules, and no method by itself.
-KINDS: dict[str, type[Method]] = {**METHODS, Mixture.name: Mixture}
+# Also what is put into METHODS later.
+KINDS: Mapping[str, type[Method]] = ChainMap(METHODS, {Mixture.name: Mixture})
 
 
 def unknown(kind: str, value, known) -> ValueError:
