@@ -226,6 +226,7 @@ def test_gradients_of_head_groups(checkpointing):
         assert float((found[name] - grad).abs().max()) < 1e-3 * size, name
 
 
+@pytest.mark.slow
 def test_repeated_blocks_have_a_graph_for_each_method():
     inputs = tiny.flux_inputs()
 
