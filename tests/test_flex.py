@@ -378,6 +378,7 @@ def compare(seed, dtype, metric, lse, size=1.0):
     assert error <= limit, f"seed {seed}: {error:.2e} apart, {limit:.2e} allowed"
 
 
+@pytest.mark.slow
 def test_compiled_once():
     """One graph for all plans of a form, whatever their lists, rules, weights and lengths."""
     torch._dynamo.reset()

@@ -143,7 +143,7 @@ def assert_same_numbers(tmp_path, name):
     ("every", "tasks"),
     [
         # draw writes its files by the same functions as fidelity, and fewer of them.
-        pytest.param(5, ["fidelity"], id="5"),
+        pytest.param(5, ["fidelity"], id="5", marks=pytest.mark.slow),
         pytest.param(5, ["draw"], id="5-draw", marks=pytest.mark.slow),
         pytest.param(0, ["fidelity", "draw"], id="0", marks=pytest.mark.slow),
     ],

@@ -334,6 +334,7 @@ for variant in ("wan", "paper"):
 """
 
 
+@pytest.mark.slow
 def test_720p_is_planned_quickly_and_small():
     """21 x 45 x 80 tokens, block 128: under 0.5 s and 300 MB (published code: 104 s).
 

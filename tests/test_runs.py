@@ -65,7 +65,8 @@ def test_everything_a_plan_says_is_what_the_listed_plan_says(seed, rule, lists):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("rule", [False, True])
-@pytest.mark.parametrize("block_size", [8, 40])  # several blocks a tile, several tiles a block
+# Several blocks a tile, several tiles a block.
+@pytest.mark.parametrize("block_size", [pytest.param(8, marks=pytest.mark.slow), 40])
 def test_backends_forward_and_backward(backend, rule, block_size, nan_empty):
     sizes = (63, 111) if block_size == 8 else (63, 300)
     plan, _ = with_runs(rule, (1, 2), 3, block_size, sizes)

@@ -242,6 +242,7 @@ def decoder_run(scripts, data, vae, tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_training_the_decoder_restores_more_and_leaves_latents_alone(scripts, vae, decoder_run):
     run = decoder_run("whole")
     assert len(run.pairs[0]) == 4 and len(run.held_out[0]) == 2

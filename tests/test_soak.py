@@ -97,6 +97,7 @@ def test_two_thousand_requests(tmp_path):
     assert_flat(*growth(server, 2000), 2000)
 
 
+@pytest.mark.slow
 def test_changing_everything_leaves_no_objects(tmp_path):
     """Briefly: objects alone, which do not depend on the allocator."""
     server = Server(make_adapter(tmp_path / "adapter", "lora"))

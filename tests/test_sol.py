@@ -145,6 +145,7 @@ def test_every_backend_with_fewer_key_heads(backend, tail):
 
 @pytest.mark.parametrize("tail", ["block", "query"])
 @pytest.mark.parametrize("per_head", [1, 2])
+@pytest.mark.slow
 def test_log_weights_of_the_call(tail, per_head):
     """Weights count in the tail, hidden keys in no mean: some blocks are hidden altogether."""
     layout = Layout.image(6, 9, text=4, text_lengths=[2, 4])

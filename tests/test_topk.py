@@ -264,6 +264,7 @@ def test_padding_and_its_values_do_not_matter():
     assert torch.equal(out[:1, :, 20:], again[:1, :, 20:])
 
 
+@pytest.mark.slow
 def test_prepared_planning_is_traced_in_one_graph():
     layout = Layout.image(6, 11, text=9, text_lengths=[4])
     q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 32)

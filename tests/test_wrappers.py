@@ -132,7 +132,7 @@ def _compile_blocks(model):
 @pytest.mark.parametrize(
     "compile_, first",
     [
-        pytest.param(_compile_blocks, "compile", id="blocks-first"),
+        slow(_compile_blocks, "compile", name="blocks-first"),
         slow(_compile_blocks, "enable", name="blocks-last"),
         slow(_compile, "compile", name="whole-first"),
         slow(_compile, "enable", name="whole-last"),
