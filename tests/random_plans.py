@@ -231,9 +231,9 @@ def assert_matches_oracle(
             found, value = found.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
         if name in eager and not epilogue:
             # Where a row sees one key, dp and delta cancel in eager attention without any error.
-            # The gradients of PyTorch's fused attention are up to 14 times as wrong as eager ones.
+            # Gradients of PyTorch's fused attention are a little more wrong than eager ones.
             fused = backend == "cpu" and name in ("dq", "dk", "dv")
-            factor = 16 if fused else 4
+            factor = 5 if fused else 4
             assert_within_budget(name, found, value, eager[name], factor, floor=8)
         else:
             # Sums of what eager bounds above.
