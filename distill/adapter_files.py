@@ -165,14 +165,15 @@ def own_shapes(method: Method, model: torch.nn.Module) -> dict[str, dict[str, tu
         ValueError: no machine could hold them, or the method does not fit the model's layers.
     """
     family = family_of(model)
-    shapes = {n: head_shape(family, m) for n, m in attention_layers(model, family).items()}
-    assignment = Assignment(method, {name: heads for name, (heads, _) in shapes.items()})
+    layers = attention_layers(model, family)
+    shapes = {n: (*head_shape(family, m), family.hidden_width(m)) for n, m in layers.items()}
+    assignment = Assignment(method, {name: heads for name, (heads, *_) in shapes.items()})
     try:
         with torch.device("meta"):
             return {
                 layer: {
                     name: tuple(value.shape)
-                    for name, value in assignment.parameters(layer, shapes[layer][1]).items()
+                    for name, value in assignment.parameters(layer, *shapes[layer][1:]).items()
                 }
                 for layer in shapes
             }

@@ -452,6 +452,7 @@ def method_attention(
     backend: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
     memory: Memory | None = None,
+    hidden_states: torch.Tensor | None = None,
     **parameters: torch.Tensor,
 ):
     """Self-attention over ``layout`` by ``method``, whether it plans or computes its own output.
@@ -461,16 +462,19 @@ def method_attention(
         kept: what ``method.keep(layout, device)`` gave; made here if None.
         kv_log_weight, scale, memory, parameters: as in :func:`method_call`.
         on_plan: called with a plan that is made from q and k; not while torch.compile traces.
+        hidden_states: ``[B, N, C]``, what q, k and v were projected from, for a method that
+            ``needs_hidden_states``; others do not look at it.
 
     Returns and raises: as :func:`attend` and :func:`method_call`; ValueError also where the lse of
-    a method is asked for that is no softmax.
+    a method is asked for that is no softmax, and for hidden states that are needed and missing, or
+    of other batch rows or tokens.
     """
     method = by_head(method, q.shape[1])
     if method.computes:
         if return_lse:
             raise ValueError(f"{method.name} computes its own output, which has no lse")
         given = {"kv_log_weight": kv_log_weight, "scale": scale, "backend": backend}
-        given |= {"on_plan": on_plan, "memory": memory}
+        given |= {"on_plan": on_plan, "memory": memory, "hidden_states": hidden_states}
         call = computing_call(method, layout, q, k, v, kept, **given)
         from .kernels.op import own_precision
 
@@ -498,14 +502,20 @@ def computing_call(
     backend: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
     memory: Memory | None = None,
+    hidden_states: torch.Tensor | None = None,
 ) -> Call:
     """What a method that computes its own output is called with; arguments as above.
 
     Raises:
-        ValueError: q, k and v fit neither each other nor the layout.
+        ValueError: q, k and v fit neither each other nor the layout, or hidden states that are
+            needed are missing or do not fit them.
     """
     check_tensors(q, k, v)
     check_layout(layout, q, k)
+    if not method.needs_hidden_states:
+        hidden_states = None
+    else:
+        _check_hidden_states(method, hidden_states, q)
     if kept is None:
         kept = method.keep(layout, q.device)
     weight = kept.padding
@@ -522,6 +532,22 @@ def computing_call(
             own = own[:, heads]
         given = {"kv_log_weight": own, "scale": scale, "backend": backend, "memory": memory}
         given["on_plan"] = on_plan if on_plan is None else partial(on_plan, heads=q.shape[1])
+        given["hidden_states"] = hidden_states
         return method_attention(method, layout, q, k, v, kept=kept, **given, **parameters)
 
-    return Call(scale, weight, kept.geometry, partial(attend, backend=backend), inner, memory)
+    run = partial(attend, backend=backend)
+    return Call(scale, weight, kept.geometry, run, inner, memory, hidden_states)
+
+
+def _check_hidden_states(method: Method, hidden_states: torch.Tensor | None, q) -> None:
+    if hidden_states is None:
+        raise ValueError(
+            f"{method.name} needs the layer's hidden states; give hidden_states [B, N, C], what q, "
+            "k and v were projected from"
+        )
+    shape = list(hidden_states.shape)
+    if len(shape) != 3 or shape[:2] != [q.shape[0], q.shape[2]]:
+        raise ValueError(
+            f"hidden_states must be [B, N, C] = [{q.shape[0]}, {q.shape[2]}, channels] like q, got "
+            f"{shape}"
+        )

@@ -340,13 +340,19 @@ class Assignment:
                 groups.append(Group(heads, method, e.key if mixed else ""))
         return tuple(groups)
 
-    def parameters(self, name: str, head_dim: int | None) -> dict[str, torch.Tensor]:
-        """Initial values of the trainable parameters of a layer, of all that it ever runs."""
+    def parameters(
+        self, name: str, head_dim: int | None, channels: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Initial values of the trainable parameters of a layer, of all that it ever runs.
+
+        Args:
+            head_dim: channels of a head. channels: of the layer's hidden states.
+        """
         return {
             group.key + own: value
             for group in self.ever(name)
-            for own, value in group.method.parameters(
-                None if group.heads is None else len(group.heads), head_dim
+            for own, value in group.method.layer_parameters(
+                None if group.heads is None else len(group.heads), head_dim, channels
             ).items()
         }
 

@@ -14,10 +14,11 @@ import torch
 from dittfast.config import check_fits, resolve, unknown
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
-from dittfast.mixture import Assignment, Rule
+from dittfast.mixture import Assignment, Rule, leaves
 from dittfast.schedule import Schedule
 
 from .description import Description, dense_steps, describe, other_attention, other_models
+from .families import Family
 from .models import (
     LayoutReader,
     Pipeline,
@@ -249,7 +250,11 @@ def enable(
         dtype = own_dtype(model)
         shapes = {n: head_shape(family, m) for n, m in layers.items()}
         assignment = Assignment(method, {n: heads for n, (heads, _) in shapes.items()})
-        own = {n: _on(m, dtype, assignment.parameters(n, shapes[n][1])) for n, m in layers.items()}
+        _check_hidden_states(model, family, method)
+        own = {
+            n: _on(m, dtype, assignment.parameters(n, shapes[n][1], family.hidden_width(m)))
+            for n, m in layers.items()
+        }
         state = ModelState(session, family, own, shapes, assignment)
         states[name] = model, state
     for name, (model, state) in states.items():
@@ -259,6 +264,16 @@ def enable(
     for sentence in other_models(pipe):
         logger.info(sentence)
     return Enabled(pipe, states)
+
+
+def _check_hidden_states(model: torch.nn.Module, family: Family, method: Method) -> None:
+    """Raise ValueError where a method needs hidden states that the model's layers do not tell."""
+    needy = [part.name for part in leaves(method) if part.needs_hidden_states]
+    if needy and family.hidden_states is None:
+        raise ValueError(
+            f"{needy[0]} needs the hidden states of every token in one tensor, and the attention "
+            f"layers of {stock_class(type(model)).__name__} do not have them; take another method"
+        )
 
 
 def _remember(pipe, models) -> None:

@@ -80,6 +80,10 @@ class Watched(Protocol):
         """What answers some other calls of PyTorch, as in :class:`Family`; None where nothing."""
 
     @property
+    def hidden_states(self) -> tuple[str, str] | None:
+        """As in :class:`Family`, where a call is to bring the hidden states; None where not."""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the main sequence."""
 
@@ -101,7 +105,10 @@ class Transform(Watched, Protocol):
     def __call__(
         self, out: torch.Tensor, strength: torch.Tensor | None, call: dict
     ) -> torch.Tensor:
-        """``out [B, H, N, D]``; ``strength [H]``; the call's arguments by name."""
+        """``out [B, H, N, D]``; ``strength [H]``; the call's arguments by name.
+
+        Among them are the layer's ``hidden_states [B, N, C]``, if it asks for them.
+        """
 
 
 class AttentionCore:
@@ -112,6 +119,7 @@ class AttentionCore:
             the main sequence first.
         strict, shortcut: as in :class:`Watched`.
         outer_mask: whether an N x N mask is known to be m mᵀ, with all grid tokens valid.
+        hidden_states: as in :class:`Family`; looked at where the method needs them.
     """
 
     def __init__(
@@ -122,8 +130,10 @@ class AttentionCore:
         strict: bool = True,
         outer_mask: bool = False,
         shortcut: Callable[[Callable, tuple, dict], torch.Tensor | None] | None = None,
+        hidden_states: tuple[str, str] | None = ("hidden_states", "encoder_hidden_states"),
     ):
         self.method = method
+        self.hidden_states = hidden_states if method.needs_hidden_states else None
         self.planned = planned
         self.backend = backend
         self.strict = strict
@@ -194,7 +204,7 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
     """Answer a call of scaled_dot_product_attention by the core of ``run``.
 
     Args:
-        call: its arguments by name.
+        call: its arguments by name, and the hidden states where the method needs them.
         heads: which of the layer's heads q, k and v hold, where ranks share them.
 
     Raises:
@@ -230,10 +240,10 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
 
-    def answer(row, *qkv):
-        return _attend_planned(core, parameters, run.memory, row, *qkv, scale)
+    def answer(row, *tensors):
+        return _attend_planned(core, parameters, run.memory, row, *tensors, scale)
 
-    out = by_rows(rows, answer, q, k, v, weight)
+    out = by_rows(rows, answer, q, k, v, weight, call.get("hidden_states"))
     if core.outer_mask and mask is not None and mask.dtype != torch.bool:
         out = _restore_context(out, call, rows[0].layout)
     return out
@@ -261,7 +271,9 @@ def by_rows(rows: tuple, answer: Callable, q: torch.Tensor, *others) -> torch.Te
     return torch.cat(parts)
 
 
-def _attend_planned(core, parameters, memory, planned: PlannedLayout, q, k, v, weight, scale):
+def _attend_planned(
+    core, parameters, memory, planned: PlannedLayout, q, k, v, weight, hidden_states, scale
+):
     return method_attention(
         core.method,
         planned.layout,
@@ -274,7 +286,40 @@ def _attend_planned(core, parameters, memory, planned: PlannedLayout, q, k, v, w
         backend=core.backend,
         on_plan=planned.observe,
         memory=memory,
+        hidden_states=hidden_states,
         **parameters,
+    )
+
+
+def hidden_sequence(given: tuple, watched: Watched, num_tokens: int) -> torch.Tensor:
+    """``[B, N, C]``: what a layer was given, in the order of a sequence of so many tokens.
+
+    Args:
+        given: the layer's own tokens and those of its other stream, or None, each ``[B, n, C]``.
+        watched: says how many tokens stand before the grid; the other stream does, or behind it.
+
+    Raises:
+        ValueError: together they are not the sequence, or differ in their channels.
+    """
+    own, other = given
+    if own is not None and own.shape[1] == num_tokens:
+        return own
+    if own is not None and other is not None and own.shape[1] + other.shape[1] == num_tokens:
+        if own.shape[2] != other.shape[2]:
+            raise ValueError(
+                f"the hidden states of the layer's two streams have {own.shape[2]} and "
+                f"{other.shape[2]} channels, so they are no single sequence; a method that needs "
+                "them cannot run here: keep the layer dense with dense_layers"
+            )
+        if other.shape[1] == watched.text_before:
+            return torch.cat([other, own], 1)
+        if watched.text_before == 0:
+            return torch.cat([own, other], 1)
+    sizes = " and ".join(str(x.shape[1]) for x in given if x is not None) or "none"
+    raise ValueError(
+        f"attention is over {num_tokens} tokens and the layer was given hidden states of {sizes}, "
+        "so they cannot be told apart; a method that needs them cannot run here: keep the layer "
+        "dense with dense_layers"
     )
 
 

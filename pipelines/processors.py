@@ -71,7 +71,8 @@ class _AttnProcessor(abc.ABC):
         stock = self._stock_processor(attn, watched=run is not None)
         if run is None:
             return stock(*arguments)
-        with intercept(run) as seen:
+        given = hidden_states, encoder_hidden_states
+        with intercept(run, given if run.watched.hidden_states else None) as seen:
             out = stock(*arguments)
         if not torch.compiler.is_compiling():
             check_reached(run, seen.ran, seen.reached, attn)
@@ -120,8 +121,9 @@ class SparseAttnProcessor(_AttnProcessor):
             traced by torch.compile, so pass it there.
         backend: as in :func:`dittfast.attend`.
         min_tokens: below this many tokens attention stays dense.
-        heads, head_dim: of the layers, for a method whose parameters depend on them and are to be
-            trained or loaded; without them such a method has its initial values.
+        heads, head_dim, channels: of the layers (channels: of their hidden states), for a method
+            whose parameters depend on them and are to be trained or loaded; without them such a
+            method has its initial values.
         options: fields of the method.
 
     Attributes:
@@ -142,6 +144,7 @@ class SparseAttnProcessor(_AttnProcessor):
         min_tokens: int = 0,
         heads: int | None = None,
         head_dim: int | None = None,
+        channels: int | None = None,
         **options,
     ):
         super().__init__(layout)
@@ -152,7 +155,7 @@ class SparseAttnProcessor(_AttnProcessor):
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         self.method: Method = cls(**options)
         if heads is not None:
-            values = by_head(self.method, heads).parameters(heads, head_dim)
+            values = by_head(self.method, heads).layer_parameters(heads, head_dim, channels)
         else:
             unknown_shape = self.method.computes or value_lists(self.method)
             values = {} if unknown_shape else self.method.parameters(None, None)
@@ -233,6 +236,7 @@ class _LastPart:
     def __init__(self, inner: Perturbation, parts: int):
         self.inner, self.parts = inner, parts
         self.strict, self.shortcut = inner.strict, inner.shortcut
+        self.hidden_states = inner.hidden_states
         self.num_tokens = inner.num_tokens
         self.text_before, self.text_behind = inner.text_before, inner.text_behind
 

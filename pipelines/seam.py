@@ -12,6 +12,7 @@ import contextlib
 import copy
 import copyreg
 import functools
+import inspect
 import sys
 import threading
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layer import LayerRun, attend_call
+from .layer import LayerRun, attend_call, hidden_sequence
 from .models import backend_of, stock_class
 from .passes import LayerState
 
@@ -30,14 +31,19 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 class intercept(TorchFunctionMode):
     """Inside, ``run`` answers scaled_dot_product_attention over its layout's tokens.
 
+    Args:
+        given: the hidden states of the layer's two streams, as :func:`hidden_sequence` takes them;
+            None where nobody asks for them.
+
     Attributes:
         ran: whether the layer did its projections; caches skip them.
         reached: whether it met scaled_dot_product_attention on the whole sequence.
     """
 
-    def __init__(self, run: LayerRun):
+    def __init__(self, run: LayerRun, given: tuple | None = None):
         super().__init__()
         self.run = run
+        self.given = given
         self.shortcut = run.watched.shortcut
         self.ran = self.reached = False
 
@@ -68,6 +74,9 @@ class intercept(TorchFunctionMode):
         run = self.run
         if not torch.compiler.is_compiling():
             self.reached = True
+        if self.given is not None:
+            tokens = call["query"].shape[-2]
+            call = {**call, "hidden_states": hidden_sequence(self.given, run.watched, tokens)}
         out = func(*args, **kwargs) if run.core is None else attend_call(run, call)
         if run.transform is not None:
             out = run.transform(out, run.strength, call)
@@ -125,7 +134,7 @@ def _watch(module: torch.nn.Module, state: LayerState, call, args: tuple, kwargs
                 return call(module, *args, **kwargs)
         with (
             _watchable_backend(module, run) as own,
-            intercept(run) as seen,
+            intercept(run, _given(module, run, args, kwargs)) as seen,
         ):
             out = call(module, *args, **kwargs)
     finally:
@@ -138,6 +147,16 @@ def _watch(module: torch.nn.Module, state: LayerState, call, args: tuple, kwargs
             current.saw(state.name, seen.ran, reached)
         check_reached(run, seen.ran, reached, module)
     return out
+
+
+def _given(module: torch.nn.Module, run: LayerRun, args: tuple, kwargs: dict) -> tuple | None:
+    """The hidden states among the arguments of an attention module, where ``run`` asks for them."""
+    names = run.watched.hidden_states
+    if names is None:
+        return None
+    given = {**dict(zip(type(module)._dittfast_arguments, args)), **kwargs}
+    streams = (given.get(name) for name in names)
+    return tuple(x[None] if x is not None and x.ndim == 2 else x for x in streams)
 
 
 # diffusers keeps the attention backend on processors, which threads share: while one layer runs
@@ -245,6 +264,7 @@ def _subclass(cls: type, members: tuple) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "_dittfast_stock": cls,
+        "_dittfast_arguments": tuple(inspect.signature(cls.forward).parameters)[1:],
     }
     return type(cls.__name__, (cls,), fields)
 

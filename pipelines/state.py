@@ -415,6 +415,7 @@ class ModelState:
             family.strict,
             family.outer_mask,
             family.shortcut,
+            family.hidden_states,
         )
 
     def part(

@@ -31,6 +31,8 @@ class Call(NamedTuple):
         memory: what the layer keeps from step to step of the run, in this guidance branch
             (:class:`~dittfast.methods.memory.Memory`); None outside of a pipeline's run, in passes
             that may be differentiated, and unless the method ``remembers``.
+        hidden_states: ``[B, N, C]``, what the layer was given and projected q, k and v from, in the
+            order of the sequence; carries its gradient. None unless ``needs_hidden_states``.
     """
 
     scale: float | None
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     attend: Callable[..., Any]
     inner: Callable[..., torch.Tensor]
     memory: Any = None
+    hidden_states: torch.Tensor | None = None
 
 
 class Kept(NamedTuple):
@@ -74,6 +77,8 @@ class Method(ABC):
         for_videos: True if the method tells frames apart, so that benchmarks give it a video.
         dense: True if every token sees every valid one, so that the model's own attention does.
         remembers: whether :meth:`attention` keeps values from step to step, in ``call.memory``.
+        needs_hidden_states: whether :meth:`attention` looks at ``call.hidden_states``; its
+            :meth:`parameters` then take their width as a third argument, ``channels``.
         per_head: options that may be a list with one value for each head: see :meth:`by_head`.
     """
 
@@ -84,6 +89,7 @@ class Method(ABC):
     for_videos: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs):
@@ -250,6 +256,14 @@ class Method(ABC):
             heads: query heads of the layer. head_dim: channels of one.
         """
         return {}
+
+    def layer_parameters(
+        self, heads: int | None, head_dim: int | None, channels: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """:meth:`parameters` of a layer whose hidden states have so many channels."""
+        if self.needs_hidden_states:
+            return self.parameters(heads, head_dim, channels)
+        return self.parameters(heads, head_dim)
 
     def words(self) -> str:
         """The method and those options that are not at their default."""

@@ -58,6 +58,10 @@ class HeadGroups(Method):
     def parts(self) -> tuple[Method, ...]:
         return tuple(group.method for group in self.groups)
 
+    @property
+    def needs_hidden_states(self) -> bool:
+        return any(method.needs_hidden_states for method in self.parts)
+
     def words(self) -> str:
         return ", ".join(f"{g.method.words()} in heads {head_words(g.heads)}" for g in self.groups)
 
@@ -96,11 +100,15 @@ class HeadGroups(Method):
         for method in self.parts:
             method.prepare(layout, device)
 
-    def parameters(self, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+    def parameters(
+        self, heads: int, head_dim: int, channels: int | None = None
+    ) -> dict[str, torch.Tensor]:
         return {
             group.key + name: x
             for group in self.groups
-            for name, x in group.method.parameters(len(group.heads), head_dim).items()
+            for name, x in group.method.layer_parameters(
+                len(group.heads), head_dim, channels
+            ).items()
         }
 
     def amount(self, layout, heads, head_dim, kept=None, observed=None) -> Amount:

@@ -68,7 +68,10 @@ FAMILIES: dict[str, Family] = {
         r"transformer_blocks\.\d+\.attn1", image.text_then_image, outer_mask=True
     ),
     "HiDreamImageTransformer2DModel": Family(
-        r"(double|single)_stream_blocks\.\d+\.block\.attn1", image.hidream, timestep="timesteps"
+        r"(double|single)_stream_blocks\.\d+\.block\.attn1",
+        image.hidream,
+        timestep="timesteps",
+        hidden_states=("norm_hidden_states", "norm_encoder_hidden_states"),
     ),
     "PixArtTransformer2DModel": Family(
         r"transformer_blocks\.\d+\.attn1", image.image, dense=_CROSS2
@@ -166,6 +169,7 @@ FAMILIES: dict[str, Family] = {
         timestep="vision_timesteps",
         width="add_q_proj.out_features",
         projections=r"add_(q|k|v)_proj|to_add_out",
+        hidden_states=("gen_seq", "und_seq"),
     ),
     "JoyImageEditPlusTransformer3DModel": Family(
         r"double_blocks\.\d+\.attn",
@@ -258,6 +262,7 @@ FAMILIES: dict[str, Family] = {
         r"transformer_blocks\.\d+\.attn1",
         video.mochi,
         reads_values=("encoder_attention_mask",),
+        hidden_states=None,  # its text is of another width, and goes without padding
     ),
     "CogVideoXTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", video.cogvideox),
     "LTXVideoTransformer3DModel": Family(

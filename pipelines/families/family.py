@@ -47,6 +47,10 @@ class Family:
             which image, row, column; None where the model makes its positions itself.
         heads: the attribute of an attention module that holds its number of heads.
         width: the attribute with the channels of its queries, dotted where it lies deeper.
+        hidden_states: which arguments of its attention modules are projected to q, k and v: the
+            layer's own tokens, and those of the other stream where a layer has two (the layout
+            tells whether they stand in front or behind); None where its layers do not attend to
+            these, one after the other.
         projections: regular expression over module names inside an attention module; full matches
             make q, k, v and the output of the layer's own tokens (not those of a text stream).
         rotary: ``(class of its attention modules, reader)``, where a rotary embedding tells the
@@ -73,6 +77,7 @@ class Family:
     position_ids: str | None = None
     heads: str = "heads"
     width: str = "inner_dim"
+    hidden_states: tuple[str, str] | None = ("hidden_states", "encoder_hidden_states")
     projections: str = r"to_(q|k|v)|to_out(\.0)?"
     rotary: tuple[str, Callable[[tuple, int | None], Layout]] | None = None
     rounds_frames: bool = False
@@ -95,6 +100,13 @@ class Family:
     def query_width(self, module: torch.nn.Module) -> int:
         """Channels of the queries of an attention module: heads times their dimension."""
         return attrgetter(self.width)(module)
+
+    def hidden_width(self, module: torch.nn.Module) -> int | None:
+        """Channels of the hidden states of an attention module; None where it does not tell."""
+        for name, inner in module.named_modules():
+            if re.fullmatch(self.projections, name) and hasattr(inner, "in_features"):
+                return inner.in_features
+        return None
 
     def projection_weights(self, model: torch.nn.Module, layers: list[str]) -> list[str]:
         """Names of the parameters that project q, k, v and the output in these layers.

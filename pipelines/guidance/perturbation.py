@@ -32,7 +32,7 @@ class Perturbation:
     """
 
     # The stock attention may run before it, and needs its mask whole.
-    strict, shortcut = True, None
+    strict, shortcut, hidden_states = True, None, None
 
     def __init__(
         self,

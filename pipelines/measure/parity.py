@@ -45,8 +45,12 @@ class ByFormula(Method):
 
     method: Method | None = None
 
-    def parameters(self, heads, head_dim):
-        return self.method.parameters(heads, head_dim)
+    @property
+    def needs_hidden_states(self):
+        return self.method.needs_hidden_states
+
+    def parameters(self, heads, head_dim, channels=None):
+        return self.method.layer_parameters(heads, head_dim, channels)
 
     def attention(self, layout, q, k, v, call, **parameters):
         rows = torch.arange(q.shape[2], device=q.device)

@@ -36,6 +36,7 @@ class Captured:
         layout: geometry of the N tokens.
         q, k, v: ``[B, H, N, D]``, after norms and rotary embedding.
         scale: of the logits. kv_log_weight: ``[B|1, H|1, N]`` from the model's mask, or None.
+        hidden_states: ``[B, N, C]``, what q, k and v were projected from; None where not asked for.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Captured:
     v: torch.Tensor
     scale: float
     kv_log_weight: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 class _Recorder:
@@ -53,8 +55,16 @@ class _Recorder:
 
     strict, shortcut = True, None
 
-    def __init__(self, model: torch.nn.Module, layer: str, steps, captured: list[Captured]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layer: str,
+        steps,
+        captured: list[Captured],
+        hidden_states: tuple[str, str] | None = None,
+    ):
         self.model, self.layer, self.steps, self.captured = model, layer, steps, captured
+        self.hidden_states = hidden_states
 
     @property
     def layout(self) -> Layout:
@@ -86,7 +96,9 @@ class _Recorder:
             scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
             token = self.layout.grid_start if state.family.outer_mask else None
             weight = key_log_weight(call.get("attn_mask"), q, token)
-            self.captured.append(Captured(step, self.layer, self.layout, q, k, v, scale, weight))
+            hidden = call.get("hidden_states")
+            given = scale, weight, None if hidden is None else hidden.detach().clone()
+            self.captured.append(Captured(step, self.layer, self.layout, q, k, v, *given))
         return out
 
 
@@ -116,6 +128,7 @@ def capture(
     steps: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    hidden_states: bool = False,
 ) -> list[Captured]:
     """Run a pipeline with dense attention and keep q, k and v of some attention calls.
 
@@ -126,6 +139,7 @@ def capture(
             (two-call guidance) the first is kept.
         layers: numbers of self-attention layers in the model's order; negative ones count from
             the end; default all.
+        hidden_states: also keep what each layer was given.
 
     Returns:
         One entry per step and layer, in the order of the run.
@@ -145,7 +159,8 @@ def capture(
             names = list(model._dittfast.layers)
             for number in range(len(names)) if layers is None else layers:
                 name = names[number]
-                recorder = _Recorder(model, name, steps, captured)
+                names_of = model._dittfast.family.hidden_states if hidden_states else None
+                recorder = _Recorder(model, name, steps, captured, names_of)
                 model._dittfast.recorders[name] = recorder
         run(pipe, call, seed)
     return captured
@@ -218,6 +233,7 @@ def _measure_heads(method: Method, c: Captured, backend: str) -> CallReport:
     method.prepare(c.layout, c.q.device)
     plan = None
     if method.computes:
+        given["hidden_states"] = c.hidden_states
         out = method_attention(method, c.layout, c.q, c.k, c.v, backend=backend, **given)
         amounts = [method.amount(c.layout, heads, c.q.shape[3])] * heads
     else:
