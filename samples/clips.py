@@ -150,11 +150,18 @@ class Clips:
         self.colours = torch.tensor(list(BACKGROUNDS.values())) / 255
         self.poses = poses()
 
-    def one(self, label, background, motion):
-        """The clip of three names, ``[3, FRAMES, SIZE, SIZE]``, as a clean sample would show it."""
+    def one(self, label, background, motion, frames=FRAMES):
+        """The clip of three names, ``[3, frames, SIZE, SIZE]``, as a clean sample would show it.
+
+        With more frames it is the same motion in smaller steps.
+        """
         picture = self.named[list(LABELS).index(label)]
         colour = self.colours[list(BACKGROUNDS).index(background)]
-        pose = self.poses[list(MOTIONS).index(motion)].clone()
+        table = self.poses[list(MOTIONS).index(motion)]
+        at = torch.linspace(0, FRAMES - 1, frames)
+        before = at.floor().long().clamp_max(FRAMES - 2)
+        rest = (at - before)[:, None]
+        pose = table[before] * (1 - rest) + table[before + 1] * rest
         pose[:, 2] *= PICTURE_PART
         return render(picture[None], colour[None], pose[None])[0]
 

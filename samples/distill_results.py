@@ -48,6 +48,7 @@ FEWER = 80  # of the others; the network has 64 features
 SIDE = 256  # px
 FIRST_SEED = 10_000  # the training set was drawn with 0, 1, 2, ...
 CLEAR = "clear_sample"
+TRIAL = 3  # steps, after which it is known how many fit into a time
 # Each with its own whole schedule of this many steps, shorter than the recipe's.
 ABLATION_STEPS = 120
 ABLATIONS = {
@@ -177,6 +178,26 @@ class Results:
                 return output
         train(config, "latest" if (output / "config.json").exists() else None)
         return output
+
+
+def train_to(recipe: str, overrides: Sequence[str], output: Path, steps: int) -> Path:
+    """Run a recipe to a number of steps, or go on with it; the checkpoint that it leaves there."""
+    folder = output / "checkpoints" / f"step-{steps:08d}"
+    if not folder.exists():
+        config = load_config(recipe, [*overrides, f"train.output={output}", f"train.steps={steps}"])
+        train(config, "latest" if (output / "config.json").exists() else None)
+    return folder
+
+
+def steps_within(recipe: str, overrides: Sequence[str], output: Path, seconds: float) -> int:
+    """How many steps of a run fit into processor seconds, by its second and third, which it does.
+
+    The run's learning rate should not depend on its length.
+    """
+    if not (output / "metrics.jsonl").exists() or len(history(output)) < TRIAL:
+        train_to(recipe, overrides, output, TRIAL)
+    cost = statistics.median(row["cpu_seconds"] for row in history(output)[1:TRIAL])
+    return max(TRIAL, round(seconds / cost))
 
 
 def _save(path: Path, image: Image.Image) -> None:
@@ -393,89 +414,123 @@ def write_clips(emoji: Path, folder: Path, frames: int) -> None:
     Every eighth label goes to ``held-out``, with two motions each; every other
     label to ``train``, with one.
     """
-    from clips import FRAMES, MOTIONS, PICTURE_PART, Clips, render
+    from clips import MOTIONS, Clips
     from clips import caption as moving
 
     source = Clips(emoji, others=False)
-    at = torch.linspace(0, FRAMES - 1, frames)
-    before = at.floor().long().clamp_max(FRAMES - 2)
-    rest = (at - before)[None, :, None]
-    table = source.poses[:, before] * (1 - rest) + source.poses[:, before + 1] * rest
     motions, colours = list(MOTIONS), list(BACKGROUNDS)
     for number, label in enumerate(LABELS):
         held_out = number % 8 == 1
         for turn in range(2 if held_out else 1):
-            motion = (number // 8 + number + 3 * turn) % len(motions)
-            colour = (5 * number + turn) % len(colours)
-            pose = table[motion].clone()
-            pose[:, 2] *= PICTURE_PART
-            video = render(source.named[number][None], source.colours[colour][None], pose[None])
-            pixels = ((video[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
+            motion = motions[(number // 8 + number + 3 * turn) % len(motions)]
+            colour = colours[(5 * number + turn) % len(colours)]
             there = folder / ("held-out" if held_out else "train")
             there.mkdir(parents=True, exist_ok=True)
             file = there / f"{number:02d}-{turn}.gif"
             if not file.exists():
-                save_video(file, pixels.numpy())
-                text = moving(label, colours[colour], motions[motion])
-                write_text(file.with_suffix(".txt"), text)
+                save_video(file, as_frames(source.one(label, colour, motion, frames)))
+                write_text(file.with_suffix(".txt"), moving(label, colour, motion))
+
+
+def as_frames(video: torch.Tensor) -> np.ndarray:
+    """A clip ``[3, F, H, W]`` in -1..1 as ``[F, H, W, 3]`` uint8."""
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
 
 
 @torch.no_grad()
-def held_out_loss(pipe, dataset: Dataset) -> float:
-    """Mean flow-matching loss of a transformer, each clip with the same noise and times."""
-    total = []
+def held_out_losses(pipe, dataset: Dataset, times: Sequence[float]) -> dict[float, list[float]]:
+    """The flow-matching loss of each sample at each time, always with the same noise."""
+    losses: dict[float, list[float]] = {time: [] for time in times}
     for index in range(len(dataset)):
         batch = dataset.batch([index])
         arguments = dict(batch.arguments)
-        for slot, time in enumerate(HELD_OUT_TIMES):
+        appended = arguments.pop("hidden_states", None)  # of a first frame
+        for slot, time in enumerate(times):
             t = torch.tensor([time])
-            noise = sample_noise(batch.latents.shape, 1, index, slot)
+            noise = sample_noise(batch.latents.shape[1:], 1, index, slot)[None]
             noisy = dataset.process.noisy(batch.latents, noise, t)
-            arguments["hidden_states"] = torch.cat([noisy, batch.arguments["hidden_states"]], 1)
-            arguments["timestep"] = dataset.process.timestep(t)
-            velocity = pipe.transformer(**arguments, return_dict=False)[0]
-            total.append(
-                float((velocity - dataset.process.target(batch.latents, noise, t)).square().mean())
-            )
-    return statistics.fmean(total)
+            velocity = pipe.transformer(
+                hidden_states=noisy if appended is None else torch.cat([noisy, appended], 1),
+                timestep=dataset.process.timestep(t),
+                **arguments,
+                return_dict=False,
+            )[0]
+            target = dataset.process.target(batch.latents, noise, t)
+            losses[time].append(float((velocity - target).square().mean()))
+    return losses
 
 
-def radial(folder: Path, emoji: Path, frames: int) -> dict:
-    """Length extension: a LoRA at more frames, radial and dense, against no training."""
+def held_out_loss(pipe, dataset: Dataset) -> float:
+    """The mean of :func:`held_out_losses` over samples and :data:`HELD_OUT_TIMES`."""
+    losses = held_out_losses(pipe, dataset, HELD_OUT_TIMES)
+    return statistics.fmean(x for of_time in losses.values() for x in of_time)
+
+
+def radial(
+    folder: Path,
+    emoji: Path,
+    frames: int,
+    seconds: float | None = None,
+    clips_of: Sequence[int] = (56, 16),
+) -> dict:
+    """Length extension: a LoRA at more frames, radial and dense, against no training.
+
+    Args:
+        seconds: processor time of each run, instead of the recipe's number of steps.
+        clips_of: how many are for training, and how many are held out.
+    """
     length = [f"data.call.num_frames={frames - 1}"]  # the pipeline draws one more
     results = Results(folder, RADIAL, length)
     clips = folder / f"clips-{frames}"
     write_clips(emoji, clips, frames)
     sets, data = {}, {}
-    for name in ("train", "held-out"):
+    for name, count in zip(("train", "held-out"), clips_of):
         data[name] = folder / "data" / f"{RADIAL}-{frames}-{name}"
-        sets[name] = [*length, f"data.folder={data[name]}", f"data.pictures={clips / name}"]
+        sets[name] = [
+            *length,
+            f"data.folder={data[name]}",
+            f"data.pictures={clips / name}",
+            f"data.count={count}",
+        ]
         results.prepare(RADIAL, sets[name])
     dense = ["student.method=dense", "student.options={}", "student.schedule={}"]
-    runs = {
-        "radial LoRA": results.train(f"radial-{frames}", RADIAL, sets["train"]),
-        "dense LoRA": results.train(f"dense-{frames}", RADIAL, [*sets["train"], *dense]),
-    }
+    runs = {}
+    for name, overrides in (("radial", sets["train"]), ("dense", [*sets["train"], *dense])):
+        if seconds is not None:
+            output = folder / "runs" / f"{name}-{frames}"
+            steps = steps_within(RADIAL, overrides, output, seconds)
+            overrides = [*overrides, f"train.steps={steps}"]
+        runs[f"{name} LoRA"] = results.train(f"{name}-{frames}", RADIAL, overrides)
+    known = folder / f"held-out-{frames}.json"
+    losses = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     held_out = Dataset(data["held-out"])
     student = results.config.student
-    arms = {"dense, untrained": held_out_loss(results.pipe, held_out)}
     method = {**student.options, **student.schedule, "min_tokens": 0}
-    with dittfast.enable(results.pipe, student.method, **method):
-        arms["radial, untrained"] = held_out_loss(results.pipe, held_out)
-    for name, run_folder in runs.items():
-        dittfast.load_adapter(results.pipe, run_folder / "adapter")
-        arms[name] = held_out_loss(results.pipe, held_out)
-        dittfast.unload_adapter(results.pipe)
-    arms = {name: {"held_out_loss": value} for name, value in arms.items()}
-    return {"arms": arms, "frames": frames, "seconds_per_step": step_seconds(runs)} | describe_runs(
-        runs
-    )
+    for name in ("dense, untrained", "radial, untrained", *runs):
+        if name in losses:
+            continue
+        with contextlib.ExitStack() as stack:
+            if name in runs:
+                dittfast.load_adapter(results.pipe, runs[name] / "adapter")
+                stack.callback(dittfast.unload_adapter, results.pipe)
+            elif name.startswith(student.method):
+                stack.enter_context(dittfast.enable(results.pipe, student.method, **method))
+            losses[name] = held_out_loss(results.pipe, held_out)
+        write_json(known, losses)
+    return {
+        "arms": {name: {"held_out_loss": value} for name, value in losses.items()},
+        "frames": frames,
+        "held_out_clips": len(held_out),
+        "seconds_per_step": step_seconds(runs),
+    } | describe_runs(runs)
 
 
 def step_seconds(runs: dict[str, Path]) -> dict[str, float]:
-    """The median over each run's steps."""
+    """The median over each run's steps, of processor seconds."""
     return {
-        name: statistics.median(row["seconds"] for row in history(folder) if "seconds" in row)
+        name: statistics.median(
+            row["cpu_seconds"] for row in history(folder) if "cpu_seconds" in row
+        )
         for name, folder in runs.items()
     }
 
@@ -490,10 +545,14 @@ def main():
     parser.add_argument("--emoji", type=Path, required=True, help="written by emoji_data.py")
     parser.add_argument("--save", type=Path, help="write PREFIX.json, .png and -pictures.png")
     parser.add_argument("--frames", type=int, default=33, help="of radial's clips")
+    parser.add_argument("--seconds", type=float, help="processor time of each of radial's runs")
+    parser.add_argument(
+        "--clips", type=int, nargs=2, default=(56, 16), help="of radial: to train, held out"
+    )
     args = parser.parse_args()
     results = None
     if args.experiment == "radial":
-        data = radial(args.output, args.emoji, args.frames)
+        data = radial(args.output, args.emoji, args.frames, args.seconds, args.clips)
     else:
         results = Results(args.output)
         results.write_art(args.emoji)

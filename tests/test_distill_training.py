@@ -43,7 +43,7 @@ def run_config(folder, output, **sections):
 def losses(output) -> list[dict]:
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
 
 
 def state(output) -> dict[str, torch.Tensor]:

@@ -1,9 +1,12 @@
 """The scripts that train the sample image model: layout, optimiser and captions."""
 
+import importlib
 import io
+import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,19 +23,11 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     pytest.importorskip("tokenizers")
     before = set(sys.modules)
-    import captions
-    import flux_model
-    import large_pictures
-    import text_encoders
-    import vector_art
-
-    yield {
-        "captions": captions,
-        "flux_model": flux_model,
-        "large_pictures": large_pictures,
-        "text_encoders": text_encoders,
-        "vector_art": vector_art,
-    }
+    names = (
+        *("captions", "flux_model", "large_pictures", "text_encoders", "vector_art"),
+        *("clips", "distill_results", "quality_table", "whole_pictures"),
+    )
+    yield {name: importlib.import_module(name) for name in names}
     for name in set(sys.modules) - before:
         if (
             getattr(sys.modules[name], "__file__", None)
@@ -142,3 +137,97 @@ def test_sharpness_is_the_mean_of_the_strongest_gradients(scripts):
     luma[:, 120:] += 30
     half = scripts["large_pictures"].sharpness(Image.fromarray(np.rot90(luma)).convert("RGB"))
     assert half == pytest.approx(90)
+
+
+@pytest.mark.parametrize("seen, count", [(1, 6), (4, 8), (2, 64)])
+def test_held_out_pictures_are_none_that_training_shows(scripts, seen, count):
+    chosen = scripts["whole_pictures"].unseen(1024, seen, count)
+    assert len({label for _, label, *_ in chosen}) == len(chosen) == count
+    assert not {name for name, *_ in chosen} & {
+        name for name, *_ in scripts["vector_art"].plan(seen, 0)
+    }
+
+
+def test_as_many_steps_as_fit_into_the_time(scripts, monkeypatch, tmp_path):
+    """The second and third step cost 4 and 6 processor seconds, the first 100: 20 in 100 s."""
+    results, calls = scripts["distill_results"], []
+
+    def train(config, resume):
+        calls.append((config.train.steps, resume))
+        folder = Path(config.train.output)
+        (folder / f"checkpoints/step-{config.train.steps:08d}").mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        rows = [{"step": n + 1, "cpu_seconds": x} for n, x in enumerate((100, 4, 6))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(results, "train", train)
+    how = "whole_sample", [], tmp_path / "run"
+    assert results.steps_within(*how, seconds=100) == 20
+    assert results.steps_within(*how, seconds=1) == 3
+    assert results.train_to(*how, 20).name == "step-00000020"
+    assert results.train_to(*how, 20).is_dir()
+    assert calls == [(3, None), (20, "latest")]
+
+
+def test_a_longer_clip_is_the_same_motion_in_smaller_steps(scripts, tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 4), np.uint8)
+    np.savez(tmp_path / "emoji.npz", labelled=rgba, others=rgba[:2])
+    clips = scripts["clips"].Clips(tmp_path / "emoji.npz", others=False)
+    short = clips.one("car", "green", "grows")
+    assert short.shape == (3, 9, 128, 128)
+    assert torch.allclose(clips.one("car", "green", "grows", 33)[:, ::4], short, atol=1e-5)
+
+
+def test_the_table_by_hand(scripts, tmp_path):
+    """Two pictures of 512 px: features that are known, and what follows from the definition."""
+    quality = scripts["quality_table"]
+    rng = np.random.default_rng(0)
+    args = SimpleNamespace(output=tmp_path, packages=None, emoji=None, count=64)
+    task = quality.Task(args, "pictures", 512)
+    features = {}
+
+    def write(at, arm, number, seconds=1.0):
+        features[at.size, arm, number] = rng.normal(size=(1, 64))
+        path = at.record(arm, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"features": features[at.size, arm, number].tolist(), "cpu_seconds": seconds}
+        row |= {"density": 0.1, "work": 0.1, "peak_bytes": number, "sharpness": 30.0 + number}
+        path.write_text(json.dumps(row))
+
+    for number in range(64):
+        write(task.best, "art", number)
+    for number in range(2):
+        write(task.best, "dense", number)
+        write(task.best, "other-seed", number)
+        write(task, "art", number)
+        write(task, "dense", number, 8.0)
+        write(task, "local", number, 2.0 + 2 * number)
+    assert task.best.folder.name == "pictures-256-large"
+
+    def root(pairs):
+        return np.sqrt(np.mean([np.mean((features[a] - features[b]) ** 2) for a, b in pairs]))
+
+    one = root([((256, "art", i), (256, "art", j)) for i in range(64) for j in range(i)])
+    row = quality.rows_of(task, task)["local"]
+    to_art = root([((512, "local", n), (512, "art", n)) for n in range(2)])
+    assert row["to_art"] == pytest.approx(to_art / one)
+    to_best = root([((512, "local", n), (256, "dense", n)) for n in range(2)])
+    assert row["to_best"] == pytest.approx(to_best / one)
+    assert row["times_as_fast"] == 3 and row["cpu_seconds"] == 3  # of 4 and 2; of 2 and 4
+    assert row["peak_bytes"] == 1 and row["sharpness"] == 30.5
+    between = root([((256, "dense", n), (256, "other-seed", n)) for n in range(2)])
+    assert quality.floor_of(task)["between_seeds"] == pytest.approx(between / one)
+
+
+def test_clips_of_two_lengths_are_compared_at_the_same_times(scripts):
+    short = [[float(n)] for n in range(9)]
+    long = [[n / 4] for n in range(33)]
+    assert scripts["quality_table"].apart(short, long) == 0
+    assert scripts["quality_table"].apart(long, [[x + 2.0] for (x,) in short]) == 4
+
+
+def test_prompts_keep_their_numbers_and_show_every_motion(scripts):
+    quality, motions = scripts["quality_table"], list(scripts["clips"].MOTIONS)
+    assert len(set(quality.items(512))) == 512
+    assert quality.items(20)[:5] == quality.items(5)
+    assert {motion for *_, motion in quality.items(16, motions)} == set(motions)
