@@ -39,7 +39,7 @@ from large_pictures import PICTURES, sharpness
 from PIL import Image
 
 from dittfast.environment import peak_memory, reset_peak_memory
-from dittfast.files import atomic_path, write_json
+from dittfast.files import atomic_path, write_json, write_text
 from dittfast.markdown import markdown_table
 from dittfast.measure.features import load_features
 from dittfast.measure.metrics import image_tensor, psnr
@@ -53,6 +53,18 @@ from dittfast.pipelines.runs.sources import find, load
 EVALUATIONS = Path(__file__).resolve().parent.parent / "configs" / "evaluations"
 BEST = {"pictures": 256, "clips": 9}  # px, frames
 OTHER_SEED = 1000  # of the floor
+
+PAGE = """# Every method by size
+
+Written by `samples/quality_table.py table`, whose first lines say what each column is; all values
+are in [{name}.json]({name}.json). Distances are root mean squares over pairs of one prompt in the
+features of `sample-features`, as a part of that between the art of different prompts: 0 is the same
+picture, 1 any other. "Two seeds" is dense attention with another seed, at the model's own best
+size: the floor.
+
+![Processor seconds of a whole call against the distance to the art]({name}.png)
+
+{table}"""
 
 
 def items(count, motions=()):
@@ -210,8 +222,9 @@ class Task:
                 frames = as_frames(clips.one(label, background, motion, self.size))
             else:
                 style = "3d" if self.size == BEST[self.kind] else "modern"
-                files = vector_art.files_of_labels(self.args.packages, style)
-                rgba = vector_art.draw(files[label], style, self.size)
+                rgba = vector_art.draw(
+                    art_files(self.args.packages, style)[label], style, self.size
+                )
                 picture = vector_art.on_background(rgba, BACKGROUNDS[background])
                 frames = np.asarray(picture)[None]
             write_json(path, {"features": features_of(frames)})
@@ -225,6 +238,11 @@ def arm_of(seed):
 def save_picture(path, picture):
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+@functools.cache
+def art_files(packages, style):
+    return vector_art.files_of_labels(packages, style)
 
 
 @functools.cache
@@ -362,10 +380,14 @@ def table(args):
     ]
     head = ("size", "method", "density", "pictures", "processor s", "times as fast", "peak, GiB")
     head += ("to the art", "to dense at its best", "two seeds", "sharpness", "PSNR, dB")
-    print(markdown_table(head, cells))
+    text = markdown_table(head, cells)
+    print(text)
     if args.save:
         write_json(f"{args.save}.json", {"sizes": sizes})
         plot(sizes, f"{args.save}.png")
+        name = args.save.name
+        page = PAGE.format(name=name, table=text)
+        write_text(f"{args.save}.md", page)
 
 
 def plot(sizes, path):

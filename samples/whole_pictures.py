@@ -32,8 +32,8 @@ from dittfast.pipelines.runs.sources import find, load
 RECIPE = "whole_sample"
 ARMS = {
     "dense": ("dense", {}),
-    "log_linear": ("log_linear", {"block_size": 16, "topk": 8, "levels": 2}),
     "local": ("local", {"window": 8}),
+    "log_linear": ("log_linear", {"block_size": 16, "topk": 8, "levels": 2}),
 }
 TIMES = (0.3, 0.6)
 
