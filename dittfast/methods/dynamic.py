@@ -19,6 +19,9 @@ from .base import Method
 _MOST_KEPT = 256
 _MOST_BYTES = 256 << 20
 
+# Orders of tokens in blocks, the usual one first.
+ORDERS = ("hilbert", "morton", "raster")
+
 # Tokens that are gathered at once on a CPU: a megabyte or two of a head.
 _PIECE_TOKENS = 8192
 
@@ -262,3 +265,44 @@ def dense_context_rows(lists: torch.Tensor, count: torch.Tensor, partition: Part
         return merged, counts.int(), context
     merged[:, :, context, :n_q] = torch.arange(n_q, dtype=lists.dtype, device=lists.device)
     return merged, counts.int(), None
+
+
+class ChosenLists:
+    """Block lists ``[B, H, nQ, nK]`` int32 and their counts, from a few rows' choice at a time.
+
+    Lists are as wide as there are key blocks: finding a smaller width would wait for the device.
+    Rows of context see every block that holds a valid token.
+    """
+
+    def __init__(self, partition: Partition, padding: Padding, q: torch.Tensor):
+        n, context = partition.blocks.count, padding.context
+        self.grid = partition.grid
+        self.used = torch.ones(1, 1, 1, n, dtype=torch.bool, device=q.device)
+        if context.numel():
+            used = torch.zeros(len(padding.count), n, dtype=torch.bool, device=q.device)
+            slot = torch.arange(context.shape[1], device=q.device)
+            used.scatter_(1, context, slot < padding.count[:, None])
+            used[:, self.grid] = True
+            self.used = used[:, None, None]
+        self.blocks = torch.arange(n, dtype=torch.int32, device=q.device)
+        shape = (*q.shape[:2], n)
+        self.lists = torch.zeros(*shape, n, dtype=torch.int32, device=q.device)
+        self.count = torch.zeros(shape, dtype=torch.int32, device=q.device)
+        if partition.context.numel():
+            self._put(partition.context, self.used.expand(*q.shape[:2], 1, n))
+
+    def add(self, rows: slice, seen: torch.Tensor) -> None:
+        """``seen [B, H, r, grid blocks]`` bool: what the image blocks ``rows`` see of the image."""
+        mask = self.used.expand(*seen.shape[:3], -1).clone()
+        mask[..., self.grid] = seen
+        self._put(self.grid[rows], mask)
+
+    def _put(self, rows: torch.Tensor, mask: torch.Tensor) -> None:
+        n = self.blocks.numel()
+        place = torch.where(mask, mask.cumsum(-1) - 1, n)
+        lists = self.lists.new_zeros(*mask.shape[:3], n + 1)
+        lists = lists.scatter_(-1, place, self.blocks.expand(mask.shape))[..., :n]
+        count = mask.sum(-1, dtype=torch.int32)
+        shape = (*mask.shape[:2], rows.numel())
+        self.lists.index_copy_(2, rows, lists.expand(*shape, n))
+        self.count.index_copy_(2, rows, count.expand(shape))

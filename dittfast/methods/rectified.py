@@ -11,9 +11,8 @@ import torch
 from ..layout import Grid, Layout
 from ..plan import Plan
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
-from .dynamic import DynamicMethod, Partition, Pool, match_heads
+from .dynamic import ORDERS, ChosenLists, DynamicMethod, Partition, Pool, match_heads
 
-ORDERS = ("hilbert", "morton", "raster")
 DEFAULT_DROP = 0.8
 # Elements of fp32 workspace for the deviation statistics.
 _WORKSPACE = 1 << 26
@@ -179,7 +178,7 @@ class Rectified(DynamicMethod):
         n, topk = pool.token.shape[0], self.num_kept(layout)
         step = max(1, _PAIRS_AT_ONCE // (q.shape[0] * q.shape[1] * n))
         log_counts = pool.count[..., 0].to(q_mean).log()
-        lists, kept, residual = _Lists(geometry.partition, padding, q), [], []
+        lists, kept, residual = ChosenLists(geometry.partition, padding, q), [], []
         for start in range(0, n, step):
             rows = slice(start, start + step)
             means = q_mean[:, :, rows]
@@ -298,44 +297,3 @@ def _epilogue(partition: Partition, kept: torch.Tensor, residual: torch.Tensor) 
     scale = kept.new_ones(*kept.shape[:2], rows).index_copy(2, partition.grid, kept)
     empty = residual.new_zeros(*residual.shape[:2], rows, residual.shape[-1])
     return {"out_scale": scale, "out_residual": empty.index_copy(2, partition.grid, residual)}
-
-
-class _Lists:
-    """Block lists ``[B, H, nQ, nK]`` int32 and their counts, from a few rows' choice at a time.
-
-    Lists are as wide as there are key blocks: finding a smaller width would wait for the device.
-    Rows of context see every block that holds a valid token.
-    """
-
-    def __init__(self, partition: Partition, padding, q: torch.Tensor):
-        n, context = partition.blocks.count, padding.context
-        self.grid = partition.grid
-        self.used = torch.ones(1, 1, 1, n, dtype=torch.bool, device=q.device)
-        if context.numel():
-            used = torch.zeros(len(padding.count), n, dtype=torch.bool, device=q.device)
-            slot = torch.arange(context.shape[1], device=q.device)
-            used.scatter_(1, context, slot < padding.count[:, None])
-            used[:, self.grid] = True
-            self.used = used[:, None, None]
-        self.blocks = torch.arange(n, dtype=torch.int32, device=q.device)
-        shape = (*q.shape[:2], n)
-        self.lists = torch.zeros(*shape, n, dtype=torch.int32, device=q.device)
-        self.count = torch.zeros(shape, dtype=torch.int32, device=q.device)
-        if partition.context.numel():
-            self._put(partition.context, self.used.expand(*q.shape[:2], 1, n))
-
-    def add(self, rows: slice, seen: torch.Tensor) -> None:
-        """``seen [B, H, r, grid blocks]`` bool: what the image blocks ``rows`` see of the image."""
-        mask = self.used.expand(*seen.shape[:3], -1).clone()
-        mask[..., self.grid] = seen
-        self._put(self.grid[rows], mask)
-
-    def _put(self, rows: torch.Tensor, mask: torch.Tensor) -> None:
-        n = self.blocks.numel()
-        place = torch.where(mask, mask.cumsum(-1) - 1, n)
-        lists = self.lists.new_zeros(*mask.shape[:3], n + 1)
-        lists = lists.scatter_(-1, place, self.blocks.expand(mask.shape))[..., :n]
-        count = mask.sum(-1, dtype=torch.int32)
-        shape = (*mask.shape[:2], rows.numel())
-        self.lists.index_copy_(2, rows, lists.expand(*shape, n))
-        self.count.index_copy_(2, rows, count.expand(shape))

@@ -12,8 +12,7 @@ import torch
 from ..layout import Layout
 from ..plan import Plan
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
-from .dynamic import DynamicMethod, Partition, Pool, match_heads, wide_dtype
-from .rectified import ORDERS, _Lists
+from .dynamic import ORDERS, ChosenLists, DynamicMethod, Partition, Pool, match_heads, wide_dtype
 
 TAILS = ("block", "query", "none")
 # Scores at once, over all batch rows and heads: bounds memory.
@@ -150,7 +149,7 @@ class Sol(DynamicMethod):
         grid, n = geometry.partition.grid, geometry.image.token.shape[0]
         per_row = n * (self.block_size if self.tail == "query" else 1)
         step = max(1, _SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * per_row))
-        lists, logits, values = _Lists(geometry.partition, padding, q), [], []
+        lists, logits, values = ChosenLists(geometry.partition, padding, q), [], []
         for start in range(0, n, step):
             rows = slice(start, start + step)
             means = q_mean[:, :, rows]

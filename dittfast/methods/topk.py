@@ -10,10 +10,9 @@ import torch
 from ..layout import Blocks, Layout
 from ..plan import Plan
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
-from .dynamic import DynamicMethod, Partition, Pool, dense_context_rows, match_heads
+from .dynamic import ORDERS, DynamicMethod, Partition, Pool, dense_context_rows, match_heads
 from .log_linear import top_indices
 
-ORDERS = ("hilbert", "morton", "raster")
 SCORES = ("subblock", "mean")
 DEFAULT_SHARE = 0.2
 # Pairs of parts scored together, over all batch rows and heads: bounds memory.
