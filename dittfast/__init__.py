@@ -41,6 +41,7 @@ _EXPORTS = {
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
     "SolAttnProcessor": "dittfast.pipelines.processors",
+    "VsaAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }

@@ -28,6 +28,7 @@ from dittfast.pipelines.processors import RadialAttnProcessor as RadialAttnProce
 from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAttnProcessor
 from dittfast.pipelines.processors import SolAttnProcessor as SolAttnProcessor
 from dittfast.pipelines.processors import TopKAttnProcessor as TopKAttnProcessor
+from dittfast.pipelines.processors import VsaAttnProcessor as VsaAttnProcessor
 from dittfast.pipelines.runs.high_resolution import (
     generate_high_resolution as generate_high_resolution,
 )

@@ -38,6 +38,7 @@ ESTIMATED = {
     ("radial", "triton"): 16384,
     ("rectified", "triton"): 16384,
     ("sol", "triton"): 16384,
+    ("vsa", "triton"): 16384,
 }
 # Where the CPU multiplies half precision (AMX, AVX512-BF16), dense attention in it is about three
 # times as fast as in fp32, and our kernels, which widen it, are not. Estimated from that: methods
@@ -50,6 +51,7 @@ FAST_HALF = {
     "radial": math.inf,
     "rectified": math.inf,
     "sol": math.inf,
+    "vsa": 32768,
 }
 
 

@@ -1,8 +1,8 @@
 """Every method as a plain function of q, k, v, for people without diffusers.
 
 Nothing is cached: each call plans anew. To plan once, keep ``plan = method.plan(layout)`` and call
-:func:`dittfast.attend` with it. TopK, LogLinear, Rectified and Sol plan from q and k, so at every
-call; keep the method, which remembers what depends on the layout alone, and call
+:func:`dittfast.attend` with it. TopK, LogLinear, Rectified, Sol and Vsa plan from q and k, so at
+every call; keep the method, which remembers what depends on the layout alone, and call
 ``method_attention`` with it.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, Sol, TopK
+from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, Sol, TopK, Vsa
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
@@ -29,6 +29,7 @@ __all__ = [
     "soft_pag",
     "sol_attention",
     "topk_attention",
+    "video_sparse_attention",
 ]
 
 
@@ -174,6 +175,7 @@ def topk_attention(
     score: str = "subblock",
     sub_block: int = 4,
     order: str = "hilbert",
+    tile: tuple[int, int, int] | None = None,
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
@@ -184,7 +186,7 @@ def topk_attention(
         q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
             (grouped-query attention).
         layout: where the N tokens sit; None for a one-dimensional sequence as it is.
-        block_size, topk, topp, score, sub_block, order: see :class:`dittfast.methods.TopK`.
+        block_size, topk, topp, score, sub_block, order, tile: see :class:`dittfast.methods.TopK`.
         backend, scale, return_lse: see :func:`dittfast.attend`.
 
     Returns:
@@ -194,7 +196,7 @@ def topk_attention(
     Raises:
         ValueError: an option out of range, or tensors that do not fit the layout.
     """
-    method = TopK(block_size, topk, topp, score, sub_block, order)
+    method = TopK(block_size, topk, topp, score, sub_block, order, tile)
     if layout is None:
         layout = Layout.image(1, q.shape[-2])
     return _attend(method, layout, (q, k, v), backend, scale, return_lse)
@@ -321,6 +323,40 @@ def sol_attention(
     if layout is None:
         layout = Layout.image(1, q.shape[-2])
     return _attend(method, layout, (q, k, v), backend, scale, return_lse)
+
+
+def video_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    topk: int | float | tuple[int | float, ...] = 0.2,
+    cube: tuple[int, int, int] = (4, 4, 4),
+    *,
+    gate: torch.Tensor | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Video sparse attention (VSA, arXiv:2505.13389): the best cubes, and a gated coarse term.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms, N the layout's tokens; k and v may have
+            fewer heads (grouped-query attention).
+        layout: where the N tokens sit.
+        topk, cube: see :class:`dittfast.methods.Vsa`.
+        gate: ``[B, H, N, D]``, how much of the attention between cubes each token adds; None for
+            nothing of it.
+        backend, scale: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype. Differentiable in q, k, v and gate, with the choice of
+        cubes held fixed.
+
+    Raises:
+        ValueError: an option out of range, or tensors that do not fit the layout or each other.
+    """
+    method = Vsa(topk, cube)
+    return _attend(method, layout, (q, k, v), backend, scale, False, gate=gate)
 
 
 def linear_attention(

@@ -224,6 +224,12 @@ class SolAttnProcessor(SparseAttnProcessor):
     method_name = "sol"
 
 
+class VsaAttnProcessor(SparseAttnProcessor):
+    """VSA (arXiv:2505.13389); options of :class:`dittfast.methods.Vsa`."""
+
+    method_name = "vsa"
+
+
 class LinearAttnProcessor(SparseAttnProcessor):
     """LinFusion (arXiv:2409.02097); options of :class:`dittfast.methods.Linear`."""
 

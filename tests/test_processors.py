@@ -19,6 +19,7 @@ from dittfast.pipelines.processors import (
     RectifiedAttnProcessor,
     SolAttnProcessor,
     TopKAttnProcessor,
+    VsaAttnProcessor,
 )
 
 CASES = {
@@ -45,6 +46,7 @@ CASES = {
         dict(block_size=8, topk=2, levels=1),
     ),
     "wan-sol": (tiny.wan_pipeline, SolAttnProcessor, "sol", dict(block_size=8, tail="query")),
+    "wan-vsa": (tiny.wan_pipeline, VsaAttnProcessor, "vsa", dict(topk=(1, 2), cube=(1, 2, 3))),
     "wan-rectified": (
         tiny.wan_pipeline,
         RectifiedAttnProcessor,

@@ -194,6 +194,7 @@ USUAL = {
     "radial/hunyuan-long": Layout.video(128, 45, 80, text=256),
     "radial/mochi": Layout.video(28, 30, 53, text=256),
     "sol/wan2.1": Layout.video(21, 45, 80),
+    "vsa/wan2.1": Layout.video(21, 30, 52),
     "rectified/wan2.1": Layout.video(21, 45, 80),
     "rectified/wan2.2": Layout.video(21, 45, 80),
     "rectified/hunyuan": Layout.video(33, 45, 80, text=256),

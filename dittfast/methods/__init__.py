@@ -10,6 +10,7 @@ from .radial import Radial
 from .rectified import Rectified
 from .sol import Sol
 from .topk import TopK
+from .vsa import Vsa
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "log_linear": LogLinear,
     "rectified": Rectified,
     "sol": Sol,
+    "vsa": Vsa,
     "linear": Linear,
 }
 
@@ -35,5 +37,6 @@ __all__ = [
         "Rectified",
         "Sol",
         "TopK",
+        "Vsa",
     ),
 ]

@@ -210,6 +210,14 @@ class Method(ABC):
         return observed or UNKNOWN
 
     @property
+    def planner(self) -> Method | None:
+        """The method whose plan says which pairs are seen: itself, or one that it runs inside.
+
+        None where no plan does, because the method computes its output by itself.
+        """
+        return None if self.computes else self
+
+    @property
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one runs for its heads; none where it is no group of others."""
         return ()

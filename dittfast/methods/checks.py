@@ -43,6 +43,21 @@ def check_block_size(value, name: str = "block_size") -> None:
     check_integer(name, value, 1, MAX_BLOCK_SIZE, remedy)
 
 
+def check_tile(value, name: str = "tile") -> tuple[int, int, int]:
+    """Tokens of a block as ``(frames, height, width)``.
+
+    Raises:
+        ValueError: not three sides of at least 1, or more tokens than the kernels take.
+    """
+    tile = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(tile) != 3:
+        raise ValueError(f"{name} must be (frames, height, width); got {value!r}")
+    for side in tile:
+        check_integer(f"each side of {name}", side, 1)
+    check_integer(f"tokens in a {name}", math.prod(tile), 1, MAX_BLOCK_SIZE)
+    return tuple(int(side) for side in tile)
+
+
 def each(value) -> tuple:
     """The values of an option that may be a list with one for each head."""
     return value if isinstance(value, tuple) else (value,)

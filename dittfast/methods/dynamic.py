@@ -130,7 +130,11 @@ class Partition(NamedTuple):
         permutation = layout.order(order)
         if torch.equal(permutation, torch.arange(permutation.numel(), dtype=permutation.dtype)):
             permutation = None
-        blocks = layout.blocks(block_size, permutation)
+        return cls.of_blocks(layout, layout.blocks(block_size, permutation))
+
+    @classmethod
+    def of_blocks(cls, layout: Layout, blocks: Blocks) -> Partition:
+        """The same of blocks that span no two segments and leave context in its place."""
         # Context tokens keep their places, so a context block starts at its own first token.
         context = torch.zeros(layout.num_tokens, dtype=torch.bool)
         context[torch.from_numpy(layout.coordinates()[:, 0] < 0)] = True
@@ -232,6 +236,25 @@ class DynamicMethod(Method):
                     f"the layout has context lengths for {len(rows)} batch rows, "
                     f"{name} has {x.shape[0]}"
                 )
+
+
+def shown_means(pool: Pool, x: torch.Tensor, weight: torch.Tensor | None):
+    """Means over the tokens of each block that a log weight does not hide.
+
+    Args:
+        x: ``[B, H, N, D]``; hidden tokens may hold anything, also NaN.
+        weight: ``[B|1, H|1, N]``, -inf where a token is hidden; None for none.
+
+    Returns:
+        ``(means [B, H, n, D], seen [B|1, H|1, n] bool)``: 0 and False where a block has no other
+        tokens; seen is None without a weight.
+    """
+    if weight is None:
+        return pool.mean(x), None
+    shown = (weight > -torch.inf)[..., None]
+    share = pool.mean(shown.to(wide_dtype(x.dtype)))
+    means = pool.mean(x.masked_fill(~shown, 0)) / share.clamp_min(1e-9)
+    return means, share[..., 0] > 0
 
 
 def match_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

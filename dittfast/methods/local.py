@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..layout import Blocks, Context, Grid, Layout, split_evenly, tile_lengths
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
-from .checks import MAX_BLOCK_SIZE, check_integer, check_positive, each
+from .checks import check_integer, check_positive, check_tile, each
 from .pairs import chunks, close_pairs, expand_ranges, product
 
 # Pairs of blocks worked on together: bounds memory, not the result.
@@ -77,13 +77,7 @@ class Local(Method):
             remedy = "the tokens of the training size, or True for CLEAR's 4608"
             check_integer("proportional", self.proportional, 2, remedy=remedy)
         if self.tile is not None:
-            tile = tuple(self.tile)
-            if len(tile) != 3:
-                raise ValueError(f"tile must be (frames, height, width); got {self.tile!r}")
-            for side in tile:
-                check_integer("each side of tile", side, 1)
-            check_integer("tokens in a tile", math.prod(tile), 1, MAX_BLOCK_SIZE)
-            object.__setattr__(self, "tile", tile)
+            object.__setattr__(self, "tile", check_tile(self.tile))
 
     def plan(
         self, layout: Layout, q: torch.Tensor | None = None, k: torch.Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 from ..layout import Context, Grid, Layout, make_blocks, split_evenly
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
-from .checks import MAX_BLOCK_SIZE, check_integer
+from .checks import check_integer, check_tile
 from .pairs import chunks, expand_ranges, product
 
 AXES = ("frames", "rows", "columns")
@@ -85,13 +85,7 @@ class Neighborhood(Method):
                         f"got {value!r}"
                     )
         if self.tile is not None:
-            tile = tuple(self.tile)
-            if len(tile) != 3:
-                raise ValueError(f"tile must be (frames, height, width); got {self.tile!r}")
-            for side in tile:
-                check_integer("each side of tile", side, 1)
-            check_integer("tokens in a tile", math.prod(tile), 1, MAX_BLOCK_SIZE)
-            object.__setattr__(self, "tile", tile)
+            object.__setattr__(self, "tile", check_tile(self.tile))
         options = zip(AXES, *map(self._per_axis, ("window", "stride", "dilation", "causal")))
         for axis, window, stride, dilation, causal in options:
             if not isinstance(causal, bool):

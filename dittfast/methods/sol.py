@@ -12,7 +12,16 @@ import torch
 from ..layout import Layout
 from ..plan import Plan
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
-from .dynamic import ORDERS, ChosenLists, DynamicMethod, Partition, Pool, match_heads, wide_dtype
+from .dynamic import (
+    ORDERS,
+    ChosenLists,
+    DynamicMethod,
+    Partition,
+    Pool,
+    match_heads,
+    shown_means,
+    wide_dtype,
+)
 
 TAILS = ("block", "query", "none")
 # Scores at once, over all batch rows and heads: bounds memory.
@@ -177,30 +186,25 @@ class Sol(DynamicMethod):
     def _key_statistics(self, k, v, geometry: _Geometry, weight, heads: int) -> _Keys:
         image, every = geometry.image, geometry.every
         dtype = wide_dtype(k.dtype)
+        if weight is not None and weight.shape[1] > 1:
+            k, v = match_heads(k, heads), None if v is None else match_heads(v, heads)
+        means, seen = shown_means(every, k, weight)
+        mean = means.index_select(2, geometry.partition.grid)
         if weight is None:
-            means, alive = every.mean(k), None
-            mean = means.index_select(2, geometry.partition.grid)
             value = None if self.tail == "none" else image.mean(v)
             log_count = image.count[..., 0].to(dtype).log()
         else:
-            if weight.shape[1] > 1:
-                k, v = match_heads(k, heads), None if v is None else match_heads(v, heads)
-            shown = (weight > -torch.inf)[..., None]
-            share = every.mean(shown.to(dtype))
-            # Padding may hold anything, also NaN.
-            means = every.mean(k.masked_fill(~shown, 0)) / share.clamp_min(1e-9)
-            alive = (share > 0).to(dtype)
-            mean = means.index_select(2, geometry.partition.grid)
             factor = weight.to(dtype).exp()[..., None]
             total = image.mean(factor)
             value = None
             if self.tail != "none":
-                sums = image.mean(v.masked_fill(~shown, 0).to(dtype) * factor)
+                sums = image.mean(v.masked_fill(factor == 0, 0).to(dtype) * factor)
                 value = sums / total.clamp_min(1e-30)
             log_count = (total * image.count).log()[..., 0]
-        if alive is None:
+        if seen is None:
             centre, variance = means.mean(2, keepdim=True), means.var(2, False, keepdim=True)
         else:
+            alive = seen[..., None].to(dtype)
             count = alive.sum(2, keepdim=True).clamp_min(1)
             centre = (means * alive).sum(2, keepdim=True) / count
             variance = ((means - centre).square() * alive).sum(2, keepdim=True) / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 
 from ..layout import Blocks, Layout
 from ..plan import Plan
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, check_tile
 from .dynamic import ORDERS, DynamicMethod, Partition, Pool, dense_context_rows, match_heads
 from .log_linear import top_indices
 
@@ -31,8 +32,9 @@ class _Geometry(NamedTuple):
 class TopK(DynamicMethod):
     """Each block of image queries sees the key blocks of the image that score best, and all text.
 
-    Image tokens are put along a space-filling curve and cut into blocks. With means q̄ and k̄ of
-    the tokens of a block (after RoPE), a query block a scores a key block b of L tokens
+    Image tokens are put along a space-filling curve and cut into blocks, or cut into tiles. With
+    means q̄ and k̄ of the tokens of a block (after RoPE), a query block a scores a key block b of L
+    tokens
 
     - "mean": by ``scale * q̄_a · k̄_b``, what SLA, VSA and Sol-Attn select by. Its share of the
       attention is estimated as ``softmax over b of (score + log L_b)``;
@@ -63,6 +65,8 @@ class TopK(DynamicMethod):
         score: "subblock" or "mean".
         sub_block: parts of a block for "subblock", 1 to 16.
         order: "hilbert", "morton" or "raster".
+        tile: blocks of (frames, height, width) tokens, at most 256 together, in the place of
+            ``block_size`` and ``order``; tiles at a border may be smaller. None for none.
 
     Raises:
         ValueError: an option out of range; at the plan, a tuple for another number of heads, or a
@@ -77,6 +81,7 @@ class TopK(DynamicMethod):
     score: str = "subblock"
     sub_block: int = 4
     order: str = "hilbert"
+    tile: tuple[int, int, int] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,6 +107,8 @@ class TopK(DynamicMethod):
                 raise ValueError(f"topp must lie in [0, 1], a share of the mass; got {value!r}")
         check_choice("score", self.score, SCORES)
         check_choice("order", self.order, ORDERS)
+        if self.tile is not None:
+            object.__setattr__(self, "tile", check_tile(self.tile))
 
     def least(self) -> TopK:
         """Without what depends on q and k: how many blocks a share of the attention takes."""
@@ -123,8 +130,12 @@ class TopK(DynamicMethod):
 
     def _make_geometry(self, layout: Layout, device: torch.device) -> _Geometry:
         layout.grid  # noqa: B018 (raises on text-only layouts)
-        partition = Partition.of(layout, self.block_size, self.order)
-        parts = _parts(partition, self._num_parts, -(-self.block_size // self._num_parts))
+        if self.tile is None:
+            size, partition = self.block_size, Partition.of(layout, self.block_size, self.order)
+        else:
+            size = math.prod(self.tile)
+            partition = Partition.of_blocks(layout, layout.tiles(self.tile))
+        parts = _parts(partition, self._num_parts, -(-size // self._num_parts))
         blocks = partition.blocks.to(device)
         none = torch.zeros(1, 1, blocks.count, 1, dtype=torch.int32, device=device)
         template = Plan(none, none[..., 0], none[..., 0], blocks, blocks, validate=False)

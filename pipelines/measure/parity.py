@@ -10,7 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dittfast.attention import choose_backend
-from dittfast.methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, Sol, TopK
+from dittfast.methods import (
+    Linear,
+    Local,
+    LogLinear,
+    Neighborhood,
+    Radial,
+    Rectified,
+    Sol,
+    TopK,
+    Vsa,
+)
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
 from dittfast.plan import Plan
@@ -73,6 +83,7 @@ METHODS: dict[str, Method] = {
     "log_linear": LogLinear(block_size=16, topk=2, levels=1),
     "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
     "sol": Sol(block_size=16),
+    "vsa": Vsa(topk=2, cube=(2, 2, 4)),
     "linear": Linear(),
 }
 

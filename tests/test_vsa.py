@@ -1,0 +1,243 @@
+"""`vsa` against its formula, cube by cube and query by query in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from dittfast import functional
+from dittfast.attention import method_attention
+from dittfast.layout import Context, Grid, Layout
+from dittfast.methods import TopK, Vsa
+from dittfast.testing import assert_within_budget, attention_inputs
+
+
+def blocks_of(layout, cube):
+    """``[(tokens, is text)]``: cubes in raster order, and text in pieces of as many tokens."""
+    blocks = []
+    for start, segment in layout.spans():
+        if not isinstance(segment, Grid):
+            whole = range(start, start + segment.length)
+            pieces = range(0, segment.length, math.prod(cube))
+            blocks += [(list(whole[i : i + math.prod(cube)]), True) for i in pieces]
+            continue
+        cubes = {}
+        for t in range(segment.frames):
+            for y in range(segment.height):
+                for x in range(segment.width):
+                    at = t // cube[0], y // cube[1], x // cube[2]
+                    token = start + (t * segment.height + y) * segment.width + x
+                    cubes.setdefault(at, []).append(token)
+        blocks += [(cubes[at], False) for at in sorted(cubes)]
+    return blocks
+
+
+def oracle_head(q, k, v, gate, blocks, kept, weight, choice, scale):
+    """``(out [N, D], choice)`` of one batch row and head; ``weight [N]`` natural log."""
+    live = [[t for t in tokens if weight[t] > -math.inf] for tokens, _ in blocks]
+    alive = [b for b, tokens in enumerate(live) if tokens]
+    mean = lambda x, b: x[live[b]].mean(0)  # noqa: E731
+    cubes = [b for b, (_, text) in enumerate(blocks) if not text]
+    k_mean, v_mean = ({b: mean(x, b) for b in alive} for x in (k, v))
+    out, chosen = [None] * len(q), {} if choice is None else choice
+    for a, (rows, text) in enumerate(blocks):
+        if a not in alive:  # padding: anything
+            for i in rows:
+                out[i] = 0 * q[0] + math.nan
+            continue
+        score = {b: scale * mean(q, a) @ k_mean[b] for b in alive}
+        if choice is None:
+            by = {b: float(score[b].detach()) if b in score else -math.inf for b in cubes}
+            best = sorted(cubes, key=lambda b: (-by[b], b))[:kept]
+            chosen[a] = [b for b in alive if text or blocks[b][1] or b in best]
+        share = torch.softmax(torch.stack([score[b] for b in alive]), 0)
+        coarse = share @ torch.stack([v_mean[b] for b in alive])
+        tokens = [t for b in chosen[a] for t in live[b]]
+        for i in rows:
+            logits = scale * k[tokens] @ q[i] + weight[tokens]
+            out[i] = torch.softmax(logits, 0) @ v[tokens] + gate[i] * coarse
+    return torch.stack(out), chosen
+
+
+def oracle(q, k, v, gate, layout, method, weight, choice=None, scale=None):
+    """``(out, choice)`` in the inputs' dtype; k and v may have fewer heads."""
+    groups, blocks = q.shape[1] // k.shape[1], blocks_of(layout, method.cube)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    n = sum(not text for _, text in blocks)
+    kept = method.topk if isinstance(method.topk, int) else math.ceil(method.topk * n - 1e-9)
+    heads, found = [], {}
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            own, at = weight[b % len(weight), h % weight.shape[1]].to(q), (b, h // groups)
+            known = None if choice is None else choice[b, h]
+            args = q[b, h], k[at], v[at], gate[b, h], blocks, min(kept, n)
+            head, found[b, h] = oracle_head(*args, own, known, scale)
+            heads.append(head)
+    return torch.stack(heads).unflatten(0, q.shape[:2]), found
+
+
+def hidden(layout):
+    weight = torch.zeros(len(layout.context_lengths or [0]), 1, layout.num_tokens)
+    if layout.context_lengths is not None:
+        weight[~layout.valid()[:, None]] = -math.inf
+    return weight
+
+
+def check(
+    method, layout, batch=1, heads=2, head_dim=8, dtype=torch.float32, size=1.0, backend="cpu",
+    groups=1, kv_log_weight=None, scale=None,
+):  # fmt: skip
+    """Output and every gradient against the formula in fp64; what it chose."""
+    inputs = attention_inputs(batch, heads, layout.num_tokens, head_dim, dtype=dtype, scale=size)
+    q, k, v, grad = inputs
+    k, v = k[:, ::groups], v[:, ::groups]
+    gate = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    weight = hidden(layout) if kv_log_weight is None else hidden(layout) + kv_log_weight
+    dead = (weight == -math.inf).expand(batch, heads, -1)  # nobody looks at their output
+    given = {"kv_log_weight": kv_log_weight, "scale": scale, "backend": backend}
+
+    def run(function, kind):
+        leaves = [x.to(kind).requires_grad_() for x in (q, k, v, gate)]
+        out, choice = function(*leaves)
+        out = out.masked_fill(dead[..., None], 0)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))], choice
+
+    def ours(q, k, v, gate):
+        return method_attention(method, layout, q, k, v, gate=gate, **given), None
+
+    told = lambda known: lambda *x: oracle(*x, layout, method, weight, known, scale)  # noqa: E731
+    exact, choice = run(told(None), torch.float64)
+    eager, _ = run(told(choice), dtype)
+    found, _ = run(ours, dtype)
+    for name, *sides in zip(("out", "dq", "dk", "dv", "dgate"), found, exact, eager):
+        assert_within_budget(name, *sides, floor=16)
+    return choice
+
+
+LAYOUTS = {
+    "cubes of many sizes": Layout.video(3, 4, 7),
+    "image": Layout.image(7, 9),
+    "text first, padded": Layout.image(6, 9, text=11, text_lengths=[11, 4]),
+    "text behind, a row without any": Layout.video(3, 4, 4, text=9, text_lengths=[0, 9]),
+    "several grids": Layout((Grid(1, 5, 7), Context(5), Grid(1, 2, 4))),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_is_its_formula(name):
+    layout = LAYOUTS[name]
+    method = Vsa(topk=2, cube=(2, 2, 3) if layout.grid.frames > 1 else (1, 3, 4))
+    choice = check(method, layout, 2, 1, dtype=torch.float64, scale=0.5)
+    count = len(blocks_of(layout, method.cube))
+    seen = [len(row) for head in choice.values() for row in head.values()]
+    assert min(seen) < count - 2
+    assert len({tuple(row) for head in choice.values() for row in head.values()}) > 2
+
+
+@pytest.mark.parametrize("backend", ["native", "cpu", "reference"])
+def test_every_backend_with_fewer_key_heads(backend):
+    layout = Layout.image(5, 7, text=3, text_lengths=[1])
+    check(Vsa(3, (1, 2, 3)), layout, 1, 4, 16, size=2.0, backend=backend, groups=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    check(Vsa(0.4, (2, 2, 2)), Layout.video(3, 4, 5), dtype=dtype)
+
+
+@pytest.mark.parametrize("per_head", [1, 2])
+def test_log_weights_of_the_call(per_head):
+    """Hidden keys are in no mean, and a cube without any other is not there."""
+    layout = Layout.image(6, 9, text=4, text_lengths=[2, 4])
+    weight = torch.randn(2, per_head, layout.num_tokens, generator=torch.Generator().manual_seed(1))
+    at = torch.arange(54)
+    first = (at // 9 < 2) & (at % 9 < 3)
+    weight[:, :, 4:][..., first] = -math.inf
+    weight[0, :, 45] = -math.inf
+    # All cubes, for hidden keys make no difference to the choice.
+    method = Vsa(1.0, (1, 2, 3))
+    check(method, layout, 2, dtype=torch.float64, kv_log_weight=weight)
+
+
+def test_what_padding_holds_makes_no_difference():
+    layout = Layout.image(6, 9, text=12, text_lengths=[3])
+    q, k, v, gate = attention_inputs(1, 2, layout.num_tokens, 8)
+    valid = layout.valid()[0]
+    run = lambda *qkv: functional.video_sparse_attention(*qkv, layout, 3, (1, 3, 3), gate=gate)  # noqa: E731
+    clean = run(q, k, v)
+    worse = [x.clone() for x in (q, k, v)]
+    for x in worse:
+        x[:, :, ~valid] = 1e4
+    assert torch.equal(run(*worse)[:, :, valid], clean[:, :, valid])
+
+
+def test_without_a_gate_it_is_topk_on_cubes():
+    layout = Layout.video(5, 6, 7, text=4)
+    q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 16)
+    method = Vsa(topk=5, cube=(2, 3, 2))
+    expected = functional.topk_attention(q, k, v, layout, topk=5, score="mean", tile=(2, 3, 2))
+    assert torch.equal(method_attention(method, layout, q, k, v), expected)
+    zero = torch.zeros_like(q)
+    assert torch.equal(functional.video_sparse_attention(q, k, v, layout, 5, (2, 3, 2), gate=zero),
+                       expected)  # fmt: skip
+    everything = functional.video_sparse_attention(q, k, v, layout, 1.0)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(everything, dense)
+
+
+@pytest.mark.parametrize("topk, kept", [(0.2, 1), (0.21, 2), (1.0, 5), (1, 1), (9, 5)])
+def test_a_share_of_the_cubes_is_rounded_up(topk, kept):
+    layout = Layout.video(4, 4, 20)
+    method = Vsa(topk)
+    q, k, _, _ = attention_inputs(1, 1, layout.num_tokens, 8)
+    plan = method.planner.plan(layout, q, k)
+    assert bool((plan.kv_num_blocks == kept).all())
+    amount = method.amount(layout, 2, 8)
+    assert amount.density == pytest.approx(kept / 5) == plan.density
+
+
+def test_amount_counts_the_coarse_part_and_the_projection():
+    layout = Layout.video(8, 8, 8, text=64)
+    fine, gated = Vsa(2), Vsa(2, gate=True)
+    assert fine.amount(layout, 2, 8).work == fine.amount(layout, 2, 8).density
+    whole = layout.num_tokens
+    expected = (512 * (2 * 64 + 64) + 64 * whole) / whole**2
+    assert fine.amount(layout, 2, 8).density == pytest.approx(expected)
+    more = gated.flops(layout, 2, 8) - fine.flops(layout, 2, 8)
+    assert more == 4 * 9 * 9 * 16 + 2 * whole * 16 * 16  # between nine blocks; a linear layer
+    assert gated.amount(layout, 2, 8).work == pytest.approx(expected + more / (4 * whole**2 * 16))
+    assert gated.amount(layout, None, None).work is None
+
+
+BAD = [
+    (dict(topk=0), "topk must be an integer, at least 1; got 0"),
+    (dict(topk=1.5), r"topk as a share must lie in \(0, 1\]; got 1.5"),
+    (dict(topk=None), "topk must be a number of cubes or a share of them; got None"),
+    (dict(cube=(4, 4)), r"cube must be \(frames, height, width\); got \(4, 4\)"),
+    (dict(cube=4), r"cube must be \(frames, height, width\); got 4"),
+    (dict(cube=(0, 4, 4)), "each side of cube must be an integer, at least 1; got 0"),
+    (dict(cube=(8, 8, 8)), r"tokens in a cube must be an integer, 1\.\.256; got 512"),
+    (dict(gate=1), "gate must be True or False; got 1"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD, ids=[str(options) for options, _ in BAD])
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Vsa(**options)
+
+
+def test_bad_inputs():
+    layout = Layout.video(2, 4, 4)
+    q = torch.zeros(1, 2, 32, 8)
+    with pytest.raises(ValueError, match=r"gate must be \[B, H, N, D\] = \[1, 2, 32, 8\] like q"):
+        functional.video_sparse_attention(q, q, q, layout, gate=q[..., :4])
+    with pytest.raises(ValueError, match=r"channels must be an integer.*gate=False leaves it out"):
+        Vsa(gate=True).parameters(2, 8, None)
+    with pytest.raises(ValueError, match="grid"):
+        functional.video_sparse_attention(q, q, q, Layout((Context(32),)))
+    with pytest.raises(ValueError, match="topk has values for 3 heads, q has 2"):
+        method_attention(Vsa(topk=(1, 2, 3)), layout, q, q, q)
+    assert TopK(tile=[1, 2, 2]).tile == (1, 2, 2)
+    with pytest.raises(ValueError, match=r"tokens in a tile must be an integer, 1\.\.256; got 300"):
+        TopK(tile=(3, 10, 10))
