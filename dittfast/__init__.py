@@ -43,6 +43,7 @@ _EXPORTS = {
     "SolAttnProcessor": "dittfast.pipelines.processors",
     "VsaAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",
+    "AgentAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }
 _MODULES = ("functional", "methods")

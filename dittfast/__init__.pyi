@@ -19,6 +19,7 @@ from dittfast.pipelines.guidance.guider import HeadGuider as HeadGuider
 from dittfast.pipelines.guidance.plain import guide as guide
 from dittfast.pipelines.guidance.plain import unguide as unguide
 from dittfast.pipelines.headhunter.hunt import hunt as hunt
+from dittfast.pipelines.processors import AgentAttnProcessor as AgentAttnProcessor
 from dittfast.pipelines.processors import HeadGuidanceAttnProcessor as HeadGuidanceAttnProcessor
 from dittfast.pipelines.processors import LinearAttnProcessor as LinearAttnProcessor
 from dittfast.pipelines.processors import LocalAttnProcessor as LocalAttnProcessor

@@ -15,11 +15,23 @@ import torch
 
 from .attention import method_attention
 from .layout import Layout
-from .methods import Linear, Local, LogLinear, Neighborhood, Radial, Rectified, Sol, TopK, Vsa
+from .methods import (
+    Agent,
+    Linear,
+    Local,
+    LogLinear,
+    Neighborhood,
+    Radial,
+    Rectified,
+    Sol,
+    TopK,
+    Vsa,
+)
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
 
 __all__ = [
+    "agent_attention",
     "linear_attention",
     "local_attention",
     "log_linear_attention",
@@ -385,3 +397,41 @@ def linear_attention(
     if layout is None:
         layout = Layout.image(1, q.shape[-2])
     return method_attention(Linear(), layout, q, k, v, **(parameters or {}))
+
+
+def agent_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    agents: int | tuple[int, ...] = (4, 16, 16),
+    text_agents: int = 16,
+    *,
+    sharpness: float = 0.3,
+    shortcut: float = 0.075,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Agent attention (arXiv:2312.08874): a few pooled queries between queries and keys.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms, N the layout's tokens; k and v may have
+            fewer heads (grouped-query attention).
+        layout: where the N tokens sit.
+        agents, text_agents, sharpness, shortcut: see :class:`dittfast.methods.Agent`.
+        parameters: biases and kernel of the trained form, as
+            :meth:`dittfast.methods.Agent.parameters` names them; None for the training-free form.
+        backend, scale: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype. Differentiable in q, k, v and parameters.
+
+    Raises:
+        ValueError: an option out of range, tensors that do not fit the layout or each other, or
+            parameters for other heads or agents.
+    """
+    method = Agent(agents, text_agents, sharpness, shortcut, trained=bool(parameters))
+    return method_attention(
+        method, layout, q, k, v, scale=scale, backend=backend, **(parameters or {})
+    )

@@ -236,6 +236,12 @@ class LinearAttnProcessor(SparseAttnProcessor):
     method_name = "linear"
 
 
+class AgentAttnProcessor(SparseAttnProcessor):
+    """Agent attention (arXiv:2312.08874); options of :class:`dittfast.methods.Agent`."""
+
+    method_name = "agent"
+
+
 class _LastPart:
     """A perturbation of the last of several equal parts of the batch."""
 

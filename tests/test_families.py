@@ -40,7 +40,7 @@ def test_every_family_has_a_tiny_model():
 
 SAMPLE = ("wan", "cosmos3")
 # Methods whose plans go the way of others: by default only a few families run them.
-LIKE_OTHERS = ("radial", "neighborhood", "topk", "rectified", "sol", "vsa")
+LIKE_OTHERS = ("radial", "neighborhood", "topk", "rectified", "sol", "vsa", "agent")
 
 
 def check_parity(name, columns):

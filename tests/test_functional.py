@@ -318,7 +318,8 @@ def test_soft_pag_takes_its_strength_in_double_precision():
 def test_every_method_is_a_documented_function():
     assert set(functional.__all__) == {
         "radial_attention", "local_attention", "log_linear_attention", "rectified_attention",
-        "linear_attention", "neighborhood_attention", "topk_attention", "soft_pag", "sol_attention",
+        "agent_attention", "linear_attention", "neighborhood_attention", "topk_attention",
+        "soft_pag", "sol_attention",
         "video_sparse_attention",
     }  # fmt: skip
     for name in functional.__all__:

@@ -1,5 +1,6 @@
 """Attention methods: each a frozen config that plans attention, or computes it itself."""
 
+from .agent import Agent
 from .base import Method
 from .dense import Dense
 from .linear import Linear
@@ -23,11 +24,13 @@ METHODS: dict[str, type[Method]] = {
     "sol": Sol,
     "vsa": Vsa,
     "linear": Linear,
+    "agent": Agent,
 }
 
 __all__ = [
     *("METHODS", "Method"),
     *(
+        "Agent",
         "Dense",
         "Linear",
         "Local",

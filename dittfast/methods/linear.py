@@ -89,7 +89,7 @@ class Linear(Method):
         q_map, k_map = _maps(parameters, q)
         if k_map is not None:  # one for each query head
             k, v = match_heads(k, q.shape[1]), match_heads(v, q.shape[1])
-        weight = _weights(call.kv_log_weight, k)
+        weight = key_weights(call.kv_log_weight, k)
         sums, mean, count = 0.0, 0.0, 0.0
         for part in _chunks(k):
             keys, values = features(k[:, :, part], k_map), v[:, :, part].to(weight.dtype)
@@ -121,7 +121,7 @@ class Linear(Method):
         k, v = match_heads(k, q.shape[1]), match_heads(v, q.shape[1])
         q_map, k_map = _maps(parameters, q)
         pairs = features(q[:, :, rows], q_map) @ features(k, k_map).mT
-        weight = _weights(call.kv_log_weight, k)[:, :, None]
+        weight = key_weights(call.kv_log_weight, k)[:, :, None]
         shares = pairs * weight / weight.sum(-1, keepdim=True)
         return (shares @ v.to(shares) / (shares.sum(-1, keepdim=True) + _EPSILON)).to(q.dtype)
 
@@ -160,7 +160,7 @@ def features(x: torch.Tensor, own: dict[str, torch.Tensor] | None) -> torch.Tens
     return F.elu(x) + 1
 
 
-def _weights(kv_log_weight: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
+def key_weights(kv_log_weight: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
     """``[B|1, H|1, N]``: how much each key counts; 0 where it is hidden."""
     wide = wide_dtype(k.dtype)
     if kv_log_weight is None:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dittfast.attention import choose_backend
 from dittfast.methods import (
+    Agent,
     Linear,
     Local,
     LogLinear,
@@ -85,6 +86,7 @@ METHODS: dict[str, Method] = {
     "sol": Sol(block_size=16),
     "vsa": Vsa(topk=2, cube=(2, 2, 4)),
     "linear": Linear(),
+    "agent": Agent(agents=(2, 3, 3), text_agents=2, trained=True),
 }
 
 # Weakened heads are no method: guidance runs beside any of them, here beside none and "full".
