@@ -16,8 +16,8 @@ def one_core():
 
 
 def test_random_sequences():
-    done = [action_fuzz.check(0, number, slow=False) for number in range(40)]
-    assert sum(done) > 30  # what stock diffusers refuses itself says nothing
+    done = [action_fuzz.check(0, number, slow=False) for number in range(16)]
+    assert sum(done) > 12  # what stock diffusers refuses itself says nothing
 
 
 @pytest.mark.slow

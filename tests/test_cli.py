@@ -1,12 +1,12 @@
 """The command line, in process; and what only a process shows: start-up time, Ctrl-C."""
 
-import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
+from tqdm import tqdm
 
 import dittfast
 from dittfast.attention import BACKENDS
@@ -358,32 +359,50 @@ def test_an_interrupt_leaves_what_was_there(model, out, capsys, monkeypatch, whe
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def ends_within(child: int, limit: float) -> tuple[int, int]:
+    """``os.waitpid`` that gives up after a number of seconds, and returns 0 for the process."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        ended = os.waitpid(child, os.WNOHANG)
+        if ended[0]:
+            return ended
+        time.sleep(0.05)
+    return 0, 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_ctrl_c_in_a_real_process(model, out):
     (out / "a.png").write_text("old")
     arguments = ["generate", "a", "--model", model, "-o", str(out / "a.png")]
     arguments += words("--steps 100000 --device cpu")
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "dittfast", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        # A test run in the background of a shell ignores SIGINT, and its children would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        for line in process.stderr:
+    read, write = os.pipe()
+    child = os.fork()  # a process that need not import everything again
+    if not child:
+        try:
+            # A test run in the background of a shell ignores SIGINT, and its children would too.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)  # the threads of the parent are not here
+            tqdm.set_lock(threading.RLock())
+            sys.stderr = os.fdopen(write, "w", buffering=1)
+            os._exit(main(arguments))
+        finally:
+            os._exit(99)
+    os.close(write)
+    with os.fdopen(read) as stderr:
+        for line in stderr:
             if "the first of 100000 steps is done" in line:  # it draws
                 break
         # Python drops an interrupt that falls into a destructor; people press Ctrl-C again.
         for _ in range(5):
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
+            os.kill(child, signal.SIGINT)
+            ended, status = ends_within(child, 30)
+            if ended:
                 break
-        errors = process.stderr.read()
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
+        else:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        errors = stderr.read()
+    assert os.waitstatus_to_exitcode(status) == 130, errors
     assert "interrupted; no half-written file" in errors
     assert names(out) == ["a.png"] and (out / "a.png").read_text() == "old"
 

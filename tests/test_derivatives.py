@@ -390,7 +390,7 @@ print(time.process_time() - start, "torch._dynamo" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "cpu"])
 def test_the_first_call_of_a_process_is_soon_done(backend):
     """It imports no compiler; 0.2 s of processor time, in the best of three processes."""
     root = Path(__file__).resolve().parent.parent

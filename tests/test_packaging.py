@@ -54,15 +54,14 @@ print(json.dumps([dittfast.__file__, torch.cuda.is_initialized(), loaded, second
 """.replace("{skipped}", repr(NEED_MORE))
 
 
-def test_importing_is_light_quick_and_quiet(tmp_path):
+def test_importing_is_light_quick_and_quiet():
     """All public names: nothing heavy, no probing, under 0.3 s of processor time beyond torch.
 
     Processor time, because other work on the machine does not count; the best of three,
     of which the first may compile the sources.
     """
-    kept = "-X", f"pycache_prefix={tmp_path}"
     for _ in range(3):
-        file, cuda_initialized, loaded, seconds = json.loads(python(IMPORT, *kept))
+        file, cuda_initialized, loaded, seconds = json.loads(python(IMPORT))
         assert file == str(ROOT / "dittfast" / "__init__.py")
         assert not cuda_initialized
         assert not set(HEAVY) & set(loaded)

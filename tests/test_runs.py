@@ -121,7 +121,9 @@ def _worklist(tensors):
     return make_worklist(tensors)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.slow)]
+)
 def test_dense_text_rows_of_log_linear_see_every_token(backend):
     layout = Layout.image(10, 12, text=12, text_first=False, text_lengths=[12, 5])
     q, k, v, grad = attention_inputs(2, 1, layout.num_tokens, 16)

@@ -264,6 +264,7 @@ def test_training_the_decoder_restores_more_and_leaves_latents_alone(scripts, va
     assert torch.allclose(clip, alone.clamp(-1, 1), atol=5e-3)  # it is kept in fp16
 
 
+@pytest.mark.slow
 def test_a_resumed_decoder_run_is_the_same_run(decoder_run):
     whole, half = decoder_run("four"), decoder_run("two")
     for _ in range(4):

@@ -182,8 +182,9 @@ def test_input_scales(size, dtype):
 
 @pytest.mark.parametrize(
     "q_size, kv_size, num_tokens",
-    [(1, 1, 7), (8, 8, 31), (16, 16, 63), (60, 60, 111), (120, 120, 150), (128, 128, 150),
-     (256, 256, 270), (16, 128, 150), (200, 24, 201), (100, 1, 50)],
+    [(1, 1, 7), (8, 8, 31), (60, 60, 111), (128, 128, 150), (256, 256, 270), (100, 1, 50),
+     *(pytest.param(*x, marks=pytest.mark.slow)
+       for x in ((16, 16, 63), (120, 120, 150), (16, 128, 150), (200, 24, 201)))],
 )  # fmt: skip
 def test_block_sizes(q_size, kv_size, num_tokens):
     plan = random_plan(ragged(num_tokens, q_size, seed=5), ragged(num_tokens, kv_size, seed=6))
@@ -373,7 +374,12 @@ def test_backward_inverts_the_lists_where_the_caller_did_not():
 
 @pytest.mark.parametrize(
     "tile, sizes",
-    [((16, 16), (24, 60)), ((32, 128), (24, 60)), ((32, 128), (60, 24)), ((128, 32), (60, 24))],
+    [
+        pytest.param((16, 16), (24, 60), marks=pytest.mark.slow),
+        ((32, 128), (24, 60)),
+        ((32, 128), (60, 24)),
+        ((128, 32), (60, 24)),
+    ],
 )
 def test_any_tile_sizes_fit_any_block_sizes(tile, sizes, monkeypatch):
     config = LaunchConfig(*[KernelConfig(*tile, num_warps=4, num_stages=2)] * 4)
@@ -385,7 +391,13 @@ def test_any_tile_sizes_fit_any_block_sizes(tile, sizes, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="sizes of another architecture need not fit a GPU")
 @pytest.mark.parametrize(
-    "capability, block_size", [((9, 0), 64), ((10, 0), 24), ("gfx942", 64)], ids=str
+    "capability, block_size",
+    [
+        pytest.param((9, 0), 64, marks=pytest.mark.slow),
+        pytest.param((10, 0), 24, marks=pytest.mark.slow),
+        ("gfx942", 64),
+    ],
+    ids=str,
 )
 def test_launch_sizes_of_other_architectures(capability, block_size, monkeypatch):
     assert launch_config(64, torch.float16, capability) != launch_config(64, torch.float16, (8, 0))
