@@ -81,6 +81,11 @@ def _size(args):
     return [f"data.call.height={args.size}", f"data.call.width={args.size}"]
 
 
+def at(t):
+    """A time as a key without a dot."""
+    return f"t{round(100 * t)}"
+
+
 def compare(args):
     """Train and evaluate every arm; what is known is written after each evaluation."""
     pipe = load(find(load_config(RECIPE).model.path), "cpu", torch.float32)
@@ -121,8 +126,8 @@ def compare(args):
                 arm["density"] = 1.0 if method == "dense" else enabled.describe().density
             arm["after"][str(steps)] = {
                 "cpu_seconds": sum(row["cpu_seconds"] for row in rows[:steps]),
-                "losses": {str(t): x for t, x in losses.items()},
-                "loss": {str(t): statistics.fmean(x) for t, x in losses.items()},
+                "losses": {at(t): x for t, x in losses.items()},
+                "loss": {at(t): statistics.fmean(x) for t, x in losses.items()},
             }
             write_json(path, results)
             print(name, steps, arm["after"][str(steps)]["loss"], flush=True)
@@ -143,15 +148,15 @@ def plot(results, path):
     figure, axes = plt.subplots(1, 1 + len(TIMES), figsize=(11, 3.4), layout="constrained")
     for number, (name, arm) in enumerate(results["arms"].items()):
         seconds, losses, spent = [], [], 0.0
-        for at, (cost, _) in enumerate(arm["curve"]):
+        for step, (cost, _) in enumerate(arm["curve"]):
             spent += cost
             seconds.append(spent)
-            recent = arm["curve"][max(0, at - 9) : at + 1]
+            recent = arm["curve"][max(0, step - 9) : step + 1]
             losses.append(statistics.fmean(loss for _, loss in recent))
         axes[0].plot(seconds, losses, f"C{number}", label=name)
         for ax, t in zip(axes[1:], TIMES):
             points = arm["after"].values()
-            x, y = [p["cpu_seconds"] for p in points], [p["loss"][str(t)] for p in points]
+            x, y = [p["cpu_seconds"] for p in points], [p["loss"][at(t)] for p in points]
             ax.plot(x, y, f"C{number}", marker="o", markersize=4)
     for ax, title in zip(axes, ["training loss", *(f"held out, t = {t}" for t in TIMES)]):
         ax.set(xlabel="processor seconds", title=title)
