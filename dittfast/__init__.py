@@ -42,6 +42,7 @@ _EXPORTS = {
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
     "SolAttnProcessor": "dittfast.pipelines.processors",
     "VsaAttnProcessor": "dittfast.pipelines.processors",
+    "ReattentionAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",
     "AgentAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",

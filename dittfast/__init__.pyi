@@ -26,6 +26,7 @@ from dittfast.pipelines.processors import LocalAttnProcessor as LocalAttnProcess
 from dittfast.pipelines.processors import LogLinearAttnProcessor as LogLinearAttnProcessor
 from dittfast.pipelines.processors import NeighborhoodAttnProcessor as NeighborhoodAttnProcessor
 from dittfast.pipelines.processors import RadialAttnProcessor as RadialAttnProcessor
+from dittfast.pipelines.processors import ReattentionAttnProcessor as ReattentionAttnProcessor
 from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAttnProcessor
 from dittfast.pipelines.processors import SolAttnProcessor as SolAttnProcessor
 from dittfast.pipelines.processors import TopKAttnProcessor as TopKAttnProcessor

@@ -39,6 +39,7 @@ ESTIMATED = {
     ("rectified", "triton"): 16384,
     ("sol", "triton"): 16384,
     ("vsa", "triton"): 16384,
+    ("reattention", "triton"): 8192,
 }
 # Where the CPU multiplies half precision (AMX, AVX512-BF16), dense attention in it is about three
 # times as fast as in fp32, and our kernels, which widen it, are not. Estimated from that: methods
@@ -52,6 +53,7 @@ FAST_HALF = {
     "rectified": math.inf,
     "sol": math.inf,
     "vsa": 32768,
+    "reattention": 32768,
 }
 
 

@@ -22,6 +22,7 @@ from .methods import (
     LogLinear,
     Neighborhood,
     Radial,
+    Reattention,
     Rectified,
     Sol,
     TopK,
@@ -29,6 +30,7 @@ from .methods import (
 )
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
+from .methods.memory import Memory
 
 __all__ = [
     "agent_attention",
@@ -37,6 +39,7 @@ __all__ = [
     "log_linear_attention",
     "neighborhood_attention",
     "radial_attention",
+    "reattention",
     "rectified_attention",
     "soft_pag",
     "sol_attention",
@@ -369,6 +372,45 @@ def video_sparse_attention(
     """
     method = Vsa(topk, cube)
     return _attend(method, layout, (q, k, v), backend, scale, False, gate=gate)
+
+
+def reattention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    memory: Memory | None,
+    density: float = 0.03125,
+    mask: str = "band",
+    every: int = 5,
+    growth: float = 0.04,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Re-ttention (arXiv:2505.22918): local attention, corrected by statistics of earlier steps.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms, N the layout's tokens; k and v may have
+            fewer heads (grouped-query attention).
+        layout: where the N tokens sit.
+        memory: what is kept from step to step: a :class:`~dittfast.methods.memory.Memory` for each
+            layer and guidance branch, whose ``begin(step)`` was called before this step's pass.
+            Where it holds what belongs to another layout, shape or dtype, this step refreshes it.
+            None keeps nothing: dense attention.
+        density, mask, every, growth: see :class:`dittfast.methods.Reattention`.
+        backend, scale: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype. Differentiable in q, k and v, with what earlier steps
+        left held fixed.
+
+    Raises:
+        ValueError: an option out of range, or tensors that do not fit the layout.
+    """
+    method = Reattention(density, mask, every, growth)
+    given = {"memory": memory, "backend": backend, "scale": scale}
+    return method_attention(method, layout, q, k, v, **given)
 
 
 def linear_attention(

@@ -153,7 +153,8 @@ class Description:
     def _amount_line(self) -> str:
         if self.density is None and self.work is not None:
             return f"FLOPs     {self.work:.2%} of dense attention in sparse layers"
-        dynamic = not all(m.static or m.computes for m in leaves(self.method))
+        planners = [m.planner for m in leaves(self.method)]
+        dynamic = not all(p is None or p.static for p in planners)
         words = "known after the first sparse pass"
         if dynamic:
             words = "chosen from q and k at every call"

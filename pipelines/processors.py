@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from dittfast.methods.base import Method
 from dittfast.methods.checks import check_integer
 from dittfast.methods.head_groups import by_head, value_lists
 from dittfast.methods.head_guidance import HeadGuidance
+from dittfast.methods.memory import Memory
 from dittfast.plan import to_be_kept
 
 from .families import rotary_reader
@@ -228,6 +230,48 @@ class VsaAttnProcessor(SparseAttnProcessor):
     """VSA (arXiv:2505.13389); options of :class:`dittfast.methods.Vsa`."""
 
     method_name = "vsa"
+
+
+class ReattentionAttnProcessor(SparseAttnProcessor):
+    """Re-ttention (arXiv:2505.22918); options of :class:`dittfast.methods.Reattention`.
+
+    It keeps values from step to step, and no scheduler tells it the steps: call :meth:`begin`
+    before each. What a layer is called for at one step are its guidance branches, in their order.
+    One run at a time; passes that may be differentiated keep nothing.
+    """
+
+    method_name = "reattention"
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._step: int | None = None
+        self._memories: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._calls: Counter = Counter()
+
+    def begin(self, step: int) -> None:
+        """The passes of ``step`` follow, from 0; a step that is not later begins another run."""
+        check_integer("step", step, 0)
+        if self._step is None or step <= self._step:
+            self._memories.clear()
+        self._step = step
+        self._calls.clear()
+
+    def _run(self, attn, layout: Layout, hidden_states) -> LayerRun | None:
+        run = super()._run(attn, layout, hidden_states)
+        if run is None or torch.is_grad_enabled():
+            return run
+        if self._step is None:
+            raise ValueError(
+                "ReattentionAttnProcessor keeps values from step to step, and was not told the "
+                f"step: call begin(step) before each, or use {self.instead}"
+            )
+        branches = self._memories.setdefault(attn, [])
+        number = self._calls[attn]
+        self._calls[attn] += 1
+        if number == len(branches):
+            branches.append(Memory())
+        branches[number].begin(self._step)
+        return LayerRun(run.core, parameters=run.parameters, memory=branches[number])
 
 
 class LinearAttnProcessor(SparseAttnProcessor):

@@ -217,7 +217,8 @@ class ModelState:
         self.lasting, self.tally = session.schedule.lasting, Tally()
         parts = list(leaves(session.method))
         self.remembers = any(part.remembers for part in parts) or (
-            self.lasting.every != 1 and any(not (p.static or p.computes) for p in parts)
+            self.lasting.every != 1
+            and any(p.planner is not None and not p.planner.static for p in parts)
         )
         self.break_even: dict[Method, float] = {}
         self._sparse_calls: collections.Counter = collections.Counter()

@@ -78,8 +78,9 @@ def run(args) -> int:
         if name in SCHEDULE_FIELDS:
             raise ValueError(f"{name} belongs to the schedule; it does not change a plan")
     method, _ = resolve(asked, **options)
-    if not method.static or method.computes:
-        if method.computes:
+    planner = method.planner
+    if planner is None or not planner.static:
+        if planner is None:
             raise ValueError(
                 f"{method.name} computes its own output and has no mask of key blocks; dittfast "
                 f"estimate MODEL --method {method.name} says what it costs, dittfast probe how far "
@@ -99,7 +100,7 @@ def run(args) -> int:
 
     before = peak_memory("cpu") if reset_peak_memory("cpu") else None
     start = perf_counter()
-    plan = method.plan(layout)
+    plan = planner.plan(layout)
     built = perf_counter() - start
     peak = peak_memory("cpu")
     data = _numbers(plan, method, layout, args)

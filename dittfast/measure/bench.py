@@ -17,6 +17,7 @@ from ..methods import METHODS
 from ..methods.amount import dense_flops
 from ..methods.base import Method
 from ..methods.head_groups import by_head, split
+from ..methods.memory import Memory
 from ..plan import Plan
 from ..testing import attention_inputs
 from .check import check_against_dense, check_attention, method_plan
@@ -104,6 +105,7 @@ def bench_attention(
 
     A static method's plan is made before the timing, as in a pipeline, where all layers and steps
     share it; ``plan_seconds`` says how long that took. A dynamic method plans in every timed call.
+    Of a method that keeps values from step to step the seconds are a mean over its period.
 
     Args:
         compare: more backends to check and time with the same plans, where they can run.
@@ -122,7 +124,7 @@ def bench_attention(
 
     Raises:
         WrongResult: the method's result is wrong; nothing is timed.
-        ValueError: options or sizes that do not work.
+        ValueError: options or sizes that do not work, or gradients of a method that has none.
     """
     check_repeats(repeats)
     begin = perf_counter()
@@ -131,10 +133,15 @@ def bench_attention(
     if work.backward:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
     method = by_head(method, work.heads)
+    if work.backward and method.remembers:
+        raise ValueError(
+            f"{method.name} keeps nothing in passes that may be differentiated, where it is dense "
+            "attention; there is no backward pass to measure"
+        )
     plan_seconds, kept, planned = _planned(method, layout, q, k, v)
     plan = None if planned is None else planned[0]
     chosen = choose_backend(q.device, q.dtype) if backend == "auto" else backend
-    plans = any(not group.method.computes for group in split(method, work.heads))
+    plans = any(group.method.planner is not None for group in split(method, work.heads))
     others = [
         name for name in compare if plans and name != chosen and _may_run(name, q, k, v, planned)
     ]
@@ -150,7 +157,7 @@ def bench_attention(
         return F.scaled_dot_product_attention(dense_q, k, v)
 
     def sparse(backend):
-        return method_attention(method, layout, q, k, v, backend=backend, kept=kept)
+        return one_period(method, layout, q, k, v, backend=backend, kept=kept)
 
     functions = {"dense": dense, "attend": partial(sparse, backend)}
     functions |= {name: partial(sparse, name) for name in others}
@@ -175,7 +182,23 @@ def bench_attention(
     with torch.set_grad_enabled(work.backward):
         seconds = interleaved_seconds(functions, repeats, work.device, **options)
     seconds["dense"] = [s * q.shape[2] / dense_rows for s in seconds["dense"]]
+    for name in ("attend", *others):
+        seconds[name] = [s / method.period for s in seconds[name]]
     return _row(method, work, plan, amount, plan_seconds, seconds, flex_row, chosen, others)
+
+
+def one_period(method: Method, layout: Layout, q, k, v, **given) -> torch.Tensor:
+    """Attention at the steps of a run after which the method has done all that it does.
+
+    Args:
+        given: as for :func:`~dittfast.attention.method_attention`.
+    """
+    memory = Memory() if method.remembers else None
+    for step in range(method.period):
+        if memory is not None:
+            memory.begin(step)
+        out = method_attention(method, layout, q, k, v, memory=memory, **given)
+    return out
 
 
 def _planned(method: Method, layout: Layout, q, k, v) -> tuple[float, object, tuple | None]:

@@ -9,12 +9,11 @@ from functools import partial
 
 import torch
 
-from ..attention import method_attention
 from ..cache import nbytes
 from ..layout import Layout
 from ..methods.base import Method
 from ..methods.head_groups import by_head
-from .bench import Workload
+from .bench import Workload, one_period
 from .check import check_attention
 from .timing import clock_for, interleaved_seconds, percentiles
 
@@ -104,7 +103,7 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     q, k, v, grad_out = work.inputs()
     method.prepare(layout, q.device)
     amount, plan = check_attention(method, layout, q, k, v, grad_out)
-    functions = {"attend": partial(method_attention, method, layout, q, k, v)}
+    functions = {"attend": partial(one_period, method, layout, q, k, v)}
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention
         functions["dense"] = partial(dense, q, k, v)
@@ -118,7 +117,7 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
         "work": amount.work,
         "pairs": amount.work * float(layout.num_tokens) ** 2,
         "plan_bytes": nbytes(kept),
-        "seconds": percentiles(times["attend"]),
+        "seconds": percentiles(s / method.period for s in times["attend"]),
         "dense_seconds": percentiles(times["dense"]) if "dense" in times else None,
         "rounds": repeats,
     }

@@ -8,6 +8,7 @@ from .local import Local
 from .log_linear import LogLinear
 from .neighborhood import Neighborhood
 from .radial import Radial
+from .reattention import Reattention
 from .rectified import Rectified
 from .sol import Sol
 from .topk import TopK
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "rectified": Rectified,
     "sol": Sol,
     "vsa": Vsa,
+    "reattention": Reattention,
     "linear": Linear,
     "agent": Agent,
 }
@@ -37,6 +39,7 @@ __all__ = [
         "LogLinear",
         "Neighborhood",
         "Radial",
+        "Reattention",
         "Rectified",
         "Sol",
         "TopK",

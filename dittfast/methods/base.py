@@ -218,6 +218,11 @@ class Method(ABC):
         return None if self.computes else self
 
     @property
+    def period(self) -> int:
+        """Steps of a run after which the method has done all that it does; they cost as a whole."""
+        return 1
+
+    @property
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one runs for its heads; none where it is no group of others."""
         return ()

@@ -57,30 +57,32 @@ class Tally:
 class Memory:
     """What one layer keeps from step to step of a run, in one guidance branch.
 
-    A layer asks for its plans in the same order in every pass, so the n-th question of a pass is
-    answered by the n-th plan, if it was made for the same method, layout and tensors of that shape.
+    A layer asks in the same order in every pass, so the n-th question of a pass is answered by the
+    n-th plan, if it was made for the same method, layout and tensors of that shape; and likewise
+    what methods keep themselves.
 
     Attributes:
         step: of the pass under way.
-        values: what a method keeps itself, by names of its own; gone when the run ends.
     """
 
-    def __init__(self, lasting: Lasting, tally: Tally):
-        self.lasting = lasting
-        self.tally = tally
+    def __init__(self, lasting: Lasting | None = None, tally: Tally | None = None):
+        self.lasting = Lasting() if lasting is None else lasting
+        self.tally = Tally() if tally is None else tally
         self.step = 0
-        self.values: dict[str, Any] = {}
         self._held: list[_Held] = []
-        self._asked = 0
+        self._values: list[tuple[Any, dict[str, Any]]] = []
+        self._asked = self._opened = 0
         self._weakened: Memory | None = None
 
     def begin(self, step: int) -> None:
         """A pass at ``step`` begins."""
-        self.step, self._asked = step, 0
+        self.step, self._asked, self._opened = step, 0, 0
 
     def clear(self) -> None:
         """Let go of everything: the run has ended. What a last pass ran may be held on to."""
-        self.values.clear()
+        for _, values in self._values:
+            values.clear()
+        self._values.clear()
         self._held.clear()
         if self._weakened is not None:
             self._weakened.clear()
@@ -112,6 +114,20 @@ class Memory:
         self.tally.count(made=1)
         self._held[number : number + 1] = [made]
         return made.plan
+
+    def values(self, made_for: Any) -> dict[str, Any]:
+        """What the method that asks keeps itself, by names of its own; gone when the run ends.
+
+        Args:
+            made_for: what has to be the same for values to be used again: the method, its layout,
+                shapes. Where it is not, the values are empty again.
+        """
+        number, self._opened = self._opened, self._opened + 1
+        if number < len(self._values) and self._values[number][0] == made_for:
+            return self._values[number][1]
+        values: dict[str, Any] = {}
+        self._values[number : number + 1] = [(made_for, values)]
+        return values
 
     def _lasts(self, held: _Held, pooled) -> bool:
         age, lasting = self.step - held.step, self.lasting

@@ -172,8 +172,8 @@ class HeadReport:
 
     Attributes:
         head: its number; the numbers are means over the batch.
-        density: kept fraction of token pairs; None where a method keeps no pairs, because it
-            computes its own output.
+        density: kept fraction of token pairs, of a method with a planner its plan's; None where a
+            method keeps no pairs, because it computes its own output.
         work: FLOPs as a fraction of dense attention's.
         mass: share of dense attention's probability that lies on the pairs kept token by token,
             a mean over the grid's query rows. What a method gives back by pooled summaries or a
@@ -194,7 +194,7 @@ class CallReport:
 
     Attributes:
         step, layer: as captured. heads: one report a head.
-        plan: the plan the method made; None of one that computes its own output, and of groups of
+        plan: the plan the method made, or its planner; None where there is none, and of groups of
             heads that have several.
         block_mass: ``[H, nQ, nK]`` dense attention between the plan's blocks, each row adding up
             to 1 over the sequence's own keys, for the first batch row; None without a plan.
@@ -236,6 +236,11 @@ def _measure_heads(method: Method, c: Captured, backend: str) -> CallReport:
         given["hidden_states"] = c.hidden_states
         out = method_attention(method, c.layout, c.q, c.k, c.v, backend=backend, **given)
         amounts = [method.amount(c.layout, heads, c.q.shape[3])] * heads
+        if method.planner is not None:
+            asked = {"scale": c.scale, "kv_log_weight": c.kv_log_weight}
+            plan = method_call(method.planner, c.layout, c.q, c.k, c.v, **asked).plan
+            densities = [x.density for x in _plans(plan, heads)]
+            amounts = [x._replace(density=d) for x, d in zip(amounts, densities)]
     else:
         plan, near_k, near_v, weight, scale = method_call(method, c.layout, c.q, c.k, c.v, **given)
         out = attend(c.q, near_k, near_v, plan, kv_log_weight=weight, scale=scale, backend=backend)

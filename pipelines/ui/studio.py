@@ -219,7 +219,7 @@ class Studio:
 
 
 def _no_mask(method: Method) -> str | None:
-    if not method.computes and not value_lists(method) and not method.parts:
+    if method.planner is not None and not value_lists(method) and not method.parts:
         return None
     return (
         f"{method.name} has no one mask of key blocks: it computes its own output, or differs by "
