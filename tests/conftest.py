@@ -1,5 +1,6 @@
 """Test setup: Triton's interpreter where there is no GPU, NaN in uninitialised memory, seeds."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ from hypothesis import settings  # noqa: E402
 # A busy machine is no failure.
 settings.register_profile("dittfast", deadline=None, max_examples=60)
 settings.load_profile("dittfast")
+
+
+def pytest_collection_finish():
+    # What is imported by now lives as long as the run: a collection need not look at it again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -55,7 +55,7 @@ def test_repeated_blocks_share_their_graphs():
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "prx" else pytest.param(n, marks=pytest.mark.slow) for n in TINY],
+    [pytest.param(n, marks=pytest.mark.slow) for n in TINY],
 )
 def test_no_more_graphs_than_the_stock_model(name):
     """Also where diffusers lets Dynamo take the attention class whole (SD3).

@@ -126,7 +126,13 @@ def test_the_student_moves_and_the_teacher_does_not(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mixed_precision": "bf16", "gradient_checkpointing": True}]
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        pytest.param(
+            {"mixed_precision": "bf16", "gradient_checkpointing": True}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_resumed_run_is_the_same_to_the_bit(folder, tmp_path, options):
     """Stopped after a step in the middle of an epoch, with averages, LoRA dropout and warm-up."""

@@ -104,8 +104,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
     [
         (Layout.image(13, 9, text=11, text_lengths=(11, 4)), 2.5),
         (Layout.image(13, 9, text=11, text_first=False, text_lengths=(1, 7)), 8),
-        (Layout.image(31, 17), 8),
-        (Layout.image(31, 17, text=20), 1),
+        (Layout.image(23, 11), 8),
+        (Layout.image(23, 11, text=20), 1),
         (Layout.image(1, 1, text=3), 8),
         (Layout.image(20, 19, text=10), 100),
     ],

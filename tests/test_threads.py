@@ -170,6 +170,7 @@ def test_more_requests_than_threads():
                 assert torch.equal(out, alone[number])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_side_by_side():
     """Where a pass is carried by a graph that both threads run."""
     torch._dynamo.reset()
