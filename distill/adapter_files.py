@@ -38,6 +38,8 @@ WEIGHTS = "attention.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 # Before the names of the method's own parameters, lest one named "weight" be taken for the model's.
 OWN = "method."
+# VSA's gates in FastVideo's checkpoints.
+_GATE = re.compile(r"(.*)\.to_gate_compress\.(weight|bias)")
 AGAIN = "get the adapter's files again from where they came"
 CHANGED = f"{AGAIN}, or pass verify=False if the change was meant"
 # Method and schedule in the card, as Python shows them.
@@ -259,10 +261,10 @@ def _put(weights: Weights, key: str, x, data: dict, lora: bool) -> None:
 
 
 def read_file(path: Path, headers: bool = False) -> dict:
-    """The tensors of a file in the layout of CLEAR's published checkpoints, or their headers.
+    """The tensors of a file in the layout of published checkpoints, or their headers.
 
-    ``...attn.to_q.weight`` and ``...attn.processor.spatial_weight``, with or without a leading
-    ``transformer.``.
+    CLEAR's and FastVideo's: ``...attn.to_q.weight`` and ``...attn.processor.spatial_weight``, with
+    or without a leading ``transformer.``.
     """
     if headers:
         return {_plain_name(n): _square(n, x) for n, x in read_headers(path, AGAIN).items()}
@@ -285,6 +287,37 @@ def _square(name: str, x):
     if side * side != count:
         raise ValueError(f"{name} has {count} values, which is no square")
     return Header(x.dtype, (side, side)) if isinstance(x, Header) else x.reshape(side, side)
+
+
+def gates_in(names: Iterable[str]) -> list[str]:
+    """Those names that are of VSA's gates, as FastVideo's checkpoints have them."""
+    return [name for name in names if _GATE.fullmatch(name)]
+
+
+def place_gates(path: Path, tensors: dict, model: torch.nn.Module) -> dict:
+    """The same with the gates under the names that they have here, in their layers.
+
+    FastVideo writes ``blocks.0.to_gate_compress.weight``, for a block or for the attention in it.
+
+    Raises:
+        FileProblem: a gate of something that has no self-attention, or several.
+    """
+    layers, placed = list(attention_layers(model, family_of(model))), {}
+    for name, x in tensors.items():
+        match = _GATE.fullmatch(name)
+        if match is not None:
+            owner, kind = match.groups()
+            own = [n for n in layers if n == owner or n.startswith(f"{owner}.")]
+            if len(own) != 1:
+                raise FileProblem(
+                    path,
+                    f"{name} has no place: {owner} has {len(own)} layers of self-attention in "
+                    f"{type(model).__name__}",
+                    "load it into the model that it was trained for",
+                )
+            name = f"{own[0]}.gate_{kind}"
+        placed[name] = x
+    return placed
 
 
 def sort_out(tensors: dict, model: torch.nn.Module, own: Iterable[str]) -> Weights:

@@ -41,8 +41,10 @@ from .adapter_files import (
     WEIGHTS,
     Weights,
     check_promise,
+    gates_in,
     method_of,
     own_shapes,
+    place_gates,
     promised,
     read_description,
     read_file,
@@ -192,9 +194,11 @@ def load_adapter(
     Args:
         pipe: a diffusers pipeline, or a transformer.
         path: an adapter folder, or a ``.safetensors`` file in the layout of CLEAR's published
-            checkpoints (arXiv:2412.16112).
+            checkpoints (arXiv:2412.16112), or of FastVideo's with VSA's gates
+            (``to_gate_compress``).
         method, options: as in :func:`dittfast.enable`, in the place of the adapter's own. Needed
-            for a file whose name does not say it (``clear_local_8_down_4`` does).
+            for a file that says it neither by its name (``clear_local_8_down_4`` does) nor by
+            gates, which are VSA's.
         component: of a file; a folder knows its own.
         any_base: load it into another base model than it was trained on.
         verify: compare a folder's files with the SHA-256 that was written with them.
@@ -238,7 +242,8 @@ def _chosen(path: Path, record, model, method, options: dict) -> tuple[Method, S
     """The method that an adapter runs with: the user's, else the adapter's own."""
     timing = {} if record is None else record.data["schedule"]
     if method is None and record is None:
-        method, options = "local", {**_clear_options(path), **options}
+        method, own = _told_by_file(path)
+        options = {**own, **options}
     elif method is None:
         with reading(record.path, "its method's options are impossible", AGAIN):
             own_shapes(method_of(record)[0], model)
@@ -298,12 +303,21 @@ def _fitting(
     def sort(weights: Weights, own) -> Weights:
         if record is not None and record.data["format"] != 1:
             return weights
-        sorted_ = sort_out(weights.plain, model, own)
+        sorted_ = sort_out(place_gates(path, weights.plain, model), model, own)
         return Weights(sorted_.own, weights.lora, sorted_.plain)
 
     if record is None:
         with reading(path, "it is no file of weights"):
-            headers = sort(Weights(plain=read_file(path, headers=True)), names)
+            held = read_file(path, headers=True)
+        dropped = [] if "gate_weight" in names else gates_in(held)
+        if dropped:
+            raise FileProblem(
+                path,
+                f"it holds {len(dropped)} weights of VSA's gates ({dropped[0]} is the first), "
+                f"which {method.words()} would drop",
+                'load it with method="vsa", gate=True',
+            )
+        headers = sort(Weights(plain=held), names)
         layers = list(attention_layers(model, family_of(model)))
         parameters = base_parameters(model)
         wanted = Weights(
@@ -322,8 +336,10 @@ def _fitting(
     check_promise(path, headers, wanted, model)
     for name, header in headers.own.items():
         layer, _, field_name = name.rpartition(".")
-        if shapes.get(layer, {}).get(field_name) != header.shape:
-            raise FileProblem(path, f"{name} {list(header.shape)} does not fit {method}")
+        wanted_shape = shapes.get(layer, {}).get(field_name)
+        if wanted_shape != header.shape:
+            asked = "" if wanted_shape is None else f", which wants {list(wanted_shape)}"
+            raise FileProblem(path, f"{name} {list(header.shape)} does not fit {method}{asked}")
     if record is None:
         with reading(path, "it is no file of weights"):
             return sort(Weights(plain=read_file(path)), names)
@@ -347,15 +363,19 @@ def _ask_for_gradients(model: torch.nn.Module, wanted: Mapping[str, bool]) -> No
             p.requires_grad_(wanted[name])
 
 
-def _clear_options(path: Path) -> dict:
+def _told_by_file(path: Path) -> tuple[str, dict]:
+    """Method and options that a file tells: by its gates, or by its name where it is CLEAR's."""
     match = _CLEAR_NAME.search(path.stem)
-    if not match:
-        raise ValueError(
-            f"{path.name} does not say which method its weights belong to; pass method='local', "
-            "window=..., and downsample=... where it has one"
-        )
-    window, down = match.groups()
-    return {"window": int(window)} | ({"downsample": int(down)} if down else {})
+    if match:
+        window, down = match.groups()
+        return "local", {"window": int(window)} | ({"downsample": int(down)} if down else {})
+    with reading(path, "it is no file of weights"):
+        if gates_in(read_file(path, headers=True)):
+            return "vsa", {"gate": True}
+    raise ValueError(
+        f"{path.name} does not say which method its weights belong to; pass method='local', "
+        "window=..., and downsample=... where it has one"
+    )
 
 
 def _values(model: torch.nn.Module, names) -> dict[str, torch.Tensor]:

@@ -3,12 +3,17 @@
 import math
 
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
+import dittfast
 from dittfast import functional
 from dittfast.attention import method_attention
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods import TopK, Vsa
+from dittfast.pipelines.runs import sources
 from dittfast.testing import assert_within_budget, attention_inputs
 
 
@@ -185,6 +190,29 @@ def test_without_a_gate_it_is_topk_on_cubes():
     torch.testing.assert_close(everything, dense)
 
 
+def test_the_gate_is_a_projection_of_the_hidden_states():
+    layout, method = Layout.video(3, 4, 5), Vsa(topk=2, cube=(2, 2, 2), gate=True)
+    q, k, v, _ = attention_inputs(2, 3, 60, 8)
+    draw = torch.Generator().manual_seed(2)
+    states = torch.randn(2, 60, 20, generator=draw)
+    own = method.parameters(3, 8, 20)
+    assert {n: tuple(x.shape) for n, x in own.items()} == {
+        "gate_weight": (24, 20),
+        "gate_bias": (24,),
+    }
+    run = lambda own: method_attention(method, layout, q, k, v, hidden_states=states, **own)  # noqa: E731
+    fine = functional.video_sparse_attention(q, k, v, layout, 2, (2, 2, 2))
+    assert torch.equal(run(own), fine)
+    own = {n: torch.randn(x.shape, generator=draw).requires_grad_() for n, x in own.items()}
+    gate = torch.empty_like(q)
+    for h in range(3):
+        rows = slice(8 * h, 8 * h + 8)
+        gate[:, h] = states @ own["gate_weight"][rows].T + own["gate_bias"][rows]
+    expected = functional.video_sparse_attention(q, k, v, layout, 2, (2, 2, 2), gate=gate)
+    torch.testing.assert_close(run(own), expected)
+    assert all(x.abs().max() > 0 for x in torch.autograd.grad(run(own).sum(), own.values()))
+
+
 @pytest.mark.parametrize("topk, kept", [(0.2, 1), (0.21, 2), (1.0, 5), (1, 1), (9, 5)])
 def test_a_share_of_the_cubes_is_rounded_up(topk, kept):
     layout = Layout.video(4, 4, 20)
@@ -207,6 +235,23 @@ def test_amount_counts_the_coarse_part_and_the_projection():
     assert more == 4 * 9 * 9 * 16 + 2 * whole * 16 * 16  # between nine blocks; a linear layer
     assert gated.amount(layout, 2, 8).work == pytest.approx(expected + more / (4 * whole**2 * 16))
     assert gated.amount(layout, None, None).work is None
+
+
+@pytest.mark.slow
+def test_compiled_whole_without_a_break():
+    layout, method = LAYOUTS["text first, padded"], Vsa(2, (1, 3, 4), gate=True)
+    q, k, v, _ = attention_inputs(2, 2, layout.num_tokens, 8)
+    states = torch.randn(2, layout.num_tokens, 12)
+    own = {n: torch.randn_like(x) for n, x in method.parameters(2, 8, 12).items()}
+    kept = method.keep(layout, q.device)
+    method.prepare(layout, q.device)
+
+    def run(q, k, v):
+        given = dict(kept=kept, hidden_states=states, backend="cpu")
+        return method_attention(method, layout, q, k, v, **given, **own)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
 
 
 BAD = [
@@ -232,8 +277,14 @@ def test_bad_inputs():
     q = torch.zeros(1, 2, 32, 8)
     with pytest.raises(ValueError, match=r"gate must be \[B, H, N, D\] = \[1, 2, 32, 8\] like q"):
         functional.video_sparse_attention(q, q, q, layout, gate=q[..., :4])
+    method, states = Vsa(gate=True), torch.zeros(1, 32, 12)
+    own = method.parameters(2, 8, 20)
+    with pytest.raises(ValueError, match=r"gate must be \[16, 12\] with a bias \[16\] for 2 heads"):
+        method_attention(method, layout, q, q, q, hidden_states=states, **own)
+    with pytest.raises(ValueError, match="needs the layer's hidden states"):
+        method_attention(method, layout, q, q, q, **own)
     with pytest.raises(ValueError, match=r"channels must be an integer.*gate=False leaves it out"):
-        Vsa(gate=True).parameters(2, 8, None)
+        method.parameters(2, 8, None)
     with pytest.raises(ValueError, match="grid"):
         functional.video_sparse_attention(q, q, q, Layout((Context(32),)))
     with pytest.raises(ValueError, match="topk has values for 3 heads, q has 2"):
@@ -241,3 +292,116 @@ def test_bad_inputs():
     assert TopK(tile=[1, 2, 2]).tile == (1, 2, 2)
     with pytest.raises(ValueError, match=r"tokens in a tile must be an integer, 1\.\.256; got 300"):
         TopK(tile=(3, 10, 10))
+
+
+# In a model.
+
+IN_MODEL = Vsa(topk=2, cube=(1, 2, 3), gate=True)
+
+
+def wan():
+    """A tiny Wan, its inputs, and random gates for each layer."""
+    torch.manual_seed(0)
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs(frames=2, height=8, width=8, batch=1)
+    layers = ("blocks.0.attn1", "blocks.1.attn1")
+    draw = torch.Generator().manual_seed(3)
+    gates = {name: (torch.randn(32, 32, generator=draw), torch.randn(32, generator=draw))
+             for name in layers}  # fmt: skip
+    return model, inputs, gates
+
+
+@torch.no_grad()
+def directly(model, inputs, gates, method):
+    """Stock projections and output around the formula, put in the place of PyTorch's call."""
+    layout, inside = Layout.video(2, 4, 4), []
+
+    def by_formula(query, key, value, **_):
+        states, (weight, bias) = inside[-1]
+        gate = (states @ weight.T + bias).view(1, 32, 2, 16).transpose(1, 2)
+        wide = [x.double() for x in (query, key, value, gate)]
+        return oracle(*wide, layout, method, hidden(layout))[0].to(query)
+
+    def enter(name):
+        def hook(module, args, kwargs):
+            inside.append((args[0] if args else kwargs["hidden_states"], gates[name]))
+            F.scaled_dot_product_attention = by_formula
+
+        return hook
+
+    def leave(*_):
+        F.scaled_dot_product_attention = stock
+
+    stock = F.scaled_dot_product_attention
+    for name in gates:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(enter(name), with_kwargs=True)
+        module.register_forward_hook(leave, always_call=True)
+    return model(**inputs)[0]
+
+
+def test_enabled_it_is_its_formula_in_every_layer():
+    model, inputs, gates = wan()
+    with torch.no_grad(), dittfast.enable(model, IN_MODEL, min_tokens=0) as enabled:
+        fine = model(**inputs)[0]
+        for name, values in gates.items():
+            own = model._dittfast.layers[name].parameters
+            assert torch.equal(own["gate_weight"], torch.zeros(32, 32))
+            own["gate_weight"].copy_(values[0]), own["gate_bias"].copy_(values[1])
+        found, described = model(**inputs)[0], enabled.describe()
+    assert described.density == pytest.approx(2 / 8, abs=0.1) and described.work > described.density
+    assert float((found - fine).abs().max()) > 1e-2
+    expected = directly(model, inputs, gates, IN_MODEL)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def fastvideo(model, gates, path, **changes):
+    """A file as FastVideo writes it: the stock weights, and gates of blocks or of attention."""
+    weights = {n: x + 0.1 for n, x in model.state_dict().items()}
+    for block, (weight, bias) in enumerate(gates.values()):
+        owner = f"blocks.{block}" + (".attn1" if block else "")
+        weights |= {f"{owner}.to_gate_compress.weight": weight}
+        weights |= {f"{owner}.to_gate_compress.bias": bias}
+    save_file({n: x.contiguous() for n, x in (weights | changes).items()}, path)
+
+
+def test_checkpoints_of_fastvideo_load_with_their_gates(tmp_path):
+    model, inputs, gates = wan()
+    stock = {n: x.clone() for n, x in model.state_dict().items()}
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    fastvideo(model, gates, path)
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        dittfast.load_adapter(model, path, topk=2, cube=(1, 2, 3))
+        assert dittfast.describe(model).method == IN_MODEL
+        found = model(**inputs)[0]
+        dittfast.unload_adapter(model)
+        assert torch.equal(model(**inputs)[0], plain)
+    model.load_state_dict({n: x + 0.1 for n, x in stock.items()})
+    expected = directly(model, inputs, gates, IN_MODEL)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gates_are_never_dropped_and_fit_or_are_refused(tmp_path):
+    model, _, gates = wan()
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.parent.mkdir()
+    gate = "blocks.0.to_gate_compress.weight"
+    fastvideo(model, gates, path)
+
+    def refused(words, **options):
+        with pytest.raises(ValueError, match=words):
+            dittfast.load_adapter(model, path, **options)
+        assert not hasattr(model, "_dittfast")
+
+    first = r"4 weights of VSA's gates \(blocks.0.to_gate_compress.bias is the first\), which "
+    dropped = first + "{} would drop.*gate=True"
+    refused(dropped.format(r"Local\(.*\)"), method="local", window=2)
+    refused(dropped.format(r"Vsa\(\)"), method="vsa")
+    with pytest.raises(ValueError, match=first + "diffusers would leave out"):
+        sources.load(sources.Source("folder", "mine", str(tmp_path)))
+    fastvideo(model, gates, path, **{gate: torch.zeros(32, 16)})
+    refused(r"blocks.0.attn1.gate_weight \[32, 16\] does not fit .*, which wants \[32, 32\]")
+    fastvideo(model, gates, path, **{"head.to_gate_compress.weight": torch.zeros(2, 2)})
+    refused("head.to_gate_compress.weight has no place: head has 0 layers of self-attention")
+    fastvideo(model, gates, path, **{gate: torch.full((32, 32), math.nan)})
+    refused("holds values that are not finite")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dittfast.disk.problems import reading
 from dittfast.disk.records import read_json
+from dittfast.disk.tensors import read_headers
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a sample model's folder may say; "*" goes to the pipeline's call where it takes it.
@@ -174,10 +175,11 @@ def load(source: Source, device="cpu", dtype=None, **more):
 
     Raises:
         ValueError: it could not be loaded; the message says why, and for a hub id what to do
-            without a network.
+            without a network; or diffusers would leave out a part of it that changes its pictures.
     """
     import diffusers
 
+    _refuse_gates(source)
     version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
     options = {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
     try:
@@ -197,6 +199,20 @@ def load(source: Source, device="cpu", dtype=None, **more):
             f"could not load the pipeline in {source.location}: {type(error).__name__}: {reason}"
         ) from error
     return pipe if device is None else pipe.to(device)
+
+
+def _refuse_gates(source: Source) -> None:
+    """Raise ValueError where a transformer was trained with VSA's gates, which diffusers drops."""
+    if source.kind == "hub":
+        return
+    for path in sorted(Path(source.location).glob("transformer*/*.safetensors")):
+        gates = [name for name in read_headers(path) if ".to_gate_compress." in f".{name}"]
+        if gates:
+            raise ValueError(
+                f"{path} holds {len(gates)} weights of VSA's gates ({gates[0]} is the first), "
+                "which diffusers would leave out; load the model that it was trained from, and "
+                "this file with --adapter, or dittfast.load_adapter"
+            )
 
 
 def _root_cause(error: BaseException) -> str:
