@@ -45,6 +45,7 @@ _EXPORTS = {
     "ReattentionAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",
     "AgentAttnProcessor": "dittfast.pipelines.processors",
+    "SLAAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }
 _MODULES = ("functional", "methods")

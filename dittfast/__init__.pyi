@@ -28,6 +28,7 @@ from dittfast.pipelines.processors import NeighborhoodAttnProcessor as Neighborh
 from dittfast.pipelines.processors import RadialAttnProcessor as RadialAttnProcessor
 from dittfast.pipelines.processors import ReattentionAttnProcessor as ReattentionAttnProcessor
 from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAttnProcessor
+from dittfast.pipelines.processors import SLAAttnProcessor as SLAAttnProcessor
 from dittfast.pipelines.processors import SolAttnProcessor as SolAttnProcessor
 from dittfast.pipelines.processors import TopKAttnProcessor as TopKAttnProcessor
 from dittfast.pipelines.processors import VsaAttnProcessor as VsaAttnProcessor

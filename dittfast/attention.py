@@ -480,14 +480,25 @@ def method_attention(
 
         with own_precision(q):
             return method.attention(layout, q, k, v, call, **parameters)
+    if return_lse and method.adds:
+        raise ValueError(f"{method.name} adds to the output of its softmax, and the sum has no lse")
     given = {"plan": kept, "kv_log_weight": kv_log_weight, "scale": scale, "memory": memory}
-    plan, k, v, weight, scale = method_call(method, layout, q, k, v, **given, **parameters)
+    plan, far_k, far_v, weight, scale = method_call(method, layout, q, k, v, **given, **parameters)
     if on_plan is not None and not method.static and not torch.compiler.is_compiling():
         with to_be_kept():
             on_plan(plan)
-    return attend(
-        q, k, v, plan, kv_log_weight=weight, scale=scale, return_lse=return_lse, backend=backend
-    )
+    given = {"scale": scale, "return_lse": return_lse, "backend": backend}
+    out = attend(q, far_k, far_v, plan, kv_log_weight=weight, **given)
+    if not method.adds:
+        return out
+    from .kernels.op import own_precision
+
+    padding = plan.kv_log_weight
+    if padding is not None:
+        kv_log_weight = padding if kv_log_weight is None else padding + kv_log_weight
+    with own_precision(q):
+        more = method.added(layout, q, k, v, plan, kv_log_weight, **parameters)
+    return out if more is None else out + more
 
 
 def computing_call(

@@ -221,7 +221,23 @@ def _read_rule(rule) -> Rule:
     for key in rule:
         if key not in _RULE_KEYS:
             raise unknown("key", key, _RULE_KEYS)
-    method, options = rule["method"], rule.get("options") or {}
+    chosen = _read_method(rule["method"], rule.get("options") or {})
+    given = {key: rule[key] for key in ("layers", "heads", "steps") if rule.get(key) is not None}
+    return Rule(chosen, **given)
+
+
+def _read_method(method, options=None) -> Method:
+    """A method inside another or in a rule, which has no schedule of its own.
+
+    Args:
+        method: a method, its name or, without ``options``, a mapping with both.
+    """
+    if options is None and isinstance(method, Mapping):
+        for key in method:
+            if key not in ("method", "options"):
+                raise unknown("key", key, ("method", "options"))
+        method, options = method.get("method"), method.get("options")
+    options = options or {}
     if not isinstance(options, Mapping):
         raise ValueError(f"'options' must be a mapping, got {options!r}")
     if isinstance(method, str) and method not in METHODS:
@@ -230,10 +246,8 @@ def _read_rule(rule) -> Rule:
         raise ValueError(f"'method' must be a method or its name, got {method!r}")
     for key in options:
         if key in SCHEDULE_FIELDS:
-            raise ValueError(f"{key} belongs to the schedule of the whole mixture, not to a rule")
-    chosen, _ = resolve(method, **options)
-    given = {key: rule[key] for key in ("layers", "heads", "steps") if rule.get(key) is not None}
-    return Rule(chosen, **given)
+            raise ValueError(f"{key} belongs to the schedule of the whole, not to a part of it")
+    return resolve(method, **options)[0]
 
 
 def resolve(
@@ -280,6 +294,12 @@ def resolve(
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if cls is Mixture and "rules" in given:
         given["rules"] = read_rules(given["rules"])
+    for key in cls.takes_methods:
+        if given.get(key) is not None:
+            try:
+                given[key] = _read_method(given[key])
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
     chosen = cls(**given) if base is None else dataclasses.replace(base, **given)
     if schedule is None:
         schedule = Schedule(**planned)

@@ -16,6 +16,7 @@ import torch
 from .attention import method_attention
 from .layout import Layout
 from .methods import (
+    SLA,
     Agent,
     Linear,
     Local,
@@ -41,6 +42,7 @@ __all__ = [
     "radial_attention",
     "reattention",
     "rectified_attention",
+    "sla_attention",
     "soft_pag",
     "sol_attention",
     "topk_attention",
@@ -411,6 +413,45 @@ def reattention(
     method = Reattention(density, mask, every, growth)
     given = {"memory": memory, "backend": backend, "scale": scale}
     return method_attention(method, layout, q, k, v, **given)
+
+
+def sla_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout | None = None,
+    sparse: Method | None = None,
+    features: str = "softmax",
+    *,
+    projection: torch.Tensor | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """SLA (arXiv:2509.24006): a sparse method, and linear attention over what it leaves out.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
+            (grouped-query attention).
+        layout: where the N tokens sit; None for a one-dimensional sequence as it is.
+        sparse, features: see :class:`dittfast.methods.SLA`.
+        projection: ``[H, D, D]``, of the linear branch; None leaves the branch out, as at its
+            initial values.
+        backend, scale: see :func:`dittfast.attend`.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype. Differentiable in q, k, v and projection, with the
+        choice of blocks held fixed.
+
+    Raises:
+        ValueError: an option out of range, a method that cannot be inside, tensors that do not fit
+            the layout, or a projection for other heads.
+    """
+    method = SLA(sparse, features)
+    if layout is None:
+        layout = Layout.image(1, q.shape[-2])
+    return _attend(
+        method, layout, (q, k, v), backend, scale, return_lse=False, projection=projection
+    )
 
 
 def linear_attention(

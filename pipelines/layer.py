@@ -230,10 +230,10 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
     parameters = {n: x if x.device == q.device else x.to(q.device) for n, x in parameters.items()}
     rows = core.rows_of(q.shape[-2])
     if heads is not None:
-        if core.method.computes:
+        if core.method.computes or core.method.adds:
             raise ValueError(
-                f"{core.method.name} computes its own output, for all heads of a layer, and under "
-                "context parallelism ranks share them; keep the layers dense with dense_layers"
+                f"{core.method.name} computes for all heads of a layer at once, and under context "
+                "parallelism ranks share them; keep the layers dense with dense_layers"
             )
         rows = tuple(row.of_heads(heads) for row in rows)
     token = rows[0].layout.grid_start if core.outer_mask else None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dittfast.config import method_fields, unknown
+from dittfast.config import method_fields, resolve, unknown
 from dittfast.layout import Layout
 from dittfast.methods import METHODS
 from dittfast.methods.base import Method
@@ -154,13 +154,13 @@ class SparseAttnProcessor(_AttnProcessor):
         for key in options:
             if key not in method_fields(cls):
                 raise unknown(f"option of {type(self).__name__}", key, method_fields(cls))
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        self.method: Method = cls(**options)
+        self.method: Method = resolve(self.method_name, **options)[0]
         if heads is not None:
             values = by_head(self.method, heads).layer_parameters(heads, head_dim, channels)
         else:
-            unknown_shape = self.method.computes or value_lists(self.method)
-            values = {} if unknown_shape else self.method.parameters(None, None)
+            method = self.method
+            unknown_shape = method.computes or method.adds or value_lists(method)
+            values = {} if unknown_shape else method.parameters(None, None)
         self.parameters = {n: torch.nn.Parameter(x) for n, x in values.items()}
         self.backend = backend
         self.min_tokens = min_tokens
@@ -284,6 +284,12 @@ class AgentAttnProcessor(SparseAttnProcessor):
     """Agent attention (arXiv:2312.08874); options of :class:`dittfast.methods.Agent`."""
 
     method_name = "agent"
+
+
+class SLAAttnProcessor(SparseAttnProcessor):
+    """SLA (arXiv:2509.24006): a linear branch; options of :class:`dittfast.methods.SLA`."""
+
+    method_name = "sla"
 
 
 class _LastPart:

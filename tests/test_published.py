@@ -209,6 +209,7 @@ USUAL = {
     "neighborhood/hunyuan": Layout.video(30, 48, 80, text=256),
     "neighborhood/cosmos": Layout.video(16, 44, 80),
     "linear/sample-flux": Layout.image(32, 32, text=24),
+    "sla/sample-flux": Layout.image(32, 32, text=24),
     "agent/sample-flux": Layout.image(32, 32, text=24),
     "local/sd3.5": Layout.image(64, 64, text=333, text_first=False),
 }

@@ -49,7 +49,8 @@ def _summary(cls: type) -> str:
 def _kind(cls: type) -> str:
     if cls.computes:
         return "computes its own output"
-    return "planned once per size" if cls.static else "planned from q and k at every call"
+    # Of one around another method, with the one it takes by default.
+    return "planned once per size" if cls().static else "planned from q and k at every call"
 
 
 def _text(name: str, cls: type) -> str:

@@ -66,6 +66,14 @@ class Workload:
             seed=self.seed,
         )
 
+    def parameters(self, method: Method) -> dict[str, torch.Tensor]:
+        """Initial values of what the method trains in a layer, as a model in this dtype has them.
+
+        With them it computes what it computes once they are trained.
+        """
+        values = by_head(method, self.heads).parameters(self.heads, self.head_dim)
+        return {name: value.to(self.device, self.dtype) for name, value in values.items()}
+
 
 def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layout:
     """A layout of ``tokens`` tokens with frames as nearly square as they come.
@@ -80,7 +88,7 @@ def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layo
     if frames is None:
         frames = (
             math.gcd(tokens, _DEFAULT_FRAMES)
-            if method in METHODS and METHODS[method].for_videos
+            if method in METHODS and METHODS[method]().for_videos
             else 1
         )
     if frames < 1 or tokens % frames:
@@ -156,8 +164,10 @@ def bench_attention(
     def dense():
         return F.scaled_dot_product_attention(dense_q, k, v)
 
+    own = work.parameters(method)
+
     def sparse(backend):
-        return one_period(method, layout, q, k, v, backend=backend, kept=kept)
+        return one_period(method, layout, q, k, v, backend=backend, kept=kept, **own)
 
     functions = {"dense": dense, "attend": partial(sparse, backend)}
     functions |= {name: partial(sparse, name) for name in others}

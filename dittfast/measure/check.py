@@ -114,7 +114,7 @@ def check_attention(
             _check_formula(own, layout, inputs, grad, scale, weight, backend, backward)
         else:
             made, inputs, softmax_scale = method_plan(own, layout, *inputs, scale, weight, plan)
-            amount = own.amount(layout, None, None, made)
+            amount = own.amount(layout, len(group.heads), q.shape[3], made)
             check_against_dense(*inputs, grad, made, softmax_scale, backend, backward)
             first = first or made
         amounts.append((len(group.heads), amount))

@@ -103,7 +103,8 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     q, k, v, grad_out = work.inputs()
     method.prepare(layout, q.device)
     amount, plan = check_attention(method, layout, q, k, v, grad_out)
-    functions = {"attend": partial(one_period, method, layout, q, k, v)}
+    own = work.parameters(method)
+    functions = {"attend": partial(one_period, method, layout, q, k, v, **own)}
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention
         functions["dense"] = partial(dense, q, k, v)

@@ -10,6 +10,7 @@ from .neighborhood import Neighborhood
 from .radial import Radial
 from .reattention import Reattention
 from .rectified import Rectified
+from .sla import SLA
 from .sol import Sol
 from .topk import TopK
 from .vsa import Vsa
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "log_linear": LogLinear,
     "rectified": Rectified,
     "sol": Sol,
+    "sla": SLA,
     "vsa": Vsa,
     "reattention": Reattention,
     "linear": Linear,
@@ -32,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     *("METHODS", "Method"),
     *(
+        "SLA",
         "Agent",
         "Dense",
         "Linear",

@@ -70,6 +70,7 @@ class Method(ABC):
 
     Class attributes:
         computes: whether the method is of the second kind; set from what the class defines.
+        adds: whether a method that plans adds something to the softmax (:meth:`added`); likewise.
         name: short public name, the key in :data:`dittfast.methods.METHODS`.
         static: True if the plan depends on the layout alone, so that it can be cached; False if
             it is made from q and k at every call.
@@ -80,10 +81,13 @@ class Method(ABC):
         needs_hidden_states: whether :meth:`attention` looks at ``call.hidden_states``; its
             :meth:`parameters` then take their width as a third argument, ``channels``.
         per_head: options that may be a list with one value for each head: see :meth:`by_head`.
+        takes_methods: options that are methods themselves; as text, their names.
+        needs_training: whether it is meant to be run with trained parameters alone.
     """
 
     name: ClassVar[str]
     computes: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
     static: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
     for_videos: ClassVar[bool] = False
@@ -91,10 +95,13 @@ class Method(ABC):
     remembers: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
+    takes_methods: ClassVar[tuple[str, ...]] = ()
+    needs_training: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.computes = cls.attention is not Method.attention
+        cls.adds = cls.added is not Method.added
 
     def plan(
         self,
@@ -177,6 +184,31 @@ class Method(ABC):
         """
         raise ValueError(f"{self.name} has no formula to be checked against")
 
+    def added(
+        self,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: Plan,
+        kv_log_weight: torch.Tensor | None,
+        **parameters: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What a method that plans adds to attention under its plan; None for nothing.
+
+        Differentiable, and traceable. With its parameters at their initial values it adds 0: what
+        is measured of such a method is checked by its plan alone.
+
+        Args:
+            q, k, v: as :meth:`attention`, before :meth:`extend`.
+            plan: the method's own. kv_log_weight: the plan's and the call's, as in :class:`Call`.
+            parameters: those of :meth:`parameters`; missing ones have their initial values.
+
+        Returns:
+            ``[B, H, N, D]``.
+        """
+        return None
+
     def flops(self, layout: Layout, heads: int, head_dim: int) -> float:
         """FLOPs of :meth:`attention` over one sample, forward: 2 for each multiply-add.
 
@@ -224,7 +256,7 @@ class Method(ABC):
 
     @property
     def parts(self) -> tuple[Method, ...]:
-        """The methods that this one runs for its heads; none where it is no group of others."""
+        """The methods that this one runs, for some heads or all; none where it is by itself."""
         return ()
 
     def geometry(self, layout: Layout, device: torch.device) -> Any:

@@ -49,6 +49,7 @@ class Linear(Method):
 
     name: ClassVar[str] = "linear"
     needs_grid: ClassVar[bool] = False
+    needs_training: ClassVar[bool] = True
 
     hidden: int | None = None
 

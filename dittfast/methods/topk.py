@@ -53,7 +53,7 @@ class TopK(DynamicMethod):
 
     Sources: SLA (arXiv:2509.24006), VSA (arXiv:2505.13389) and Sol-Attn (arXiv:2607.24027) choose
     by means; top-k joined with top-p is SpargeAttention2's. Of these only the choice is here: SLA
-    and VSA add a trained branch, Sol-Attn the means of what was left out.
+    (:class:`SLA`) and VSA add a trained branch, Sol-Attn the means of what was left out.
 
     Args:
         block_size: tokens in a block, 8 to 256.

@@ -198,7 +198,7 @@ def _amount(method: Method, layout: Layout, cost: Cost) -> tuple[Amount, Plan | 
         draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
         with torch.no_grad():
             plan = least.plan(layout, draw(), draw(), draw())
-    return method.amount(layout, None, None, plan), plan
+    return method.amount(layout, cost.heads, cost.head_dim, plan), plan
 
 
 def _list_bytes(plan: Plan) -> int:

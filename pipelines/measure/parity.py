@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dittfast.attention import choose_backend
 from dittfast.methods import (
+    SLA,
     Agent,
     Linear,
     Local,
@@ -85,6 +86,7 @@ METHODS: dict[str, Method] = {
     "log_linear": LogLinear(block_size=16, topk=2, levels=1),
     "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
     "sol": Sol(block_size=16),
+    "sla": SLA(TopK(block_size=8, topk=2)),
     "vsa": Vsa(topk=2, cube=(2, 2, 4)),
     "reattention": Reattention(),
     "linear": Linear(),

@@ -244,7 +244,8 @@ def _measure_heads(method: Method, c: Captured, backend: str) -> CallReport:
     else:
         plan, near_k, near_v, weight, scale = method_call(method, c.layout, c.q, c.k, c.v, **given)
         out = attend(c.q, near_k, near_v, plan, kv_log_weight=weight, scale=scale, backend=backend)
-        amounts = [method.amount(c.layout, None, None, x) for x in _plans(plan, heads)]
+        shape = heads, c.q.shape[3]
+        amounts = [method.amount(c.layout, *shape, x) for x in _plans(plan, heads)]
     is_grid = torch.from_numpy(c.layout.coordinates()[:, 0] >= 0)
     if not is_grid.any():
         is_grid = torch.ones_like(is_grid)

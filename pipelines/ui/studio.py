@@ -18,6 +18,7 @@ from dittfast.config import check_fits, resolve
 from dittfast.measure.draw import block_mask
 from dittfast.methods.base import Method
 from dittfast.methods.head_groups import value_lists
+from dittfast.mixture import Mixture
 from dittfast.pictures import read_picture
 
 from ..measure.probe import capture, kept_picture, measure
@@ -219,7 +220,7 @@ class Studio:
 
 
 def _no_mask(method: Method) -> str | None:
-    if method.planner is not None and not value_lists(method) and not method.parts:
+    if method.planner is not None and not value_lists(method) and not isinstance(method, Mixture):
         return None
     return (
         f"{method.name} has no one mask of key blocks: it computes its own output, or differs by "
