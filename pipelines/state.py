@@ -221,6 +221,7 @@ class ModelState:
             and any(p.planner is not None and not p.planner.static for p in parts)
         )
         self.break_even: dict[Method, float] = {}
+        self._asked_for_training = False
         self._sparse_calls: collections.Counter = collections.Counter()
         # By method, sequences (or layout), device, dtype: every prompt length and size is an entry.
         self.cores = BytesLRU(_MOST_KEPT, _MOST_BYTES)
@@ -317,6 +318,9 @@ class ModelState:
             current = self.weakening.weakened(model, current)
         if differentiable:
             self.passes.note(current, sys._getframe())
+            self._asked_for_training = True  # whoever trains knows
+        elif is_sparse and not self._asked_for_training:
+            self._warn_if_untrained(model, runs)
         with self._counting:
             self.last = current
             self.num_passes += 1
@@ -324,6 +328,26 @@ class ModelState:
             if is_sparse:
                 self._sparse_calls.update((n, r.core.method) for n, r in runs.items() if r.core)
         return current
+
+    def _warn_if_untrained(self, model: torch.nn.Module, runs: dict[str, LayerRun]) -> None:
+        """Say, once, that a method that is meant to be trained runs as it was made."""
+        for name, run in runs.items():
+            methods = () if run.core is None else leaves(run.core.method)
+            needing = [method.name for method in methods if method.needs_training]
+            if not needing:
+                continue
+            self._asked_for_training = True
+            own = self.layers[name].parameters
+            initial = self.assignment.parameters(name, self.shapes[name][1])
+            as_made = all(torch.equal(own[n], x.to(own[n])) for n, x in initial.items())
+            if as_made and not hasattr(model, "_dittfast_adapter"):
+                logger.warning(
+                    "untrained: %s is meant to run with trained parameters, and these are as they "
+                    "were made; load an adapter (dittfast.load_adapter), or train one (dittfast "
+                    "distill)",
+                    needing[0],
+                )
+            return
 
     def _sparse_runs(
         self, step, sequences: Sequences, device, dtype, memories: dict[str, Memory] | None

@@ -1,6 +1,7 @@
 """`agent` against its formula, written densely in fp64 from the paper."""
 
 import itertools
+import logging
 import math
 
 import pytest
@@ -385,3 +386,40 @@ def test_processor_equals_enable():
     with torch.no_grad():
         processor.parameters["kernel"].add_(0.5)
     assert not torch.allclose(tiny.run(pipe), expected, atol=1e-3)
+
+
+def test_what_is_untrained_is_said_once(caplog):
+    caplog.set_level(logging.WARNING, logger="dittfast")
+    model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+    said = lambda: [r.message for r in caplog.records if "untrained" in r.message]  # noqa: E731
+
+    def draw():
+        with torch.no_grad():
+            model(**inputs)
+
+    cases = [
+        (["linear"], "linear"),
+        (["linear", {"hidden": 0}], "linear"),
+        (["agent", {"trained": True}], "agent"),
+        ([{"0": "local", "1": {"method": "linear"}}], "linear"),
+        (["agent"], None),
+        (["sla", {"sparse": "local"}], None),
+    ]
+    for (method, *options), name in cases:
+        caplog.clear()
+        with dittfast.enable(model, method, min_tokens=0, **(options[0] if options else {})):
+            draw()
+            draw()
+        assert len(said()) == (name is not None), method
+        assert name is None or f"untrained: {name} is meant" in said()[0]
+        assert name is None or "dittfast.load_adapter" in said()[0]
+    caplog.clear()
+    with dittfast.enable(model, "linear", min_tokens=0):
+        with torch.no_grad():
+            for p in method_parameters(model).values():
+                p.add_(0.1)
+        draw()
+    with dittfast.enable(model, "linear", min_tokens=0):
+        model(**inputs)  # a training pass
+        draw()
+    assert not said()
