@@ -17,7 +17,8 @@ from dittfast.methods.base import Kept, Method
 from dittfast.methods.memory import Memory
 from dittfast.plan import Plan
 
-_SDPA = F.scaled_dot_product_attention
+# Not F.scaled_dot_product_attention, which is watched.
+_SDPA = torch.ops.aten.scaled_dot_product_attention
 
 
 class PlannedLayout:
@@ -187,6 +188,10 @@ class LayerRun:
         """The same with another transform."""
         return LayerRun(self.core, transform, strength, self.parameters, self.memory)
 
+    def with_parameters(self, parameters: dict[str, torch.Tensor]) -> LayerRun:
+        """The same with these in the place of its parameters."""
+        return LayerRun(self.core, self.transform, self.strength, parameters, self.memory)
+
     def weakened(self) -> LayerRun:
         """The same in the pass in which guidance weakens heads, which keeps plans of its own."""
         if self.memory is None:
@@ -198,6 +203,53 @@ class LayerRun:
     def watched(self) -> Watched | None:
         """What the layer does differently from the stock model; None for nothing."""
         return self.core if self.core is not None else self.transform
+
+
+def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+    """What a layer gives for a call of scaled_dot_product_attention.
+
+    Args:
+        call: its arguments by name.
+        stock: PyTorch's attention, for a layer that keeps it and weakens heads after it.
+
+    Returns:
+        ``[B, H, Nq, D]``; None where another attention is meant than that over the layout's tokens.
+
+    Raises:
+        ValueError: as :func:`attend_call`.
+    """
+    watched = run.watched
+    asking, tokens = call["query"].shape[-2], call["key"].shape[-2]
+    silent = _silent_context(watched, tokens - asking)
+    if silent is None or not watched.covers(tokens):
+        return None
+    if silent != (0, 0):
+        # Text that is seen and does not look: rows of zeros ask for it, in vain.
+        call = {**call, "query": F.pad(call["query"], (0, 0, *silent))}
+    if "streams" in call:
+        call = {**call, "hidden_states": hidden_sequence(call["streams"], watched, tokens)}
+    out = stock(**call) if run.core is None else attend_call(run, call)
+    if run.transform is not None:
+        out = run.transform(out, run.strength, call)
+    return out if silent == (0, 0) else out[..., silent[0] : silent[0] + asking, :]
+
+
+def _silent_context(watched: Watched, missing: int) -> tuple[int, int] | None:
+    """Of tokens that have keys and no queries, how many stand before the others and behind.
+
+    None where they are not context at one end, so that the call is another attention than meant.
+    """
+    if 0 <= missing <= watched.text_before:
+        return missing, 0
+    return (0, missing) if missing == watched.text_behind else None
+
+
+def autocast(q: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors as autocast gives them to the stock call; as they are outside of autocast."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return [q, *others]
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return [x.to(dtype) for x in (q, *others)]
 
 
 def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.Tensor:
@@ -222,11 +274,7 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
             f"{core.method.name} has no attention dropout, got dropout_p={call['dropout_p']}; "
             "set the model's attention dropout to 0"
         )
-    q, k, v, mask = (call.get(name) for name in ("query", "key", "value", "attn_mask"))
-    if torch.is_autocast_enabled(q.device.type):
-        # As autocast does for the stock call.
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = autocast(call["query"], call["key"], call["value"])
     parameters = {n: x if x.device == q.device else x.to(q.device) for n, x in parameters.items()}
     rows = core.rows_of(q.shape[-2])
     if heads is not None:
@@ -237,14 +285,15 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
             )
         rows = tuple(row.of_heads(heads) for row in rows)
     token = rows[0].layout.grid_start if core.outer_mask else None
+    mask = call.get("attn_mask")
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
 
-    def answer(row, *tensors):
+    def attend_row(row, *tensors):
         return _attend_planned(core, parameters, run.memory, row, *tensors, scale)
 
-    out = by_rows(rows, answer, q, k, v, weight, call.get("hidden_states"))
-    if core.outer_mask and mask is not None and mask.dtype != torch.bool:
+    out = by_rows(rows, attend_row, q, k, v, weight, call.get("hidden_states"))
+    if core.outer_mask and mask is not None and mask.dtype != torch.bool and mask.shape[-2] != 1:
         out = _restore_context(out, call, rows[0].layout)
     return out
 
@@ -336,6 +385,11 @@ def _restore_context(out: torch.Tensor, call: dict, layout: Layout) -> torch.Ten
     return out
 
 
+def one_row(mask: torch.Tensor) -> torch.Tensor:
+    """An attention mask ``[..., N, N]`` of one row that was expanded, as ``[..., 1, N]``."""
+    return mask[..., :1, :] if mask.shape[-2] != 1 and mask.stride(-2) == 0 else mask
+
+
 def key_log_weight(
     mask: torch.Tensor | None, q: torch.Tensor, token: int | None = None
 ) -> torch.Tensor | None:
@@ -355,8 +409,7 @@ def key_log_weight(
         mask = mask[:, None]
     elif mask.ndim == 2:
         mask = mask[None, None]
-    if mask.shape[-2] != 1 and mask.stride(-2) == 0:
-        mask = mask[..., :1, :]  # one row, expanded
+    mask = one_row(mask)
     if mask.shape[-2] != 1 and token is None:
         raise ValueError(
             f"this layer passes an attention mask of shape {list(shape)} that may differ between "

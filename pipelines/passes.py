@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from types import FrameType
 
 import torch
 
+from .compiled import handle_of
 from .families.sequences import Sequences
 from .layer import AttentionCore, LayerRun
 from .memories import forget
@@ -35,6 +37,7 @@ class LayerState(threading.local):
         parameters: the method's trainable parameters of this layer.
         passes: the passes of its transformer.
         running: what the layer runs in the pass that is under way in this thread; None outside.
+        handle: stands for ``running`` in compiled code; None where it is as in the stock model.
         last: what it ran in this thread's last pass.
         watching: whether a call of the layer is under way in this thread.
     """
@@ -49,6 +52,7 @@ class LayerState(threading.local):
         self.parameters = parameters or {}
         self.passes = passes
         self.running: LayerRun | None = None
+        self.handle: torch.Tensor | None = None
         self.last: LayerRun | None = None
         self.watching = False
 
@@ -97,12 +101,25 @@ class Pass:
         self.ran: set[str] = set()
         self.reached: set[str] = set()
 
-    def apply(self) -> list[tuple[LayerState, LayerRun | None]]:
-        """Let the layers run this pass in this thread; what they ran before."""
-        before = [(layer, layer.running) for layer in self.layers.values()]
+    @functools.cached_property
+    def _handles(self) -> dict[str, torch.Tensor]:
+        """What stands in compiled code for the runs that differ from the stock model, by name."""
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled
+            return {}
+        return {name: handle_of(run) for name, run in self.runs.items() if run.watched is not None}
+
+    def apply(self) -> Callable[[], None]:
+        """Let the layers run this pass in this thread; what is returned undoes it."""
+        before = [(layer, layer.running, layer.handle) for layer in self.layers.values()]
         for name, layer in self.layers.items():
             layer.running = layer.last = self.runs[name]
-        return before
+            layer.handle = self._handles.get(name)
+
+        def undo():
+            for layer, run, handle in before:
+                layer.running, layer.handle = run, handle
+
+        return undo
 
     def changed(self, runs: dict[str, LayerRun]) -> Pass:
         """The pass in which some layers run something else."""
@@ -159,13 +176,12 @@ class Passes:
 
     def enter(self, current: Pass) -> Callable[[], None]:
         """Put ``current`` under way in this thread; what is returned ends it."""
-        before, layers = self._here.current, current.apply()
+        before, undo = self._here.current, current.apply()
         self._here.current = current
 
         def leave():
             self._here.current = before
-            for layer, run in layers:
-                layer.running = run
+            undo()
 
         return leave
 

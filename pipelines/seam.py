@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layer import LayerRun, attend_call, hidden_sequence
+from .compiled import attention, is_served
+from .layer import LayerRun, answer
 from .models import backend_of, stock_class
 from .passes import LayerState
 
@@ -32,18 +33,22 @@ class intercept(TorchFunctionMode):
     """Inside, ``run`` answers scaled_dot_product_attention over its layout's tokens.
 
     Args:
-        given: the hidden states of the layer's two streams, as :func:`hidden_sequence` takes them;
-            None where nobody asks for them.
+        handle: stands for ``run`` in compiled code; None has it traced.
+        streams: the hidden states of the layer's two streams, as :func:`hidden_sequence` takes
+            them; None where nobody asks for them.
 
     Attributes:
         ran: whether the layer did its projections; caches skip them.
         reached: whether it met scaled_dot_product_attention on the whole sequence.
     """
 
-    def __init__(self, run: LayerRun, given: tuple | None = None):
+    def __init__(
+        self, run: LayerRun, handle: torch.Tensor | None = None, streams: tuple | None = None
+    ):
         super().__init__()
         self.run = run
-        self.given = given
+        self.handle = handle
+        self.streams = streams
         self.shortcut = run.watched.shortcut
         self.ran = self.reached = False
 
@@ -51,16 +56,15 @@ class intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _SDPA:
             call = {**dict(zip(_SDPA_ARGUMENTS, args)), **kwargs}
-            watched = self.run.watched
-            asking, tokens = call["query"].shape[-2], call["key"].shape[-2]
-            silent = _silent_context(watched, tokens - asking)
-            if silent is not None and watched.covers(tokens):
-                if silent == (0, 0):
-                    return self._answer(func, args, kwargs, call)
-                # Text that is seen and does not look: rows of zeros ask for it, in vain.
-                call["query"] = F.pad(call["query"], (0, 0, *silent))
-                out = self._answer(func, (), call, call)
-                return out[..., silent[0] : silent[0] + asking, :]
+            if self.streams is not None:
+                call["streams"] = self.streams
+            if torch.compiler.is_compiling() and is_served(self.handle, call):
+                return attention(self.run, self.handle, call)
+            out = answer(self.run, call, func)
+            if out is not None:
+                if not torch.compiler.is_compiling():
+                    self.reached = True
+                return out
         elif func is F.linear:
             if not torch.compiler.is_compiling():
                 self.ran = True
@@ -69,28 +73,6 @@ class intercept(TorchFunctionMode):
             if out is not None:
                 return out
         return func(*args, **kwargs)
-
-    def _answer(self, func, args, kwargs, call):
-        run = self.run
-        if not torch.compiler.is_compiling():
-            self.reached = True
-        if self.given is not None:
-            tokens = call["query"].shape[-2]
-            call = {**call, "hidden_states": hidden_sequence(self.given, run.watched, tokens)}
-        out = func(*args, **kwargs) if run.core is None else attend_call(run, call)
-        if run.transform is not None:
-            out = run.transform(out, run.strength, call)
-        return out
-
-
-def _silent_context(watched, missing: int) -> tuple[int, int] | None:
-    """Of tokens that have keys and no queries, how many stand before the others and behind.
-
-    None where they are not context at one end, so that the call is another attention than meant.
-    """
-    if 0 <= missing <= watched.text_before:
-        return missing, 0
-    return (0, missing) if missing == watched.text_behind else None
 
 
 def _call(self, *args, **kwargs):
@@ -134,7 +116,7 @@ def _watch(module: torch.nn.Module, state: LayerState, call, args: tuple, kwargs
                 return call(module, *args, **kwargs)
         with (
             _watchable_backend(module, run) as own,
-            intercept(run, _given(module, run, args, kwargs)) as seen,
+            intercept(run, state.handle, _streams(module, run, args, kwargs)) as seen,
         ):
             out = call(module, *args, **kwargs)
     finally:
@@ -149,7 +131,7 @@ def _watch(module: torch.nn.Module, state: LayerState, call, args: tuple, kwargs
     return out
 
 
-def _given(module: torch.nn.Module, run: LayerRun, args: tuple, kwargs: dict) -> tuple | None:
+def _streams(module: torch.nn.Module, run: LayerRun, args: tuple, kwargs: dict) -> tuple | None:
     """The hidden states among the arguments of an attention module, where ``run`` asks for them."""
     names = run.watched.hidden_states
     if names is None:

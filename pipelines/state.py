@@ -37,10 +37,11 @@ from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
-# Plans that a transformer keeps. A plan of a long video is hundreds of megabytes.
-_MOST_KEPT, _MOST_BYTES = 32, 2**30
-# Graphs that torch.compile may make of one function: one or two for each size, method and guidance.
-_MOST_GRAPHS = 1024
+# Plans that a transformer keeps. One of a long video is hundreds of megabytes; a server of pictures
+# sees many sizes and prompt lengths.
+_MOST_KEPT, _MOST_BYTES = 256, 2**30
+# Graphs that torch.compile may make of one function.
+_MOST_GRAPHS = 64
 
 
 class _Forced(threading.local):
@@ -513,9 +514,11 @@ def _run(state: ModelState, model, call: Callable, args: tuple, kwargs: dict):
 
 
 def _room_for_graphs():
-    """Inside, and in this thread, torch.compile does not give up at the eighth size it meets.
+    """Inside, and in this thread, torch.compile does not give up at the eighth graph of a function.
 
-    A graph holds the numbers of its layout, so every size has graphs of its own, which stay.
+    Sizes, steps and methods share graphs (:mod:`.compiled`). But all of diffusers' repeated blocks
+    are one function to torch.compile, which needs most of the eight for the stock model, and again
+    for layers that dittfast answers and for those with other parameters.
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:

@@ -7,6 +7,7 @@ from patterns import Band
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dittfast
+from dittfast.mixture import Rule
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.measure.parity import TINY
 
@@ -90,3 +91,37 @@ def test_compiling_around_the_reading_of_the_layout():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"pipe\.transformer\.compile\(\)"):
         forward(torch.compile(model, backend="eager", fullgraph=True), inputs)
+
+
+MIXTURE = [Rule(parity.METHODS["local"], heads="0"), Rule(parity.METHODS["topk"], heads="1")]
+SERVED = {
+    "static": parity.METHODS["local"],
+    "dynamic": parity.METHODS["rectified"],
+    "own": dittfast.methods.Linear(hidden=0),
+    "mixture": MIXTURE,
+    "parameters": dittfast.methods.Linear(),
+}
+
+
+def test_sizes_methods_and_guidance_share_their_graphs():
+    """As many graphs as the stock model has; one more for layers with a method's parameters."""
+    model = tiny.flux_transformer(0, 1)
+    counter = CompileCounterWithBackend("eager")
+    model.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=True)
+
+    def graphs():
+        for size in (6, 10), (9, 7), (3, 13):
+            inputs = tiny.flux_inputs(*size)
+            with torch.compiler.set_stance("force_eager"):
+                expected = forward(model, inputs)
+            torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        return counter.frame_count
+
+    stock = graphs()
+    served = 2 * stock  # those of the stock model stay, for layers that are dense
+    for name, method in SERVED.items():
+        more = stock if name == "parameters" else 0
+        with dittfast.enable(model, method, backend="cpu", min_tokens=0):
+            assert graphs() == served + more, name
+            with dittfast.guide(model, heads=[(0, 0)], rows="diagonal"):
+                assert graphs() == served + more, name

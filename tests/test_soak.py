@@ -1,6 +1,7 @@
 """A server that runs for weeks: memory and objects stay flat, and sizes that return are known."""
 
 import collections
+import contextlib
 import gc
 import itertools
 import random
@@ -10,9 +11,13 @@ import torch
 from adapter_folder import make_adapter
 from distill_run import one_thread  # noqa: F401
 from tiny import flux_pipeline, run
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import dittfast
-from dittfast.methods import Local, LogLinear, Radial, Rectified
+from dittfast.methods import Dense, Local, LogLinear, Radial, Rectified
+from dittfast.pipelines.guidance.perturbation import Perturbation
+from dittfast.pipelines.measure import parity
+from dittfast.pipelines.state import ModelState
 
 METHODS = (
     Local(window=2, tile=(1, 4, 4)),
@@ -121,25 +126,79 @@ def test_changing_everything_leaves_no_objects(tmp_path):
     assert sum(more.values()) - sum(kinds.values()) < 30, more - kinds
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("guided", [False, True])
-def test_a_compiled_server_sees_forty_sizes(method, guided):
-    """In random order, and twice: nothing fails, and what it drew it draws again.
+FORTY = [(8 * h, 8 * w) for h in range(4, 12) for w in range(4, 14, 2)]
+SERVED = {**parity.METHODS, "dense": Dense(), "mixture": {"0-1": METHODS[0], "2-*": METHODS[3]}}
 
-    Traced and not translated: that graphs are found again, and how many there may be, is Dynamo's.
+
+@pytest.fixture(scope="module")
+def compiled_server():
+    """A pipeline whose blocks are compiled, and the counter of its graphs."""
+    torch._dynamo.reset()
+    pipe, counter = flux_pipeline(), CompileCounterWithBackend("eager")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
+    yield pipe, counter
+    torch._dynamo.reset()
+
+
+def serve(pipe, size):
+    return run(pipe, height=size[0], width=size[1], num_inference_steps=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVED)
+def test_a_compiled_server_sees_forty_sizes(compiled_server, name, monkeypatch):
+    """In random order, plain and guided: what eager code draws, without new graphs or plans.
+
+    Traced and not translated: how many graphs there are is Dynamo's.
     """
-    pipe = flux_pipeline()
-    dittfast.enable(pipe, method, min_tokens=0)
-    if guided:
-        dittfast.guide(pipe, heads=[(1, 0)])
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
-    sizes = [(8 * h, 8 * w) for h in range(4, 12) for w in range(4, 14, 2)]
-    draw, drawn = random.Random(0), {}
-    for size in draw.sample(sizes, 40) + draw.sample(sizes, 40):
-        found = run(pipe, height=size[0], width=size[1], num_inference_steps=1)
-        if size in drawn:
-            torch.testing.assert_close(found, drawn[size])
-        drawn[size] = found
-    assert len(drawn) == 40
+    pipe, counter = compiled_server
+    made = collections.Counter()
+
+    def count(cls, function):
+        original = getattr(cls, function)
+
+        def counting(*args, **kwargs):
+            made[f"{cls.__name__}.{function}"] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(cls, function, counting)
+
+    for cls in {type(x) for x in parity.METHODS.values() if not x.static}:
+        count(cls, "_make_geometry")
+    count(ModelState, "_make_core")
+    count(Perturbation, "__init__")
+    draw, graphs = random.Random(0), None
+    with dittfast.enable(pipe, SERVED[name], min_tokens=0), contextlib.ExitStack() as stack:
+        for guided in False, True:
+            if guided:
+                stack.enter_context(dittfast.guide(pipe, heads=[(1, 0)], rows="diagonal"))
+            drawn = {}
+            for number, size in enumerate(draw.sample(FORTY, 40)):
+                drawn[size] = serve(pipe, size)
+                if number == 5 and not guided:
+                    graphs = counter.frame_count
+            assert made, "nothing counts what is made"
+            before = made.copy()
+            for size in draw.sample(FORTY, 40):
+                torch.testing.assert_close(serve(pipe, size), drawn[size])
+            assert made == before
+            for size in FORTY[::8]:
+                with torch.compiler.set_stance("force_eager"):
+                    expected = serve(pipe, size)
+                torch.testing.assert_close(drawn[size], expected, rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == graphs
+
+
+@pytest.mark.slow
+def test_a_server_compiled_by_inductor_sees_twelve_sizes():
+    torch._dynamo.reset()
+    pipe = flux_pipeline(double=1, single=1)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    for method in METHODS[0], METHODS[3]:
+        with dittfast.enable(pipe, method, min_tokens=0):
+            for size in random.Random(1).sample(FORTY, 12):
+                found = serve(pipe, size)
+                with torch.compiler.set_stance("force_eager"):
+                    expected = serve(pipe, size)
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()

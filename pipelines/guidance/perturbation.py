@@ -7,17 +7,17 @@ import threading
 import torch
 
 from dittfast.attention import method_attention
+from dittfast.cache import BytesLRU
 from dittfast.layout import Layout
 from dittfast.methods.head_guidance import HeadGuidance, soft_pag
 from dittfast.methods.local import Local
 from dittfast.plan import Plan, to_be_kept
 
-from ..families.sequences import Sequences
 from ..layer import by_rows, key_log_weight
 from ..passes import Pass
 
-# Sequences whose perturbation is kept: a server sees a new one with every prompt length.
-_KEPT = 8
+# What is kept of sequences: a server sees a new one with every prompt length.
+_MOST_KEPT, _MOST_BYTES = 256, 2**28
 
 
 class Perturbation:
@@ -96,7 +96,7 @@ class HeadWeakening:
         self._strengths = strengths
         self._lock = threading.Lock()
         self._moved: dict[torch.device, dict[str, torch.Tensor]] = {}
-        self._perturbations: dict[tuple[Sequences, torch.device], Perturbation] = {}
+        self._perturbations = BytesLRU(_MOST_KEPT, _MOST_BYTES)
 
     def __deepcopy__(self, memo):
         return HeadWeakening(self.config, self._strengths)
@@ -108,17 +108,16 @@ class HeadWeakening:
             if device not in self._moved:
                 moved = {name: x.to(device) for name, x in self._strengths.items()}
                 self._moved[device] = moved
-            key = current.sequences, device
-            if key not in self._perturbations:
-                while len(self._perturbations) >= _KEPT:
-                    del self._perturbations[next(iter(self._perturbations))]
-                self._perturbations[key] = Perturbation(
-                    self.config.rows,
-                    current.sequences.by_length(),
-                    device,
-                    model._dittfast.family.outer_mask,
-                )
-            perturbation, strengths = self._perturbations[key], self._moved[device]
+            strengths = self._moved[device]
+        perturbation = self._perturbations.get(
+            (current.sequences, device),
+            lambda: Perturbation(
+                self.config.rows,
+                current.sequences.by_length(),
+                device,
+                model._dittfast.family.outer_mask,
+            ),
+        )
         return current.changed(
             {
                 name: run.weakened().changed(perturbation, strengths[name])
