@@ -209,7 +209,7 @@ def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> tor
     """What a layer gives for a call of scaled_dot_product_attention.
 
     Args:
-        call: its arguments by name.
+        call: its arguments by name, and the layer's ``streams`` where it asks for hidden states.
         stock: PyTorch's attention, for a layer that keeps it and weakens heads after it.
 
     Returns:
@@ -219,16 +219,20 @@ def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> tor
         ValueError: as :func:`attend_call`.
     """
     watched = run.watched
+    streams = call.get("streams")
+    call = {name: x for name, x in call.items() if name != "streams"}
     asking, tokens = call["query"].shape[-2], call["key"].shape[-2]
     silent = _silent_context(watched, tokens - asking)
     if silent is None or not watched.covers(tokens):
         return None
     if silent != (0, 0):
         # Text that is seen and does not look: rows of zeros ask for it, in vain.
-        call = {**call, "query": F.pad(call["query"], (0, 0, *silent))}
-    if "streams" in call:
-        call = {**call, "hidden_states": hidden_sequence(call["streams"], watched, tokens)}
-    out = stock(**call) if run.core is None else attend_call(run, call)
+        call["query"] = F.pad(call["query"], (0, 0, *silent))
+    out = stock(**call) if run.core is None else None
+    if streams is not None:
+        call["hidden_states"] = hidden_sequence(streams, watched, tokens)
+    if out is None:
+        out = attend_call(run, call)
     if run.transform is not None:
         out = run.transform(out, run.strength, call)
     return out if silent == (0, 0) else out[..., silent[0] : silent[0] + asking, :]

@@ -74,7 +74,7 @@ class _AttnProcessor(abc.ABC):
         if run is None:
             return stock(*arguments)
         given = hidden_states, encoder_hidden_states
-        with intercept(run, given if run.watched.hidden_states else None) as seen:
+        with intercept(run, streams=given if run.watched.hidden_states else None) as seen:
             out = stock(*arguments)
         if not torch.compiler.is_compiling():
             check_reached(run, seen.ran, seen.reached, attn)

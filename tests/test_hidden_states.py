@@ -15,7 +15,7 @@ from dittfast.attention import method_attention
 from dittfast.methods import METHODS, Dense
 from dittfast.methods.base import Method
 from dittfast.methods.head_groups import Group, HeadGroups
-from dittfast.pipelines import layer, seam
+from dittfast.pipelines import layer
 from dittfast.pipelines.adapter import method_parameters
 from dittfast.pipelines.families.tiny import TINY
 from dittfast.pipelines.models import known_family
@@ -144,6 +144,19 @@ def test_gradients_and_checkpointing_in_two_orders():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_gradients_reach_them_through_a_compiled_model():
+    model, inputs = tiny.flux_transformer(1, 1), tiny.flux_inputs()
+    with dittfast.enable(model, Gated(), min_tokens=0):
+        expected = gradients(model, inputs)
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager", fullgraph=True)
+        found = gradients(model, inputs)
+        torch._dynamo.reset()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_compiled_and_as_a_processor(monkeypatch):
     model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
     with torch.no_grad():
@@ -166,7 +179,7 @@ def test_who_does_not_ask_pays_nothing(monkeypatch):
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr(seam, "hidden_sequence", never)
+    monkeypatch.setattr(layer, "hidden_sequence", never)
     model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
     with dittfast.enable(model, "local", min_tokens=0), torch.no_grad():
         model(**inputs)
