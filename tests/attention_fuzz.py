@@ -31,17 +31,29 @@ import numpy as np
 import oracle
 import random_plans
 import test_functional
+import test_linear
 import test_local
 import test_log_linear
 import test_neighborhood
 import test_radial
 import test_rectified
 import test_sol
+import test_topk
 
 from dittfast.attention import attend
 from dittfast.files import write_json
 from dittfast.layout import Context, Grid, Layout
-from dittfast.methods import Local, LogLinear, Neighborhood, Radial, Rectified, Sol
+from dittfast.methods import (
+    Linear,
+    Local,
+    LogLinear,
+    Neighborhood,
+    Radial,
+    Rectified,
+    Sol,
+    TopK,
+)
+from dittfast.methods.topk import ORDERS, SCORES
 from dittfast.plan import METRICS
 from dittfast.testing import assert_within_budget, attention_inputs
 
@@ -53,6 +65,8 @@ KINDS = {
     "log_linear": 8,
     "rectified": 7,
     "sol": 7,
+    "topk": 10,
+    "linear": 8,
 }
 DTYPES = {
     "float32": torch.float32,
@@ -64,7 +78,7 @@ BACKENDS = {"native": 45, "cpu": 40, "reference": 14, "triton": 1}
 
 
 class Refused(Exception):
-    """The backend does not take such tensors, and says so."""
+    """The backend does not take such tensors, and says so; or the case has no one answer."""
 
 
 def weighted(draw: random.Random, choices: dict[str, int]) -> str:
@@ -139,15 +153,19 @@ def with_gradients(call, tensors, grad_out, grad_lse):
 
 
 def compare(method, layout, mask, case):
-    """A static method's plan, run, against dense attention under a painted mask."""
+    """A method's plan, run, against dense attention under a painted mask.
+
+    Args:
+        mask: ``[N, N]``, or for a method that chooses a function of q and k, ``[B, H, N, N]``.
+    """
     batch = len(layout.context_lengths or (0,))
     q, k, v, grad = attention_inputs(
         batch, 2, layout.num_tokens, case["head_dim"], dtype=case["dtype"], scale=case["size"]
     )
     grad_lse = torch.randn(q.shape[:3])
     scale = case["head_dim"] ** -0.5
-    mask, weight = torch.as_tensor(mask), hidden(layout)
-    plan = method.plan(layout)
+    mask, weight = torch.as_tensor(mask(q, k) if callable(mask) else mask), hidden(layout)
+    plan = method.plan(layout) if method.static else method.plan(layout, q, k)
 
     def ours(q, k, v):
         more_k, more_v = method.extend(layout, k, v, **method.parameters(2, case["head_dim"]))
@@ -160,7 +178,8 @@ def compare(method, layout, mask, case):
             k, v = (test_functional.with_summaries(x, layout, even) for x in (k, v))
         count = k.shape[2] - layout.num_tokens
         # Text does not see the summaries.
-        wide = torch.cat([mask, on_grid(layout)[:, None].expand(-1, count)], 1)
+        more = on_grid(layout)[:, None].expand(*mask.shape[:-1], count)
+        wide = torch.cat([mask, more], -1)
         more = None if weight is None else torch.nn.functional.pad(weight, (0, count))
         return dense(q, k, v, wide, more, scale)
 
@@ -326,10 +345,48 @@ def sol_case(draw, case):
     dynamic(test_sol.check, method, layout, case)
 
 
-def dynamic(check, method, layout, case):
+def topk_case(draw, case):
+    layout = random_layout(draw, most=100)
+    case["layout"] = shape_of(layout)
+    method = TopK(
+        block_size=draw.choice((8, 16)),
+        topk=draw.choice((None, 1, 3, 0.3, 1000, (1, 4))),
+        topp=draw.choice((None, None, 0.5, 0.9, (0.2, 0.7))),
+        score=draw.choice(SCORES),
+        sub_block=draw.choice((1, 3, 4, 16)),
+        order=draw.choice(ORDERS),
+    )
+    only_wide(case)
+
+    def mask(q, k):
+        # What is nearer than fp32 can tell is chosen either way.
+        return test_topk.expected_mask(layout, method, q, k, q.shape[-1] ** -0.5, undecided=1e-5)
+
+    try:
+        compare(method, layout, mask, case)
+    except test_topk.Undecided as error:
+        raise Refused(str(error)) from error
+
+
+def linear_case(draw, case):
+    layout = random_layout(draw)
+    case |= {"layout": shape_of(layout), "backend": "none"}  # plain PyTorch
+    method, dtype = Linear(hidden=draw.choice((0, 3, None))), case["dtype"]
+    own = {n: x.to(dtype) for n, x in test_linear.trained(method, 2, case["head_dim"]).items()}
+    found = test_linear.both(layout, own, 2, 2, case["head_dim"], case["size"], dtype)
+    for name, *values in zip(*found):
+        judge(name, *values)
+
+
+def only_wide(case):
     """Choices that rounding could turn are none that fp32 settles: half precision is left out."""
     if case["dtype"] not in (torch.float32, torch.float64):
         case["dtype"] = torch.float32
+
+
+def dynamic(check, method, layout, case):
+    """A method that chooses, by the check of its own tests."""
+    only_wide(case)
     batch = len(layout.context_lengths or (0,))
     check(
         method,
@@ -352,6 +409,8 @@ CASES = {
     "log_linear": log_linear_case,
     "rectified": rectified_case,
     "sol": sol_case,
+    "topk": topk_case,
+    "linear": linear_case,
 }
 
 
@@ -360,7 +419,7 @@ def run_case(seed: int, number: int) -> dict:
 
     Raises:
         AssertionError: a wrong result.
-        Refused: the backend does not take it.
+        Refused: the backend does not take it, or rounding decides.
     """
     draw = random.Random(f"{seed} {number}")
     torch.manual_seed(draw.randrange(2**31))
@@ -431,7 +490,7 @@ def main(argv=None) -> int:
     done = state["next"] - options.start
     print(table(counts))
     print(f"\n{done} cases of seed {state['seed']}: {len(state['wrong'])} wrong")
-    print(f"{state['refused']} refused by the backend; wrong: {state['wrong'][:20]}")
+    print(f"{state['refused']} refused or left to rounding; wrong: {state['wrong'][:20]}")
     return bool(state["wrong"])
 
 

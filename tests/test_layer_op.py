@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dittfast import Layout
 from dittfast.methods.linear import Linear
+from dittfast.methods.memory import Lasting, Memory, Tally
 from dittfast.pipelines import compiled
 from dittfast.pipelines.guidance.perturbation import Perturbation
 from dittfast.pipelines.layer import AttentionCore, LayerRun, PlannedLayout
@@ -99,6 +100,20 @@ def test_the_backward_pass_runs_what_its_forward_pass_ran():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_plans_last_and_are_counted():
+    """What torch.compile would trace can keep nothing; the op does, as outside of a graph."""
+    traced = torch.compile(call, backend="eager", fullgraph=True)
+    layout, tally = LAYOUTS[0], Tally()
+    memory = Memory(Lasting(every=2), tally)
+    run = LayerRun(core(METHODS["rectified"], layout), memory=memory)
+    q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 16)
+    for step in range(4):
+        memory.begin(step)
+        traced(run, compiled.handle_of(run), q, k, v)
+    assert (tally.made, tally.again) == (2, 2)
+    assert run.core.planned[0][0].calls > 0
+
+
 def test_another_attention_inside_the_layer_stays_what_it_is():
     """Over tokens that are not the layout's, and text that is seen but does not look."""
     traced = torch.compile(call, backend="aot_eager", fullgraph=True)
@@ -122,6 +137,33 @@ def test_autocast_reaches_it():
         found = traced(run, compiled.handle_of(run), q, k, v.bfloat16())
     assert found.dtype == expected.dtype == torch.bfloat16
     assert torch.equal(found, expected)
+
+
+def test_autocast_inside_of_the_graph_is_gone_when_the_op_runs():
+    def inside(*inputs, **more):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*inputs, **more)
+
+    traced = torch.compile(inside, backend="aot_eager", fullgraph=True)
+    run = run_of("weakened alone", LAYOUTS[0])
+    q, k, v, _ = attention_inputs(1, 2, LAYOUTS[0].num_tokens, 16)
+    mask = torch.randn(1, 1, 1, k.shape[2])
+    expected = inside(run, None, q, k, v, attn_mask=mask)
+    found = traced(run, compiled.handle_of(run), q, k, v, attn_mask=mask)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_only_of_what_asks_for_them():
+    traced = torch.compile(call, backend="aot_eager", fullgraph=True)
+    run = run_of("local", LAYOUTS[0])
+    q, k, v, grad_out = attention_inputs(1, 2, LAYOUTS[0].num_tokens, 16)
+    found = []
+    for function in traced, call:
+        leaf = v.clone().requires_grad_()
+        function(run, compiled.handle_of(run), q, k, leaf).backward(grad_out)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_errors_are_those_of_eager_code():
