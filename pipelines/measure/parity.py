@@ -178,7 +178,8 @@ def _cell(name, method, model, inputs, stock, noise) -> Cell:
     *ours, reference = outputs.values()
     error = max(distance(x, reference) for x in ours)
     change = distance(reference, stock)
-    exact = density == 1 or chosen.remembers  # what keeps values over a run is exact without one
+    # What keeps values over a run is exact without one.
+    exact = density == 1 or METHODS[method].remembers
     if exact:
         error, change = max(error, change), 0.0
     problem = None
