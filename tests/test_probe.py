@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import dittfast
 from dittfast import Layout
-from dittfast.methods import Local, LogLinear, Rectified
+from dittfast.attention import method_attention, method_call
+from dittfast.methods import Local, LogLinear, Reattention, Rectified, Vsa
 from dittfast.pipelines.measure import probe
 
 CALL = {
@@ -66,6 +67,26 @@ def test_captured_tensors_give_the_layers_own_output():
     (c,) = found
     out = stock(c.q, c.k, c.v)
     torch.testing.assert_close(out, seen[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Vsa(topk=3, cube=(1, 4, 4)), Reattention(0.2)])
+def test_draws_the_planner_of_a_method_that_computes(captured, method):
+    c = captured[0]
+    plan = method_call(method.planner, c.layout, c.q, c.k, c.v).plan
+    report, planned = probe.measure(method, c), probe.measure(method.planner, c)
+    for head, same in zip(report.heads, planned.heads):
+        assert (head.density, head.mass) == (same.density, same.mass)
+        assert head.work == method.amount(c.layout, 2, 16).work
+    dense = F.scaled_dot_product_attention(c.q, c.k, c.v)
+    assert torch.equal(report.plan.to_block_mask(), plan.to_block_mask())
+    if method.remembers:  # a refresh
+        assert max(head.error for head in report.heads) < 1e-5
+    else:
+        expected = method_attention(method, c.layout, c.q, c.k, c.v)
+        grid = c.layout.coordinates()[:, 0] >= 0
+        error = (expected - dense)[0, 0, grid].norm() / dense[0, 0, grid].norm()
+        assert report.heads[0].error == pytest.approx(float(error), rel=1e-4)
+    assert probe.kept_picture([report]).size == probe.kept_picture([planned]).size
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,17 @@ def test_bad_inputs():
         ReattentionAttnProcessor().begin(-1)
 
 
+def test_its_mask_is_drawn(tmp_path, capsys):
+    from dittfast.cli import main
+
+    picture = tmp_path / "mask.png"
+    asked = ["plan", "--height", "16", "--width", "16", "--set", "density=0.1"]
+    assert main([*asked, "--method", "reattention", "-o", str(picture)]) == 0
+    band = near(Layout.image(16, 16), Reattention(0.1))
+    assert f"density   {band.double().mean():.4f}" in capsys.readouterr().out
+    assert picture.stat().st_size > 1000
+
+
 def test_what_is_measured_is_a_mean_over_its_period(monkeypatch):
     from dittfast.measure import bench
 
