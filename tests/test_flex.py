@@ -24,7 +24,7 @@ from dittfast.attention import choose_backend, method_call, not_supported_reason
 from dittfast.kernels import capabilities, equal_blocks, flex
 from dittfast.layout import make_blocks
 from dittfast.measure import bench
-from dittfast.plan import Plan
+from dittfast.plan import TAIL, Plan
 from dittfast.testing import attention_inputs, eager_attention
 
 
@@ -195,6 +195,8 @@ METHODS = {
     "rectified": (methods.Rectified(block_size=16, topk=2), Layout.image(9, 10, text=5)),
     "neighborhood": (methods.Neighborhood(window=3), Layout.image(9, 10, text=5)),
     "topk": (methods.TopK(block_size=16, topk=2), Layout.image(9, 10, text=5)),
+    "sol": (methods.Sol(block_size=16, tau=0.5), Layout.image(9, 10, text=5)),
+    "sol, a tail per query": (methods.Sol(block_size=16, tail="query"), Layout.image(9, 10)),
     "padded text": (
         methods.Local(window=3),
         Layout.image(9, 10, text=12, text_lengths=[12, 4]),
@@ -210,7 +212,7 @@ def check_method(name, dtype):
     found = attend(q, near_k, near_v, plan, backend="flex", **options)
     wide = [x.double() for x in (q, near_k, near_v)]
     exact = attend(*wide, plan, backend="reference", **options)
-    plain = plan.replace(out_scale=None, out_residual=None)
+    plain = plan.replace(**dict.fromkeys(("out_scale", "out_residual", *TAIL)))
     eager = eager_attention(q, near_k, near_v, plain.to_dense_mask(), scale, plan.kv_log_weight)
     raw = attend(*wide, plain, backend="reference", **options)
     floor = float((eager.double() - raw).abs().max())
@@ -337,11 +339,16 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def compare(seed, dtype, metric, lse, size=1.0):
-    """One of the plans of :func:`test_compiled_once`, against the oracle."""
+def compare(seed, dtype, metric, lse, size=1.0, groups=1):
+    """One of the plans of :func:`test_compiled_once`, against the oracle.
+
+    Args:
+        groups: query heads of each key head.
+    """
     draw = torch.Generator().manual_seed(seed)
     upto = lambda n: int(torch.randint(1, n + 1, (), generator=draw))  # noqa: E731
-    counts = [8 + upto(8), 16 + upto(16)]
+    # With one block more for lse, 32 key blocks would be of the next class of sizes.
+    counts = [8 + upto(8), 16 + upto(15)]
     # Every block but one is short, so there is padding.
     lengths = [
         torch.randint(1, 17, (n,), generator=draw).index_fill_(0, torch.tensor(0), 16)
@@ -360,7 +367,9 @@ def compare(seed, dtype, metric, lse, size=1.0):
     if upto(2) == 1:
         weight = torch.randn(1, 1, total[1], generator=draw)
         weight[torch.rand(weight.shape, generator=draw) < 0.3] = -torch.inf
-    q, k, v, _ = attention_inputs(1, 2, total[0], 16, total[1], dtype, size, seed=seed)
+    heads = 2 * groups
+    q, k, v, _ = attention_inputs(1, heads, total[0], 16, total[1], dtype, size, seed=seed)
+    k, v = k[:, ::groups], v[:, ::groups]
     options = dict(kv_log_weight=weight, return_lse=True)
     exact, expected = attend(*(x.double() for x in (q, k, v)), plan, backend="reference", **options)
     found = attend(q, k, v, plan, backend="flex", **(options | {"return_lse": lse}))
@@ -390,15 +399,15 @@ def test_compiled_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", ["disc", "raster", None])
+@pytest.mark.parametrize("metric, groups", [("disc", 1), ("raster", 2), ("box", 1), (None, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_thousand_plans(dtype, metric):
-    """Three graphs: one for the output, two for lse."""
+def test_a_thousand_plans(dtype, metric, groups):
+    """125 plans each, of one form: three graphs, one for the output and two for lse."""
     torch._dynamo.reset()
     flex._compiled.cache_clear()
     before = graphs()
-    for seed in range(167):
-        compare(seed, dtype, metric, lse=True, size=1.0 if seed % 3 else 4.0)
+    for seed in range(125):
+        compare(seed, dtype, metric, lse=True, size=1.0 if seed % 3 else 4.0, groups=groups)
     assert graphs() - before == 3
 
 
