@@ -63,12 +63,26 @@ def _cudnn():
     return cudnn_backend
 
 
+def _flash4():
+    from .kernels import flash4_backend, triton_backend  # noqa: F401 (some of its gradients)
+
+    return flash4_backend
+
+
+def _flashinfer():
+    from .kernels import flashinfer_backend, triton_backend  # noqa: F401 (its gradients)
+
+    return flashinfer_backend
+
+
 BACKENDS = {
     "triton": _triton,
     "native": _native,
     "cpu": _cpu,
     "flex": _flex,
+    "flash4": _flash4,
     "cudnn": _cudnn,
+    "flashinfer": _flashinfer,
     "reference": _reference,
 }
 # What "auto" tries on each type of device, the fastest first.

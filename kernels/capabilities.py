@@ -150,7 +150,9 @@ def refusals(backend, asked: Demand) -> list[str]:
 
     Of several :class:`Capabilities` those speak that lack least.
     """
-    lacking = [_lacks(one, asked) for one in variants_of(backend)]
+    variants = variants_of(backend)
+    known = tuple(dict.fromkeys(name for one in variants for name in one.architectures))
+    lacking = [_lacks(one, asked, known) for one in variants]
     _, reasons = min(lacking, key=lambda x: (x[0], len(x[1])))
     if reasons:
         return reasons
@@ -164,16 +166,21 @@ def fitting(backend, asked: Demand) -> Capabilities:
     return next(one for one in variants_of(backend) if not _lacks(one, asked)[1])
 
 
-def _lacks(one: Capabilities, asked: Demand) -> tuple[bool, list[str]]:
-    """Whether it is for other devices, and all that it lacks."""
+def _lacks(one: Capabilities, asked: Demand, known: tuple[str, ...] = ()) -> tuple[bool, list[str]]:
+    """Whether it is for other devices, and all that it lacks.
+
+    Args:
+        known: the architectures of all capabilities of the backend.
+    """
     reasons = []
     elsewhere = bool(one.devices) and asked.device.type not in one.devices
     if elsewhere:
         reasons.append(f"it runs on {' and '.join(one.devices)}, got tensors on {asked.device}")
     else:
         name = architecture_of(asked.device) if one.architectures else None
-        if name is not None and name not in one.architectures:
-            reasons.append(f"it knows the architectures {', '.join(one.architectures)}, not {name}")
+        elsewhere = name is not None and name not in one.architectures
+        if elsewhere:
+            reasons.append(f"it knows the architectures {', '.join(known)}, not {name}")
     if asked.dtype not in one.dtypes:
         *names, got = (dtype_name(x) for x in (*one.dtypes, asked.dtype))
         reasons.append(f"it computes {', '.join(names)}, got {got}")

@@ -55,6 +55,50 @@ def slots_of_tokens(one: Side, num_tokens: int) -> torch.Tensor:
     return slots.new_empty(num_tokens + 1).index_copy_(0, tokens, slots)[:-1]
 
 
+def to_slots(x: torch.Tensor, one: Side | None, is_gradient: bool = False) -> torch.Tensor:
+    """``[B, H, tokens, ...]`` as ``[B, H, slots, ...]``, contiguous.
+
+    Args:
+        is_gradient: zeros in padding: what is there repeats a token, and would count twice.
+    """
+    if one is None:
+        return x.contiguous()
+    slots = x.index_select(2, one.tokens)
+    if is_gradient and one.padding is not None:
+        padding = one.padding.view(-1, *(1,) * (x.ndim - 3))
+        slots = slots.masked_fill(padding, 0)
+    return slots
+
+
+def to_tokens(x: torch.Tensor, one: Side | None, num_tokens: int) -> torch.Tensor:
+    """``[B, H, slots, ...]`` as ``[B, H, tokens, ...]``."""
+    return x if one is None else x.index_select(2, slots_of_tokens(one, num_tokens))
+
+
+def in_slots(x: torch.Tensor | None, one: Side | None) -> torch.Tensor | None:
+    """``[positions]`` as ``[slots]``."""
+    return x if x is None or one is None else x[one.positions]
+
+
+def slot_bias(
+    weight: torch.Tensor | None, keys: Side | None, pads: bool = True
+) -> torch.Tensor | None:
+    """``[B|1, H|1, slots]`` fp32: log weights of keys, and -inf in padding; None for neither.
+
+    Args:
+        weight: ``[B|1, H|1, tokens]``.
+        pads: whether padding alone is worth a bias.
+    """
+    bias = None if weight is None else weight.float()
+    if bias is not None and keys is not None:
+        bias = bias[..., keys.tokens]
+    if keys is not None and keys.padding is not None and (pads or bias is not None):
+        hidden = torch.zeros(keys.padding.shape, device=keys.padding.device)
+        hidden = hidden.masked_fill(keys.padding, -torch.inf)
+        bias = hidden[None, None] if bias is None else bias + hidden
+    return None if bias is None else bias.contiguous()
+
+
 class Lists(NamedTuple):
     """Key blocks of each query block, in part and in full, in lists with room for every block.
 

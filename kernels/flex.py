@@ -24,10 +24,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dittfast.plan import METRICS, PlanTensors, TokenRule, query_blocks
+from dittfast.plan import METRICS, PlanTensors, TokenRule
 
+from . import epilogue
 from .capabilities import ANY, Capabilities, architecture_of
-from .equal_blocks import Lists, Side, lists, side, slots_of_tokens
+from .equal_blocks import Lists, in_slots, lists, side, slot_bias, to_tokens
 from .op import define_backend
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -192,26 +193,17 @@ class _Call:
     def extras(self) -> Extras:
         """Log weights, padding and the token rule."""
         t, keys = self.t, self.keys
-        bias = t.kv_log_weight
-        if bias is not None:
-            bias = bias.float()
-            bias = bias if keys is None else bias[..., keys.tokens]
-        if keys is not None and keys.padding is not None:
-            hidden = torch.zeros(keys.padding.shape, device=self.k.device)
-            hidden = hidden.masked_fill(keys.padding, -torch.inf)
-            bias = hidden[None, None] if bias is None else bias + hidden
+        bias = slot_bias(t.kv_log_weight, keys)
         if not t.metric:
-            return Extras(None if bias is None else bias.contiguous())
-        first = (_in_slots(x, self.queries) for x in (t.q_frame, t.q_place))
-        last = (_in_slots(x, self.queries) for x in (t.q_frame_last, t.q_place_last))
-        of_keys = (_in_slots(x, keys) for x in (t.kv_frame, t.kv_place))
+            return Extras(bias)
+        first = (in_slots(x, self.queries) for x in (t.q_frame, t.q_place))
+        last = (in_slots(x, self.queries) for x in (t.q_frame_last, t.q_place_last))
+        of_keys = (in_slots(x, keys) for x in (t.kv_frame, t.kv_place))
         return Extras(bias, rule=(t.limits, *first, *of_keys, *last))
 
     def by_token(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, slots, ...]`` in the order of tokens."""
-        if self.queries is None:
-            return x
-        return x.index_select(2, slots_of_tokens(self.queries, self.num_queries))
+        return to_tokens(x, self.queries, self.num_queries)
 
 
 def _block(size: int) -> int:
@@ -222,11 +214,6 @@ def _block(size: int) -> int:
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """``x`` in one of two orders of memory, heads before or after tokens; each has its graph."""
     return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
-
-
-def _in_slots(x: torch.Tensor | None, one: Side | None) -> torch.Tensor | None:
-    """``[positions]`` as ``[slots]``."""
-    return x if x is None or one is None else x[one.positions]
 
 
 def _rounded_up(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -304,7 +291,7 @@ def forward(q, k, v, t: PlanTensors, scale: float):
             lse = _lse_on_cpu(q, k, t, scale)
         else:
             lse = q.new_full(q.shape[:-1], torch.nan, dtype=torch.float32)
-    return _with_epilogue(call.by_token(out), t).to(q.dtype), lse
+    return epilogue.apply(call.by_token(out), t).to(q.dtype), lse
 
 
 def _tells_lse(device: torch.device) -> bool:
@@ -350,18 +337,6 @@ def _share_of_one_more(q, k, t: PlanTensors, scale: float, logit: torch.Tensor) 
     return call.by_token(share)[..., 0]
 
 
-def _with_epilogue(out: torch.Tensor, t: PlanTensors) -> torch.Tensor:
-    """``out_scale * out + out_residual`` in fp32, where the plan has them."""
-    if t.out_scale is None and t.out_residual is None:
-        return out
-    out, blocks = out.float(), query_blocks(t)
-    if t.out_scale is not None:
-        out = out * t.out_scale.float()[:, :, blocks, None]
-    if t.out_residual is not None:
-        out = out + t.out_residual.float()[:, :, blocks]
-    return out
-
-
 def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
     """Gradients of q, k, v and, where the plan has them, of out_scale and out_residual.
 
@@ -378,7 +353,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float
         own, own_lse = call.by_token(own), call.by_token(own_lse)
         if len(leaves) == 3:
             grad_out, grad_lse = _of_its_part(grad_out, grad_lse, out, lse, own, own_lse)
-        outputs, grads = [_with_epilogue(own, t)], [grad_out]
+        outputs, grads = [epilogue.apply(own, t)], [grad_out]
         if grad_lse is not None:
             outputs, grads = [*outputs, own_lse], [*grads, grad_lse]
         grads = [g.to(x.dtype) for g, x in zip(grads, outputs)]

@@ -178,6 +178,20 @@ def _no_backward(name: str) -> Callable:
     return backward
 
 
+def backward_of(name: str) -> Callable:
+    """The backward pass of another backend, by its op, which whoever loads both has registered.
+
+    Backends do not import each other. For :func:`define_backend`, where an engine has none.
+    """
+
+    def backward(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
+        op = getattr(torch.ops.dittfast, f"attend_{name}_backward").default
+        given = *op_tensors(t), list(t[_NUM_TENSORS:]), scale
+        return op(grad_out, grad_lse, q, k, v, out, lse, *given)
+
+    return backward
+
+
 def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, tensors, *more):
     inputs = [x for x in (q, k, v, *_ends(more)) if x is not None]
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]

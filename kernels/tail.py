@@ -15,7 +15,10 @@ from collections.abc import Callable
 
 import torch
 
-from dittfast.plan import PlanTensors, query_blocks
+from dittfast.plan import TAIL, PlanTensors, query_blocks
+
+from . import epilogue
+from .epilogue import sum_rows
 
 # Values computed at once: bounds memory.
 _VALUES = 1 << 26
@@ -41,28 +44,17 @@ def with_tail(forward: Callable, backward: Callable) -> tuple[Callable, Callable
         if t.tail_lse is None:
             return forward(q, k, v, t, scale)
         out, lse = merged(q, k, v, t, scale)
-        kind = out.dtype
-        if t.out_scale is not None:
-            out = out * _per_query(t.out_scale[..., None], t, out).to(lse)
-        if t.out_residual is not None:
-            out = out + _per_query(t.out_residual, t, out).to(lse)
-        return out.to(kind), lse
+        return epilogue.apply(out, t).to(out.dtype), lse
 
     def backward_with(grad_out, grad_lse, q, k, v, out, lse, t: PlanTensors, scale: float):
         if t.tail_lse is None:
             return *backward(grad_out, grad_lse, q, k, v, out, lse, t, scale), None, None
         grad_scale = grad_residual = None
-        if t.out_scale is not None or t.out_residual is not None:
+        if epilogue.has_epilogue(t):
             # Undoing the epilogue would lose what rounding, or a large residual, has taken.
             out, lse = merged(q, k, v, t, scale)
-            rows, count = query_blocks(t, out.shape[2]), t.q_starts.numel()
-            wide = grad_out.to(lse)
-            if t.out_residual is not None:
-                grad_residual = sum_rows(wide, rows, count)
-            if t.out_scale is not None:
-                dot = (wide * out).sum(-1, keepdim=True)
-                grad_scale = sum_rows(dot, rows, count)[..., 0]
-                grad_out = (wide * _per_query(t.out_scale[..., None], t, out).to(lse)).to(q.dtype)
+            grad_out, grad_scale, grad_residual = epilogue.gradients(grad_out, out, t)
+            grad_out = grad_out.to(q.dtype)
         grads = backward(grad_out, grad_lse, q, k, v, out, lse, _bare(t), scale)
         ends = gradients(grad_out, grad_lse, out, lse, t)
         return *grads[:3], grad_scale, grad_residual, *ends
@@ -107,37 +99,12 @@ def gradients(grad_out, grad_lse, out, lse, t: PlanTensors) -> tuple[torch.Tenso
     return torch.cat(logits, 1)[..., 0], torch.cat(values, 1)
 
 
-def sum_rows(x: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
-    """``[B, H, count, D]``: the sums of ``x [B, H, N, D]`` over tokens of equal ``row [N]``.
-
-    In the same order in every run.
-    """
-    if x.device.type == "cpu":
-        return x.new_zeros(*x.shape[:2], count, x.shape[3]).index_add_(2, row, x)
-    return sum_segments(x, row, count)
-
-
-def sum_segments(x: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
-    """:func:`sum_rows` where index_add_ uses atomics."""
-    by = torch.argsort(row, stable=True)
-    edges = torch.searchsorted(row[by], torch.arange(count + 1, device=row.device))
-    flat = x.permute(2, 0, 1, 3).flatten(1).index_select(0, by)
-    sums = torch.segment_reduce(flat, "sum", offsets=edges, axis=0, unsafe=True, initial=0)
-    return sums.view(count, *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3)
-
-
 def _bare(t: PlanTensors) -> PlanTensors:
-    none = ("tail_lse", "tail_value", "tail_index", "out_scale", "out_residual")
-    return t._replace(**dict.fromkeys(none))
+    return t._replace(**dict.fromkeys((*TAIL, *epilogue.EPILOGUE)))
 
 
 def _index(t: PlanTensors, out: torch.Tensor) -> torch.Tensor:
     return query_blocks(t, out.shape[2]) if t.tail_index is None else t.tail_index.long()
-
-
-def _per_query(x: torch.Tensor, t: PlanTensors, out: torch.Tensor) -> torch.Tensor:
-    """Per-query-block values ``[..., nQ, D]`` by token, as ``out`` is."""
-    return x.index_select(-2, query_blocks(t, out.shape[2]))
 
 
 def _portions(out: torch.Tensor) -> list[slice]:

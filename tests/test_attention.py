@@ -272,7 +272,8 @@ BAD_CALLS = [
         tensors(),
         PLAN,
         {"backend": "gpu"},
-        "backend must be auto, triton, native, cpu, flex, cudnn, reference; got 'gpu'",
+        "backend must be auto, triton, native, cpu, flex, flash4, cudnn, flashinfer, reference; "
+        "got 'gpu'",
     ),
 ]
 

@@ -1,13 +1,10 @@
 """The cudnn backend against an emulator of the package's contract. No GPU is here to run it."""
 
-import ast
-import importlib.metadata
 import itertools
-import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
+import engines
 import pytest
 import torch
 from random_plans import (
@@ -21,7 +18,7 @@ from random_plans import (
 
 from dittfast import Layout, attend, methods
 from dittfast.attention import not_supported_reasons
-from dittfast.kernels import capabilities, cudnn_backend
+from dittfast.kernels import capabilities, cudnn_backend, wheels
 from dittfast.plan import Plan
 
 VERSION = "1.32.0"
@@ -83,11 +80,7 @@ def emulator(monkeypatch):
         block_sparse_attention_backward=emulated_backward,
     )
     monkeypatch.setitem(sys.modules, "cudnn", package)
-    monkeypatch.setattr(cudnn_backend, "machine_reasons", lambda asked: [])
-    here = tuple(replace(x, devices=("cpu",)) for x in cudnn_backend.CAPABILITIES)
-    monkeypatch.setattr(cudnn_backend, "CAPABILITIES", here)
-    for module in (cudnn_backend, capabilities):
-        monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
+    engines.as_on_a_gpu(monkeypatch, cudnn_backend, "sm_90")
 
 
 ENDS = {"out_scale": torch.rand(1, 2, 4) + 0.5, "out_residual": torch.randn(1, 1, 4, 128)}
@@ -113,33 +106,18 @@ def test_a_tail(emulator):
     blocks = even_blocks(200, 64)
     plan = random_plan(blocks, even_blocks(100, 50), **random_tail(blocks, 128))
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, n, 128, generator=draw).bfloat16() for n in (200, 100, 100))
-    found = []
-    for backend, dtype in (("cudnn", torch.bfloat16), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, plan, backend=backend)
-        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-    for ours, exact in zip(*found):
-        assert float((ours.double() - exact).abs().max()) <= 0.02 * float(exact.abs().max())
+    inputs = [torch.randn(1, 2, n, 128, generator=draw).bfloat16() for n in (200, 100, 100)]
+    engines.assert_gradients("cudnn", plan, inputs)
 
 
-METHODS = {
-    "radial": (methods.Radial(block_size=64), Layout.video(5, 6, 7, text=7)),
-    "rectified": (methods.Rectified(block_size=64, topk=2), Layout.image(15, 16, text=5)),
-    "topk": (methods.TopK(block_size=64, topk=2), Layout.image(15, 16, text=5)),
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", engines.FULL_BLOCKS)
 def test_methods(emulator, name):
-    method, layout = METHODS[name]
-    draw = torch.Generator().manual_seed(0)
-    shape = 1, 2, layout.num_tokens, 64
-    q, k, v = (torch.randn(shape, generator=draw).half() for _ in range(3))
-    plan = method.plan(layout) if method.static else method.plan(layout, q, k, v)
-    out = attend(q, k, v, plan, backend="cudnn")
-    exact = attend(*(x.double() for x in (q, k, v)), plan, backend="reference")
-    assert float((out.double() - exact).abs().max()) <= 2e-3 * float(exact.abs().max())
+    engines.assert_exact("cudnn", *engines.FULL_BLOCKS[name])
+
+
+@pytest.mark.parametrize("name", engines.RULES_AND_WEIGHTS)
+def test_methods_that_it_cannot_run(emulator, name):
+    engines.assert_refused("cudnn", name)
 
 
 def test_what_it_does_not_take_is_said_and_who_does(emulator):
@@ -198,42 +176,27 @@ def test_which_gpus_and_tensors(monkeypatch, architecture, dim, dtype, backward,
 @pytest.mark.parametrize(
     "version, cutlass, message",
     [
-        (None, True, "nvidia-cudnn-frontend is not installed (pip install"),
-        ("1.14.1", True, "nvidia-cudnn-frontend is 1.14.1, and 1.32 is needed"),
-        ("1.32.0", False, "nvidia-cutlass-dsl is not installed"),
-        ("1.40.2", True, None),
+        (None, "4.8.1", "nvidia-cudnn-frontend is not installed (pip install"),
+        ("1.14.1", "4.8.1", "nvidia-cudnn-frontend is 1.14.1, and 1.32.0 is needed"),
+        ("1.32.0", None, "nvidia-cutlass-dsl is not installed"),
+        ("1.40.2", "4.8.1", None),
     ],
 )
 def test_the_wheel(monkeypatch, version, cutlass, message):
-    there = {"cudnn": version is not None, "cutlass": cutlass}
-    find = lambda name: object() if there[name] else None  # noqa: E731
-    monkeypatch.setattr(cudnn_backend.importlib.util, "find_spec", find)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    there = {"nvidia-cudnn-frontend": version, "nvidia-cutlass-dsl": cutlass}
+    monkeypatch.setattr(wheels, "installed_version", there.get)
     reasons = cudnn_backend.machine_reasons(None)
     assert [x[: len(message)] for x in reasons] == [message] if message else reasons == []
-
-
-def parameters(function: ast.FunctionDef) -> list[tuple[str, str | None]]:
-    """Names in order, keyword-only ones after "*", each with its default."""
-    given = function.args
-    defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults
-    pairs = [*zip(given.args, defaults), (ast.arg("*"), None)]
-    pairs += zip(given.kwonlyargs, given.kw_defaults)
-    return [(x.arg, None if default is None else ast.unparse(default)) for x, default in pairs]
 
 
 @pytest.mark.slow
 def test_the_emulator_has_the_signatures_of_the_wheel(tmp_path):
     """Read, not imported: that takes a GPU's libraries."""
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]
-    subprocess.run([*install, f"nvidia-cudnn-frontend=={VERSION}"], check=True, timeout=600)
-    source = (tmp_path / "cudnn/block_sparse_attention/api.py").read_text(encoding="utf-8")
-    theirs = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
-    with open(__file__, encoding="utf-8") as file:
-        ours = {n.name: n for n in ast.parse(file.read()).body if isinstance(n, ast.FunctionDef)}
+    package = engines.wheel(tmp_path, f"nvidia-cudnn-frontend=={VERSION}") / "cudnn"
+    theirs = engines.signatures(package / "block_sparse_attention/api.py")
+    ours = engines.signatures(__file__)
     for name in ("forward", "backward"):
-        theirs_of_it = parameters(theirs[f"block_sparse_attention_{name}"])
-        assert parameters(ours[f"emulated_{name}"]) == theirs_of_it
+        assert ours[f"emulated_{name}"] == theirs[f"block_sparse_attention_{name}"]
 
 
 def test_full_blocks_are_listed_for_every_head(emulator):

@@ -20,7 +20,7 @@ from test_waits import watched
 import dittfast
 from dittfast import Capabilities, Plan, attend
 from dittfast.attention import BACKENDS, not_supported_reasons
-from dittfast.kernels import tail
+from dittfast.kernels import epilogue, tail
 from dittfast.kernels.capabilities import LACKS
 from dittfast.measure.check import check_against_dense, detached
 from dittfast.testing import attention_inputs
@@ -128,14 +128,15 @@ def test_in_portions(monkeypatch):
 def test_sums_without_atomics_are_those_of_index_add(count):
     row = torch.randint(0, count, (300,))
     x = torch.randn(2, 3, 300, 5, dtype=torch.float64)
-    found = tail.sum_segments(x, row, count)
-    torch.testing.assert_close(found, tail.sum_rows(x, row, count))
+    found = epilogue.sum_segments(x, row, count)
+    torch.testing.assert_close(found, epilogue.sum_rows(x, row, count))
 
 
 @pytest.mark.parametrize("per", TAILS)
 def test_merging_does_not_wait_for_a_device(per, monkeypatch):
     """What is put around a backend on a GPU."""
-    monkeypatch.setattr(tail, "sum_rows", tail.sum_segments)
+    for module in (tail, epilogue):
+        monkeypatch.setattr(module, "sum_rows", epilogue.sum_segments)
     plan = tailed(per)
     n = plan.q_blocks.count
     plan = plan.replace(out_scale=torch.ones(1, 1, n), out_residual=torch.ones(1, 1, n, 16))

@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     even.add_argument("--frames", type=whole(), metavar="N", help="(default: 1; 16 for radial)")
     for task in (attention, even):
         task.add_argument(
-            "--backend", default="auto", help="auto, triton, native, cpu, flex, cudnn or reference"
+            "--backend",
+            default="auto",
+            help="auto, triton, native, cpu, flex, flash4, cudnn, flashinfer or reference",
         )
     grows = tasks.add_parser(
         "growth", help="time and plan memory over the number of tokens", epilog=growth.EXAMPLE

@@ -21,6 +21,9 @@ CALL = (
     "true_cfg_scale", "negative_prompt", "max_sequence_length",
 )  # fmt: skip
 
+# Written out, so that --help needs no torch.
+BACKEND_NAMES = "auto, triton, native, cpu, flex, flash4, cudnn, flashinfer or reference"
+
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """``--model``."""
@@ -160,7 +163,7 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help="auto, triton, native, cpu, flex, cudnn or reference",
+        help=BACKEND_NAMES,
     )
 
 
