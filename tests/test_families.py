@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 import dittfast
 from dittfast import Layout
 from dittfast.layout import Context, Grid
-from dittfast.pipelines import layer
+from dittfast.pipelines import layer, state
 from dittfast.pipelines.families import FAMILIES
 from dittfast.pipelines.families.sequences import Sequences, joint, last_grid, patches
 from dittfast.pipelines.measure import parity
@@ -405,7 +405,8 @@ def test_sequences_told_by_length():
     assert patches((9, 8), 2) == Grid(1, 4, 4)
 
 
-def test_caches_of_a_long_running_server_are_bounded():
+def test_caches_of_a_long_running_server_are_bounded(monkeypatch):
+    monkeypatch.setattr(state, "_MOST_KEPT", 32)
     model, inputs = TINY["cogview4"].build()
     del inputs["attention_mask"]
     with dittfast.enable(model, METHODS["local"], backend="cpu", min_tokens=0):
