@@ -119,11 +119,11 @@ def test_compiled_flex_attention_beside_attend():
 @pytest.mark.parametrize(
     "tokens, method, frames, shape",
     [
-        (16384, "local", None, (1, 128, 128)),
-        (16384, "radial", None, (16, 32, 32)),
-        (1000, "radial", None, (8, 5, 25)),
-        (97, "local", None, (1, 1, 97)),
-        (24, "local", 3, (3, 2, 4)),
+        (16384, methods.Local(), None, (1, 128, 128)),
+        (16384, methods.Radial(), None, (16, 32, 32)),
+        (1000, methods.SLA(methods.Radial()), None, (8, 5, 25)),
+        (97, methods.SLA(methods.Local()), None, (1, 1, 97)),
+        (24, methods.Local(), 3, (3, 2, 4)),
     ],
 )
 def test_layouts_of_a_number_of_tokens(tokens, method, frames, shape):

@@ -219,7 +219,7 @@ def test_compiled_whole_without_a_break():
     "sparse, words",
     [
         (Linear(), r"sparse cannot be Linear\(\): its output is no attention under one plan"),
-        (SLA(), r"sparse cannot be SLA\(\): its output is no attention under one plan"),
+        (SLA(), r"sparse cannot be SLA\(TopK\(\)\): its output is no attention under one plan"),
         (Dense(), r"sparse cannot be Dense\(\): it leaves nothing out"),
         (Local(window=(3, 4)), "it has a plan for each head; name heads in rules"),
         ("topk", "sparse must be a method, got 'topk'"),

@@ -224,7 +224,7 @@ def _bytes_of_token(work) -> int:
     return 100 + each * (8 if work.backward else 4)
 
 
-def _layout(args, work, method: str):
+def _layout(args, work, method):
     from dittfast.layout import Layout
     from dittfast.measure.bench import layout_for
 
@@ -255,7 +255,7 @@ def _attention(args, methods, work) -> dict:
             f"--table runs both dtypes, forward and with backward, and {given} one of them; leave "
             "out --table, or that"
         )
-    cases = [(m, replace(work, layout=_layout(args, work, m.name))) for m in methods]
+    cases = [(m, replace(work, layout=_layout(args, work, m))) for m in methods]
     options = dict(repeats=args.repeats, flex=args.flex, backend=args.backend)
     if args.backend == "auto" and work.device == "cpu":
         options["compare"] = ("native", "cpu")

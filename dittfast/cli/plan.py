@@ -124,6 +124,7 @@ def _numbers(plan, method, layout, args) -> dict:
 
     full, listed = (int(x.sum()) for x in (plan.kv_num_full_blocks, plan.kv_num_blocks))
     tensors = [x for x in plan.tensors() if hasattr(x, "element_size")]
+    dense = 4.0 * plan.num_queries * plan.num_real_keys * args.head_dim * args.heads
     return {
         "method": method.to_dict(),
         "frames": args.frames,
@@ -134,8 +135,8 @@ def _numbers(plan, method, layout, args) -> dict:
         "tokens": plan.num_queries,
         "keys": plan.num_keys,
         "density": plan.density,
-        "flops": plan.flops(args.head_dim, args.heads),
-        "dense_flops": 4.0 * plan.num_queries * plan.num_real_keys * args.head_dim * args.heads,
+        "flops": dense * method.amount(layout, args.heads, args.head_dim, plan).work,
+        "dense_flops": dense,
         "head_dim": args.head_dim,
         "heads": args.heads,
         "blocks": [plan.q_blocks.count, plan.kv_blocks.count],

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from ..attention import attend, choose_backend, method_attention, not_supported_reasons
 from ..layout import Layout
-from ..methods import METHODS
 from ..methods.amount import dense_flops
 from ..methods.base import Method
 from ..methods.head_groups import by_head, split
@@ -75,7 +74,7 @@ class Workload:
         return {name: value.to(self.device, self.dtype) for name, value in values.items()}
 
 
-def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layout:
+def layout_for(tokens: int, method: Method | None = None, frames: int | None = None) -> Layout:
     """A layout of ``tokens`` tokens with frames as nearly square as they come.
 
     Without ``frames`` it is an image, or for methods that need a video one of up to 16 frames.
@@ -86,11 +85,8 @@ def layout_for(tokens: int, method: str = "", frames: int | None = None) -> Layo
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if frames is None:
-        frames = (
-            math.gcd(tokens, _DEFAULT_FRAMES)
-            if method in METHODS and METHODS[method]().for_videos
-            else 1
-        )
+        of_frames = method is not None and method.for_videos
+        frames = math.gcd(tokens, _DEFAULT_FRAMES) if of_frames else 1
     if frames < 1 or tokens % frames:
         raise ValueError(f"{tokens} tokens do not fill {frames} frames; give height and width")
     area = tokens // frames
@@ -310,7 +306,7 @@ def break_even(
         work: its layout is replaced.
     """
     for count in sorted(tokens):
-        layout = layout_for(count, method.name, frames)
+        layout = layout_for(count, method, frames)
         case = replace(work, layout=layout)
         yield bench_attention(method, case, repeats=repeats, flex=False, backend=backend)
 

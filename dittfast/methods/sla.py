@@ -142,6 +142,10 @@ class SLA(Method):
     def scale(self, layout: Layout, head_dim: int) -> float | None:
         return self._inner.scale(layout, head_dim)
 
+    def words(self) -> str:
+        features = f", features={self.features!r}" if self.features != FEATURES[0] else ""
+        return f"SLA({self._inner.words()}{features})"
+
     def to_dict(self) -> dict:
         sparse = None
         if self.sparse is not None:
