@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from formula import attention_by
 
 import dittfast
 from dittfast import Layout, functional
@@ -349,29 +350,14 @@ def test_enabled_it_is_its_formula_in_every_layer():
     assert described.density is None and described.work > 0
     assert torch.equal(tiny.run(pipe), stock)
 
-    method, sdpa, inside = Agent(**options), F.scaled_dot_product_attention, []
+    method = Agent(**options)
 
-    def by_formula(query, key, value, **_):
-        wide = [x.double() for x in (query, key, value)]
-        mine = {n: x.double() for n, x in inside[-1].items()}
-        valid = torch.ones(len(query), query.shape[2])
-        return dense(method, layout, *wide, mine, valid.double()).to(query)
+    def formula(parameters, q, k, v):
+        mine = {n: x.double() for n, x in parameters.items()}
+        return dense(method, layout, q, k, v, mine, torch.ones(len(q), q.shape[2]).double())
 
-    def enter(name):
-        def hook(*_):
-            inside.append(own[name])
-            F.scaled_dot_product_attention = by_formula
-
-        return hook
-
-    def leave(*_):
-        F.scaled_dot_product_attention = sdpa
-
-    for name, module in pipe.transformer.named_modules():
-        if name in own:
-            module.register_forward_pre_hook(enter(name))
-            module.register_forward_hook(leave, always_call=True)
-    torch.testing.assert_close(tiny.run(pipe), found, rtol=1e-4, atol=1e-4)
+    with attention_by(pipe.transformer, own, formula):
+        torch.testing.assert_close(tiny.run(pipe), found, rtol=1e-4, atol=1e-4)
     assert float((found - stock).abs().max()) > 1e-3
 
 

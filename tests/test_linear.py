@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from formula import attention_by
 
 import dittfast
 from dittfast import Layout, functional
@@ -229,27 +230,11 @@ def test_enabled_it_is_its_formula_in_every_layer(monkeypatch):
     assert "FLOPs" in str(described) and "density" not in str(described)
     assert torch.equal(tiny.run(pipe), stock)
 
-    sdpa, inside = F.scaled_dot_product_attention, []
+    def formula(parameters, q, k, v):
+        return dense(q, k, v, parameters, torch.ones(1, q.shape[2]))
 
-    def by_formula(query, key, value, **_):
-        wide = [x.double() for x in (query, key, value)]
-        return dense(*wide, inside[-1], torch.ones(1, query.shape[2])).to(query)
-
-    def enter(name):
-        def hook(*_):
-            inside.append(own[name])
-            F.scaled_dot_product_attention = by_formula
-
-        return hook
-
-    def leave(*_):
-        F.scaled_dot_product_attention = sdpa
-
-    for name, module in pipe.transformer.named_modules():
-        if name in own:
-            module.register_forward_pre_hook(enter(name))
-            module.register_forward_hook(leave, always_call=True)
-    torch.testing.assert_close(tiny.run(pipe), found, rtol=1e-4, atol=1e-4)
+    with attention_by(pipe.transformer, own, formula):
+        torch.testing.assert_close(tiny.run(pipe), found, rtol=1e-4, atol=1e-4)
     assert float((found - stock).abs().max()) > 1e-3
 
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
+from formula import attention_by
 
 import dittfast
 from dittfast import Layout, Plan, functional
@@ -317,27 +317,13 @@ def test_enabled_it_is_its_formula_in_every_layer():
     assert described.density == density and described.work > density
     assert torch.equal(tiny.run(pipe), stock)
 
-    plan, sdpa, inside = sparse.plan(layout), F.scaled_dot_product_attention, []
+    plan = sparse.plan(layout)
 
-    def by_formula(query, key, value, **_):
-        wide = [x.double() for x in (query, key, value, inside[-1])]
-        return dense(plan, "softmax", *wide, query.shape[-1] ** -0.5).to(query)
+    def formula(projection, q, k, v):
+        return dense(plan, "softmax", q, k, v, projection.double(), q.shape[-1] ** -0.5)
 
-    def enter(name):
-        def hook(*_):
-            inside.append(own[name])
-            F.scaled_dot_product_attention = by_formula
-
-        return hook
-
-    def leave(*_):
-        F.scaled_dot_product_attention = sdpa
-
-    for name, module in pipe.transformer.named_modules():
-        if name in own:
-            module.register_forward_pre_hook(enter(name))
-            module.register_forward_hook(leave, always_call=True)
-    torch.testing.assert_close(tiny.run(pipe), found, rtol=1e-4, atol=1e-4)
+    with attention_by(pipe.transformer, own, formula):
+        torch.testing.assert_close(tiny.run(pipe), found, rtol=1e-4, atol=1e-4)
     assert float((found - alone).abs().max()) > 1e-3
 
 
