@@ -39,6 +39,7 @@ import test_radial
 import test_rectified
 import test_sol
 import test_topk
+import test_vsa
 
 from dittfast.attention import attend
 from dittfast.files import write_json
@@ -52,6 +53,7 @@ from dittfast.methods import (
     Rectified,
     Sol,
     TopK,
+    Vsa,
 )
 from dittfast.methods.topk import ORDERS, SCORES
 from dittfast.plan import METRICS
@@ -67,6 +69,7 @@ KINDS = {
     "sol": 7,
     "topk": 10,
     "linear": 8,
+    "vsa": 7,
 }
 DTYPES = {
     "float32": torch.float32,
@@ -378,6 +381,16 @@ def linear_case(draw, case):
         judge(name, *values)
 
 
+def vsa_case(draw, case):
+    layout = random_layout(draw, most=100)
+    case["layout"] = shape_of(layout)
+    method = Vsa(
+        topk=draw.choice((1, 2, 3, 0.1, 0.5, 1.0)),
+        cube=(draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)),
+    )
+    dynamic(test_vsa.check, method, layout, case)
+
+
 def only_wide(case):
     """Choices that rounding could turn are none that fp32 settles: half precision is left out."""
     if case["dtype"] not in (torch.float32, torch.float64):
@@ -411,6 +424,7 @@ CASES = {
     "sol": sol_case,
     "topk": topk_case,
     "linear": linear_case,
+    "vsa": vsa_case,
 }
 
 

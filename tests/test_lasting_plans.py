@@ -12,7 +12,7 @@ import torch
 
 import dittfast
 from dittfast import Schedule
-from dittfast.methods import Local, LogLinear, Rectified
+from dittfast.methods import Local, LogLinear, Rectified, Vsa
 from dittfast.pipelines.adapter import method_parameters
 
 LOG_LINEAR = LogLinear(block_size=8, topk=1, levels=1)
@@ -199,6 +199,13 @@ def test_heads_with_options_of_their_own_keep_plans_of_their_own():
 def test_bad_values(options, words):
     with pytest.raises(ValueError, match=words):
         Schedule(**options)
+
+
+def test_the_planner_of_a_method_that_computes_lasts_too():
+    pipe = tiny.flux_pipeline()
+    with dittfast.enable(pipe, Vsa(2, (1, 4, 4)), min_tokens=0, replan_every=99) as enabled:
+        draw(pipe)
+        assert any("4 made, used again 16 times" in note for note in enabled.describe().notes)
 
 
 def test_static_plans_need_no_steps():

@@ -100,7 +100,9 @@ def test_steps_of_a_run(name, mask):
             assert_within_budget(f"step {step}, {what}", *values, floor=16)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    "backend", ["native", "reference", pytest.param("triton", marks=pytest.mark.slow)]
+)
 def test_every_backend_with_fewer_key_heads(backend):
     layout, method = LAYOUTS["text first, padded"], Reattention(0.3, every=9, growth=0.5)
     memory, hand = Memory(), ByHand(layout, method)
