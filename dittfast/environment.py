@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -94,6 +95,14 @@ def reset_peak_memory(device) -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back_memory() -> None:
+    """Let the C library give the system what it keeps of freed memory, where it can (glibc)."""
+    import ctypes
+
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device) -> int | None:

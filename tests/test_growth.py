@@ -6,10 +6,12 @@ import json
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from dittfast.cli import main
 from dittfast.layout import Layout
+from dittfast.measure import growth as growth_module
 from dittfast.measure.bench import Workload
 from dittfast.measure.check import WrongResult
 from dittfast.measure.growth import exponent, growing_layout, growth
@@ -45,6 +47,14 @@ def test_rows_and_exponents():
         exponent([384, 512, 1024], [row["pairs"] for row in seen])
     )
     assert all(row["dense_seconds"]["p50"] > 0 for row in seen)
+
+
+def test_memory_of_a_call_is_that_of_its_tensors():
+    small = [torch.ones(1 << 12) for _ in range(4096)]  # the C library keeps these 64 MB
+    del small
+    for n in (1 << 22, 1 << 24):
+        found = growth_module._call_bytes(lambda n=n: torch.ones(n).sum(), torch.device("cpu"))
+        assert found is None or 0.9 < found / (4 * n) < 1.2
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

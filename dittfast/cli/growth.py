@@ -50,7 +50,7 @@ def run(args, methods, work) -> dict:
     for method in methods:
         frame = tuple(args.frame) if method.for_videos else None
         print(f"\n{method!r}")
-        print(f"{'tokens':>8}{'density':>14}{'plan':>10}{'time':>10}{'dense':>10}")
+        print(f"{'tokens':>8}{'density':>18}{'plan':>10}{'memory':>10}{'time':>10}{'dense':>10}")
         result = growth(
             method, args.tokens, work, frame=frame, repeats=args.repeats, on_row=_print_row
         )
@@ -69,10 +69,11 @@ def run(args, methods, work) -> dict:
 def _print_row(row: dict) -> None:
     from dittfast.measure.summary import kept
 
-    dense = row["dense_seconds"]
+    dense, memory = row["dense_seconds"], row["call_bytes"]
     print(
-        f"{row['tokens']:>8}{kept(row['density'], row['work'], 4):>14}"
+        f"{row['tokens']:>8}{kept(row['density'], row['work'], 4):>18}"
         f"{compact(row['plan_bytes'], 'B'):>10}"
+        f"{'-' if memory is None else compact(memory, 'B'):>10}"
         f"{seconds(row['seconds']['p50']):>10}"
         f"{'-' if dense is None else seconds(dense['p50']):>10}",
         flush=True,

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 
 from ..cache import nbytes
+from ..environment import give_back_memory, peak_memory, reset_peak_memory
 from ..layout import Layout
 from ..methods.base import Method
 from ..methods.head_groups import by_head
 from .bench import Workload, one_period
 from .check import check_attention
-from .timing import clock_for, interleaved_seconds, percentiles
+from .timing import clock_for, interleaved_seconds, percentiles, synchronize
 
 # Longest sequence on which plain dense attention is timed beside the method.
 _DENSE_TOKENS = 16384
@@ -70,7 +71,8 @@ def growth(
     Returns:
         ``{"method", "frame", "rows", "exponents"}``, plain values. ``exponents`` are slopes in
         log-log scale of the median ``seconds``, of ``plan_bytes`` (what is kept of the layout;
-        None where that is nothing) and of the ``pairs`` computed, or of as many FLOPs.
+        None where that is nothing), of ``call_bytes`` (by how much memory in use rises at most in
+        a call; None where that is not known) and of the ``pairs`` computed, or of as many FLOPs.
 
     Raises:
         WrongResult: a result is wrong. ValueError: lengths that do not work.
@@ -85,6 +87,7 @@ def growth(
     fitted = {
         "seconds": exponent(counts, [row["seconds"]["p50"] for row in rows]),
         "plan_bytes": exponent(counts, [row["plan_bytes"] for row in rows]),
+        "call_bytes": exponent(counts, [row["call_bytes"] for row in rows]),
         "pairs": exponent(counts, [row["pairs"] for row in rows]),
     }
     return {
@@ -108,6 +111,7 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention
         functions["dense"] = partial(dense, q, k, v)
+    call_bytes = _call_bytes(functions["attend"], q.device)
     # The check was the warm-up.
     times = interleaved_seconds(functions, repeats, q.device, warmup=0, clock=clock_for(q.device))
     kept = by_head(method, work.heads).keep(layout, q.device) if plan is None else plan
@@ -119,6 +123,19 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
         "pairs": amount.work * float(layout.num_tokens) ** 2,
         "plan_bytes": nbytes(kept),
         "seconds": percentiles(s / method.period for s in times["attend"]),
+        "call_bytes": call_bytes,
         "dense_seconds": percentiles(times["dense"]) if "dense" in times else None,
         "rounds": repeats,
     }
+
+
+def _call_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """By how much the memory in use rises at most in a call; None where nobody knows."""
+    give_back_memory()  # of earlier calls: a peak in it would not be seen
+    if not reset_peak_memory(device):
+        return None
+    before = peak_memory(device)
+    call()
+    synchronize(device)
+    peak = peak_memory(device)
+    return None if before is None or peak is None else max(0, peak - before)
