@@ -11,7 +11,7 @@ import torch
 from dittfast.plan import PlanTensors, transpose_lists
 
 from .capabilities import Capabilities
-from .launch_sizes import ARCHITECTURES, KernelConfig, launch_config
+from .launch_sizes import ARCHITECTURES, KernelConfig, LaunchConfig, launch_config
 from .op import define_backend, empty_outputs
 
 try:
@@ -131,23 +131,28 @@ def _by_query(kernel, values: dict, t: PlanTensors, config: KernelConfig) -> Cal
     return Call(kernel, programs * q_parts, values, config)
 
 
-def forward_call(q, k, v, out, lse, t: PlanTensors, scale: float, capability) -> Call:
+def forward_call(
+    q, k, v, out, lse, t: PlanTensors, scale: float, capability, config: LaunchConfig | None = None
+) -> Call:
+    """The forward's launch; ``config`` instead of the device's launch sizes, to compare them."""
     values = {**_common(q, k, v, t, scale), **dict(out=out, lse=lse), **_strides("o", out)}
-    config = launch_config(q.shape[3], q.dtype, capability).forward
-    return _by_query(block_sparse.forward_kernel, values, t, config)
+    config = config or launch_config(q.shape[3], q.dtype, capability)
+    return _by_query(block_sparse.forward_kernel, values, t, config.forward)
 
 
 def backward_calls(
-    grad_out, grad_lse, q, k, v, out, lse, grads, t: PlanTensors, scale: float, capability
-) -> list[Call]:
+    grad_out, grad_lse, q, k, v, out, lse, grads, t: PlanTensors, scale: float, capability,
+    config: LaunchConfig | None = None,
+) -> list[Call]:  # fmt: skip
     """The backward's launches, in order.
 
     Args:
+        config: instead of the device's launch sizes, to compare them.
         grads: contiguous ``(dq, dk, dv, d out_scale or None, d out_residual or None)`` to fill,
             the last two fp32 per batch row, head and query block.
     """
     dq, dk, dv, d_out_scale, d_out_residual = grads
-    config = launch_config(q.shape[3], q.dtype, capability)
+    config = config or launch_config(q.shape[3], q.dtype, capability)
     rows = dict(dtype=torch.float32, device=q.device)
     values = {
         **_common(q, k, v, t, scale),

@@ -100,3 +100,7 @@ def test_the_command(capsys, tmp_path):
     assert data["dense_seconds"] == pytest.approx(cost["attention"] / 8 / 1613e12, rel=1e-3)
     assert set(data["methods"]["local"]) == {"triton", "flash4", "cudnn"}
     assert "seconds of attention in a pass on 8 GPUs, the exchange" in capsys.readouterr().out
+
+
+def test_groups_that_share_heads():
+    assert [roofline.sharing(WORK, count) for count in (1, 2, 6, 8, 24, 1024)] == [1, 2, 2, 8, 8, 8]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from time import perf_counter
 
-from . import growth, overhead
+from . import gpu_day, growth, overhead
 from .options import (
+    BACKEND_NAMES,
     add_json_argument,
     attention_words,
     check_backend,
@@ -36,6 +37,7 @@ examples:
   dittfast bench break-even --method local
   dittfast bench growth --method log_linear --method radial --plot growth.png
   dittfast bench overhead --model wan --heads 2
+  dittfast bench gpu --json gpu.json
 
 dittfast bench TASK --help shows a task's options and more examples. The numbers are written as JSON
 where --json says so.
@@ -90,16 +92,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     even.add_argument("--frames", type=whole(), metavar="N", help="(default: 1; 16 for radial)")
     for task in (attention, even):
-        task.add_argument(
-            "--backend",
-            default="auto",
-            help="auto, triton, native, cpu, flex, flash4, cudnn, flashinfer or reference",
-        )
+        task.add_argument("--backend", default="auto", help=BACKEND_NAMES)
     grows = tasks.add_parser(
         "growth", help="time and plan memory over the number of tokens", epilog=growth.EXAMPLE
     )
     _add_common(grows)
     growth.add_arguments(grows)
+    day = tasks.add_parser(
+        "gpu", help="all engines at all lengths on a GPU, in minutes", epilog=gpu_day.EXAMPLE
+    )
+    _add_work(day, head_dim=False)
+    gpu_day.add_arguments(day)
     over = tasks.add_parser(
         "overhead",
         help="what enabling costs a model that leaves nothing out",
@@ -131,9 +134,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_work(parser: argparse.ArgumentParser):
+def _add_work(parser: argparse.ArgumentParser, head_dim: bool = True):
     work = parser.add_argument_group("work")
-    work.add_argument("--head-dim", type=whole(), default=64, metavar="N", help="(default: 64)")
+    if head_dim:
+        work.add_argument("--head-dim", type=whole(), default=64, metavar="N", help="(default: 64)")
     work.add_argument("--heads", type=whole(), default=4, metavar="N", help="(default: 4)")
     work.add_argument("--batch", type=whole(), default=1, metavar="N", help="(default: 1)")
     work.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
@@ -210,7 +214,7 @@ def _workload(args):
         Layout.image(1, 1),
         args.batch,
         args.heads,
-        args.head_dim,
+        max(args.head_dims) if "head_dims" in args else args.head_dim,
         getattr(torch, dtype),
         device,
         getattr(args, "backward", False),
@@ -385,5 +389,6 @@ TASKS = {
     "attention": _attention,
     "break-even": _break_even,
     "growth": growth.run,
+    "gpu": gpu_day.run,
     "overhead": overhead.run,
 }

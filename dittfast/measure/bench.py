@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -104,6 +105,7 @@ def bench_attention(
     compare: tuple[str, ...] = (),
     most_seconds: float | None = None,
     brief: bool = False,
+    dense_kernels: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict:
     """Check, then time dense attention, ``method`` and compiled flex_attention in turns.
 
@@ -117,6 +119,8 @@ def bench_attention(
             the call; checks and compiling take their share of it.
         brief: take processor time where one CPU thread computes, count the checks as the warm-up,
             and time dense attention on 1,024 of the query rows.
+        dense_kernels: more kernels of dense attention to time, by name, each with what holds
+            PyTorch to it.
 
     Returns:
         A row of plain values. ``work`` is the part of dense attention's FLOPs that is computed:
@@ -124,7 +128,8 @@ def bench_attention(
         computes its own output. ``useful_efficiency`` is the median over rounds of (dense seconds
         * density / attend seconds), with work where there is no density: 1 means that every pair
         kept costs what it costs in dense attention. ``flex`` holds seconds, or under ``not_run``
-        why there are none; ``others`` has the same for each backend of ``compare``.
+        why there are none; ``others`` has the same for each backend of ``compare``, and
+        ``dense_kernels`` for each of those.
 
     Raises:
         WrongResult: the method's result is wrong; nothing is timed.
@@ -180,6 +185,12 @@ def bench_attention(
         for name in ("attend", *others):
             functions[name] = with_gradient(functions[name], (q, k, v), grad_out)
     functions |= flex_arm
+    kernels = {}
+    for name, hold in (dense_kernels or {}).items():
+        held = _held(functions["dense"], hold)
+        kernels[name] = _not_run(held)
+        if not kernels[name]:
+            functions[f"dense {name}"] = held
     options = {}
     if brief:
         options = {"warmup": 0, "clock": clock_for(work.device)}
@@ -187,10 +198,35 @@ def bench_attention(
         options["most_seconds"] = begin + most_seconds - perf_counter()
     with torch.set_grad_enabled(work.backward):
         seconds = interleaved_seconds(functions, repeats, work.device, **options)
-    seconds["dense"] = [s * q.shape[2] / dense_rows for s in seconds["dense"]]
-    for name in ("attend", *others):
-        seconds[name] = [s / method.period for s in seconds[name]]
-    return _row(method, work, plan, amount, plan_seconds, seconds, flex_row, chosen, others)
+    for name in seconds:
+        if name.startswith("dense"):
+            seconds[name] = [s * q.shape[2] / dense_rows for s in seconds[name]]
+        elif name in ("attend", *others):
+            seconds[name] = [s / method.period for s in seconds[name]]
+    row = _row(method, work, plan, amount, plan_seconds, seconds, flex_row, chosen, others)
+    for name, found in kernels.items():
+        if not found:
+            found |= {"seconds": percentiles(seconds[f"dense {name}"])}
+    return row | ({"dense_kernels": kernels} if kernels else {})
+
+
+def _held(function: Callable, hold: Callable[[], AbstractContextManager]) -> Callable:
+    """``function`` with PyTorch held to one kernel."""
+
+    def run():
+        with hold():
+            return function()
+
+    return run
+
+
+def _not_run(function: Callable) -> dict:
+    """Under ``not_run`` why it cannot; empty where it can."""
+    try:
+        function()
+    except RuntimeError as error:  # PyTorch has no kernel of this kind for these tensors
+        return {"not_run": _reason(error)}
+    return {}
 
 
 def one_period(method: Method, layout: Layout, q, k, v, **given) -> torch.Tensor:

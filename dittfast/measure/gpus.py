@@ -69,8 +69,14 @@ _FLEX = "PyTorch blog on FlexAttention: 0.9 of FlashAttention-2 forward; that fr
 _VSA = "flashinfer-ai/flashinfer issue 4554: 900 to 960 on GB200, 0.60 to 0.65 of FlashAttention-4"
 _5090 = "gau-nernst, Speed-of-light Flash Attention for 5090 in CUDA C++: RTX 5090 at 400 W"
 _MI300X = "midiareshadi.github.io, attn-dsl-bench: AITER is 18 to 62 % faster than Triton on MI300X"
-_SXM = "NVIDIA data sheet; 400 Gb/s of network for each GPU assumed"
-_PCIE = "NVIDIA data sheet; PCIe x16 between GPUs, 100 Gb/s of network for eight assumed"
+_SXM = "NVIDIA data sheets of H100, H200 and HGX B200; 400 Gb/s of network for each GPU assumed"
+_PCIE = (
+    "NVIDIA white papers on Ada and RTX Blackwell; PCIe x16 between GPUs, and 100 Gb/s of network "
+    "for eight assumed"
+)
+_LINKS = (
+    "AMD Instinct MI300X data sheet; seven links of 64 GB/s one way, 400 Gb/s of network assumed"
+)
 
 _HOPPER_DENSE = {
     "FlashAttention-2": Rate(370, _FA3),
@@ -106,7 +112,7 @@ GPUS = {
         ),
         Gpu(
             "MI300X", 1307, 5.3, 448, 50, 8, {}, {},
-            "AMD data sheet; seven links of 64 GB/s one way, 400 Gb/s of network assumed",
+            _LINKS,
             {"triton": Ratio(0.62, "AITER", _MI300X)},
         ),
     )

@@ -6,13 +6,14 @@ the output once. Planning, and whatever else a layer does, is not counted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .gpus import Gpu
 
 # bf16; q, k, v and the output.
 _BYTES, _TENSORS = 2, 4
-NUM_GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+NUM_GPUS = (1, 8, 16, 40, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def break_evens(gpu: Gpu) -> dict[str, dict[str, float]]:
         for engine, rate in gpu.engines.items()
     }
     return found | {name: {ratio.dense: ratio.value} for name, ratio in gpu.ratios.items()}
+
+
+def sharing(work: Attention, count: int) -> int:
+    """Of ``count`` GPUs in equal groups, how many at most can share the heads of one sample."""
+    return math.gcd(work.heads, count)
 
 
 def not_split_reason(work: Attention, count: int) -> str | None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dittfast.markdown import markdown_table
 from dittfast.measure.gpus import GPUS, Gpu
-from dittfast.measure.roofline import NUM_GPUS, Attention, break_evens, not_split_reason, seconds
+from dittfast.measure.roofline import (
+    NUM_GPUS,
+    Attention,
+    break_evens,
+    not_split_reason,
+    seconds,
+    sharing,
+)
 
 from ..families.published import published_model
 from .estimate import Estimate, ModelEstimate, estimate
@@ -98,9 +105,10 @@ _SECONDS = """Dense self-attention of one pass (one of two with guidance) at 720
 model's own size, on one GPU at its best published dense rate; "at least" is by the peak of its
 data sheet, where no rate was published.
 """
-_MANY = """Ulysses shares heads, so it goes as far as they do. Seconds of dense attention for one
-minute of wan2.1-14b, and in brackets of exchanging heads for tokens before and after it. Nothing
-overlaps here.
+_MANY = """Ulysses shares heads, so one sample cannot use more GPUs than it has heads, nor a number
+that does not divide them; what is left over computes other samples. Seconds of dense attention
+for one minute of wan2.1-14b, whose 40 heads need ring attention to go further, and in brackets
+those of exchanging heads for tokens before and after it. Nothing overlaps here.
 """
 
 
@@ -161,7 +169,8 @@ def dense_words(work: Attention, gpu: Gpu, count: int = 1) -> str:
         return reason
     rate = gpu.peak_tflops if gpu.best is None else gpu.best[1].tflops
     found = seconds(work, gpu, rate, 1.0, count)
-    text = f"{'at least ' if gpu.best is None else ''}{found.attention:.3g}"
+    told = f"{found.attention:,.0f}" if found.attention >= 100 else f"{found.attention:.3g}"
+    text = f"{'at least ' if gpu.best is None else ''}{told}"
     return text if count == 1 else f"{text} ({found.exchange:.2g})"
 
 
@@ -176,5 +185,10 @@ def _seconds_table(rows: dict[tuple[str, int], Attention]) -> str:
 
 def _many_table(work: Attention) -> str:
     shown = [gpu for gpu in GPUS.values() if gpu.best is not None and gpu.link > 100]
-    lines = [[str(n), *(dense_words(work, gpu, n) for gpu in shown)] for n in NUM_GPUS]
-    return markdown_table(["GPUs", *(gpu.name for gpu in shown)], lines)
+    lines = []
+    for count in NUM_GPUS:
+        group = sharing(work, count)
+        cells = (dense_words(work, gpu, group) for gpu in shown)
+        lines.append([str(count), str(group), str(count // group), *cells])
+    head = ["GPUs", "share the heads", "samples at once", *(gpu.name for gpu in shown)]
+    return markdown_table(head, lines)
