@@ -15,7 +15,7 @@ from dittfast.plan import PlanTensors
 from .capabilities import Capabilities, architecture_of
 from .epilogue import with_epilogue
 from .equal_blocks import Side, lists, side, to_slots, to_tokens
-from .op import define_backend
+from .op import define_backend, positive_scale
 from .wheels import wheel_reasons
 
 # The first release whose signatures these are.
@@ -71,6 +71,7 @@ def _problem(q, k, t: PlanTensors, scale: float) -> _Problem:
 
 def forward(q, k, v, t: PlanTensors, scale: float):
     """Shapes as in :func:`dittfast.attend`; no epilogue. Returns ``(out, lse)``."""
+    q, scale = positive_scale(q, scale)
     import cudnn
 
     queries, keys, options = _problem(q, k, t, scale)

@@ -21,7 +21,7 @@ from dittfast.plan import METRICS, PlanTensors, block_states, lists_of_mask
 from .capabilities import Capabilities, architecture_of
 from .epilogue import with_epilogue
 from .equal_blocks import Side, in_slots, side, slot_bias, to_slots, to_tokens
-from .op import backward_of, define_backend
+from .op import backward_of, define_backend, positive_scale
 from .wheels import wheel_reasons
 
 # The release whose signatures these are; earlier ones had others.
@@ -127,6 +127,7 @@ def _heads_last(x: torch.Tensor, one: Side | None, is_gradient: bool = False) ->
 
 def forward(q, k, v, t: PlanTensors, scale: float):
     """Shapes as in :func:`dittfast.attend`; no epilogue. Returns ``(out, lse)``."""
+    q, scale = positive_scale(q, scale)
     from flash_attn.cute.interface import flash_attn_func
 
     problem = _problem(q, k, t, backward=False)

@@ -16,7 +16,7 @@ from dittfast.plan import PlanTensors, block_states
 
 from .capabilities import Capabilities
 from .epilogue import with_epilogue
-from .op import backward_of, define_backend
+from .op import backward_of, define_backend, positive_scale
 from .wheels import wheel_reasons
 
 # The first release whose signatures these are.
@@ -51,6 +51,7 @@ def forward(q, k, v, t: PlanTensors, scale: float):
     Raises:
         ValueError: one head's query blocks list more keys than it can count.
     """
+    q, scale = positive_scale(q, scale)
     q_rows, kv_rows = torch.argsort(t.q_starts), torch.argsort(t.kv_starts)
     lists = t.kv_indices, t.kv_num_blocks, t.kv_num_full_blocks
     seen = block_states(*lists, t.kv_starts.numel()) > 0

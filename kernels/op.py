@@ -178,6 +178,11 @@ def _no_backward(name: str) -> Callable:
     return backward
 
 
+def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """``(q, scale)`` of the same logits, for kernels that take their maximum before they scale."""
+    return (-q, -scale) if scale < 0 else (q, scale)
+
+
 def backward_of(name: str) -> Callable:
     """The backward pass of another backend, by its op, which whoever loads both has registered.
 

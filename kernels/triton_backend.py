@@ -12,7 +12,7 @@ from dittfast.plan import PlanTensors, transpose_lists
 
 from .capabilities import Capabilities
 from .launch_sizes import ARCHITECTURES, KernelConfig, LaunchConfig, launch_config
-from .op import define_backend, empty_outputs
+from .op import define_backend, empty_outputs, positive_scale
 
 try:
     import triton
@@ -190,8 +190,8 @@ def forward(q, k, v, t: PlanTensors, scale: float):
     out, lse = empty_outputs(q)
     if out.stride(-1) != 1:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # The walk over full blocks takes the maximum before it scales: it needs a positive scale.
-    q, scale = (-q, -scale) if scale < 0 else (q, scale)
+    # The walk over full blocks takes the maximum before it scales.
+    q, scale = positive_scale(q, scale)
     with _on(q.device):
         q, k, v = (_unit_stride(x) for x in (q, k, v))
         forward_call(q, k, v, out, lse, t, scale, capability_of(q.device)).launch()

@@ -56,6 +56,14 @@ def assert_exact(backend: str, method, layout) -> None:
     assert float((out.double() - exact).abs().max()) <= 2e-3 * float(exact.abs().max())
 
 
+def assert_negative_scale(backend: str) -> None:
+    """The softmax of the smallest product, not of the largest."""
+    q, k, v, plan, _ = applied(*FULL_BLOCKS["radial"])
+    out = attend(q, k, v, plan, backend=backend, scale=-0.5)
+    exact = attend(*(x.double() for x in (q, k, v)), plan, backend="reference", scale=-0.5)
+    assert float((out.double() - exact).abs().max()) <= 2e-3 * float(exact.abs().max())
+
+
 def assert_refused(backend: str, name: str) -> None:
     """One of :data:`RULES_AND_WEIGHTS` is refused with the reason, and with who can."""
     q, k, v, plan, options = applied(*RULES_AND_WEIGHTS[name])
@@ -85,10 +93,10 @@ def assert_gradients(backend: str, plan, inputs, tolerance=0.02, with_lse=False)
         assert error <= limit, f"{name}: {error:.2e} apart, {limit:.2e} allowed"
 
 
-def wheel(folder, requirement: str):
-    """A package's files, without what it needs; not imported."""
+def wheel(folder, *requirements: str):
+    """The files of packages, without what they need; not imported."""
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--pre"]
-    subprocess.run([*install, "--target", str(folder), requirement], check=True, timeout=900)
+    subprocess.run([*install, "--target", str(folder), *requirements], check=True, timeout=900)
     return folder
 
 

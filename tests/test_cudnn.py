@@ -48,6 +48,7 @@ def emulated_forward(
     q2k_block_nums=None, *, sparse_block_size=None, allow_empty_block_nums=False,
     softmax_scale=None, pack_gqa=None, layout="bhsd", kv_splits=1, use_clc=None,
 ):  # fmt: skip
+    assert softmax_scale > 0, "the maximum is taken before"
     assert allow_empty_block_nums or bool((q2k_block_nums > 0).all())
     lists = q2k_block_index, q2k_block_nums, block_sizes
     logits = _logits(q_tensor, k_tensor, *lists, sparse_block_size, softmax_scale)
@@ -187,6 +188,10 @@ def test_the_wheel(monkeypatch, version, cutlass, message):
     monkeypatch.setattr(wheels, "installed_version", there.get)
     reasons = cudnn_backend.machine_reasons(None)
     assert [x[: len(message)] for x in reasons] == [message] if message else reasons == []
+
+
+def test_a_negative_scale(emulator):
+    engines.assert_negative_scale("cudnn")
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """The flash4 backend against an emulator of flash-attn-4's contract. No GPU is here to run it."""
 
 import itertools
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -95,6 +98,7 @@ def flash_attn_func(
     aux_scalars=None, block_sparse_tensors=None, block_sparse_tensors_bwd=None, return_lse=False,
     gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
 ):  # fmt: skip
+    assert softmax_scale > 0, "the maximum is taken before"
     assert q.shape[2] == k.shape[2] and all(x.stride(-1) == 1 for x in (q, k, v))
     assert q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
     assert aux_tensors is None or all(x.is_contiguous() for x in aux_tensors)
@@ -304,6 +308,11 @@ def test_without_a_gpu_it_says_what_can():
         attend(q, q, q, plan, backend="flash4")
 
 
+def test_a_negative_scale(emulator):
+    emulator("sm_90")
+    engines.assert_negative_scale("flash4")
+
+
 @pytest.mark.slow
 def test_the_emulator_has_the_signatures_of_the_wheel(tmp_path):
     """Read, not imported: that takes a GPU's libraries."""
@@ -313,3 +322,39 @@ def test_the_emulator_has_the_signatures_of_the_wheel(tmp_path):
         assert ours[name] == theirs[name]
     lists = package / "block_sparsity.py", __file__
     assert len({str(engines.fields(path, "BlockSparseTensorsTorch")) for path in lists}) == 1
+
+
+# What flash-attn-4 needs to compile without a GPU, but for PyTorch.
+COMPILER = [
+    f"flash-attn-4=={VERSION}", *(f"nvidia-cutlass-dsl{x}==4.8.1" for x in (
+        "", "-libs-core", "-libs-base", "-libs-cu13")),
+    "quack-kernels==0.6.5", "apache-tvm-ffi==0.1.15.post2", "torch-c-dlpack-ext==0.1.5",
+    "einops==0.8.2", "cuda-python==13.4.4", "cuda-bindings==13.5.0", "cuda-core==1.2.2",
+    "cuda-pathfinder==1.9.1", "protobuf",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    """A folder with its wheels, 130 MB to fetch."""
+    return engines.wheel(tmp_path_factory.mktemp("compiler"), *COMPILER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture, multiprocessors", [("sm_90", 132), ("sm_100", 148)])
+@pytest.mark.parametrize("number", range(6))
+def test_its_kernels_compile_with_our_functions(compiler, architecture, multiprocessors, number):
+    """For GPUs that are not here, forward and backward: every rule, padding, log weights."""
+    root = Path(__file__).resolve().parent.parent
+    paths = root, root / "tests", compiler, compiler / "nvidia_cutlass_dsl/dsl_packages"
+    wanted = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "FLASH_ATTENTION_ARCH": architecture,
+        "CUTE_DSL_ARCH": f"{architecture}a",
+        "FLASH_ATTENTION_NUM_SMS": str(multiprocessors),
+    }
+    command = [sys.executable, "-P", str(root / "tests/flash4_compile.py"), str(number)]
+    done = subprocess.run(
+        command, env=os.environ | wanted, capture_output=True, text=True, timeout=1800, check=False
+    )
+    assert done.stdout.strip().endswith("compiled"), done.stderr[-3000:]

@@ -32,6 +32,7 @@ class VariableBlockSparseAttentionWrapper:
         sm_scale=None, rope_scale=None, rope_theta=None, non_blocking=True, q_data_type="float16",
         kv_data_type=None, q_scale=None, k_scale=None, v_scale=None,
     ):  # fmt: skip
+        assert sm_scale > 0, "the maximum is taken before"
         heads, rows, columns = block_mask_map.shape
         assert block_mask_map.dtype == torch.bool and heads == num_kv_heads == num_qo_heads
         assert block_row_sz.shape == (heads, rows) and block_col_sz.shape == (heads, columns)
@@ -169,6 +170,10 @@ def test_without_a_gpu_it_says_what_can():
     assert reasons[0] == "it runs on cuda, got tensors on cpu" and len(reasons) == 2
     with pytest.raises(ValueError, match=r"What can: .*'native'"):
         attend(q, q, q, plan, backend="flashinfer")
+
+
+def test_a_negative_scale(emulator):
+    engines.assert_negative_scale("flashinfer")
 
 
 @pytest.mark.slow
