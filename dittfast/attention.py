@@ -145,6 +145,31 @@ def not_supported_reasons(name: str, q, k, v, plan: Plan, kv_log_weight=None) ->
     return list(_refusals(name, *_demand((name,), q, k, v, plan, kv_log_weight)))
 
 
+def reasons_on(
+    architecture: str, head_dim: int, dtype: torch.dtype, plan: Plan, kv_log_weight=None
+) -> dict[str, str]:
+    """For every backend of GPUs that cannot run a plan on an architecture, forward: why.
+
+    Whatever this machine is and lacks.
+
+    Args:
+        architecture: such as "sm_90" and "gfx942".
+    """
+    from .kernels.capabilities import declares, demand, lacking
+
+    q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device="meta")
+            for n in (plan.num_queries, plan.num_keys))  # fmt: skip
+    asked = demand(q, k, k, plan, kv_log_weight, with_runs=True)
+    asked = asked._replace(device=torch.device("cuda"))
+    backends = {name: load() for name, load in BACKENDS.items()}
+    found = {
+        name: "; ".join(lacking(backend, asked, architecture))
+        for name, backend in backends.items()
+        if declares(backend)
+    }
+    return {name: reason for name, reason in found.items() if reason}
+
+
 def _demand(names: tuple[str, ...], q, k, v, plan: Plan, kv_log_weight) -> Demand:
     """What a call asks of these backends."""
     from .kernels.capabilities import demand

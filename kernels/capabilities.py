@@ -150,10 +150,7 @@ def refusals(backend, asked: Demand) -> list[str]:
 
     Of several :class:`Capabilities` those speak that lack least.
     """
-    variants = variants_of(backend)
-    known = tuple(dict.fromkeys(name for one in variants for name in one.architectures))
-    lacking = [_lacks(one, asked, known) for one in variants]
-    _, reasons = min(lacking, key=lambda x: (x[0], len(x[1])))
+    reasons = lacking(backend, asked, architecture_of(asked.device))
     if reasons:
         return reasons
     # What the machine lacks is looked for last: it may take a compiler's run.
@@ -161,12 +158,23 @@ def refusals(backend, asked: Demand) -> list[str]:
     return [] if machine is None else machine(asked)
 
 
+def lacking(backend, asked: Demand, architecture: str | None) -> list[str]:
+    """Why ``backend`` cannot do it on an architecture (None: any), whatever this machine is."""
+    variants = variants_of(backend)
+    known = tuple(dict.fromkeys(name for one in variants for name in one.architectures))
+    found = [_lacks(one, asked, known, architecture) for one in variants]
+    return min(found, key=lambda x: (x[0], len(x[1])))[1]
+
+
 def fitting(backend, asked: Demand) -> Capabilities:
     """The capabilities under which ``backend`` runs what it does not refuse."""
-    return next(one for one in variants_of(backend) if not _lacks(one, asked)[1])
+    name = architecture_of(asked.device)
+    return next(one for one in variants_of(backend) if not _lacks(one, asked, (), name)[1])
 
 
-def _lacks(one: Capabilities, asked: Demand, known: tuple[str, ...] = ()) -> tuple[bool, list[str]]:
+def _lacks(
+    one: Capabilities, asked: Demand, known: tuple[str, ...], architecture: str | None
+) -> tuple[bool, list[str]]:
     """Whether it is for other devices, and all that it lacks.
 
     Args:
@@ -177,10 +185,10 @@ def _lacks(one: Capabilities, asked: Demand, known: tuple[str, ...] = ()) -> tup
     if elsewhere:
         reasons.append(f"it runs on {' and '.join(one.devices)}, got tensors on {asked.device}")
     else:
-        name = architecture_of(asked.device) if one.architectures else None
-        elsewhere = name is not None and name not in one.architectures
+        named = bool(one.architectures) and architecture is not None
+        elsewhere = named and architecture not in one.architectures
         if elsewhere:
-            reasons.append(f"it knows the architectures {', '.join(known)}, not {name}")
+            reasons.append(f"it knows the architectures {', '.join(known)}, not {architecture}")
     if asked.dtype not in one.dtypes:
         *names, got = (dtype_name(x) for x in (*one.dtypes, asked.dtype))
         reasons.append(f"it computes {', '.join(names)}, got {got}")

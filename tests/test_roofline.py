@@ -17,7 +17,7 @@ from dittfast.pipelines.measure.scaling import dense_words, sparse_seconds
 # 100 TFLOPS dense, 50 with block lists; 1 TB/s of memory, 100 and 10 GB/s between GPUs.
 GPU = Gpu(
     "one", 200, 1.0, 100, 10, 4, {"slow": Rate(80, "a"), "fast": Rate(100, "b")},
-    {"triton": Rate(50, "c")}, "d",
+    {"triton": Rate(50, "c")}, "d", "sm_90",
 )  # fmt: skip
 WORK = Attention(4.0 * 1000**2 * 512 * 2, tokens=1000, layers=2, heads=8, head_dim=64)
 
@@ -66,6 +66,8 @@ def test_dense_layers_run_on_the_dense_kernel():
     found = sparse_seconds(model(), method, GPU)
     assert found == {"triton": pytest.approx(half / 1e14 + half / 4 / 5e13)}
     assert sparse_seconds(model(), dataclasses.replace(method, density=None), GPU) == {}
+    refused = dataclasses.replace(method, refused={"sm_90": {"triton": "no"}})
+    assert sparse_seconds(model(), refused, GPU) == {}
     assert sparse_seconds(model(), method, GPUS["RTX 4090"]) == {}
 
 
@@ -98,8 +100,12 @@ def test_the_command(capsys, tmp_path):
     data = json.loads(out.read_text())["gpu"]
     cost = json.loads(out.read_text())["cost"]
     assert data["dense_seconds"] == pytest.approx(cost["attention"] / 8 / 1613e12, rel=1e-3)
-    assert set(data["methods"]["local"]) == {"triton", "flash4", "cudnn"}
-    assert "seconds of attention in a pass on 8 GPUs, the exchange" in capsys.readouterr().out
+    # flash4 wants larger query blocks on Blackwell, and cuDNN takes no token rules.
+    assert set(data["methods"]["local"]) == {"triton"}
+    shown = capsys.readouterr().out
+    assert "seconds of attention in a pass on 8 GPUs, the exchange" in shown
+    assert "cudnn refuses: " in shown and "it takes full blocks alone" in shown
+    assert "flash4 refuses: q blocks must be of 129 to 256 tokens" in shown
 
 
 def test_groups_that_share_heads():

@@ -138,6 +138,7 @@ def _on_gpu(model, gpu, count: int) -> tuple[dict, list[str]]:
     kernel = "its peak" if gpu.best is None else gpu.best[0]
     tflops = gpu.peak_tflops if gpu.best is None else gpu.best[1].tflops
     dense = on_gpu(work, gpu, tflops, 1.0, count)
+    refusals = {x.settings: x.refused for x in model.methods}
     found = {x.settings: sparse_seconds(model, x, gpu, count) for x in model.methods}
     data = {
         "name": gpu.name,
@@ -157,6 +158,10 @@ def _on_gpu(model, gpu, count: int) -> tuple[dict, list[str]]:
     for settings, by_engine in found.items():
         told = ", ".join(f"{name} {value:.3g}" for name, value in by_engine.items())
         lines.append(f"{settings.ljust(24)}  {told or 'no published rate'}")
+        refused = refusals[settings].get(gpu.architecture, {})
+        for name in gpu.engines:
+            if name in refused:
+                lines.append(f"{''.ljust(24)}  {name} refuses: {refused[name]}")
     return data, lines
 
 

@@ -43,6 +43,7 @@ class Gpu:
         dense: dense kernels by name; the best is what people use.
         engines: what runs block lists, by the name of the backend.
         source: of the first five.
+        architecture: as backends name it.
         ratios: of engines whose own rate was not published.
     """
 
@@ -55,6 +56,7 @@ class Gpu:
     dense: dict[str, Rate]
     engines: dict[str, Rate]
     source: str
+    architecture: str
     ratios: dict[str, Ratio] = field(default_factory=dict)
 
     @property
@@ -100,20 +102,18 @@ _BLACKWELL_ENGINES = {
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 989, 3.35, 450, 50, 8, _HOPPER_DENSE, _HOPPER_ENGINES, _SXM),
-        Gpu("H200", 989, 4.8, 450, 50, 8, _HOPPER_DENSE, _HOPPER_ENGINES, _SXM),
-        Gpu("B200", 2250, 8.0, 900, 50, 8, _BLACKWELL_DENSE, _BLACKWELL_ENGINES, _SXM),
-        Gpu("RTX 4090", 165, 1.01, 32, 1.56, 8, {}, {}, _PCIE),
+        Gpu("H100", 989, 3.35, 450, 50, 8, _HOPPER_DENSE, _HOPPER_ENGINES, _SXM, "sm_90"),
+        Gpu("H200", 989, 4.8, 450, 50, 8, _HOPPER_DENSE, _HOPPER_ENGINES, _SXM, "sm_90"),
+        Gpu("B200", 2250, 8.0, 900, 50, 8, _BLACKWELL_DENSE, _BLACKWELL_ENGINES, _SXM, "sm_100"),
+        Gpu("RTX 4090", 165, 1.01, 32, 1.56, 8, {}, {}, _PCIE, "sm_89"),
         Gpu(
             "RTX 5090", 209.5, 1.79, 64, 1.56, 8,
             {"FlashAttention-2": Rate(190.6, _5090), "cuDNN": Rate(203.6, _5090)},
-            {},
-            _PCIE,
+            {}, _PCIE, "sm_120",
         ),
         Gpu(
             "MI300X", 1307, 5.3, 448, 50, 8, {}, {},
-            _LINKS,
-            {"triton": Ratio(0.62, "AITER", _MI300X)},
+            _LINKS, "gfx942", {"triton": Ratio(0.62, "AITER", _MI300X)},
         ),
     )
 }  # fmt: skip

@@ -9,8 +9,10 @@ from time import perf_counter
 
 import torch
 
+from dittfast.attention import MethodCall, method_call, reasons_on
 from dittfast.config import resolve
 from dittfast.layout import Layout
+from dittfast.measure.gpus import GPUS
 from dittfast.methods import METHODS
 from dittfast.methods.amount import Amount, mean_amount
 from dittfast.methods.base import Method
@@ -42,6 +44,7 @@ class Estimate:
         plan_bytes: block lists, of one layer; per head where they are chosen from q and k.
         build_seconds: to make the plan, on this machine's CPU.
         problem: why the method cannot run here; the numbers are then 0.
+        refused: by architecture and backend, why it takes no such plans in bf16.
     """
 
     method: str
@@ -55,6 +58,7 @@ class Estimate:
     build_seconds: float = 0.0
     problem: str | None = None
     work: float = 0.0
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ def method_estimate(
     """
     start = perf_counter()
     amounts: dict[Method, Amount] = {}
+    calls: list[MethodCall] = []
     try:
         assignment = Assignment(method, heads)
         dense = schedule.dense_layer_names(list(heads))
@@ -159,8 +164,9 @@ def method_estimate(
             for group in groups:
                 for own in split(group.method, len(group.heads)):
                     if own.method not in amounts:
-                        amounts[own.method], plan = _amount(own.method, layout, cost)
-                        size += 0 if plan is None else _list_bytes(plan)
+                        amounts[own.method], call = _amount(own.method, layout, cost)
+                        size += 0 if call is None else _list_bytes(call.plan)
+                        calls += [] if call is None else [call]
                     least |= own.method.least() != own.method
                     parts.append((len(own.heads), amounts[own.method]))
             if groups:
@@ -183,22 +189,30 @@ def method_estimate(
         fewer_flops=cost.speedup(attention / cost.attention),
         plan_bytes=size,
         build_seconds=seconds,
+        refused=_refused(calls, cost.head_dim),
     )
 
 
-def _amount(method: Method, layout: Layout, cost: Cost) -> tuple[Amount, Plan | None]:
+def _refused(calls: list[MethodCall], head_dim: int) -> dict[str, dict[str, str]]:
+    """By architecture, the backends that cannot run all of these, and why."""
+    found = {}
+    for architecture in dict.fromkeys(gpu.architecture for gpu in GPUS.values()):
+        found[architecture] = reasons = {}
+        for call in calls:
+            asked = architecture, head_dim, torch.bfloat16, call.plan, call.kv_log_weight
+            reasons |= reasons_on(*asked)
+    return found
+
+
+def _amount(method: Method, layout: Layout, cost: Cost) -> tuple[Amount, MethodCall | None]:
     """Of a planning method, from its plan; that of random q and k has as many blocks."""
     if method.computes:
         return method.amount(layout, cost.heads, cost.head_dim), None
-    if method.static:
-        plan = method.plan(layout)
-    else:
-        least = method.least()
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
-        with torch.no_grad():
-            plan = least.plan(layout, draw(), draw(), draw())
-    return method.amount(layout, cost.heads, cost.head_dim, plan), plan
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
+    with torch.no_grad():
+        call = method_call(method.least(), layout, draw(), draw(), draw())
+    return method.amount(layout, cost.heads, cost.head_dim, call.plan), call
 
 
 def _list_bytes(plan: Plan) -> int:

@@ -34,8 +34,8 @@ def attention_of(model: ModelEstimate) -> Attention:
 def sparse_seconds(model: ModelEstimate, method: Estimate, gpu: Gpu, count: int = 1) -> dict:
     """Seconds of a pass on ``count`` GPUs by engine; its dense layers run on the best dense kernel.
 
-    Empty for a method that computes its own output, whose products are no attention kernel's, and
-    where the GPU's rates were not published.
+    Without engines that refuse its plans. Empty for a method that computes its own output, whose
+    products are no attention kernel's, and where the GPU's rates were not published.
     """
     if method.problem is not None or method.density is None or gpu.best is None:
         return {}
@@ -43,8 +43,10 @@ def sparse_seconds(model: ModelEstimate, method: Estimate, gpu: Gpu, count: int 
     dense = method.dense_layers / model.cost.layers
     usual = seconds(work, gpu, gpu.best[1].tflops, 1.0, count)
     rest = method.attention / work.flops - dense
-    found = {}
+    found, refused = {}, method.refused.get(gpu.architecture, {})
     for engine, rate in gpu.engines.items():
+        if engine in refused:
+            continue
         own = seconds(work, gpu, rate.tflops, rest / (1 - dense), count) if dense < 1 else usual
         found[engine] = dense * usual.total + (1 - dense) * own.total
     return found
@@ -97,9 +99,9 @@ here, and a method that keeps more gains nothing, whatever its FLOPs say. Rates 
 those of the same kernel on dense attention, which block lists at best reach: the true number is
 lower. A dash: nobody published it.
 """
-_METHODS = """Work of each method with its published settings, or its defaults, and where that is
-below the break-even against the best dense kernel. Which engines take a method at all is in
-[backends.md](backends.md): `cudnn` and `flashinfer` take no token rules and no log weights.
+_METHODS = """Work of each method with its published settings, or its defaults, and the engines
+that take its plans and whose break-even against the best dense kernel lies above it.
+[backends.md](backends.md) says what each takes.
 """
 _SECONDS = """Dense self-attention of one pass (one of two with guidance) at 720 x 1280, or the
 model's own size, on one GPU at its best published dense rate; "at least" is by the peak of its
@@ -137,7 +139,11 @@ def _method_table(model: ModelEstimate) -> str:
         for gpu in shown:
             best, _ = gpu.best
             found = break_evens(gpu)
-            names = [f"`{engine}`" for engine in found if x.work < found[engine][best]]
+            refused = x.refused.get(gpu.architecture, {})
+            able = {
+                engine: limits[best] for engine, limits in found.items() if engine not in refused
+            }
+            names = [f"`{engine}`" for engine, limit in able.items() if x.work < limit]
             own = "its own products" if x.density is None else ""
             pays.append(own or ", ".join(names) or "none")
         least = "at least " if x.at_least else ""
