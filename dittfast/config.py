@@ -21,8 +21,9 @@ from .schedule import Schedule
 logger = logging.getLogger(__name__)
 
 # `source` (where the settings come from) and `models` (what they are for) are for the reader;
-# `transformers` names the classes of diffusers that the settings are for.
-_KEYS = ("method", "rules", "options", "schedule", "source", "models", "transformers")
+# `transformers` names the classes of diffusers that the settings are for; `tuned` is what
+# `dittfast tune` measured, and of which model.
+_KEYS = ("method", "rules", "options", "schedule", "source", "models", "transformers", "tuned")
 _RULE_KEYS = ("layers", "heads", "steps", "method", "options")
 # What a name may stand for: a mixture is given its rules, and no method by itself.
 # Also what is put into METHODS later.
@@ -87,6 +88,10 @@ def _read_yaml(text: str, where: str) -> dict:
         if "method" in data or "options" in data:
             raise ValueError(f"{where} has 'rules', which name their own methods and options")
         data |= {"method": Mixture.name, "options": {"rules": data.pop("rules")}}
+        if data.get("tuned") is not None:
+            data["options"]["tuned"] = data["tuned"]
+    elif "tuned" in data:
+        raise ValueError(f"{where} has 'tuned', which belongs to the 'rules' of dittfast tune")
     if "method" not in data:
         raise ValueError(
             f"{where} has no 'method'; add one of {', '.join(METHODS)}, or 'rules' for a mixture"

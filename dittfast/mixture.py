@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from .disk.structure import check_structure
 from .layout import Layout
 from .methods.base import Method
 from .methods.dense import Dense
@@ -18,6 +19,8 @@ from .plan import Plan
 from .schedule import matching_layers, ranges
 
 Step = int | float | None
+_FINGERPRINT = {"class": str, "shapes": str, "values": {"*": [float]}}
+_TUNED = {"model": str, "fingerprints": {"*": _FINGERPRINT}, "sizes": [[int]], "*": object}
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ class Mixture(Method):
 
     Args:
         rules: a :class:`Rule` each.
+        tuned: of a preset that ``dittfast tune`` wrote, the model and the sizes it is for, as its
+            file has them: :func:`dittfast.enable` refuses another model and warns of another size.
+            None for any.
 
     Raises:
         ValueError: no rules.
@@ -167,12 +173,15 @@ class Mixture(Method):
     needs_grid: ClassVar[bool] = False
 
     rules: tuple[Rule, ...] = ()
+    tuned: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         rules = tuple(self.rules)
         if not rules or not all(isinstance(rule, Rule) for rule in rules):
             raise ValueError(f"a mixture needs rules, got {self.rules!r}")
         object.__setattr__(self, "rules", rules)
+        if self.tuned is not None:
+            check_structure(self.tuned, _TUNED, "tuned")
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -200,6 +209,11 @@ class Mixture(Method):
 
     def __str__(self) -> str:
         return f"mixture: {self.words()}"
+
+
+def for_any_model(method: Method) -> Method:
+    """The method without the model that it was tuned for, if it was."""
+    return replace(method, tuned=None) if isinstance(method, Mixture) else method
 
 
 class Assigned(NamedTuple):

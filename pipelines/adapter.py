@@ -33,6 +33,7 @@ from .models import (
 )
 from .seam import restore, swap
 from .state import ModelState, Session
+from .tuned import check_tuned
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def enable(
         backend: as in :func:`dittfast.attend`.
         layout: for a model family that dittfast cannot read: a Layout, or a function
             ``(model, forward arguments by name) -> Layout``.
-        any_model: take a preset that is for another model, with a warning.
+        any_model: take a preset that is for another model, or was tuned for one, with a warning.
         options: fields of the method or of the schedule.
 
     Returns:
@@ -231,8 +232,9 @@ def enable(
         raise unknown("backend", backend, ["auto", *BACKENDS])
     models = transformers_of(pipe)
     check_fits(named, [stock_class(type(model)).__name__ for model in models.values()], any_model)
+    sizes = check_tuned(method, models, any_model)
     owner = models["transformer"] if isinstance(pipe, torch.nn.Module) else pipe
-    session = Session(owner, method, schedule, backend)
+    session = Session(owner, method, schedule, backend, sizes)
     states = {}
     for name, model in models.items():
         below = model._dittfast if is_swapped(model) else None

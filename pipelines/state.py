@@ -34,6 +34,7 @@ from .models import bind_arguments
 from .passes import Bound, LayerState, Pass, Passes, in_backward, is_differentiable
 from .seam import put_back
 from .steps import Steps
+from .tuned import TunedSizes
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,23 @@ class _Forced(threading.local):
 
 
 class Session:
-    """One ``enable`` call: the method, its schedule, and the pipeline whose steps it follows."""
+    """One ``enable`` call: the method, its schedule, and the pipeline whose steps it follows.
 
-    def __init__(self, pipe, method: Method, schedule: Schedule, backend: str):
+    ``sizes`` are those that its preset was tuned for; None where it was not tuned.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        method: Method,
+        schedule: Schedule,
+        backend: str,
+        sizes: TunedSizes | None = None,
+    ):
         self.method = method
         self.schedule = schedule
         self.backend = backend
+        self.sizes = sizes
         self.steps = Steps()
         self._forced = _Forced()
         self._all_dense: int | None = None
@@ -64,7 +76,8 @@ class Session:
         # A copied pipeline gets a session that follows the copy; a copied model alone keeps
         # following the pipeline it came from.
         pipe = self._pipe()
-        twin = memo[id(self)] = Session(self, self.method, self.schedule, self.backend)
+        twin = Session(self, self.method, self.schedule, self.backend, self.sizes)
+        memo[id(self)] = twin
         twin._pipe = weakref.ref(memo.get(id(pipe), pipe)) if pipe is not None else self._pipe
         return twin
 
@@ -292,6 +305,8 @@ class ModelState:
             stock: whether all layers run the stock attention, whatever the schedule says.
         """
         sequences, device = self.read_sequences(model, arguments), device_of(arguments)
+        if self.session.sizes is not None:
+            self.session.sizes.check(sequences.layout)
         step, dense = None, stock or bool(self.session.forced)
         differentiable = is_differentiable(arguments)
         remembers = self.remembers and not differentiable and not stock

@@ -23,6 +23,7 @@ from .parser import Parser, UsageError
 COMMANDS = {
     "generate": "draw a picture with a pipeline, dense and sparse",
     "hunt": "search the attention heads that guide a model best",
+    "tune": "find the cheapest preset within a budget of quality or speed, and prove it",
     "plan": "draw a method's block mask for a grid of tokens, with its density and FLOPs",
     "probe": "show what a method keeps of a real run's attention, head by head",
     "estimate": "compute what every method would save on a published model at its real size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from dittfast.disk.locks import locked
@@ -287,6 +288,7 @@ def _finish(args, data: dict, title: str, tables, prefixes: list[Path]) -> None:
 
 def _variants(args, source):
     """The labelled methods that were asked for, and the pairs of labels."""
+    from dittfast.mixture import for_any_model
     from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
     from dittfast.pipelines.runs.sources import transformer_classes
 
@@ -313,7 +315,10 @@ def _variants(args, source):
     check_labels(labels, pairs)
     options = parse_options(args.options)
     classes = () if args.any_model else transformer_classes(source).values()
-    return make_variants(chosen, options, args.backend, classes) + [*adapters.values()], pairs
+    variants = make_variants(chosen, options, args.backend, classes)
+    if args.any_model:
+        variants = [replace(v, method=for_any_model(v.method)) for v in variants]
+    return variants + [*adapters.values()], pairs
 
 
 def _adapters(args):

@@ -26,9 +26,11 @@ from .options import (
     add_model_argument,
     add_pipeline_arguments,
     add_place_arguments,
+    add_position_scale,
     check_json,
     check_loading_options,
     files_read,
+    fitted_scale,
     guidance,
     load_pipeline,
     loading,
@@ -129,14 +131,7 @@ def _add_large(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="of FLUX's rotary base there (10; a sample model has its own)",
     )
-    parser.add_argument(
-        "--position-scale",
-        type=_position_scale,
-        metavar="X",
-        help="multiply the image's position ids (of FLUX and its relatives): 0.25 fits 1,024 px "
-        "into the positions of 256 px; fit does that for the size that a sample model was trained "
-        "for, or with --stages for the first stage (default: 1)",
-    )
+    add_position_scale(parser)
     parser.add_argument(
         "--position-until",
         type=number(least=0, below=1),
@@ -178,7 +173,7 @@ def run(args) -> int:
         done = _draw_stages(args, pipe, source, call, stages, guided, attention)
         return _write_stages(args, pipe, source, call, done, guided, output, asked)
     positions = {
-        "position_scale": _fitted(args, source, call),
+        "position_scale": fitted_scale(args, source, call),
         "position_until": args.position_until or 0.0,
     }
     arms = generate(
@@ -242,11 +237,6 @@ def _checked(args) -> tuple[Path, dict]:
     return output, given
 
 
-def _position_scale(text: str) -> float | str:
-    """``--position-scale``: a number, or fit."""
-    return text if text == "fit" else number(above=0)(text)
-
-
 def _check_outline(args, source, given: dict, stages, method, schedule, guided) -> None:
     """Check, before weights are read, all that the model's folder tells."""
     from dittfast.pipelines.runs.high_resolution import rope_theta_scaled
@@ -260,7 +250,7 @@ def _check_outline(args, source, given: dict, stages, method, schedule, guided) 
         size = {"height": height, "width": width}
         call = check_run(pipe, source, args.prompt, given | size, method, schedule, guided)
         _check_kind(args, pipe, call, source)
-        scale = 1.0 if stages and args.position_scale == "fit" else _fitted(args, source, call)
+        scale = 1.0 if stages and args.position_scale == "fit" else fitted_scale(args, source, call)
         with (
             positions_scaled(pipe, scale, args.position_until or 0.0),
             rope_theta_scaled(pipe, args.ntk_factor or 1),
@@ -292,22 +282,6 @@ def _check_kind(args, pipe, call: dict, source) -> None:
             f"{path} is a picture, and {source.name} draws a video; name it "
             f"{' or '.join(VIDEOS)}, or add --numbered for a picture of every frame"
         )
-
-
-def _fitted(args, source, call) -> float:
-    """The position scale of a picture that is drawn in one go.
-
-    Raises:
-        ValueError: "fit" for a model whose own size nobody has told.
-    """
-    if args.position_scale != "fit":
-        return 1.0 if args.position_scale is None else args.position_scale
-    if "height" not in source.settings:
-        raise ValueError(
-            f"--position-scale fit needs a sample model, which knows its size; for {source.name} "
-            "give the number: the trained side / the side that is drawn"
-        )
-    return source.settings["height"] / call["height"]
 
 
 def _stages(args) -> list[tuple[int, int]] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dittfast.files import check_output
 
-from .values import anything, number, whole
+from .values import anything, number, number_or_fit, whole
 
 # Paths, or None, by what names them on the command line; and the same in pairs.
 Written = dict[str, "str | Path | None"]
@@ -53,6 +53,34 @@ def add_call_arguments(parser: argparse.ArgumentParser):
     call.add_argument("--negative-prompt", type=anything, metavar="TEXT")
     call.add_argument("--max-sequence-length", type=whole(), metavar="N", help="text tokens")
     return call
+
+
+def add_position_scale(group) -> None:
+    """``--position-scale``."""
+    group.add_argument(
+        "--position-scale",
+        type=number_or_fit,
+        metavar="X",
+        help="multiply the image's position ids (of FLUX and its relatives): 0.25 fits 1,024 px "
+        "into the positions of 256 px; fit does that for the size that a sample model was trained "
+        "for, or with --stages for the first stage (default: 1)",
+    )
+
+
+def fitted_scale(args, source, call: dict) -> float:
+    """The position scale of a picture that is drawn in one go.
+
+    Raises:
+        ValueError: "fit" for a model whose own size nobody has told.
+    """
+    if args.position_scale != "fit":
+        return 1.0 if args.position_scale is None else args.position_scale
+    if "height" not in source.settings:
+        raise ValueError(
+            f"--position-scale fit needs a sample model, which knows its size; for {source.name} "
+            "give the number: the trained side / the side that is drawn"
+        )
+    return source.settings["height"] / call["height"]
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -346,11 +374,12 @@ def method_and_schedule(args, source):
             )
         return None, None
     from dittfast.config import check_fits, resolve
+    from dittfast.mixture import for_any_model
     from dittfast.pipelines.runs.sources import transformer_classes
 
-    chosen = resolve(asked, **options)
+    method, schedule = resolve(asked, **options)
     check_fits(asked, transformer_classes(source).values(), args.any_model)
-    return chosen
+    return (for_any_model(method) if args.any_model else method), schedule
 
 
 def check_backend(name: str) -> None:

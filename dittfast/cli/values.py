@@ -64,6 +64,20 @@ def number(
     return parse
 
 
+def number_or_fit(given: str) -> float | str:
+    """A number above 0, or the word fit."""
+    return given if given == "fit" else number(above=0)(given)
+
+
+def names(given: str) -> list[str]:
+    """``"local, topk"`` as ``["local", "topk"]``, each once."""
+    listed = given.replace(",", " ").split()
+    if not listed:
+        raise argparse.ArgumentTypeError(f"must be names such as local,topk, got {given!r}")
+    different(listed)
+    return listed
+
+
 def numbers(given: str) -> list[int]:
     """``"0, 4-6"`` as ``[0, 4, 5, 6]``, each number once."""
     listed: list[int] = []

@@ -97,6 +97,20 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a @ b / lengths).clamp(-1, 1))
 
 
+def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``|a - b| / |a|`` of two tensors of one shape, in the 2-norm.
+
+    Raises:
+        ValueError: shapes that differ, or an ``a`` of zeros, from which nothing has a distance.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the tensors differ in shape: {list(a.shape)} and {list(b.shape)}")
+    a, b = a.double(), b.double()
+    if not a.norm() > 0:
+        raise ValueError("the distance relative to a tensor of zeros is not defined")
+    return float((a - b).norm() / a.norm())
+
+
 def temporal_consistency(reference: torch.Tensor, other: torch.Tensor) -> dict[str, float | None]:
     """How the change from frame to frame differs between two clips ``[F, C, H, W]``.
 

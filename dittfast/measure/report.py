@@ -287,7 +287,13 @@ def _table(table: Table, known: set[str]) -> str:
 
 
 def html_report(
-    folder: str | Path, results: dict, *, pictures: int = 4, size: int = 256, plots: bool = True
+    folder: str | Path,
+    results: dict,
+    *,
+    pictures: int = 4,
+    size: int = 256,
+    plots: bool = True,
+    more: Sequence[Table] = (),
 ) -> str:
     """The page, with all pictures and plots inside and nothing to load.
 
@@ -297,6 +303,7 @@ def html_report(
         pictures: prompts whose pictures are shown.
         size: largest width of a picture, in pixels.
         plots: whether to draw plots, for which matplotlib is needed.
+        more: tables to begin with.
 
     Raises:
         FileNotFoundError, ValueError: a picture is missing or cannot be read; matplotlib is not
@@ -321,20 +328,21 @@ def html_report(
     setting = f"{setting_of(data)}."
     idle = idle_notes(data["methods"])
     known = {setting, *idle}
-    first, *more = [_table(table, known) for table in tables_of(results)]
+    before = "".join(_table(table, known) for table in more)
+    first, *others = [_table(table, known) for table in tables_of(results)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="faint">{escape(setting)}</p>'
         + "".join(f'<p role="alert"><strong>{escape(x)}</strong></p>' for x in idle)
-        + f"{first}"
+        + f"{before}{first}"
         + (f'<h2>Trade-offs and structure</h2><div class="plots">{figures}</div>' if drawn else "")
         + f'<h2>Pictures</h2><p class="faint">{min(pictures, len(data["items"]))} of '
         f"{len(data['items'])} prompts, with the same noise in both: dense attention, the "
         f"method, and their difference, brightened.</p>{_pictures(folder, data, pictures, size)}"
         + _masks(folder, data)
-        + "".join(more)
+        + "".join(others)
         + "<h2>Settings and versions</h2><details><summary>as JSON</summary>"
         f"<pre>{escape(json.dumps(exact, indent=2))}</pre></details></main></body></html>\n"
     )

@@ -52,7 +52,7 @@ class GuidanceState:
         here = self._here
         if state.context == "uncond" or self._is_second_call(model, state, arguments):
             delta, here.delta = here.delta, None
-            return out if delta is None else _add(out, delta)
+            return out if delta is None else added(out, delta)
         here.delta = None
         if self.config.guidance_scale == 0 or not self.config.is_guided_step(done.step[0]):
             return out
@@ -61,7 +61,7 @@ class GuidanceState:
         latents = arguments[state.family.latents]
         batch = len(latents)
         parts = self._num_parts(state, latents)
-        prediction = conditional = _prediction(out)
+        prediction = conditional = prediction_of(out)
         if parts > 1:
             size = batch // parts
             rows = slice(size) if state.family.cond_first else slice(batch - size, None)
@@ -75,13 +75,13 @@ class GuidanceState:
         cached = getattr(model, "is_cache_enabled", False)
         context = model.cache_context("perturbed") if cached else contextlib.nullcontext()
         with state.passes.under_way(weak), context:
-            weakened = _prediction(torch.nn.Module.__call__(model, **arguments))
+            weakened = prediction_of(torch.nn.Module.__call__(model, **arguments))
         done.forget()
         scale = self.config.guidance_scale
-        here.delta = delta = _each(lambda c, w: scale * (c - w), conditional, weakened)
+        here.delta = delta = each(lambda c, w: scale * (c - w), conditional, weakened)
         if parts > 1:
             delta = torch.cat([delta] * parts) if torch.is_tensor(delta) else delta * parts
-        return _add(out, delta)
+        return added(out, delta)
 
     def _num_parts(self, state: ModelState, latents) -> int:
         """How many predictions of the same latents a pass holds: conditional, unconditional.
@@ -127,22 +127,22 @@ class GuidanceState:
 Prediction = torch.Tensor | list[torch.Tensor]
 
 
-def _prediction(out) -> Prediction:
+def prediction_of(out) -> Prediction:
     """What a transformer predicts, in whichever form it was returned: ``[B, ...]`` or a list."""
     if isinstance(out, torch.Tensor):
         return out
     return out[0] if isinstance(out, tuple) else out.sample
 
 
-def _each(function, *predictions: Prediction) -> Prediction:
+def each(function, *predictions: Prediction) -> Prediction:
     if isinstance(predictions[0], torch.Tensor):
         return function(*predictions)
     return [function(*parts) for parts in zip(*predictions)]
 
 
-def _add(out, delta: Prediction):
+def added(out, delta: Prediction):
     """``out`` with ``delta`` added to its prediction, in the form it came in."""
-    moved = _each(torch.add, _prediction(out), delta)
+    moved = each(torch.add, prediction_of(out), delta)
     if isinstance(out, torch.Tensor):
         return moved
     return (moved, *out[1:]) if isinstance(out, tuple) else type(out)(sample=moved)

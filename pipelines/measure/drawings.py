@@ -31,6 +31,33 @@ def _latents(index: int) -> str:
     return f"latents/{index:05d}.npy"
 
 
+def keep_settings(
+    manifest: Path, settings: dict, what: str, verify: bool = True, since: dict | None = None
+) -> None:
+    """Write what the results in a folder depend on, or compare it with what is written there.
+
+    Args:
+        manifest: a record in that folder.
+        settings: plain data, as JSON gives it back.
+        what: words for the results, such as "pictures drawn".
+        since: what counts where an earlier version did not write it.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+    if not manifest.exists():
+        write_record(manifest, settings)
+        return
+    remedy = "remove it to begin again"
+    earlier = (since or {}) | read_record(manifest, dict, verify=verify, remedy=remedy).data
+    differing = difference_of_settings(settings, earlier)
+    if differing:
+        raise ValueError(
+            f"{manifest.parent} holds {what} with other settings ({'; '.join(differing)}); "
+            "use those settings, or another folder"
+        )
+
+
 class Drawings:
     """A folder of pictures that were all drawn with the same settings.
 
@@ -52,19 +79,9 @@ class Drawings:
         self.settings = json.loads(json.dumps(settings, allow_nan=False))
         for name in ("images", "latents", "records"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        manifest = self.folder / "settings.json"
-        if not manifest.exists():
-            write_record(manifest, self.settings)
-            return
         # Folders of earlier versions do not say on which attention backend they were drawn.
-        earlier = {"dense_attention": self.settings.get("dense_attention")}
-        earlier |= self._read(manifest).data
-        differing = difference_of_settings(self.settings, earlier)
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds pictures drawn with other settings ({'; '.join(differing)}); "
-                "use those settings, or another folder"
-            )
+        since = {"dense_attention": self.settings.get("dense_attention")}
+        keep_settings(self.folder / "settings.json", self.settings, "pictures drawn", verify, since)
 
     @property
     def images(self) -> Path:

@@ -157,6 +157,7 @@ def draw_missing(
         facts = {
             "session": session,
             "seconds": result.timing.total,
+            "busy": result.timing.busy,
             "steps": list(result.timing.steps),
             "peak_memory_bytes": result.peak_memory,
             "attention": description,

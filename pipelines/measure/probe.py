@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -50,8 +50,15 @@ class Captured:
     hidden_states: torch.Tensor | None = None
 
 
-class _Recorder:
-    """Stands in a layer for every pass: keeps calls of attention, and leaves their output."""
+class Recorder:
+    """Stands in a layer for every pass: tells of calls of attention, and leaves their output.
+
+    Args:
+        steps: the denoising steps whose calls are told of; of a step with several passes the first.
+        on_call: called with the inputs, which are the model's own tensors, the layer's output
+            ``[B, H, N, D]``, and the call's arguments by name.
+        hidden_states: as in :class:`Family`, to be told of what the layer was given, too.
+    """
 
     strict, shortcut = True, None
 
@@ -59,12 +66,13 @@ class _Recorder:
         self,
         model: torch.nn.Module,
         layer: str,
-        steps,
-        captured: list[Captured],
+        steps: Collection[int],
+        on_call: Callable[[Captured, torch.Tensor, dict], None],
         hidden_states: tuple[str, str] | None = None,
     ):
-        self.model, self.layer, self.steps, self.captured = model, layer, steps, captured
+        self.model, self.layer, self.steps, self.on_call = model, layer, steps, on_call
         self.hidden_states = hidden_states
+        self.seen: set[int] = set()
 
     @property
     def layout(self) -> Layout:
@@ -89,16 +97,16 @@ class _Recorder:
     def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
         state = self.model._dittfast
         step, _ = state.passes.current.step
-        again = any(c.step == step and c.layer == self.layer for c in self.captured)
-        if step in self.steps and not again:
-            q, k, v = (call[name].detach().clone() for name in ("query", "key", "value"))
+        if step in self.steps and step not in self.seen:
+            self.seen.add(step)
+            q, k, v = (call[name].detach() for name in ("query", "key", "value"))
             scale = call.get("scale")
             scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
             token = self.layout.grid_start if state.family.outer_mask else None
             weight = key_log_weight(call.get("attn_mask"), q, token)
             hidden = call.get("hidden_states")
-            given = scale, weight, None if hidden is None else hidden.detach().clone()
-            self.captured.append(Captured(step, self.layer, self.layout, q, k, v, *given))
+            given = scale, weight, None if hidden is None else hidden.detach()
+            self.on_call(Captured(step, self.layer, self.layout, q, k, v, *given), out, call)
         return out
 
 
@@ -153,6 +161,12 @@ def capture(
     steps = [total // 2] if steps is None else list(steps)
     check_places(pipe, call, steps, layers)
     captured: list[Captured] = []
+
+    def keep(c: Captured, out: torch.Tensor, call: dict) -> None:
+        hidden = None if c.hidden_states is None else c.hidden_states.clone()
+        own = dict(q=c.q.clone(), k=c.k.clone(), v=c.v.clone(), hidden_states=hidden)
+        captured.append(replace(c, **own))
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable(pipe, "dense"))
         for model in transformers_of(pipe).values():
@@ -160,7 +174,7 @@ def capture(
             for number in range(len(names)) if layers is None else layers:
                 name = names[number]
                 names_of = model._dittfast.family.hidden_states if hidden_states else None
-                recorder = _Recorder(model, name, steps, captured, names_of)
+                recorder = Recorder(model, name, steps, keep, names_of)
                 model._dittfast.recorders[name] = recorder
         run(pipe, call, seed)
     return captured

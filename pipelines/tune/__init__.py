@@ -1,0 +1,1 @@
+"""dittfast tune: a budget in, a preset with its measured proof out."""

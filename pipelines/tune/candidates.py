@@ -1,0 +1,139 @@
+"""Which methods and options are tried: for every method a few settings, from sparse to dense."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from dittfast.config import unknown
+from dittfast.layout import Layout
+from dittfast.methods import METHODS
+from dittfast.methods.base import Method
+
+logger = logging.getLogger(__name__)
+
+# Shares of the grid's shorter side that windows span, and of key blocks that are kept.
+_RADII = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
+_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
+# A plan that keeps more saves nothing worth an error.
+_MOST_DENSITY = 0.9
+
+
+def tunable() -> list[str]:
+    """Methods that can be tried on a model as it is: those without parameters to be trained."""
+    return [n for n, cls in METHODS.items() if not cls.dense and not cls().parameters(1, 8)]
+
+
+def check_methods(names: Iterable[str]) -> list[str]:
+    """The names, checked.
+
+    Raises:
+        ValueError: none, an unknown method, one twice, or one that has to be trained first.
+    """
+    names, known = list(names), tunable()
+    for name in names:
+        if name in METHODS and name not in known:
+            raise ValueError(
+                f"{name} cannot be tuned: it is dense attention or has to be trained first. "
+                f"Methods: {', '.join(known)}"
+            )
+        if name not in known:
+            raise unknown("method", name, known)
+        if names.count(name) > 1:
+            raise ValueError(f"the method {name} is named twice; name each once")
+    if not names:
+        raise ValueError(f"there are no methods to try; name some of {', '.join(known)}")
+    return names
+
+
+def candidates(layout: Layout, names: Iterable[str], device="cpu") -> list[Method]:
+    """What is tried on a layout, the sparsest setting of each method first.
+
+    Settings whose plan does not depend on q and k, and that keep nearly all pairs of tokens or the
+    same as the one before, are left out.
+
+    Args:
+        names: of methods, see :func:`check_methods`.
+    """
+    found: list[Method] = []
+    for name in names:
+        densities: list[float] = []
+        for options in _DIALS.get(name, _as_it_is)(layout):
+            try:
+                method = METHODS[name](**options)
+                kept = method.keep(layout, torch.device(device))
+                density = method.amount(layout, None, None, kept).density
+            except ValueError as error:
+                logger.info("%s %s is not tried: %s", name, options, error)
+                continue
+            if density is not None:
+                if density > _MOST_DENSITY or density in densities:
+                    continue
+                densities.append(density)
+            found.append(method)
+    if not found:
+        raise ValueError(
+            f"no setting of {', '.join(names)} leaves anything out of {layout.num_tokens:,} "
+            "tokens; draw larger, or name other methods"
+        )
+    return found
+
+
+def _side(layout: Layout) -> int:
+    return min(layout.grid.height, layout.grid.width)
+
+
+def _block(layout: Layout) -> int:
+    """Tokens of a block: about 64 blocks in all, of 16 to 64 tokens."""
+    return next((size for size in (64, 32) if layout.num_tokens >= 64 * size / 2), 16)
+
+
+def _local(layout: Layout) -> list[dict]:
+    windows = dict.fromkeys(max(1.5, round(_side(layout) * part, 1)) for part in _RADII)
+    return [{"window": window} for window in windows]
+
+
+def _neighborhood(layout: Layout) -> list[dict]:
+    windows = dict.fromkeys(max(2, round(2 * _side(layout) * part)) for part in _RADII)
+    return [{"window": window} for window in windows]
+
+
+def _radial(layout: Layout) -> list[dict]:
+    if layout.grid.frames < 2:
+        return []  # one frame sees itself in full
+    return [{"decay_factor": x, "block_size": _block(layout)} for x in (0.25, 0.5, 1.0, 2.0)]
+
+
+def _topk(layout: Layout) -> list[dict]:
+    return [{"topk": share, "block_size": _block(layout)} for share in _SHARES]
+
+
+def _rectified(layout: Layout) -> list[dict]:
+    size = _block(layout)
+    plain = {"block_size": size, "top_p": 0.0, "neighbors": False}
+    return [{"drop": 1 - share, **plain} for share in _SHARES]
+
+
+def _log_linear(layout: Layout) -> list[dict]:
+    return [{"topk": topk} for topk in (4, 8, 16, 32)]
+
+
+def _sol(layout: Layout) -> list[dict]:
+    return [{"tau": tau, "block_size": _block(layout)} for tau in (2.0, 1.5, 1.0, 0.5)]
+
+
+def _as_it_is(layout: Layout) -> list[dict]:
+    return [{}]  # a method that nobody has written a dial for
+
+
+_DIALS = {
+    "local": _local,
+    "neighborhood": _neighborhood,
+    "radial": _radial,
+    "topk": _topk,
+    "rectified": _rectified,
+    "log_linear": _log_linear,
+    "sol": _sol,
+}

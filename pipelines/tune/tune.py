@@ -1,0 +1,596 @@
+"""Tuning: record, predict, solve, draw, correct, until held-out prompts hold the budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from dittfast.disk.locks import locked
+from dittfast.disk.records import digest_of, write_record
+from dittfast.files import write_text
+from dittfast.layout import Layout
+from dittfast.measure.metrics import image_tensor, psnr, relative_distance
+from dittfast.measure.report import html_report, read_results
+from dittfast.measure.timing import in_turns
+from dittfast.methods.base import Method
+from dittfast.mixture import Mixture, Rule
+from dittfast.schedule import Schedule
+
+from ..adapter import enable
+from ..measure.fidelity import Arm, base_settings, draw_missing, evaluate_fidelity
+from ..measure.method_check import layer_names
+from ..measure.variants import Variant
+from ..models import transformers_of
+from ..runs.positions import positions_scaled
+from ..runs.prompts import Item
+from ..runs.run import duration, run
+from ..runs.sources import Source
+from .book import Book
+from .budget import QUALITIES, Budget
+from .candidates import candidates, check_methods, tunable
+from .prediction import Assigned, Prediction
+from .preset import ALWAYS, mixture_of, preset_data, write_preset
+from .recording import FORM, bands, check_record, middle, record
+from .report import summary_tables
+from .sensitivity import draw_disturbed
+from .solver import Choice, cheapest, most_exact
+
+logger = logging.getLogger(__name__)
+
+# Sizes of the noise: small enough for first order, large enough for 8-bit pictures.
+_LAYER_NOISE, _STEP_NOISE = 0.1, 0.03
+# A quality that is this near to its bound (dB) leaves nothing to gain.
+_NEAR = 0.3
+# What a method's plan may last, and what of a run its planning must take to be worth a try.
+_LASTING, _WORTH_LASTING = (2, 4), 0.01
+# A speed budget alone leaves quality free; a plan may last if that loses no more than this, in dB.
+_LOST = 0.1
+_PAIRS = 2
+# dB that stand for pictures without a difference; 8 bits cannot show as many.
+_EQUAL = 120.0
+
+
+class ImpossibleBudget(ValueError):
+    """No preset holds the budget; the message says which is nearest."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to tune for.
+
+    Args:
+        budget: what the held-out prompts have to hold.
+        items: prompts and seeds that are recorded and drawn.
+        held_out: those that judge alone, numbered after the others.
+        methods: names of the methods that may be used.
+        bands: of steps, each with a choice of its own.
+        rounds: of solving and drawing, at most.
+
+    Raises:
+        ValueError: no prompts, one that is tuned with and held out, or a count below 1.
+    """
+
+    budget: Budget
+    items: tuple[Item, ...]
+    held_out: tuple[Item, ...]
+    methods: tuple[str, ...] = field(default_factory=lambda: tuple(tunable()))
+    bands: int = 4
+    rounds: int = 4
+
+    def __post_init__(self):
+        object.__setattr__(self, "methods", tuple(check_methods(self.methods)))
+        for name, items in (("to tune with", self.items), ("held out", self.held_out)):
+            if not items:
+                raise ValueError(f"there are no prompts {name}; give at least one")
+        both = {i.prompt for i in self.items} & {i.prompt for i in self.held_out}
+        if both:
+            raise ValueError(f"held-out prompts must be new; {min(both)!r} is tuned with, too")
+        for name in ("bands", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A preset that was drawn, with what was predicted and measured of it.
+
+    Attributes:
+        tuned, held_out: measures, means over prompts; ``held_out`` has ``speedup``, too, where it
+            was timed. Empty where the preset was not drawn with these prompts.
+    """
+
+    label: str
+    mixture: Mixture
+    assigned: Assigned
+    schedule: Schedule
+    predicted: dict
+    tuned: dict
+    held_out: dict
+
+    def to_dict(self) -> dict:
+        words = {"label": self.label, "rules": self.mixture.to_dict()["rules"]}
+        measured = {"predicted": self.predicted, "tuned": self.tuned, "held_out": self.held_out}
+        return words | {"replan_every": self.schedule.replan_every} | measured
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished tuning: the preset's file and data, and all that was found on the way."""
+
+    preset: Path
+    data: dict
+    found: dict
+    report: Path
+
+
+class _Progress:
+    """Says what comes next and how long the rest will take, in units of dense runs."""
+
+    def __init__(self, total: float, on_stage: Callable[[str], None]):
+        self.total, self.on_stage = total, on_stage
+        self.begun, self.done, self.running = time.perf_counter(), 0.0, 0.0
+
+    def begin(self, name: str, work: float) -> None:
+        self.done, self.running = self.done + self.running, work
+        left = ""
+        if self.done:
+            rest = max(self.total - self.done, work)
+            left = f", about {duration(rest * (time.perf_counter() - self.begun) / self.done)} left"
+        self.on_stage(name + left)
+
+    def skip(self, work: float) -> None:
+        """What an earlier, killed tuning has done already."""
+        self.total -= work
+
+
+class Tuner:
+    """One tuning: its pipeline, its folder, and what is known so far."""
+
+    def __init__(
+        self,
+        pipe,
+        source: Source,
+        call: dict,
+        task: Task,
+        folder: Path,
+        kernel: str = "auto",
+        backend: str = "auto",
+        verify: bool = True,
+        loading: dict | None = None,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ):
+        self.pipe, self.source, self.call, self.task = pipe, source, call, task
+        self.folder, self.kernel, self.backend, self.verify = folder, kernel, backend, verify
+        self.loading = loading
+        self.base = base_settings(pipe, source, call, kernel, loading)
+        # Not the budget: another one in the same folder needs nothing to be recorded again.
+        own = {"items": [asdict(item) for item in task.items], "methods": task.methods}
+        own |= {"bands": task.bands, "backend": backend}
+        self.book = Book(folder, self.base | {"task": own}, verify)
+        self.total_steps = call["num_inference_steps"]
+        self.bands = bands(self.total_steps, task.bands)
+        self.middles = [middle(band) for band in self.bands]
+        self.layers = layer_names(pipe)
+        self.dense = self._arm(None)
+        self.measures = list(QUALITIES)
+        drawings = len(task.items) + len(task.held_out)
+        work = 2 * len(task.items) + len(task.held_out) + len(self.bands)
+        work += 0.5 * (len(task.methods) + task.rounds * drawings) + 3
+        self.progress = _Progress(work, on_stage)
+
+    def _arm(self, variant: Variant | None) -> Arm:
+        return Arm(self.pipe, self.base, self.folder / "drawn", variant, self.verify)
+
+    def variant(self, label: str, method: Method, schedule: Schedule = ALWAYS) -> Arm:
+        return self._arm(Variant(label, method, schedule, self.backend))
+
+    def _call(self, item: Item) -> dict:
+        return self.call | {"prompt": item.prompt}
+
+    def _draw(self, name: str, arm: Arm, items: Sequence[Item], work: float = 0.5) -> None:
+        missing = arm.drawings.missing(list(items))
+        self.progress.skip(work * (len(items) - len(missing)))
+        if missing:
+            self.progress.begin(name, work * len(missing))
+            draw_missing([arm], self.call, missing)
+
+    # What is measured before anything is solved.
+
+    def read_layout(self) -> Layout:
+        """The layout of a pass, from a run of one step, which also warms the pipeline up."""
+        item = self.task.items[0]
+        with enable(self.pipe, "dense"):
+            run(self.pipe, self._call(item) | {"num_inference_steps": 1}, item.seed)
+            models = transformers_of(self.pipe).values()
+            return next(m._dittfast.layout for m in models if m._dittfast.layout is not None)
+
+    def prediction(self) -> Prediction:
+        """Record dense runs and how far errors reach, and make a prediction of them."""
+        self.layout = self.read_layout()
+        methods = candidates(self.layout, self.task.methods, self.pipe.device)
+        records = [self._record(item, methods) for item in self.task.items]
+        self._draw("dense attention, held-out prompts", self.dense, self.task.held_out, 1)
+        if self.dense.drawings.latents(self.task.items[0]) is None:
+            self.measures.remove("distance")
+            if self.task.budget.distance is not None:
+                raise ValueError(
+                    f"{type(self.pipe).__name__} hands out no latents, of which a distance is "
+                    "taken; give a budget of psnr"
+                )
+        reach = [self._reach(number) for number in range(len(self.bands))]
+        dense = [self.dense.drawings.record(item)["busy"] for item in self.task.held_out]
+        return Prediction(
+            methods,
+            [end - first for first, end in self.bands],
+            self.middles,
+            records,
+            {m: [one[m] for one in reach] for m in self.measures},
+            statistics.median(dense),
+        )
+
+    def _record(self, item: Item, methods: list[Method]) -> dict:
+        name = f"recorded-{item.index:05d}"
+        drawings = self.dense.drawings
+
+        def make() -> dict:
+            self.progress.begin(f"recording prompt {item.index + 1} of {len(self.task.items)}", 2)
+            drawn, numbers = record(
+                self.pipe, self._call(item), item.seed, methods, self.middles,
+                strength=_LAYER_NOISE, backend=self.backend,
+            )  # fmt: skip
+            if drawings.record(item) is None:
+                facts = {"session": "recorded", "seconds": drawn.timing.total, "busy": None}
+                facts |= {"steps": [], "peak_memory_bytes": None, "attention": None}
+                drawings.save(item, drawn, facts)
+            return numbers
+
+        if self.book.has(name):
+            self.progress.skip(2)
+        return self.book.once(
+            name, FORM, make, lambda data: check_record(data, methods, self.middles)
+        )
+
+    def _reach(self, band: int) -> dict:
+        """What relative squared errors of the predictions in a band do, by measure."""
+        item, name = self.task.items[0], f"band-{band}"
+
+        def make() -> dict:
+            self.progress.begin(f"noise in band {band + 1} of {len(self.bands)}", 1)
+            steps = range(*self.bands[band])
+            drawn = draw_disturbed(self.pipe, self._call(item), item.seed, steps, _STEP_NOISE)
+            found = {"psnr": _mse(self.dense.drawings.frames(item), drawn.frames)}
+            if "distance" in self.measures:
+                latents = self.dense.drawings.latents(item)
+                found["distance"] = relative_distance(latents, drawn.latents) ** 2
+            return {m: x / _STEP_NOISE**2 for m, x in found.items()}
+
+        if self.book.has(name):
+            self.progress.skip(1)
+        return self.book.once(name, {m: float for m in self.measures}, make)
+
+    def calibrate(self, prediction: Prediction) -> None:
+        """Draw one picture with each method in all layers and steps: its errors are no noise."""
+        item = self.task.items[0]
+        for name in dict.fromkeys(method.name for method in prediction.methods):
+            own = [n for n, method in enumerate(prediction.methods) if method.name == name]
+            number = own[len(own) // 2]
+            assigned = {place: (number,) * n for place, n in prediction.heads.items()}
+            mixture = Mixture((Rule(prediction.methods[number]),))
+            arm = self.variant(uniform_label(prediction.methods[number]), mixture)
+            self._draw(f"{name} in all layers", arm, [item])
+            self._correct(prediction, assigned, self.judge(arm, [item]))
+
+    # Drawing and judging.
+
+    def judge(self, arm: Arm, items: Sequence[Item]) -> dict[str, float]:
+        """Means over stored pictures: PSNR of those that differ from dense, and distance."""
+        values: dict[str, list[float]] = {m: [] for m in self.measures}
+        for item in items:
+            frames = (a.drawings.frames(item) for a in (self.dense, arm))
+            value = psnr(*map(image_tensor, frames))
+            if math.isfinite(value):
+                values["psnr"].append(value)
+            if "distance" in values:
+                latents = (a.drawings.latents(item) for a in (self.dense, arm))
+                values["distance"].append(relative_distance(*latents))
+        return {m: statistics.fmean(x) if x else _EQUAL for m, x in values.items()}
+
+    def _correct(self, prediction: Prediction, assigned: Assigned, measured: dict) -> None:
+        for measure in self.measures:
+            prediction.correct(assigned, measure, _squared(measure, measured[measure]))
+
+    def speedup(self, arm: Arm) -> float:
+        """Dense seconds over a preset's, of whole calls in turns; the median of pairs."""
+        item, name = self.task.held_out[0], f"speed-{arm.label}"
+
+        def make() -> dict:
+            self.progress.begin(f"timing {arm.label}", 1.5 * _PAIRS)
+            seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+            arms = {"dense": self.dense, "sparse": arm}
+            for _, which in in_turns(arms, _PAIRS):
+                drawn, _ = arms[which].draw(self._call(item), item.seed)
+                seconds[which].append(drawn.timing.busy)
+            return {"seconds": seconds}
+
+        found = self.book.once(name, {"seconds": {"*": [float]}}, make)["seconds"]
+        return statistics.median(a / b for a, b in zip(found["dense"], found["sparse"]))
+
+    # Search.
+
+    def search(self, prediction: Prediction) -> tuple[Drawn, list[Drawn]]:
+        """Solve, draw and correct until a preset holds; it, and all that were drawn.
+
+        Raises:
+            ImpossibleBudget: none does.
+        """
+        budget, rounds = self.task.budget, []
+        targets = {m: getattr(budget, m) for m in QUALITIES if getattr(budget, m) is not None}
+        for _ in range(self.task.rounds):
+            assigned = self._solve(prediction, targets)
+            mixture = self._mixture(prediction, assigned)
+            if any(mixture == one.mixture for one in rounds):
+                break
+            one = self._round(prediction, _label(mixture), mixture, assigned)
+            rounds.append(one)
+            self._learn(prediction, one, targets)
+            if self._holds(one) and not self._has_room(one, targets):
+                break
+        held = [one for one in rounds if self._holds(one)]
+        if not held:
+            raise ImpossibleBudget(self._nearest(rounds))
+        if budget.has_quality:
+            return min(held, key=lambda one: prediction.call_seconds(one.assigned)), rounds
+        return max(held, key=lambda one: one.tuned["psnr"]), rounds
+
+    def _solve(self, prediction: Prediction, targets: dict[str, float]) -> Assigned:
+        limits = {m: _squared(m, x) for m, x in targets.items()} or {"psnr": 1.0}
+        items = [prediction.choices(place, limits) for place in prediction.places]
+        asked = self.task.budget.speedup
+        chosen = cheapest(items, 1.0) if targets else None
+        if asked is not None and (
+            chosen is None or prediction.speedup(_assigned(prediction, chosen)) < asked
+        ):
+            most = prediction.attention_seconds(prediction.run_seconds / asked)
+            chosen = most_exact(items, most)
+            if chosen is None:
+                raise ImpossibleBudget(self._too_fast(prediction, items))
+        assigned = _assigned(prediction, chosen)
+        if self._mixture(prediction, assigned) is None:
+            raise ImpossibleBudget(
+                f"within {' and '.join(self.task.budget.words())} no method saves anything in any "
+                f"layer, so dense attention is the nearest; the sparsest that there is would be "
+                f"predicted {self._fastest(prediction, items):.2f} times as fast"
+            )
+        return assigned
+
+    def _mixture(self, prediction: Prediction, assigned: Assigned) -> Mixture | None:
+        edges = [(a / self.total_steps, b / self.total_steps) for a, b in self.bands]
+        return mixture_of(assigned, prediction.methods, self.layers, edges)
+
+    def _round(self, prediction, label: str, mixture: Mixture, assigned: Assigned) -> Drawn:
+        """Draw a choice; with held-out prompts only where those it was tuned with hold."""
+        budget, arm = self.task.budget, self.variant(label, mixture)
+        predicted = {m: prediction.squared_error(assigned, m) for m in self.measures}
+        predicted = {m: _value(m, x) for m, x in predicted.items()}
+        predicted["speedup"] = prediction.speedup(assigned)
+        self._draw(f"{label}, the prompts it is tuned with", arm, self.task.items)
+        tuned = self.judge(arm, self.task.items)
+        held = {}
+        if not budget.lacks(tuned, QUALITIES):
+            self._draw(f"{label}, held-out prompts", arm, self.task.held_out)
+            held = self.judge(arm, self.task.held_out)
+            if budget.speedup is not None and not budget.lacks(held, QUALITIES):
+                held["speedup"] = self.speedup(arm)
+        return Drawn(label, mixture, assigned, ALWAYS, predicted, tuned, held)
+
+    def _learn(self, prediction: Prediction, one: Drawn, targets: dict[str, float]) -> None:
+        """Correct the prediction, and what is aimed at where held-out prompts fell short."""
+        self._correct(prediction, one.assigned, one.tuned)
+        if "speedup" in one.held_out:
+            wanted = prediction.run_seconds / one.held_out["speedup"] - prediction.rest
+            own = prediction.call_seconds(one.assigned) - prediction.rest
+            if own > 0 and wanted > 0:
+                prediction.slowness *= wanted / own
+        for measure, target in targets.items() if one.held_out else ():
+            if self.task.budget.lacks(one.held_out, [measure]):
+                bound = getattr(self.task.budget, measure)
+                held = one.held_out[measure]
+                targets[measure] = (
+                    target + bound - held if measure == "psnr" else target * bound / held
+                )
+
+    def _holds(self, one: Drawn) -> bool:
+        return bool(one.held_out) and not self.task.budget.lacks(one.held_out)
+
+    def _has_room(self, one: Drawn, targets: dict[str, float]) -> bool:
+        """Whether another round may find something better than a preset that holds."""
+        if not targets:
+            return True  # the corrected errors may prefer other methods at the same speed
+        bounds = {m: _squared(m, getattr(self.task.budget, m)) for m in targets}
+        held = {m: _squared(m, one.held_out[m]) for m in targets}
+        return all(10 * math.log10(bounds[m] / held[m]) > _NEAR for m in targets if held[m])
+
+    # What cannot be had.
+
+    def _fastest(self, prediction: Prediction, items: Sequence[Sequence[Choice]]) -> float:
+        fastest = [min(choices, key=lambda c: c.cost) for choices in items]
+        return prediction.speedup(_assigned(prediction, fastest))
+
+    def _too_fast(self, prediction: Prediction, items) -> str:
+        share = 1 - prediction.rest / prediction.run_seconds
+        return (
+            f"speedup>={self.task.budget.speedup:g} cannot be had here: attention is {share:.0%} "
+            "of a run, and with the fastest method in every layer and step it would be "
+            f"{self._fastest(prediction, items):.2f} times as fast; that is the nearest possible"
+        )
+
+    def _nearest(self, rounds: Sequence[Drawn]) -> str:
+        budget = self.task.budget
+
+        def words(one: Drawn) -> str:
+            measured = one.held_out or one.tuned
+            speed = measured.get("speedup", one.predicted["speedup"])
+            which = "held-out prompts" if one.held_out else "the prompts it was tuned with"
+            parts = [f"{m} {measured[m]:.4g}" for m in self.measures if m in measured]
+            return f"{', '.join(parts)} on {which} at {speed:.2f} times the speed"
+
+        best = max(rounds, key=lambda one: (one.held_out or one.tuned)["psnr"])
+        return (
+            f"no preset of {len(rounds)} rounds holds {' and '.join(budget.words())}; the nearest "
+            f"has {words(best)}. Allow more --rounds, or ask for that"
+        )
+
+    # Plans that last.
+
+    def lasting(self, prediction: Prediction, best: Drawn) -> Drawn:
+        """The preset with plans that are kept for some steps, where held-out prompts hold it."""
+        planning = prediction.planning(best.assigned)
+        if planning < _WORTH_LASTING * prediction.call_seconds(best.assigned):
+            return best
+        for every in _LASTING:
+            schedule = replace(ALWAYS, replan_every=every)
+            arm = self.variant(f"{best.label}-every-{every}", best.mixture, schedule)
+            self._draw(f"plans kept for {every} steps", arm, self.task.held_out)
+            held = self.judge(arm, self.task.held_out)
+            bounds = self.task.budget
+            if not bounds.has_quality:
+                bounds = Budget(psnr=max(best.held_out["psnr"] - _LOST, 1.0))
+            if bounds.lacks(held, QUALITIES):
+                break
+            kept = best.held_out.get("speedup")
+            held |= {} if kept is None else {"speedup": self.speedup(arm)}
+            best = replace(best, label=arm.label, schedule=schedule, held_out=held)
+        return best
+
+
+def _label(mixture: Mixture) -> str:
+    """A name for what was chosen, the same for the same choice."""
+    return f"tuned-{digest_of(mixture.to_dict())[:8]}"
+
+
+def uniform_label(method: Method) -> str:
+    """A name for a method in all layers and steps."""
+    return f"all-{method.name}-{digest_of(method.to_dict())[:8]}"
+
+
+def _mse(a, b) -> float:
+    value = psnr(image_tensor(a), image_tensor(b))
+    return _squared("psnr", value)
+
+
+def _squared(measure: str, value: float) -> float:
+    """The squared error that a measure stands for."""
+    return 10 ** (-value / 10) if measure == "psnr" else value**2
+
+
+def _value(measure: str, squared: float) -> float:
+    if measure == "distance":
+        return math.sqrt(squared)
+    return -10 * math.log10(squared) if squared > 0 else _EQUAL
+
+
+def _assigned(prediction: Prediction, chosen: Sequence[Choice]) -> Assigned:
+    return dict(zip(prediction.places, (choice.what for choice in chosen)))
+
+
+def tune(
+    pipe,
+    source: Source,
+    call: dict,
+    task: Task,
+    folder: str | Path,
+    *,
+    position_scale: float = 1.0,
+    kernel: str = "auto",
+    backend: str = "auto",
+    verify: bool = True,
+    loading: dict | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Tuned:
+    """Find the cheapest methods for layers, heads and steps within a budget, and prove them.
+
+    Everything measured is written down as it is measured: called again with the same arguments, a
+    killed tuning goes on where it was and ends with the same preset.
+
+    Args:
+        pipe: a pipeline that dittfast can read, not enabled.
+        call: see :func:`~dittfast.pipelines.runs.call.call_arguments`; its prompt is replaced.
+        folder: gets preset.yaml, its report, and all that was measured.
+        position_scale: of position ids in all runs
+            (:func:`~dittfast.pipelines.runs.positions.positions_scaled`).
+        kernel: of PyTorch's dense attention, as in
+            :func:`~dittfast.pipelines.measure.fidelity.dense_kernel`.
+        backend: as in :func:`dittfast.attend`.
+        verify: compare what is there with its SHA-256.
+        loading: what was put into the pipeline, as plain data.
+
+    Raises:
+        ImpossibleBudget: the budget cannot be held.
+        ValueError: a folder of another tuning, or as :func:`dittfast.enable`.
+        FloatingPointError: a picture has values that are not finite.
+        OSError: something could not be written; what was measured before stays.
+    """
+    folder = Path(folder)
+    loaded = (loading or {}) | {"position_scale": position_scale}
+    with locked(folder), positions_scaled(pipe, position_scale):
+        given = (kernel, backend, verify, loaded, on_stage)
+        tuner = Tuner(pipe, source, call, task, folder, *given)
+        prediction = tuner.prediction()
+        tuner.calibrate(prediction)
+        best, rounds = tuner.search(prediction)
+        best = tuner.lasting(prediction, best)
+        return _finish(tuner, prediction, best, rounds)
+
+
+def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Drawn]) -> Tuned:
+    """Time the preset, check it, and write it with its report."""
+    arm = tuner.variant(best.label, best.mixture, best.schedule)
+    best.held_out.setdefault("speedup", tuner.speedup(arm))
+    tuner.progress.begin("checking attention, and the report", 1)
+    results = evaluate_fidelity(
+        tuner.pipe, tuner.source, tuner.call, tuner.task.held_out, [arm.variant],
+        tuner.folder / "drawn", kernel=tuner.kernel, verify=tuner.verify, loading=tuner.loading,
+    )  # fmt: skip
+    write_record(tuner.folder / "drawn" / "fidelity.json", results)
+    saved = prediction.planning(best.assigned)
+    every = best.schedule.replan_every or 1
+    kept = math.ceil(tuner.total_steps / every) / tuner.total_steps
+    found = {
+        "budget": tuner.task.budget.words(),
+        "best": best.to_dict(),
+        "rounds": [one.to_dict() for one in rounds],
+        "planning": {"seconds": saved, "saved": saved * (1 - kept)},
+        "run_seconds": prediction.run_seconds,
+        "attention_share": 1 - prediction.rest / prediction.run_seconds,
+        "candidates": [method.to_dict() for method in prediction.methods],
+        "places": prediction.table(best.assigned),
+        "factors": prediction.factors,
+        "bands": [list(band) for band in tuner.bands],
+    }
+    write_record(tuner.folder / "tune.json", found)
+    report = tuner.folder / "report.html"
+    plots = importlib.util.find_spec("matplotlib") is not None
+    page = html_report(
+        tuner.folder / "drawn", read_results(tuner.folder / "drawn", tuner.verify),
+        plots=plots, more=summary_tables(found),
+    )  # fmt: skip
+    write_text(report, page)
+    data = preset_data(
+        tuner.pipe, tuner.source.name, tuner.call, best.mixture, best.schedule,
+        {
+            "budget": found["budget"],
+            "sizes": [list(tuner.layout.grid.shape)],
+            "position_scale": tuner.loading["position_scale"],
+            "held_out": {"prompts": len(tuner.task.held_out), **best.held_out},
+            "report": report.name,
+        },
+    )  # fmt: skip
+    path = tuner.folder / "preset.yaml"
+    write_preset(path, data)
+    return Tuned(path, data, found, report)

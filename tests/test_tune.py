@@ -1,0 +1,462 @@
+"""dittfast tune on a tiny pipeline: what it records, what stops it, what it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+import yaml
+
+import dittfast
+from dittfast import Layout
+from dittfast.cli import main
+from dittfast.config import resolve
+from dittfast.disk.problems import FileProblem
+from dittfast.files import write_text
+from dittfast.methods import Local, LogLinear, TopK
+from dittfast.mixture import Mixture, Rule
+from dittfast.pipelines.measure import probe
+from dittfast.pipelines.measure.drawings import Drawings
+from dittfast.pipelines.runs import compare
+from dittfast.pipelines.runs import run as run_module
+from dittfast.pipelines.runs.prompts import make_items
+from dittfast.pipelines.runs.run import run
+from dittfast.pipelines.runs.sources import Source
+from dittfast.pipelines.tune import book as book_module
+from dittfast.pipelines.tune import tune as tune_module
+from dittfast.pipelines.tune.budget import Budget
+from dittfast.pipelines.tune.errors import head_errors
+from dittfast.pipelines.tune.preset import preset_data, write_preset
+from dittfast.pipelines.tune.recording import record
+from dittfast.pipelines.tune.sensitivity import disturbed, noise_like
+from dittfast.pipelines.tune.tune import ImpossibleBudget, Task, tune
+from dittfast.schedule import Schedule
+from dittfast.testing import attention_inputs
+
+CALL = {"height": 64, "width": 96, "num_inference_steps": 3, "max_sequence_length": 12}
+SOURCE = Source("folder", "tiny", "tiny", {})
+ITEMS = make_items(["a red cat", "a blue dog", "a green car"])
+METHODS = [Local(window=2), TopK(topk=0.2, block_size=16)]
+
+
+def task(*budget, **more) -> Task:
+    given = {"methods": ("local", "topk"), "bands": 2, "rounds": 2} | more
+    return Task(Budget.parse(budget), tuple(ITEMS[:1]), tuple(ITEMS[1:]), **given)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.flux_pipeline()
+
+
+# Errors.
+
+
+def dense_output(q, k, v, mask=None):
+    """Attention in fp64, from the formula; ``mask`` says which keys a query sees."""
+    logits = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return torch.softmax(logits, -1) @ v.double()
+
+
+@pytest.mark.parametrize("method", [Local(window=2), LogLinear(block_size=8, topk=2, levels=1)])
+def test_errors_by_head_are_those_of_dense_fp64(method):
+    layout = Layout.image(9, 7, text=5)
+    q, k, v, _ = attention_inputs(2, 3, layout.num_tokens, 16)
+    dense = dense_output(q, k, v)
+    if isinstance(method, Local):
+        plan = method.plan(layout)
+        ours = dense_output(q, k, v, plan.to_dense_mask())
+        by_plan = head_errors(plan, layout, q, k, v)
+    else:
+        ours = dittfast.functional.log_linear_attention(
+            q, k, v, layout, block_size=8, topk=2, levels=1
+        )
+        by_plan = None
+    wanted = (ours - dense).square().sum((0, 2, 3)).sqrt() / dense.square().sum((0, 2, 3)).sqrt()
+    found = head_errors(method, layout, q, k, v)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    if by_plan is not None:
+        torch.testing.assert_close(by_plan, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_recorded_is_what_the_formula_gives_for_captured_q_k_v(pipe):
+    call = CALL | {"prompt": "a red cat"}
+    stock = run(pipe, call, 0)
+    drawn, data = record(pipe, call, 0, METHODS, [1, 2], strength=0.1)
+    assert (drawn.frames == stock.frames).all() and torch.equal(drawn.latents, stock.latents)
+    captured = probe.capture(pipe, call, steps=[1, 2])
+    assert [(c["layer"], c["step"]) for c in data["calls"]] == [(c.layer, c.step) for c in captured]
+    assert data["passes"] == 1
+    for found, c in zip(data["calls"], captured):
+        dense = dense_output(c.q, c.k, c.v)
+        assert found["size"] == pytest.approx(float(dense.square().sum()), rel=1e-4)
+        for method, tried in zip(METHODS, found["tried"]):
+            plan = method.plan(c.layout, c.q, c.k, c.v)
+            ours = dense_output(c.q, c.k, c.v, plan.to_dense_mask())
+            wanted = (ours - dense).square().sum((0, 2, 3))
+            assert tried["error"] == pytest.approx(wanted.tolist(), rel=1e-3)
+            assert tried["seconds"] >= tried["planning"] >= 0
+            assert (tried["planning"] > 0) == (not method.static)
+
+
+def test_a_layers_sensitivity_is_that_of_noise_in_its_attention(pipe):
+    """By a way of its own: the attention of one layer is changed by a mode around it."""
+    call = CALL | {"prompt": "a red cat"}
+    _, data = record(pipe, call, 0, METHODS[:1], [1], strength=0.1)
+    name = "single_transformer_blocks.0.attn"
+    found = next(c["sensitivity"] for c in data["calls"] if c["layer"] == name)
+    stock, predictions = F.scaled_dot_product_attention, {}
+
+    class Noisy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            return out + noise_like(out, 0.1, 0) if func is stock else out
+
+    model, passes = pipe.transformer, itertools.count()
+
+    def before(module, args, kwargs):
+        predictions["step"] = next(passes)
+        predictions["arguments"] = kwargs
+
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    seen = []
+    after = model.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append((kwargs, out[0])), with_kwargs=True
+    )
+    try:
+        run(pipe, call, 0)
+    finally:
+        hook.remove(), after.remove()
+    arguments, plain = seen[1]
+    layer, modes = model.get_submodule(name), []
+
+    def enter(*_):
+        modes.append(Noisy())
+        modes[-1].__enter__()
+
+    hooks = [layer.register_forward_pre_hook(enter)]
+    hooks.append(layer.register_forward_hook(lambda *_: modes.pop().__exit__(None, None, None)))
+    try:
+        with torch.no_grad():
+            moved = model(**arguments)[0]
+    finally:
+        [h.remove() for h in hooks]
+    wanted = float((moved - plain).square().sum() / plain.square().sum()) / 0.1**2
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_bands_noise_is_on_its_predictions_alone(pipe):
+    call = CALL | {"prompt": "a red cat"}
+    outputs = {}
+
+    def note(name):
+        def hook(module, args, kwargs, out):
+            outputs.setdefault(name, []).append(out[0])
+
+        return pipe.transformer.register_forward_hook(hook, with_kwargs=True)
+
+    hook = note("plain")
+    plain = run(pipe, call, 0)
+    hook.remove()
+    with disturbed(pipe, [2], 0.05):
+        drawn = run(pipe, call, 0)
+    sigmas = pipe.scheduler.sigmas
+    noise = noise_like(outputs["plain"][2], 0.05, 0)
+    moved = plain.latents + (sigmas[3] - sigmas[2]) * noise.float()  # Euler's last step
+    torch.testing.assert_close(drawn.latents, moved, rtol=1e-4, atol=1e-5)
+
+
+# The whole.
+
+
+@pytest.fixture
+def fixed_seconds(monkeypatch):
+    """Seconds that do not depend on the machine, so that results can be compared to the byte."""
+    real = tune_module.record
+
+    def recorded(*args, **kwargs):
+        drawn, data = real(*args, **kwargs)
+        for one in data["calls"]:
+            one["dense_seconds"] = 0.05
+            for number, tried in enumerate(one["tried"]):
+                tried |= {"seconds": 0.01 + 0.003 * number, "planning": 0.0}
+        return drawn, data | {"one_head": [0.006] * len(data["one_head"])}
+
+    monkeypatch.setattr(tune_module, "record", recorded)
+    monkeypatch.setattr(run_module, "clock_for", lambda device: itertools.count().__next__)
+
+
+def texts(folder):
+    return (folder / "preset.yaml").read_text(), (folder / "tune.json").read_text()
+
+
+def test_a_tuned_preset_holds_its_budget_and_draws_what_was_measured(pipe, tmp_path, fixed_seconds):
+    stages = []
+    done = tune(pipe, SOURCE, CALL, task("psnr>=25"), tmp_path, on_stage=stages.append)
+    assert any("left" in stage for stage in stages)
+    best = done.found["best"]
+    assert best["held_out"]["psnr"] >= 25
+    data = yaml.safe_load(done.preset.read_text())
+    assert data["tuned"]["held_out"]["psnr"] == pytest.approx(best["held_out"]["psnr"])
+    assert data["tuned"]["sizes"] == [[1, 8, 12]]
+    assert set(data["tuned"]["versions"]) >= {"dittfast", "torch", "diffusers"}
+    page = done.report.read_text()
+    assert "What was asked for" in page and "Tuned for psnr&gt;=25" in page
+    # The file alone, by enable, draws the pictures that were measured.
+    drawings = Drawings(*_drawings_of(tmp_path, best["label"]))
+    before = pipe.transformer.state_dict()
+    with dittfast.enable(pipe, str(done.preset)) as enabled:
+        for item in ITEMS[1:]:
+            drawn = run(pipe, CALL | {"prompt": item.prompt}, item.seed)
+            assert (drawn.frames == drawings.frames(item)).all()
+        assert enabled.describe().did_not_run is None
+    assert all(torch.equal(before[n], x) for n, x in pipe.transformer.state_dict().items())
+    # Another budget in the same folder records nothing again.
+    with _no_recording():
+        again = tune(pipe, SOURCE, CALL, task("distance<=0.5"), tmp_path)
+    assert again.found["best"]["held_out"]["distance"] <= 0.5
+    with pytest.raises(ValueError, match="a tuning with other settings"):
+        tune(pipe, SOURCE, CALL, task("psnr>=25", bands=1), tmp_path)
+
+
+def _drawings_of(folder, label):
+    import json
+
+    settings = json.loads((folder / "drawn" / label / "settings.json").read_text())
+    settings.pop("sha256")
+    return folder / "drawn" / label, settings
+
+
+@contextlib.contextmanager
+def _no_recording():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_module, "record", None)
+        patch.setattr(tune_module, "draw_disturbed", None)
+        yield
+
+
+class Faults:
+    """Raises an error of each kind in turn at every n-th thing that is written or drawn."""
+
+    def __init__(self, monkeypatch, every: int):
+        self.every, self.count, self.raised = every, 0, []
+        kinds = [
+            KeyboardInterrupt(),
+            OSError(errno.ENOSPC, "No space left on device"),
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            FloatingPointError("3 % of the picture's values are not finite"),
+        ]
+        self.kinds = itertools.cycle(kinds)
+        for module, name in ((book_module, "write_record"), (compare, "run")):
+            monkeypatch.setattr(module, name, self._wrapped(getattr(module, name)))
+
+    def _wrapped(self, real):
+        def wrapped(*args, **kwargs):
+            self.count += 1
+            if self.count % self.every == 0:
+                error = next(self.kinds)
+                self.raised.append(type(error))
+                raise error
+            return real(*args, **kwargs)
+
+        return wrapped
+
+
+def test_a_tuning_that_is_stopped_again_and_again_ends_with_the_same_preset(
+    pipe, tmp_path, fixed_seconds, monkeypatch
+):
+    whole = tmp_path / "whole"
+    tune(pipe, SOURCE, CALL, task("speedup>=1.02"), whole)
+    faults = Faults(monkeypatch, 5)
+    stopped, starts = tmp_path / "stopped", 0
+    while not (stopped / "preset.yaml").exists():
+        starts += 1
+        assert starts < 30
+        kinds = (KeyboardInterrupt, OSError, RuntimeError, FloatingPointError)
+        with contextlib.suppress(*kinds):
+            tune(pipe, SOURCE, CALL, task("speedup>=1.02"), stopped)
+        assert "_dittfast" not in pipe.transformer.__dict__  # the pipeline is as it was
+    assert len(set(faults.raised)) == 4
+    assert texts(stopped) == texts(whole)
+
+
+def test_a_method_that_gives_nan_is_left_out_and_the_rest_is_tuned(
+    pipe, tmp_path, fixed_seconds, monkeypatch
+):
+    from dittfast.pipelines.tune import recording
+
+    real = recording.method_attention
+
+    def attention(method, *args, **kwargs):
+        out = real(method, *args, **kwargs)
+        return out * torch.nan if isinstance(method, Local) else out
+
+    monkeypatch.setattr(recording, "method_attention", attention)
+    done = tune(pipe, SOURCE, CALL, task("speedup>=1.02"), tmp_path)
+    assert {rule["method"] for rule in done.data["rules"]} == {"topk"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (["speedup>=50"], "times as fast; that is the nearest possible"),
+        (["psnr>=99", "speedup>=1.05"], "the nearest has psnr"),
+    ],
+)
+def test_an_impossible_budget_is_refused_with_the_nearest(
+    pipe, tmp_path, fixed_seconds, budget, words
+):
+    with pytest.raises(ImpossibleBudget, match=words):
+        tune(pipe, SOURCE, CALL, task(*budget), tmp_path)
+    assert not (tmp_path / "preset.yaml").exists()
+
+
+def test_only_one_process_tunes_in_a_folder(pipe, tmp_path):
+    from dittfast.disk.locks import LOCK
+
+    write_text(
+        tmp_path / LOCK,
+        '{"host": "elsewhere", "pid": 1, "start": "1", "since": "x", "command": "dittfast"}',
+    )
+    with pytest.raises(ValueError, match="is in use by process 1 on elsewhere"):
+        tune(pipe, SOURCE, CALL, task("psnr>=25"), tmp_path)
+
+
+def test_a_damaged_record_is_named(pipe, tmp_path, fixed_seconds):
+    tune(pipe, SOURCE, CALL, task("speedup>=1.02"), tmp_path)
+    path = tmp_path / "records" / "band-0.json"
+    path.write_text(path.read_text().replace("psnr", "psnx"))
+    with pytest.raises(FileProblem, match="band-0"):
+        tune(pipe, SOURCE, CALL, task("speedup>=1.02"), tmp_path)
+
+
+# The preset.
+
+
+@pytest.fixture
+def preset(pipe, tmp_path):
+    mixture = Mixture((Rule(Local(window=2), (0, 2), (1,), (0.0, 0.5)), Rule(METHODS[1], (1,))))
+    about = {"budget": ["psnr>=20"], "sizes": [[1, 8, 12]], "held_out": {"psnr": 21.0}}
+    schedule = Schedule(min_tokens=0, replan_every=2)
+    data = preset_data(pipe, "tiny", CALL, mixture, schedule, about)
+    write_preset(tmp_path / "preset.yaml", data)
+    return tmp_path / "preset.yaml", mixture, schedule
+
+
+def test_a_preset_is_read_back_as_it_was_meant(preset, pipe):
+    path, mixture, schedule = preset
+    found = resolve(str(path))
+    assert found == (mixture, schedule)
+    assert found[0].tuned["model"] == "tiny"
+    assert yaml.safe_load(path.read_text())["transformers"] == ["FluxTransformer2DModel"]
+    text = path.read_text()
+    assert "&id" not in text and "window: 2" in text and "proportional" not in text
+
+
+def test_another_model_is_refused_unless_asked_for(preset, caplog):
+    path, *_ = preset
+    torch.manual_seed(1)
+    other = tiny.flux_pipeline()
+    with torch.no_grad():
+        for p in other.transformer.parameters():
+            p.mul_(1.5)
+    with pytest.raises(
+        ValueError, match=r"tuned for tiny, and this is another model.*other values"
+    ):
+        dittfast.enable(other, str(path))
+    with pytest.raises(ValueError, match="another model"):
+        dittfast.enable(other, resolve(str(path))[0])  # not by its name, either
+    larger = tiny.flux_pipeline(single=3)
+    with pytest.raises(ValueError, match="parameters of other shapes"):
+        dittfast.enable(larger, str(path))
+    with caplog.at_level(logging.WARNING), dittfast.enable(other, str(path), any_model=True):
+        pass
+    assert "taken all the same" in caplog.text
+
+
+def test_another_size_is_warned_of_once(preset, pipe, caplog):
+    path, *_ = preset
+    call = CALL | {"prompt": "a red cat", "num_inference_steps": 2}
+    with dittfast.enable(pipe, str(path)), caplog.at_level(logging.WARNING):
+        run(pipe, call, 0)
+        assert "tuned for" not in caplog.text
+        run(pipe, call | {"width": 64}, 0)
+        run(pipe, call | {"width": 64}, 1)
+    assert caplog.text.count("the preset was tuned for 1 x 8 x 12 tokens") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tuned": {"model": "x"}}, "tuned has no 'fingerprints'"),
+        ({"tuned": 3}, "must be a mapping"),
+        ({"rules": None, "method": "local", "tuned": {}}, "belongs to the 'rules'"),
+    ],
+)
+def test_a_preset_of_another_form_is_refused(preset, change, words):
+    path, *_ = preset
+    data = yaml.safe_load(path.read_text()) | change
+    data = {key: value for key, value in data.items() if value is not None}
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ValueError) as error:
+        resolve(str(path))
+    assert words in str(error.value)
+
+
+# Bad input, before weights are read.
+
+
+def test_held_out_prompts_are_new():
+    with pytest.raises(ValueError, match="'a red cat' is tuned with, too"):
+        Task(Budget(psnr=30), tuple(ITEMS[:1]), tuple(ITEMS[:1]), ("local",))
+    with pytest.raises(ValueError, match="no prompts held out"):
+        Task(Budget(psnr=30), tuple(ITEMS[:1]), (), ("local",))
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        replace(task("psnr>=30"), rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no budget"),
+        (["--budget", "psnr=30"], "psnr takes >="),
+        (["--budget", "psnr>=30", "--budget", "psnr>=31"], "psnr twice"),
+        (["--budget", "psnr>=30"], "-o FOLDER is missing"),
+        (["--budget", "psnr>=30", "-o", "FILE"], "is a file; name a folder"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--methods", "lokal"], "Did you mean 'local'"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--methods", "linear"], "trained first"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--methods", "local,local"], "twice"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--model", "nowhere"], "no model 'nowhere'"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--prompts", "ONE"], "none is left to judge by"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--held-out", "GONE"], "no prompts file"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--size", "512,256"], "--size is one size"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--size", "50"], "must be a multiple of"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--size", "64", "--height", "64"], "--size is one"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--num-frames", "4"], "takes no num_frames"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--bands", "0"], "must be at least 1"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--backend", "nativ"], "unknown backend"),
+        (["--budget", "psnr>=30", "-o", "OUT", "--position-scale", "0"], "above 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_weights_are_read(
+    words, message, tmp_path, capsys, monkeypatch
+):
+    from dittfast.pipelines.runs import loading
+
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "one.txt").write_text("a cat\n")
+    places = {"FILE": "file", "OUT": "out", "ONE": "one.txt", "GONE": "gone.txt"}
+    words = [str(tmp_path / places[w]) if w in places else w for w in words]
+    monkeypatch.setattr(loading, "load_with", None)  # nothing is loaded
+    assert main(["tune", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
