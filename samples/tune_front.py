@@ -93,6 +93,8 @@ def uniform_row(tuner: Tuner, method):
     yield {
         "method": method.to_dict(),
         "speedup": statistics.median(d / r["busy"] for d, r in zip(dense, records)),
+        "seconds": [r["busy"] for r in records],
+        "dense_seconds": dense,
         "density": records[0]["attention"]["density"],
         **tuner.judge(arm, tuner.task.held_out),
     }

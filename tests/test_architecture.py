@@ -21,7 +21,7 @@ FOLDERS = ("dittfast", "kernels", "pipelines", "distill", "samples", "configs")
 # What `core` in the table stands for: dittfast without these.
 NOT_CORE = ("kernels", "pipelines", "distill", "samples", "configs", "cli", "measure")
 # What `runtime` stands for: dittfast.pipelines without these.
-NOT_RUNTIME = ("runs", "measure", "headhunter", "ui")
+NOT_RUNTIME = ("runs", "measure", "headhunter", "tune", "ui")
 
 
 def tracked_files(*suffixes: str) -> list[str]:

@@ -121,13 +121,12 @@ class Prediction:
                 continue
             whole = self._seconds[number][place]
             start = min(self._start[number], whole)
-            total += start + share * (whole - start)
+            total += self.slowness * (start + share * (whole - start))
         return total * self.steps[place.band] * self.passes
 
     def call_seconds(self, assigned: Assigned) -> float:
         """Of a whole run."""
-        own = sum(self.seconds(place, heads) for place, heads in assigned.items())
-        return self.rest + self.slowness * own
+        return self.rest + sum(self.seconds(place, heads) for place, heads in assigned.items())
 
     def speedup(self, assigned: Assigned) -> float:
         return self.run_seconds / self.call_seconds(assigned)
@@ -140,9 +139,16 @@ class Prediction:
             for place, heads in assigned.items() for number in set(heads) - {DENSE}
         )  # fmt: skip
 
-    def attention_seconds(self, most_seconds: float) -> float:
-        """What calls of attention may take, uncorrected, in a run of ``most_seconds``."""
-        return (most_seconds - self.rest) / self.slowness
+    def learn_speed(self, assigned: Assigned, speedup: float) -> None:
+        """Learn how many times as fast a choice was: calls that are not dense take their share."""
+        dense = sum(
+            heads.count(DENSE) / len(heads) * self.seconds(place, (DENSE,) * len(heads))
+            for place, heads in assigned.items()
+        )
+        predicted = self.call_seconds(assigned) - self.rest - dense
+        measured = self.run_seconds / speedup - self.rest - dense
+        if predicted > 0 and measured > 0:
+            self.slowness *= measured / predicted
 
     # How far the picture will be.
 

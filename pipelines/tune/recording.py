@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -196,8 +195,13 @@ def record(
 
 def check_record(data: dict, methods: Sequence[Method], steps: Sequence[int]) -> None:
     """Raise ValueError where numbers of :data:`FORM` are not of these methods and steps."""
+    if len(data["one_head"]) != len(methods) or data["passes"] < 1 or not data["calls"]:
+        raise ValueError("it is the record of another set of methods")
     for one in data["calls"]:
+        errors = [x["error"] for x in one["tried"] if x["error"] is not None]
         if len(one["tried"]) != len(methods) or one["step"] not in steps:
             raise ValueError("it is the record of another set of methods or steps")
-        if not (math.isfinite(one["size"]) and one["size"] > 0):
+        if any(len(error) != one["heads"] for error in errors) or one["heads"] < 1:
+            raise ValueError(f"the errors of {one['layer']} are not those of {one['heads']} heads")
+        if not one["size"] > 0:
             raise ValueError(f"the attention of {one['layer']} has the size {one['size']}")

@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 
 # Sizes of the noise: small enough for first order, large enough for 8-bit pictures.
 _LAYER_NOISE, _STEP_NOISE = 0.1, 0.03
-# A quality that is this near to its bound (dB) leaves nothing to gain.
-_NEAR = 0.3
+# dB that are aimed above a bound of quality, for prompts differ; and how near to its bound a
+# quality leaves nothing worth another round.
+_ABOVE, _NEAR = 0.5, 1.0
 # What a method's plan may last, and what of a run its planning must take to be worth a try.
 _LASTING, _WORTH_LASTING = (2, 4), 0.01
 # A speed budget alone leaves quality free; a plan may last if that loses no more than this, in dB.
@@ -330,9 +331,15 @@ class Tuner:
             ImpossibleBudget: none does.
         """
         budget, rounds = self.task.budget, []
-        targets = {m: getattr(budget, m) for m in QUALITIES if getattr(budget, m) is not None}
+        bounds = {m: getattr(budget, m) for m in QUALITIES if getattr(budget, m) is not None}
+        targets = {m: _better(m, bound, _ABOVE) for m, bound in bounds.items()}
         for _ in range(self.task.rounds):
-            assigned = self._solve(prediction, targets)
+            try:
+                assigned = self._solve(prediction, targets)
+            except ImpossibleBudget:
+                if any(map(self._holds, rounds)):
+                    break  # what was drawn is more than what is predicted
+                raise
             mixture = self._mixture(prediction, assigned)
             if any(mixture == one.mixture for one in rounds):
                 break
@@ -356,8 +363,7 @@ class Tuner:
         if asked is not None and (
             chosen is None or prediction.speedup(_assigned(prediction, chosen)) < asked
         ):
-            most = prediction.attention_seconds(prediction.run_seconds / asked)
-            chosen = most_exact(items, most)
+            chosen = most_exact(items, prediction.run_seconds / asked - prediction.rest)
             if chosen is None:
                 raise ImpossibleBudget(self._too_fast(prediction, items))
         assigned = _assigned(prediction, chosen)
@@ -393,17 +399,12 @@ class Tuner:
         """Correct the prediction, and what is aimed at where held-out prompts fell short."""
         self._correct(prediction, one.assigned, one.tuned)
         if "speedup" in one.held_out:
-            wanted = prediction.run_seconds / one.held_out["speedup"] - prediction.rest
-            own = prediction.call_seconds(one.assigned) - prediction.rest
-            if own > 0 and wanted > 0:
-                prediction.slowness *= wanted / own
+            prediction.learn_speed(one.assigned, one.held_out["speedup"])
         for measure, target in targets.items() if one.held_out else ():
             if self.task.budget.lacks(one.held_out, [measure]):
-                bound = getattr(self.task.budget, measure)
-                held = one.held_out[measure]
-                targets[measure] = (
-                    target + bound - held if measure == "psnr" else target * bound / held
-                )
+                bound = _squared(measure, getattr(self.task.budget, measure))
+                short = 10 * math.log10(_squared(measure, one.held_out[measure]) / bound)
+                targets[measure] = _better(measure, target, short)
 
     def _holds(self, one: Drawn) -> bool:
         return bool(one.held_out) and not self.task.budget.lacks(one.held_out)
@@ -493,6 +494,11 @@ def _value(measure: str, squared: float) -> float:
     if measure == "distance":
         return math.sqrt(squared)
     return -10 * math.log10(squared) if squared > 0 else _EQUAL
+
+
+def _better(measure: str, value: float, decibels: float) -> float:
+    """A value of a measure whose squared error is lower by so much."""
+    return _value(measure, _squared(measure, value) * 10 ** (-decibels / 10))
 
 
 def _assigned(prediction: Prediction, chosen: Sequence[Choice]) -> Assigned:
