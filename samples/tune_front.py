@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from dittfast.environment import versions
-from dittfast.files import write_json
+from dittfast.disk.records import read_record
+from dittfast.environment import describe_device, versions
+from dittfast.files import atomic_path, write_json
+from dittfast.measure.plots import COLORS, MARKERS
 from dittfast.mixture import Mixture, Rule
 from dittfast.pipelines.measure.fidelity import draw_missing
 from dittfast.pipelines.runs import sources
-from dittfast.pipelines.runs.call import call_arguments
+from dittfast.pipelines.runs.call import call_arguments, call_record
 from dittfast.pipelines.runs.first_frame import with_first_frame
 from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.prompts import make_items
@@ -43,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", default=["speedup>=1.5", "speedup>=2"])
     parser.add_argument("--methods", nargs="+", default=tunable())
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--save", type=Path, help="write the numbers as PREFIX.json")
+    parser.add_argument("--save", type=Path, help="write PREFIX.json and PREFIX.png")
     return parser.parse_args()
 
 
@@ -80,7 +82,54 @@ def main() -> None:
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
         uniform = [row for method in candidates(tuner.read_layout(), args.methods)
                    for row in uniform_row(tuner, method)]  # fmt: skip
-    save(args, {"tuned": rows, "uniform": uniform, "versions": versions(), "call": given})
+        for row in rows:
+            row["drawn"] = seconds_of(tuner, row["best"]["label"])
+    save(
+        args,
+        {
+            "model": args.model,
+            "tokens": tuner.read_layout().num_tokens,
+            "call": call_record(call) | {"position_scale": args.position_scale},
+            "prompts": {"tuned_with": tuned_with, "held_out": held},
+            "device": describe_device("cpu"),
+            "versions": versions(),
+            "tuned": [row | against(row, uniform) for row in rows],
+            "uniform": uniform,
+        },
+    )
+
+
+def seconds_of(tuner: Tuner, label: str) -> dict:
+    """Seconds of the calls that drew the held-out prompts, and how many times as fast as dense."""
+    own, dense = (
+        [
+            read_record(tuner.folder / f"drawn/{name}/records/{item.index:05d}.json").data["busy"]
+            for item in tuner.task.held_out
+        ]
+        for name in (label, "dense")
+    )
+    return {"seconds": own, "dense_seconds": dense, "speedup": ratio(dense, own)}
+
+
+def ratio(dense, own) -> float:
+    return statistics.median(a / b for a, b in zip(dense, own))
+
+
+def against(row: dict, uniform: list[dict]) -> dict:
+    """A tuned preset beside the best setting that is as fast, and the fastest that is as good."""
+    found, speed = row["best"]["held_out"], row["drawn"]["speedup"]
+    fast = [x for x in uniform if x["speedup"] >= speed]
+    good = [x for x in uniform if x["psnr"] >= found["psnr"]]
+    best = max(fast, key=lambda x: x["psnr"], default=None)
+    near = min(fast, key=lambda x: x["distance"], default=None)
+    quick = max(good, key=lambda x: x["speedup"], default=None)
+    return {
+        "best_as_fast": best,
+        "decibels_better": None if best is None else found["psnr"] - best["psnr"],
+        "distance_ratio": None if near is None else found["distance"] / near["distance"],
+        "fastest_as_good": quick,
+        "times_faster": speed / (1.0 if quick is None else max(1.0, quick["speedup"])),
+    }
 
 
 def uniform_row(tuner: Tuner, method):
@@ -90,11 +139,12 @@ def uniform_row(tuner: Tuner, method):
     draw_missing([arm], tuner.call, tuner.task.held_out)
     records = [arm.drawings.record(item) for item in tuner.task.held_out]
     dense = [tuner.dense.drawings.record(item)["busy"] for item in tuner.task.held_out]
+    own = [record["busy"] for record in records]
     yield {
         "method": method.to_dict(),
-        "speedup": statistics.median(d / r["busy"] for d, r in zip(dense, records)),
-        "seconds": [r["busy"] for r in records],
-        "dense_seconds": dense,
+        "words": method.words(),
+        "speedup": ratio(dense, own),
+        "seconds": own,
         "density": records[0]["attention"]["density"],
         **tuner.judge(arm, tuner.task.held_out),
     }
@@ -102,8 +152,33 @@ def uniform_row(tuner: Tuner, method):
 
 def save(args, data: dict) -> None:
     write_json(args.output / "front.json", data)
-    if args.save is not None:
+    if args.save is not None and "uniform" in data:
         write_json(args.save.with_suffix(".json"), data)
+        with atomic_path(args.save.with_suffix(".png")) as temporary:
+            plot(data).savefig(temporary, dpi=130)
+
+
+def plot(data: dict):
+    """Speed and PSNR of all settings in all layers and steps, and of the tuned presets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in data["uniform"])):
+        own = sorted(
+            (x["speedup"], x["psnr"]) for x in data["uniform"] if x["method"]["name"] == name
+        )
+        look = {"color": COLORS[number], "marker": MARKERS[number]}
+        axes.plot(*zip(*own), ls=":", lw=1, ms=5, label=f"{name} everywhere", **look)
+    tuned = sorted((x["drawn"]["speedup"], x["best"]["held_out"]["psnr"]) for x in data["tuned"])
+    axes.plot(*zip(*tuned), color="black", marker="*", ms=13, lw=1.5, label="tuned")
+    axes.axvline(1, color="grey", lw=0.8)
+    axes.set_xlabel("dense seconds / seconds, whole calls (processor time)")
+    axes.set_ylabel("PSNR to dense, dB, held-out prompts")
+    axes.set_title(f"{data['model']}, {data['tokens']:,} tokens")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":

@@ -246,9 +246,9 @@ def tuning(folder, tune=False):
     def make():
         assert tune, "it is measured again"
         tried = [{"error": [0.25, 1e-3], "seconds": 0.5, "planning": 0.0}]
-        call = {"layer": "a", "step": 1, "heads": 2, "head_dim": 8, "size": 2.5}
+        call = {"layer": "a", "step": 1, "rows": 1, "heads": 2, "head_dim": 8, "size": 2.5}
         call |= {"dense_seconds": 0.75, "sensitivity": 0.125, "tried": tried}
-        return {"passes": 1, "calls": [call], "one_head": [0.25]}
+        return {"passes": 1, "calls": [call], "start": [0.25]}
 
     check = lambda data: check_record(data, methods, [1])  # noqa: E731
     return book.once("recorded-00000", FORM, make, check)

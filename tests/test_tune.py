@@ -194,7 +194,7 @@ def fix_seconds(monkeypatch):
             one["dense_seconds"] = 0.05
             for number, tried in enumerate(one["tried"]):
                 tried |= {"seconds": 0.01 + 0.003 * number, "planning": 0.001}
-        return drawn, data | {"one_head": [0.006] * len(data["one_head"])}
+        return drawn, data | {"start": [0.002] * len(data["start"])}
 
     def drawn(self, *args, **kwargs):
         result, description = drawing(self, *args, **kwargs)

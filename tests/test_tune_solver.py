@@ -201,7 +201,7 @@ def prediction(heads=2, seed=0):
     for _ in range(2):
         calls = [
             {
-                "layer": layer, "step": step, "heads": heads, "head_dim": 8,
+                "layer": layer, "step": step, "rows": 1, "heads": heads, "head_dim": 8,
                 "size": draw.uniform(1, 3), "dense_seconds": 1.0,
                 "sensitivity": draw.uniform(0.1, 1),
                 "tried": [
@@ -215,7 +215,7 @@ def prediction(heads=2, seed=0):
             }
             for layer in LAYERS for step in (0, 2)
         ]  # fmt: skip
-        records.append({"passes": 2, "calls": calls, "one_head": [0.15, 0.25, 0.4]})
+        records.append({"passes": 2, "calls": calls, "start": [0.1, 0.1, 0.2]})
     return records, Prediction(METHODS_TRIED, [1, 3], [0, 2], records, {"psnr": [0.5, 2.0]}, 30.0)
 
 

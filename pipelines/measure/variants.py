@@ -82,7 +82,7 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
 
     The file holds ``methods``, a mapping from labels to ``method``, ``options`` and ``schedule``,
     perhaps ``pairs``, a list of two labels each, and a ``schedule`` for all methods. A preset's
-    file, with one ``method`` of its own, counts as one method under the file's name.
+    file, with one ``method`` or ``rules`` of its own, counts as one method under the file's name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -94,7 +94,7 @@ def read_variants(path: str | Path) -> tuple[dict[str, tuple[str, dict]], list[t
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: a config file ends in .yaml or .yml")
     data = parse_yaml(read_text(path), str(path))
-    if isinstance(data, dict) and "method" in data:
+    if isinstance(data, dict) and ("method" in data or "rules" in data):
         return {path.stem: (str(path), {})}, []
     if not isinstance(data, dict) or not isinstance(data.get("methods"), dict):
         raise ValueError(f"{path} must hold 'methods', a mapping from labels to methods")

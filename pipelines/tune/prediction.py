@@ -65,6 +65,7 @@ class Prediction:
         for one in (one for record in records for one in record["calls"]):
             by_place.setdefault(Place(one["layer"], band_of[one["step"]]), []).append(one)
         self.heads = {place: calls[0]["heads"] for place, calls in by_place.items()}
+        self._rows = {place: calls[0]["rows"] for place, calls in by_place.items()}
         self._errors = {place: _errors(calls, len(methods)) for place, calls in by_place.items()}
         self._weight = {
             place: statistics.fmean(one["sensitivity"] for one in calls)
@@ -100,10 +101,8 @@ class Prediction:
                 }
             )
             self._planning.append(statistics.median(x["tried"][number]["planning"] for x in every))
-            heads, whole = every[0]["heads"], statistics.median(seconds)
-            alone = statistics.median(record["one_head"][number] for record in records)
-            start = (heads * alone - whole) / (heads - 1) if heads > 1 and alone else 0.0
-            self._start.append(min(max(start, 0.0), whole))
+            start = statistics.median(record["start"][number] for record in records)
+            self._start.append(max(start, 0.0))
 
     @property
     def places(self) -> list[Place]:
@@ -122,7 +121,11 @@ class Prediction:
             whole = self._seconds[number][place]
             start = min(self._start[number], whole)
             total += self.slowness * (start + share * (whole - start))
-        return total * self.steps[place.band] * self.passes
+        return total * self._calls(place)
+
+    def _calls(self, place: Place) -> int:
+        """Calls of attention at a place in a run, each row of a batch counted as one."""
+        return self.steps[place.band] * self.passes * self._rows[place]
 
     def call_seconds(self, assigned: Assigned) -> float:
         """Of a whole run."""
@@ -135,7 +138,7 @@ class Prediction:
         """Seconds of a run that go into plans made from q and k."""
         return sum(
             heads.count(number) / len(heads) * self._planning[number]
-            * self.steps[place.band] * self.passes
+            * self._calls(place)
             for place, heads in assigned.items() for number in set(heads) - {DENSE}
         )  # fmt: skip
 

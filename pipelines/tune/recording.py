@@ -16,17 +16,19 @@ import torch
 import torch.nn.functional as F
 
 from dittfast.attention import method_attention
-from dittfast.layout import Layout
+from dittfast.cache import BytesLRU
 from dittfast.measure.timing import clock_for, synchronize
 from dittfast.methods.base import Method
 
 from ..adapter import enable
 from ..measure.probe import Captured, Recorder
-from ..models import transformers_of
+from ..models import execution_device, transformers_of
 from ..runs.run import Run, run
 from .errors import squares_apart
 from .sensitivity import LayerSensitivity
 
+# Static plans that are kept while a run is recorded; those of a long video are large.
+_MOST_KEPT, _MOST_BYTES = 64, 2**30
 # What a record of one dense run holds.
 FORM = {
     "passes": int,
@@ -34,6 +36,7 @@ FORM = {
         {
             "layer": str,
             "step": int,
+            "rows": int,
             "heads": int,
             "head_dim": int,
             "size": float,
@@ -42,7 +45,7 @@ FORM = {
             "tried": [{"error": ([float], None), "seconds": float, "planning": float}],
         }
     ],
-    "one_head": [float],
+    "start": [float],
 }
 
 
@@ -64,8 +67,8 @@ class _Calls:
         self.methods, self.backend, self.device, self.told = methods, backend, device, told
         self.clock = clock_for(device)
         self.calls: list[dict] = []
-        self.one_head: list[list[float]] = [[] for _ in methods]
-        self._kept: dict[tuple[Layout, int], object] = {}
+        self.starts: list[list[float]] = [[] for _ in methods]
+        self._kept = BytesLRU(_MOST_KEPT, _MOST_BYTES)
 
     def __call__(self, captured: Captured, out: torch.Tensor, call: dict) -> None:
         c = _first_row(captured)
@@ -86,14 +89,13 @@ class _Calls:
                     "planning": planning,
                 }
             )
-            if first and c.q.shape[1] > 1:
-                each = c.q.shape[1] // c.k.shape[1]
-                alone = replace(c, q=c.q[:, :each], k=c.k[:, :1], v=c.v[:, :1])
-                self.one_head[number].append(self._attention(method, number, alone)[1] / each)
+            if first and c.k.shape[1] > 1:
+                self.starts[number].append(self._start(method, number, c, seconds))
         self.calls.append(
             {
                 "layer": c.layer,
                 "step": c.step,
+                "rows": captured.q.shape[0],
                 "heads": c.q.shape[1],
                 "head_dim": c.q.shape[3],
                 "size": float(squares_apart(0 * out, out).sum()),
@@ -103,22 +105,28 @@ class _Calls:
         )
         self.told()
 
+    def _start(self, method: Method, number: int, c: Captured, seconds: float) -> float:
+        """Seconds of a call that do not grow with its heads, from one for the first keys alone."""
+        groups = c.k.shape[1]
+        each = c.q.shape[1] // groups
+        weight = c.kv_log_weight
+        weight = weight if weight is None else weight[:, :each]
+        own = replace(c, q=c.q[:, :each], k=c.k[:, :1], v=c.v[:, :1], kv_log_weight=weight)
+        alone = self._attention(method, number, own)[1]
+        return (groups * alone - seconds) / (groups - 1)
+
     def now(self) -> float:
         synchronize(self.device)
         return self.clock()
 
     def _attention(self, method: Method, number: int, c: Captured):
         """The output of a method on captured q, k and v, its seconds, and those of its planning."""
-        key = c.layout, number
-        if key not in self._kept:
-            if any(layout != c.layout for layout, _ in self._kept):
-                self._kept.clear()
-            self._kept[key] = method.keep(c.layout, c.q.device)
-            method.prepare(c.layout, c.q.device)
-        planned = []
+        device, planned = c.q.device, []
+        kept = self._kept.get((c.layout, number), lambda: method.keep(c.layout, device))
+        method.prepare(c.layout, device)
         start = self.now()
         out = method_attention(
-            method, c.layout, c.q, c.k, c.v, kept=self._kept[key], scale=c.scale,
+            method, c.layout, c.q, c.k, c.v, kept=kept, scale=c.scale,
             kv_log_weight=c.kv_log_weight, backend=self.backend,
             on_plan=lambda plan: planned.append(self.now()),
         )  # fmt: skip
@@ -168,8 +176,7 @@ def record(
         FloatingPointError: the picture has values that are not finite.
     """
     models = transformers_of(pipe)
-    device = next(iter(models.values())).device
-    calls = _Calls(methods, backend, device, on_call)
+    calls = _Calls(methods, backend, execution_device(pipe), on_call)
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(enable(pipe, "dense"))
         sensitive = []
@@ -184,24 +191,27 @@ def record(
     found = {key: value for guidance in sensitive for key, value in guidance.found.items()}
     for one in calls.calls:
         one["sensitivity"] = found[one["layer"], one["step"]]
-    heads = [statistics.median(x) if x else 0.0 for x in calls.one_head]
     total = call["num_inference_steps"]
     return drawn, {
         "passes": max(1, round(passes / total)),
         "calls": calls.calls,
-        "one_head": heads,
+        "start": [statistics.median(x) if x else 0.0 for x in calls.starts],
     }
 
 
 def check_record(data: dict, methods: Sequence[Method], steps: Sequence[int]) -> None:
     """Raise ValueError where numbers of :data:`FORM` are not of these methods and steps."""
-    if len(data["one_head"]) != len(methods) or data["passes"] < 1 or not data["calls"]:
+    if len(data["start"]) != len(methods) or data["passes"] < 1 or not data["calls"]:
         raise ValueError("it is the record of another set of methods")
     for one in data["calls"]:
         errors = [x["error"] for x in one["tried"] if x["error"] is not None]
         if len(one["tried"]) != len(methods) or one["step"] not in steps:
             raise ValueError("it is the record of another set of methods or steps")
-        if any(len(error) != one["heads"] for error in errors) or one["heads"] < 1:
-            raise ValueError(f"the errors of {one['layer']} are not those of {one['heads']} heads")
+        if (
+            any(len(error) != one["heads"] for error in errors)
+            or one["heads"] < 1
+            or one["rows"] < 1
+        ):
+            raise ValueError(f"{one['layer']} was not tried with {one['heads']} heads")
         if not one["size"] > 0:
             raise ValueError(f"the attention of {one['layer']} has the size {one['size']}")

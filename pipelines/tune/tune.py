@@ -26,7 +26,7 @@ from ..adapter import enable
 from ..measure.fidelity import Arm, base_settings, draw_missing, evaluate_fidelity
 from ..measure.method_check import layer_names
 from ..measure.variants import Variant
-from ..models import transformers_of
+from ..models import execution_device, transformers_of
 from ..runs.positions import positions_scaled
 from ..runs.prompts import Item
 from ..runs.run import duration, run
@@ -214,9 +214,10 @@ class Tuner:
     def prediction(self) -> Prediction:
         """Record dense runs and how far errors reach, and make a prediction of them."""
         self.layout = self.read_layout()
-        methods = candidates(self.layout, self.task.methods, self.pipe.device)
+        methods = candidates(self.layout, self.task.methods, execution_device(self.pipe))
         records = [self._record(item, methods) for item in self.task.items]
-        self._draw("dense attention, held-out prompts", self.dense, self.task.held_out, 1)
+        for items in (self.task.items, self.task.held_out):
+            self._draw("dense attention", self.dense, items, 1)
         if self.dense.drawings.latents(self.task.items[0]) is None:
             self.measures.remove("distance")
             if self.task.budget.distance is not None:
