@@ -221,6 +221,7 @@ def recorded(finished, tmp_path, fixed_seconds, monkeypatch):
     shutil.copytree(finished[0].preset.parent, tmp_path / "recorded")
     monkeypatch.setattr(tune_module, "record", None)
     monkeypatch.setattr(tune_module, "draw_disturbed", None)
+    monkeypatch.setattr(tune_module, "html_report", lambda *args, **kwargs: "")
     return tmp_path / "recorded"
 
 
@@ -284,7 +285,8 @@ class Faults:
 def test_a_tuning_that_is_stopped_again_and_again_ends_with_the_same_preset(
     finished, pipe, tmp_path, fixed_seconds, monkeypatch
 ):
-    faults, starts = Faults(monkeypatch, 4), 0
+    monkeypatch.setattr(tune_module, "html_report", lambda *args, **kwargs: "")
+    faults, starts = Faults(monkeypatch, 7), 0
     while not (tmp_path / "preset.yaml").exists():
         starts += 1
         assert starts < 30
@@ -325,7 +327,7 @@ def test_a_method_that_gives_nan_is_recorded_as_such_and_loses_nothing(pipe, mon
 def test_an_impossible_budget_is_refused_with_the_nearest(recorded, pipe, budget, words):
     (recorded / "preset.yaml").unlink()
     with pytest.raises(ImpossibleBudget, match=words):
-        tune(pipe, SOURCE, CALL, task(*budget), recorded)
+        tune(pipe, SOURCE, CALL, task(*budget, rounds=1), recorded)
     assert not (recorded / "preset.yaml").exists()
 
 
@@ -469,3 +471,44 @@ def test_bad_input_is_one_sentence_before_weights_are_read(
     assert main(["tune", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_the_command_asks_for_what_its_options_say(finished, pipe, tmp_path, capsys, monkeypatch):
+    from dittfast.cli import tune as command
+
+    done, asked = finished[0], []
+
+    def fake(*given, **options):
+        asked.append((*given, options))
+        return done
+
+    monkeypatch.setattr(command, "load_pipeline", lambda args, source: pipe)
+    monkeypatch.setattr(tune_module, "tune", fake)
+    words = [
+        "--budget",
+        "psnr>=30",
+        "--budget",
+        "speedup>=1.5",
+        "-o",
+        str(tmp_path),
+        "--steps",
+        "3",
+    ]
+    words += ["--size", "512", "--position-scale", "fit", "--methods", "topk,local", "--json", "-"]
+    assert main(["tune", *words]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads(json.dumps(done.found))
+    assert "wrote" in printed.err and "held-out prompts: psnr" in printed.err
+    ((given, _, call, chosen, folder, options),) = asked
+    assert given is pipe and folder == tmp_path and options["position_scale"] == 0.5
+    assert (call["height"], call["width"], call["num_inference_steps"]) == (512, 512, 3)
+    assert chosen.budget == Budget(psnr=30, speedup=1.5) and chosen.methods == ("topk", "local")
+    assert [item.index for item in (*chosen.items, *chosen.held_out)] == list(range(6))
+    assert len(chosen.items) == 2
+
+    def impossible(*given, **options):
+        raise ImpossibleBudget("the nearest has psnr 20")
+
+    monkeypatch.setattr(tune_module, "tune", impossible)
+    assert main(["tune", *words[:-2]]) == 1
+    assert "NOT POSSIBLE: the nearest has psnr 20" in capsys.readouterr().out

@@ -212,4 +212,6 @@ def _print(tuned) -> None:
             f"plans last {best['replan_every']} steps, which saves "
             f"{found['planning']['saved']:.3g} s of planning a run"
         )
+    if best["held_out"]["speedup"] <= 1:
+        print("it is NOT FASTER than dense attention here: sparsity does not pay at this size")
     print(f"wrote {tuned.preset} and {tuned.report}")
