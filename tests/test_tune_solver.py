@@ -105,6 +105,7 @@ def test_a_budget_is_read_and_judged():
     assert not Budget.parse(["distance<=0.1"]).lacks({"distance": 0.1})
     assert Budget.parse(["distance<=0.1"]).lacks({"distance": 0.11})
     assert not Budget(speedup=2.0).has_quality
+    assert budget.lacks({"psnr": 31.0}) == ["speedup was not measured"]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,10 @@ def test_a_method_that_was_not_finite_is_not_chosen():
     made = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, {"psnr": [0.5, 2.0]}, 30.0)
     whats = {n for c in made.choices(Place("a", 0), {"psnr": 1.0}) for n in c.what}
     assert whats == {DENSE, 0, 2}
+    assert [made.is_finite(n) for n in range(3)] == [True, False, True]
+    one = {place: (1, 1) for place in made.places}
+    made.correct(one, "psnr", 1.0)  # nothing is learned of what cannot be predicted
+    assert made.factors["psnr"] == {"local": 1.0, "topk": 1.0}
     assert all(math.isfinite(c.error) for c in made.choices(Place("a", 0), {"psnr": 1.0}))
 
 

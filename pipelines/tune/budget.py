@@ -64,11 +64,17 @@ class Budget:
         return [f"{n}{_KINDS[n][0]}{x:g}" for n, x in values.items() if x is not None]
 
     def lacks(self, measured: Mapping[str, float], names: Iterable[str] = _KINDS) -> list[str]:
-        """The bounds that ``measured`` does not hold, in words; empty where it holds all."""
+        """The bounds that ``measured`` does not hold, in words; empty where it holds all.
+
+        What was not measured is not held.
+        """
         lines = []
         for name in names:
             bound = getattr(self, name)
             if bound is None:
+                continue
+            if name not in measured:
+                lines.append(f"{name} was not measured")
                 continue
             sign, value = _KINDS[name][0], measured[name]
             held = value >= bound if sign == ">=" else value <= bound

@@ -108,6 +108,10 @@ class Prediction:
     def places(self) -> list[Place]:
         return list(self.heads)
 
+    def is_finite(self, number: int) -> bool:
+        """Whether a candidate gave finite values wherever it was tried."""
+        return all(errors[number] is not None for errors in self._errors.values())
+
     # What a choice costs.
 
     def seconds(self, place: Place, heads: tuple[int, ...]) -> float:
@@ -185,7 +189,7 @@ class Prediction:
         """
         parts = self.contributions(assigned, measure)
         total = sum(parts.values())
-        if not total > 0 or not drawn > 0:
+        if not (0 < total < math.inf and drawn > 0):
             return
         for name, part in parts.items():
             self.factors[measure][name] *= (drawn / total) ** (part / total)

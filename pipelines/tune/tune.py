@@ -281,6 +281,10 @@ class Tuner:
         item = self.task.items[0]
         for name in dict.fromkeys(method.name for method in prediction.methods):
             own = [n for n, method in enumerate(prediction.methods) if method.name == name]
+            own = [n for n in own if prediction.is_finite(n)]
+            if not own:
+                logger.warning("%s gives values that are not finite here; it is left out", name)
+                continue
             number = own[len(own) // 2]
             assigned = {place: (number,) * n for place, n in prediction.heads.items()}
             mixture = Mixture((Rule(prediction.methods[number]),))
@@ -467,6 +471,8 @@ class Tuner:
                 break
             kept = best.held_out.get("speedup")
             held |= {} if kept is None else {"speedup": self.speedup(arm)}
+            if kept is not None and self.task.budget.lacks(held):
+                break
             best = replace(best, label=arm.label, schedule=schedule, held_out=held)
         return best
 
