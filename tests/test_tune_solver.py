@@ -61,6 +61,14 @@ def test_most_knapsacks_are_solved_exactly():
     assert sum(gaps) / len(gaps) < 0.03
 
 
+def test_what_is_left_of_a_limit_is_spent_off_the_hull():
+    choices = [Choice(10, 0, "dense"), Choice(9, 0.5, "between"), Choice(6, 1, "sparse")]
+    assert [c.what for c in hull(choices)] == ["dense", "sparse"]
+    assert [c.what for c in cheapest([choices], 0.7)] == ["between"]
+    assert [c.what for c in cheapest([choices, choices], 1.5)] == ["sparse", "between"]
+    assert cheapest([[Choice(1, 2.0)]], 1.0) is None
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_the_most_exact_within_a_cost_turns_the_two_around(seed):
     draw = random.Random(seed)
@@ -85,6 +93,8 @@ def test_no_choice_is_above_its_hull():
         points = hull(choices)
         assert points[0].error == min(c.error for c in choices)
         assert points[-1].cost == min(c.cost for c in choices)
+        slopes = [(a.cost - b.cost) / (b.error - a.error) for a, b in itertools.pairwise(points)]
+        assert slopes == sorted(slopes, reverse=True) and len(set(slopes)) == len(slopes)
         for a, b in itertools.pairwise(points):
             for c in choices:
                 if a.error <= c.error <= b.error:
@@ -269,6 +279,11 @@ def test_a_correction_moves_the_prediction_to_what_was_drawn():
     other = {place: (2, 2) for place in made.places}
     assert made.factors["psnr"] == pytest.approx({"local": 5.0, "topk": 1.0})
     both = {place: (0, 2) for place in made.places}
+    before, parts = dict(made.factors["psnr"]), made.contributions(both, "psnr")
+    share = parts["local"] / sum(parts.values())
+    made.correct(both, "psnr", 4 * sum(parts.values()))
+    moved = {name: x / before[name] for name, x in made.factors["psnr"].items()}
+    assert moved == pytest.approx({"local": 4**share, "topk": 4 ** (1 - share)})
     for _ in range(30):
         made.correct(both, "psnr", 2.0)
     assert made.squared_error(both, "psnr") == pytest.approx(2.0, rel=1e-3)
