@@ -22,21 +22,31 @@ _MOST_DENSITY = 0.9
 
 
 def tunable() -> list[str]:
-    """Methods that can be tried on a model as it is: those without parameters to be trained."""
-    return [n for n, cls in METHODS.items() if not cls.dense and not cls().parameters(1, 8)]
+    """Methods that can be tried on a model as it is, step by step.
+
+    Those without parameters to be trained, which keep nothing from one step for the next.
+    """
+    return [name for name, cls in METHODS.items() if not cls.dense and _is_tunable(cls())]
+
+
+def _is_tunable(method: Method) -> bool:
+    if method.remembers or method.needs_hidden_states:
+        return False
+    return not method.layer_parameters(1, 8)
 
 
 def check_methods(names: Iterable[str]) -> list[str]:
     """The names, checked.
 
     Raises:
-        ValueError: none, an unknown method, one twice, or one that has to be trained first.
+        ValueError: none, an unknown method, one twice, or one that cannot be tried step by step.
     """
     names, known = list(names), tunable()
     for name in names:
         if name in METHODS and name not in known:
             raise ValueError(
-                f"{name} cannot be tuned: it is dense attention or has to be trained first. "
+                f"{name} cannot be tuned: it is dense attention, has to be trained first, or keeps "
+                "values from step to step. "
                 f"Methods: {', '.join(known)}"
             )
         if name not in known:

@@ -39,7 +39,7 @@ def noise_like(x: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
 class _Noise:
     """Stands in a layer for one pass: puts noise on its attention."""
 
-    strict, shortcut = True, None
+    strict, shortcut, hidden_states = True, None, None
 
     def __init__(self, layout: Layout, strength: float, seed: int):
         self.num_tokens = layout.num_tokens
