@@ -63,9 +63,10 @@ def test_dense_layers_run_on_the_dense_kernel():
     """One of two layers keeps a quarter: half the work at 100, an eighth at 50 TFLOPS."""
     half = WORK.flops / 2
     method = Estimate("x", "x", 0.25, dense_layers=1, attention=half + half / 4, work=0.25)
+    method = dataclasses.replace(method, refused={"sm_90": {"cudnn": "no"}, "sm_89": {}})
     found = sparse_seconds(model(), method, GPU)
     assert found == {"triton": pytest.approx(half / 1e14 + half / 4 / 5e13)}
-    assert sparse_seconds(model(), dataclasses.replace(method, density=None), GPU) == {}
+    assert sparse_seconds(model(), dataclasses.replace(method, refused={}), GPU) == {}
     refused = dataclasses.replace(method, refused={"sm_90": {"triton": "no"}})
     assert sparse_seconds(model(), refused, GPU) == {}
     assert sparse_seconds(model(), method, GPUS["RTX 4090"]) == {}

@@ -44,7 +44,8 @@ class Estimate:
         plan_bytes: block lists, of one layer; per head where they are chosen from q and k.
         build_seconds: to make the plan, on this machine's CPU.
         problem: why the method cannot run here; the numbers are then 0.
-        refused: by architecture and backend, why it takes no such plans in bf16.
+        refused: by architecture and backend, why it takes no such plans in bf16; empty of a method
+            that computes its own output.
     """
 
     method: str
@@ -196,7 +197,7 @@ def method_estimate(
 def _refused(calls: list[MethodCall], head_dim: int) -> dict[str, dict[str, str]]:
     """By architecture, the backends that cannot run all of these, and why."""
     found = {}
-    for architecture in dict.fromkeys(gpu.architecture for gpu in GPUS.values()):
+    for architecture in dict.fromkeys(gpu.architecture for gpu in GPUS.values() if calls):
         found[architecture] = reasons = {}
         for call in calls:
             asked = architecture, head_dim, torch.bfloat16, call.plan, call.kv_log_weight

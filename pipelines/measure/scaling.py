@@ -37,7 +37,7 @@ def sparse_seconds(model: ModelEstimate, method: Estimate, gpu: Gpu, count: int 
     Without engines that refuse its plans. Empty for a method that computes its own output, whose
     products are no attention kernel's, and where the GPU's rates were not published.
     """
-    if method.problem is not None or method.density is None or gpu.best is None:
+    if method.problem is not None or not method.refused or gpu.best is None:
         return {}
     work = attention_of(model)
     dense = method.dense_layers / model.cost.layers
@@ -144,7 +144,7 @@ def _method_table(model: ModelEstimate) -> str:
                 engine: limits[best] for engine, limits in found.items() if engine not in refused
             }
             names = [f"`{engine}`" for engine, limit in able.items() if x.work < limit]
-            own = "its own products" if x.density is None else ""
+            own = "" if x.refused else "its own products"
             pays.append(own or ", ".join(names) or "none")
         least = "at least " if x.at_least else ""
         rows.append([x.settings, f"{least}{x.work:.3f}", *pays])
