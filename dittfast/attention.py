@@ -421,6 +421,16 @@ def check_layout(layout: Layout, q: torch.Tensor, k: torch.Tensor) -> None:
         )
 
 
+def method_scale(
+    method: Method, layout: Layout, head_dim: int, scale: float | None = None
+) -> float:
+    """The scale of a method's logits where the model asks for ``scale``; None: ``1/sqrt(D)``."""
+    usual, own = head_dim**-0.5, method.scale(layout, head_dim)
+    scale = usual if scale is None else scale
+    # What a model asks for stays, times the factor by which the method departs from 1/sqrt(D).
+    return scale if own is None else scale * (own / usual)
+
+
 def method_call(
     method: Method,
     layout: Layout,
@@ -454,12 +464,7 @@ def method_call(
         ValueError: N is not the layout's length.
     """
     check_layout(layout, q, k)
-    head_dim = q.shape[-1]
-    usual, own = head_dim**-0.5, method.scale(layout, head_dim)
-    scale = usual if scale is None else scale
-    if own is not None:
-        # What a model asks for stays, times the factor by which the method departs from 1/sqrt(D).
-        scale *= own / usual
+    scale = method_scale(method, layout, q.shape[-1], scale)
     from .kernels.op import own_precision
 
     with own_precision(q):  # the scores that choose blocks are fp32

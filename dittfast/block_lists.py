@@ -186,6 +186,43 @@ def lists_of_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return indices.int().contiguous(), count
 
 
+def lists_of_part(
+    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor,
+    kv_num_full_blocks: torch.Tensor,
+    rows: torch.Tensor,
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The lists of some query blocks over some key blocks, which are numbered anew.
+
+    A row that sees none of these key blocks is empty. Waits for the device.
+
+    Args:
+        rows: ``[r]`` int64 query blocks.
+        kept: ``[nK]`` bool, the key blocks that are left.
+
+    Returns:
+        ``kv_indices [B|1, H|1, r, maxK]``, ``kv_num_blocks`` and ``kv_num_full_blocks``.
+    """
+    lists = (kv_indices, kv_num_blocks, kv_num_full_blocks)
+    indices, count, full = (x.index_select(2, rows) for x in lists)
+    before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))  # kept among the first n blocks
+    used = used_entries(indices, count)
+    indices = torch.where(used, indices, 0).long()  # other entries may be anything
+    used = used & kept[indices]
+    runs = before[run_lengths(indices, count).long()]
+    slot = torch.arange(indices.shape[-1], device=indices.device)
+    full = (used & (slot < full[..., None])).sum(-1) + runs
+    listed = used.sum(-1)
+    width = max(1, int(listed.max()))
+    at = torch.argsort((~used).to(torch.int8), dim=-1, stable=True)[..., :width]
+    slot = slot[:width]
+    numbers = before[indices.gather(-1, at)]
+    numbers = torch.where(slot < listed[..., None], numbers, 0)
+    numbers = torch.where((slot < runs[..., None]) & (runs <= width)[..., None], slot, numbers)
+    return numbers.int(), (listed + runs).int(), full.int()
+
+
 class Transpose(NamedTuple):
     """For each key block the query blocks that see it: :class:`Plan` seen from the keys.
 

@@ -18,6 +18,7 @@ from .block_lists import (
     block_states,
     entry_range,
     lists_of_mask,
+    lists_of_part,
     run_lengths,
     transpose_lists,
     used_entries,
@@ -27,6 +28,7 @@ from .layout import Blocks, Layout, make_blocks, split_evenly
 
 DISTANCES = ("disc", "raster")
 METRICS = (*DISTANCES, "box")
+LAST = ("q_frame_last", "q_place_last")
 TAIL = ("tail_lse", "tail_value", "tail_index")
 # Rows or columns whose squared distances an int32 holds, and half of one the rows.
 _MOST_ROWS = 1 << 15
@@ -159,6 +161,15 @@ class TokenRule:
             distance = (q_place - kv_place).abs()
         apart = (q_frame - kv_frame).abs().clamp_max(self.limits.numel() - 1)
         return free | (distance <= self.limits[apart.long()])
+
+    def at(self, q_positions: torch.Tensor, kv_positions: torch.Tensor) -> TokenRule:
+        """The rule between these positions, ``[n]`` integers, which are numbered anew."""
+        queries, keys = ("q_frame", "q_place", *LAST), ("kv_frame", "kv_place")
+        chosen = {name: getattr(self, name) for name in (*queries, *keys)}
+        for name, x in chosen.items():
+            if x is not None:
+                chosen[name] = x[q_positions if name in queries else kv_positions]
+        return dataclasses.replace(self, **chosen)
 
     def row_and_column(self, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a place of the metrics "disc" and "box" is made of."""
@@ -512,6 +523,50 @@ class Plan:
         per_head = {n: x[:, heads] for n, x in given.items() if x is not None and x.shape[1] > 1}
         return self._copy(per_head) if per_head else self
 
+    def part(self, queries: torch.Tensor, keys: torch.Tensor) -> Plan:
+        """This pattern between some of its queries and some of its keys, in the order given.
+
+        The parts over keys that share none are this plan: their outputs, merged by lse, are its
+        output. A query may see no key of a part, so it is not validated; there attention gives 0
+        and lse -inf. Waits for the device.
+
+        Args:
+            queries, keys: ``[n]`` int64 tokens, none twice.
+
+        Raises:
+            ValueError: a plan with an epilogue, a tail or summaries, which are of all keys.
+        """
+        if self.num_real_keys != self.num_keys:
+            more = self.num_keys - self.num_real_keys
+            raise ValueError(f"a plan with {more} summaries has no parts: they are of all keys")
+        for name in ("out_scale", "out_residual", "tail_lse"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"a plan with {name} has no parts: it belongs to all keys of a query together"
+                )
+        q_blocks, rows, q_at = _blocks_of_part(self.q_blocks, queries)
+        kv_blocks, kept, kv_at = _blocks_of_part(self.kv_blocks, keys)
+        lists = lists_of_part(*self._lists, rows.nonzero()[:, 0], kept)
+        rule, weight = self.rule, self.kv_log_weight
+        if rule is not None:
+            rule = rule.at(q_at, kv_at)
+        if weight is not None:
+            weight = weight[..., keys]
+        return Plan(*lists, q_blocks, kv_blocks, rule, kv_log_weight=weight, validate=False)
+
+    def keys_seen(self, queries: torch.Tensor) -> torch.Tensor:
+        """``[num_keys]`` bool: keys in blocks that the blocks of these queries see, in any head.
+
+        Args:
+            queries: ``[n]`` int64 tokens.
+        """
+        rows = _blocks_of_part(self.q_blocks, queries)[1].nonzero()[:, 0]
+        indices, count = (x.index_select(2, rows) for x in self._lists[:2])
+        block = torch.arange(self.kv_blocks.count, device=self.device)
+        seen = block < run_lengths(indices, count).max()
+        seen[indices[used_entries(indices, count)].long()] = True
+        return seen[_block_of_token(*self.kv_blocks, self.num_keys)]
+
     def _copy(self, changes: dict) -> Plan:
         """Unchecked, and without what was computed from the lists: names with an underscore."""
         plan = object.__new__(Plan)
@@ -759,11 +814,37 @@ def block_positions(starts, lengths, blocks: torch.Tensor, block_size: int):
 
 def query_blocks(t: PlanTensors, num_queries: int | None = None) -> torch.Tensor:
     """``[num_queries]`` int64: the query block of each token. Waits for the device where None."""
-    by = torch.argsort(t.q_starts)
-    block = torch.repeat_interleave(by, t.q_lengths[by].long(), output_size=num_queries)
-    if t.q_order is None:
+    return _block_of_token(t.q_starts, t.q_lengths, t.q_order, num_queries)
+
+
+def _block_of_token(starts, lengths, order, num_tokens: int | None = None) -> torch.Tensor:
+    """``[num_tokens]`` int64: the block of each token. Waits for the device where None."""
+    by = torch.argsort(starts)
+    block = torch.repeat_interleave(by, lengths[by].long(), output_size=num_tokens)
+    if order is None:
         return block
-    return torch.empty_like(block).index_copy_(0, t.q_order.long(), block)
+    return torch.empty_like(block).index_copy_(0, order.long(), block)
+
+
+def _blocks_of_part(blocks: Blocks, tokens: torch.Tensor):
+    """What is left of a partition of some tokens, ``[n]`` int64, which are numbered anew.
+
+    Returns:
+        The blocks that are left, ``[blocks]`` bool which those are, and ``[n]`` the old positions.
+    """
+    total = int(blocks.lengths.sum())
+    number = torch.full((total,), -1, dtype=torch.int64, device=tokens.device)
+    number[tokens] = torch.arange(len(tokens), device=tokens.device)
+    number = number if blocks.order is None else number[blocks.order.long()]
+    inside = number >= 0
+    before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))
+    starts = blocks.starts.long()
+    first, last = before[starts], before[starts + blocks.lengths]
+    kept, positions = last > first, inside.nonzero()[:, 0]
+    order = number[positions].int()
+    if torch.equal(order, torch.arange(len(order), dtype=order.dtype, device=order.device)):
+        order = None
+    return Blocks(first[kept].int(), (last - first)[kept].int(), order), kept, positions
 
 
 def token_rule(t: PlanTensors) -> TokenRule | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class PlannedLayout:
         self.kept = kept
         self.num_tokens = layout.num_tokens
         self.calls = 0
-        self._heads: dict[tuple[int, int], PlannedLayout] = {}
+        self._prepared: dict[tuple, Any] = {}
         self._sums: torch.Tensor | float = 0.0
         self._counting = threading.Lock()
 
@@ -62,8 +62,14 @@ class PlannedLayout:
             return self
         if torch.compiler.is_compiling():
             return PlannedLayout(self.method, self.layout, plan)
-        key = heads.start, heads.stop
-        return self._heads.setdefault(key, PlannedLayout(self.method, self.layout, plan))
+        key = "heads", heads.start, heads.stop
+        return self.prepared(key, lambda: PlannedLayout(self.method, self.layout, plan))
+
+    def prepared(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave for this key when it was first asked for."""
+        if key not in self._prepared:
+            self._prepared.setdefault(key, make())
+        return self._prepared[key]
 
     def __deepcopy__(self, memo):
         return PlannedLayout(self.method, self.layout, copy.deepcopy(self.kept, memo))
@@ -256,12 +262,19 @@ def autocast(q: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
     return [x.to(dtype) for x in (q, *others)]
 
 
-def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.Tensor:
+def attend_call(
+    run: LayerRun,
+    call: dict,
+    rows: tuple[PlannedLayout, ...] | None = None,
+    attend_row: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Answer a call of scaled_dot_product_attention by the core of ``run``.
 
     Args:
         call: its arguments by name, and the hidden states where the method needs them.
-        heads: which of the layer's heads q, k and v hold, where ranks share them.
+        rows: the plans, where ranks share the sequence; else those for the length of q.
+        attend_row: ``(row, q, k, v, kv_log_weight, scale)``, what computes attention where no rank
+            has all keys; else the method does.
 
     Raises:
         ValueError: a causal call, attention dropout, a mask that differs between queries, or batch
@@ -280,23 +293,20 @@ def attend_call(run: LayerRun, call: dict, heads: slice | None = None) -> torch.
         )
     q, k, v = autocast(call["query"], call["key"], call["value"])
     parameters = {n: x if x.device == q.device else x.to(q.device) for n, x in parameters.items()}
-    rows = core.rows_of(q.shape[-2])
-    if heads is not None:
-        if core.method.computes or core.method.adds:
-            raise ValueError(
-                f"{core.method.name} computes for all heads of a layer at once, and under context "
-                "parallelism ranks share them; keep the layers dense with dense_layers"
-            )
-        rows = tuple(row.of_heads(heads) for row in rows)
+    if rows is None:
+        rows = core.rows_of(q.shape[-2])
     token = rows[0].layout.grid_start if core.outer_mask else None
     mask = call.get("attn_mask")
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
 
-    def attend_row(row, *tensors):
-        return _attend_planned(core, parameters, run.memory, row, *tensors, scale)
+    def answer_row(row, q, k, v, weight, hidden_states):
+        if attend_row is not None:
+            return attend_row(row, q, k, v, weight, scale)
+        given = row, q, k, v, weight, hidden_states, scale
+        return _attend_planned(core, parameters, run.memory, *given)
 
-    out = by_rows(rows, attend_row, q, k, v, weight, call.get("hidden_states"))
+    out = by_rows(rows, answer_row, q, k, v, weight, call.get("hidden_states"))
     if core.outer_mask and mask is not None and mask.dtype != torch.bool and mask.shape[-2] != 1:
         out = _restore_context(out, call, rows[0].layout)
     return out

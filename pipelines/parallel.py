@@ -1,21 +1,38 @@
-"""Context parallelism: a method inside diffusers' Ulysses attention, forward and backward.
+"""Context parallelism: Ulysses, ring attention and both at once, as diffusers' configuration says.
 
 The interception alone would be wrong there. diffusers recomputes attention in the backward pass,
-outside of our layers, and a joint model's sequence arrives as [text, image] of rank 0, [text,
-image] of rank 1 and so on. So these layers run an attention backend of our own, which is one more
-entry in diffusers' registry and replaces none.
+outside of our layers, has no ring for PyTorch's attention and no gradients for lengths that do not
+divide, and a joint model's sequence arrives as [text, image] of rank 0, [text, image] of rank 1 and
+so on. So these layers run an attention backend of our own, which is one more entry in diffusers'
+registry and replaces none. It exchanges tokens for heads (Ulysses), passes keys around
+(``ring.py``), or does one inside the other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
-from dittfast.layout import Context, Layout
+from dittfast.attention import method_scale
+from dittfast.layout import inverse_permutation
+from dittfast.methods.base import Method
 
-from .layer import LayerRun, attend_call
+from .exchange import (
+    Ranks,
+    check_shares,
+    gather_last,
+    heads_for_tokens,
+    share_lengths,
+    split_heads,
+    token_shares,
+    tokens_for_heads,
+)
+from .layer import AttentionCore, LayerRun, PlannedLayout, attend_call
+from .ring import Step, ring_attention, ring_steps
 
 
 class ParallelRun:
@@ -31,115 +48,181 @@ class ParallelRun:
 _RUNNING: list[ParallelRun] = []
 
 
-def ulysses(module: torch.nn.Module):
-    """The context-parallel configuration of an attention module; None where there is none.
+def context_parallel(module: torch.nn.Module):
+    """The ContextParallelConfig of a model or an attention module; None where it has none."""
+    module = getattr(module, "processor", module)
+    parallel = getattr(module, "_parallel_config", None)
+    return getattr(parallel, "context_parallel_config", None)
+
+
+class Place(NamedTuple):
+    """Where a process stands: ranks of a ring, each of them ranks that share heads.
+
+    The sequence is cut between all of them; those that share heads hold neighbouring parts.
+    """
+
+    ring: Ranks
+    ulysses: Ranks
+    everybody: Ranks
+
+    @classmethod
+    def of(cls, config) -> Place:
+        ring, ulysses, both = config._ring_mesh, config._ulysses_mesh, config._flattened_mesh
+        ring = Ranks(ring.get_local_rank(), config.ring_degree or 1, ring.get_group())
+        ulysses = Ranks(ulysses.get_local_rank(), config.ulysses_degree or 1, ulysses.get_group())
+        own = ring.own * ulysses.count + ulysses.own
+        return cls(ring, ulysses, Ranks(own, ring.count * ulysses.count, both.get_group()))
+
+    def steps(self, row: PlannedLayout) -> tuple[Step, ...]:
+        """What this process does in the ring, made once for each plan."""
+
+        def make():
+            shares = token_shares(row.layout, self.everybody.count, row.kept.device)
+            count = self.ulysses.count
+            joined = [torch.cat(shares[n : n + count]) for n in range(0, len(shares), count)]
+            return ring_steps(row.kept, joined, self.ring.own)
+
+        return row.prepared(("ring", self.everybody.count, self.everybody.own), make)
+
+
+def prepare(model: torch.nn.Module, runs: Iterable[LayerRun]) -> None:
+    """Before a pass of a model that may be context-parallel: check, and make what lasts.
 
     Raises:
-        ValueError: ring attention, whose ranks never hold all keys.
+        ValueError: what the method or the sequence cannot do between ranks, or the model or a part
+            of it is compiled and the pass is to have gradients.
     """
-    parallel = getattr(module.processor, "_parallel_config", None)
-    config = getattr(parallel, "context_parallel_config", None)
+    config = context_parallel(model)
     if config is None:
-        return None
-    if (config.ring_degree or 1) > 1:
+        return
+    if torch.is_grad_enabled() and any(m._compiled_call_impl for m in model.modules()):
         raise ValueError(
-            f"ring attention (ring_degree={config.ring_degree}) passes the keys around in parts, "
-            "and a block plan needs all of them; use ContextParallelConfig(ulysses_degree=...)"
+            "a compiled model under context parallelism has no gradients, because attention that "
+            "communicates does not compile with them; run it under torch.no_grad(), or train "
+            "without torch.compile"
         )
-    return config if (config.ulysses_degree or 1) > 1 else None
+    for core in {id(run.core): run.core for run in runs if run.core is not None}.values():
+        _prepare_core(core, config)
+    _register()
 
 
-def rank_order(layout: Layout, ranks: int, device=None) -> torch.Tensor:
-    """``[N]`` int64: where each token of ``layout`` stands after the all-to-all.
+def _prepare_core(core: AttentionCore, config) -> None:
+    place = Place.of(config)
+    for row in itertools.chain(*core.planned):
+        _check(core.method, row, place, config)
+        if place.ring.count > 1:
+            place.steps(row)
 
-    Text and image are split between the ranks one by one, and each rank joins its parts.
+
+def _check(method: Method, row: PlannedLayout, place: Place, config) -> None:
+    """Raise ValueError, with a remedy, where ranks cannot share this."""
+    anything = "ulysses_anything" if place.ring.count == 1 else "ring_anything"
+    uneven = getattr(config, "ulysses_anything", False) or getattr(config, "ring_anything", False)
+    remedy = f"use ContextParallelConfig({anything}=True), or another size"
+    if min(place.ring.count, place.ulysses.count) > 1:
+        remedy = "take ring_degree or ulysses_degree alone, with ring_anything or ulysses_anything"
+    check_shares(row.layout, place.everybody.count, None if uneven else remedy)
+    if method.computes or method.adds:
+        raise ValueError(
+            f"{method.name} computes for all heads and keys of a layer at once, and under context "
+            "parallelism ranks share them; keep the layers dense with dense_layers"
+        )
+    if place.ring.count == 1:
+        return
+    why = None
+    if not method.static:
+        why = "chooses key blocks from all of q and k"
+    elif row.kept.num_keys != row.num_tokens:
+        why = "appends summaries of all keys"
+    elif row.kept.tail_lse is not None or row.kept.out_scale is not None:
+        why = "adds to what all keys give together"
+    if why is not None:
+        raise ValueError(
+            f"{method.name} {why}, and in ring attention (ring_degree={place.ring.count}) no rank "
+            "has them; use ContextParallelConfig(ulysses_degree=...) alone"
+        )
+
+
+def _rows_of_share(run: LayerRun, num_tokens: int, everybody: Ranks):
+    """The plans for a sequence of which this process holds so many tokens, and all shares."""
+    for rows in run.core.planned:
+        lengths = share_lengths(rows[0].layout, everybody.count)
+        if lengths[everybody.own] == num_tokens:
+            return rows, lengths
+    return None, None
+
+
+def _shared(running: ParallelRun, rows, lengths: list[int], place: Place, call: dict):
+    """Attention of this rank's tokens to the whole sequence; all ``[B, n, H, D]``.
+
+    Args:
+        rows: the plans of the whole sequence.
+        lengths: how many tokens each rank holds.
+        call: the arguments of scaled_dot_product_attention by name, but for their order.
     """
-    first = layout.segments[0]
-    text = first.length if isinstance(first, Context) else 0
-    streams = [n for n in (text, layout.num_tokens - text) if n]
-    if any(n % ranks for n in streams):
+    q, k, v = (call[name] for name in ("query", "key", "value"))
+    ring, ulysses, everybody = place
+    heads = q.shape[2]
+    if k.shape[2] != heads:
         raise ValueError(
-            f"{' and '.join(str(n) for n in streams)} tokens do not divide between {ranks} ranks"
+            f"{heads} query heads and {k.shape[2]} key heads: diffusers has no context parallelism "
+            "for grouped-query attention; run the model on one device"
         )
-    at = torch.arange(layout.num_tokens, device=device).view(ranks, -1)
-    sizes = [n // ranks for n in streams]
-    return torch.cat([part.reshape(-1) for part in at.split(sizes, dim=1)])
-
-
-def _local(running: ParallelRun, q, k, v, mask, scale, config):
-    """Attention over the whole sequence with this rank's heads; all ``[B, N, H, D]``."""
-    rows = running.run.core.rows_of(q.shape[1])
-    if rows is None or q.shape[1] != k.shape[1]:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-        return out.transpose(1, 2)
-    order = rank_order(rows[0].layout, config.ulysses_degree, q.device)
-    q, k, v = (x[:, order].transpose(1, 2) for x in (q, k, v))
+    own = slice(0, heads)
+    if ulysses.count > 1:
+        sizes = split_heads(heads, ulysses.count)
+        own = slice(sum(sizes[: ulysses.own]), sum(sizes[: ulysses.own + 1]))
+        near = lengths[ring.own * ulysses.count : (ring.own + 1) * ulysses.count]
+        q, k, v = tokens_for_heads(torch.stack([q, k, v]), near, ulysses)
+    arrived = torch.cat(token_shares(rows[0].layout, everybody.count, q.device))
+    mask = call["attn_mask"]
     if mask is not None:
-        mask = mask[..., order]
-    rank = config._ulysses_mesh.get_local_rank()
-    heads = slice(rank * q.shape[1], (rank + 1) * q.shape[1])
-    call = {"query": q, "key": k, "value": v, "attn_mask": mask, "scale": scale}
-    out = attend_call(running.run, call, heads).transpose(1, 2)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
+        if mask.shape[-1] == lengths[everybody.own]:
+            mask = gather_last(mask, lengths, everybody)
+        mask = mask[..., inverse_permutation(arrived)]
+        if mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, own]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    call = call | {"query": q, "key": k, "value": v, "attn_mask": mask}
+    if ring.count > 1:
+        method, backend = running.run.core.method, running.run.core.backend
+
+        def attend_row(row, q, k, v, weight, scale):
+            given = {"heads": own, "kv_log_weight": weight, "backend": backend}
+            given["scale"] = method_scale(method, row.layout, q.shape[-1], scale)
+            return ring_attention(q, k, v, place.steps(row), ring, **given)
+
+        out = attend_call(running.run, call, rows, attend_row)
+    else:
+        order = inverse_permutation(arrived)
+        call |= {name: call[name][:, :, order] for name in ("query", "key", "value")}
+        out = attend_call(running.run, call, tuple(row.of_heads(own) for row in rows))
+        out = out[:, :, arrived]
     running.reached = True
-    return out[:, back]
-
-
-def _forward_op(
-    ctx, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
-    return_lse=False, _save_ctx=True, _parallel_config=None,
-):  # fmt: skip
-    layer, config = _RUNNING[-1], _parallel_config.context_parallel_config
-    if _save_ctx:
-        ctx.save_for_backward(q, k, v)
-        ctx.attention = functools.partial(_local, layer, mask=attn_mask, scale=scale, config=config)
-    return _local(layer, q, k, v, attn_mask, scale, config)
-
-
-def _backward_op(ctx, grad_out, *args, **kwargs):
-    leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-    with torch.enable_grad():
-        out = ctx.attention(*leaves)
-    return torch.autograd.grad(out, leaves, grad_out)
+    out = out.transpose(1, 2)
+    return out if ulysses.count == 1 else heads_for_tokens(out, near, heads, ulysses)
 
 
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False, return_lse=False, _parallel_config=None,
 ):  # fmt: skip
-    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+    """diffusers' attention function: ours where the tokens are a share of the layout."""
+    given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    given |= {"scale": scale, "enable_gqa": enable_gqa}
+    if _parallel_config is not None and query.shape[1] == key.shape[1]:
+        place, running = Place.of(_parallel_config.context_parallel_config), _RUNNING[-1]
+        rows, lengths = _rows_of_share(running.run, query.shape[1], place.everybody)
+        if rows is not None:
+            call = {"query": query, "key": key, "value": value} | given
+            return _shared(running, rows, lengths, place, call)
+    from diffusers.models.attention_dispatch import _native_attention
 
-    if _parallel_config is None:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return out.transpose(1, 2)
-    return _templated_context_parallel_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
-        forward_op=_forward_op, backward_op=_backward_op, _parallel_config=_parallel_config,
-    )  # fmt: skip
+    return _native_attention(query, key, value, **given, _parallel_config=_parallel_config)
 
 
 # Our entry in diffusers' registry. A list and no cached function: torch.compile would trace that.
 _BACKENDS: list = []
-
-
-def check_and_register(model: torch.nn.Module) -> None:
-    """Before a context-parallel model runs sparse: what torch.compile cannot trace.
-
-    Raises:
-        ValueError: the model, or a part of it, is compiled and the pass is to have gradients.
-    """
-    if torch.is_grad_enabled() and any(m._compiled_call_impl for m in model.modules()):
-        raise ValueError(
-            "a compiled model under context parallelism has no gradients, because the attention "
-            "of diffusers does not compile with them; run it under torch.no_grad(), or train "
-            "without torch.compile"
-        )
-    _register()
 
 
 def _register() -> None:
@@ -169,6 +252,8 @@ def running(module: torch.nn.Module, run: LayerRun):
             "trainable parameters of a method get no gradient under context parallelism; train "
             "on one device, or without down-sampled keys"
         )
+    if run.core is not None and not torch.compiler.is_compiling():
+        _prepare_core(run.core, context_parallel(module))
     _register()
     processor = module.processor
     before, processor._attention_backend = processor._attention_backend, _BACKENDS[0]

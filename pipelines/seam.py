@@ -195,7 +195,7 @@ def _watchable_backend(module: torch.nn.Module, run: LayerRun):
     if getattr(processor, "_parallel_config", None) is not None:
         from . import parallel
 
-        if parallel.ulysses(module) is not None:
+        if parallel.context_parallel(module) is not None:
             return parallel.running(module, run)
     if not _bypasses(processor):
         return contextlib.nullcontext()

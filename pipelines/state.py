@@ -326,7 +326,7 @@ class ModelState:
         if is_sparse and getattr(model, "_parallel_config", None) is not None:
             from . import parallel
 
-            parallel.check_and_register(model)
+            parallel.prepare(model, runs.values())
         for name, recorder in self.recorders.items():
             runs[name] = runs[name].changed(recorder)
         current = Pass(sequences, step, device, self.layers, runs, differentiable, memories)

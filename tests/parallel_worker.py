@@ -1,4 +1,7 @@
-"""Two gloo processes on a CPU, for tests/test_parallel.py: one sequence, shared between them."""
+"""Gloo processes on a CPU, for tests/test_parallel.py: one sequence, shared between them.
+
+Usage: RANK PORT RING ULYSSES ANYTHING MODEL...; with ANYTHING 1 the lengths do not divide.
+"""
 
 import copy
 import os
@@ -9,43 +12,29 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from patterns import Band
+from patterns import HeadBand
 
 import dittfast
 from dittfast.pipelines.measure.parity import TINY
-from dittfast.plan import Plan
 
 
-class HeadBand(Band):
-    """Blocks see ``width`` blocks to either side in head 0 and one more in every further head."""
-
-    name = "head_band"
-
-    def plan(self, layout, q=None, k=None, v=None):
-        blocks = layout.blocks(16)
-        at = torch.arange(blocks.count)
-        heads = torch.arange(2)[:, None, None]
-        mask = (at[:, None] - at).abs() <= self.width + heads
-        return Plan.from_block_mask(mask, blocks, blocks)
-
-
-def even_inputs(name, model, inputs):
-    """Text and image lengths that two ranks can share."""
-    batch = 1
+def inputs_of(name, inputs, anything):
+    """Text and image lengths that two or four ranks can share evenly, or cannot."""
+    batch, text, height = 1, 5 if anything else 8, 11 if anything else 12
     if name == "wan":
-        return {**inputs, "hidden_states": torch.randn(batch, 4, 4, 10, 14)} | {
+        return {**inputs, "hidden_states": torch.randn(batch, 4, 4 - anything, 10, 14)} | {
             key: inputs[key][:batch] for key in ("timestep", "encoder_hidden_states")
         }
-    ids = torch.zeros(10, 8, 3)
-    ids[..., 1], ids[..., 2] = torch.arange(10)[:, None], torch.arange(8)
+    ids = torch.zeros(height, 7, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(7)
     changed = {k: v[:batch] for k, v in inputs.items() if torch.is_tensor(v) and "ids" not in k}
-    changed["hidden_states"] = torch.randn(batch, 80, 16)
-    changed["encoder_hidden_states"] = torch.randn(batch, 6, 32)
+    changed["hidden_states"] = torch.randn(batch, height * 7, 16)
+    changed["encoder_hidden_states"] = torch.randn(batch, text, 32)
     if name == "flux":
-        changed |= {"img_ids": ids.view(-1, 3), "txt_ids": torch.zeros(6, 3)}
+        changed |= {"img_ids": ids.view(-1, 3), "txt_ids": torch.zeros(text, 3)}
     else:
-        changed["img_shapes"] = [[(1, 10, 8)]]
-        changed["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
+        changed["img_shapes"] = [[(1, height, 7)]]
+        changed["encoder_hidden_states_mask"] = torch.arange(text)[None] < text - 2
     return {**inputs, **changed}
 
 
@@ -77,30 +66,44 @@ def compiled(name, model, inputs, expected, rank):
     torch._dynamo.reset()
 
 
+def gather_uneven(tensor, dim, group):
+    """For diffusers, whose all_gather of tensors that differ in size gloo refuses."""
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, tensor.detach(), group=group)
+    return torch.cat(parts, dim)
+
+
 def error(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def main(rank: int, port: int) -> None:
+def main(rank: int, port: int, ring: int, ulysses: int, anything: int, *names: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    degrees = {"ring_degree": ring, "ulysses_degree": ulysses}
+    if anything:
+        degrees["ring_anything" if ring > 1 else "ulysses_anything"] = True
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    os.environ |= {"WORLD_SIZE": str(ring * ulysses), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", rank=rank, world_size=ring * ulysses)
+    import diffusers.hooks.context_parallel
     from diffusers import ContextParallelConfig
 
-    # diffusers asks an accelerator how many devices there are.
+    diffusers.hooks.context_parallel._all_gather_anything = gather_uneven
+    # diffusers asks an accelerator how many devices there are, and which one sends lengths.
     torch.accelerator.device_count = lambda: 1
-    for name in ("wan", "flux", "qwen-image"):
+    torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cpu")
+    shape, dims = (ring, ulysses), ("ring", "ulysses")
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=dims)
+    for name in names:
         torch.manual_seed(0)
         model, inputs = TINY[name].build()
-        inputs = even_inputs(name, model, inputs)
+        inputs = inputs_of(name, inputs, anything)
         options = dict(backend="cpu", min_tokens=0)
         alone = copy.deepcopy(model)
         dittfast.enable(alone, HeadBand(width=1), **options)
         expected, expected_grads = gradients(alone, inputs)
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh))
+        model.enable_parallelism(config=ContextParallelConfig(**degrees, mesh=mesh))
         dittfast.enable(model, HeadBand(width=1), **options)
         out, grads = gradients(model, inputs, shared=True)
         wrong = max(error(grads[n], expected_grads[n]) for n in grads)
@@ -115,4 +118,4 @@ def main(rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:6]), *sys.argv[6:])

@@ -35,6 +35,20 @@ class Band(Method):
 
 
 @dataclass(frozen=True)
+class HeadBand(Band):
+    """Blocks see ``width`` blocks to either side in head 0 and one more in every further head."""
+
+    name: ClassVar[str] = "head_band"
+    heads: int = 2
+
+    def plan(self, layout, q=None, k=None, v=None):
+        blocks = layout.blocks(16)
+        at = torch.arange(blocks.count)
+        reach = self.width + torch.arange(self.heads)[:, None, None]
+        return Plan.from_block_mask((at[:, None] - at).abs() <= reach, blocks, blocks)
+
+
+@dataclass(frozen=True)
 class FirstKeys(Method):
     """A dynamic method: every head sees the block itself and the one with the largest k."""
 

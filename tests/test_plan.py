@@ -210,6 +210,52 @@ def test_select_heads():
     assert part.out_scale is plan.out_scale
 
 
+@given(plans(with_weight=True), st.integers(1, 3), seeds)
+@settings(max_examples=40, deadline=None)
+def test_parts(plan, count, seed):
+    """A part has the pairs of its tokens; those over all keys have all pairs of their queries."""
+    plan = plan.replace(num_real_keys=plan.num_keys)
+    draw, weight = torch.Generator().manual_seed(seed), plan.kv_log_weight
+    queries, keys = (torch.randperm(n, generator=draw) for n in oracle.counts(plan))
+    queries = queries[: 1 + seed % len(queries)]
+    whole, total = oracle.mask(plan)[:, :, queries], 0
+    for own in keys.tensor_split(count):
+        if not len(own):
+            continue
+        part = plan.part(queries, own)
+        assert torch.equal(oracle.mask(part), whole[..., own])
+        assert torch.equal(part.to_dense_mask(), whole[..., own])
+        assert weight is None or torch.equal(part.kv_log_weight, weight[..., own])
+        total += part.flops(1)
+    shown = whole if weight is None else whole & weight.isfinite()[:, :, None]
+    assert total == pytest.approx(4 * float(shown.sum((-1, -2)).double().mean()))
+
+
+@given(plans(), seeds)
+@settings(max_examples=30, deadline=None)
+def test_keys_seen(plan, seed):
+    queries = torch.randperm(plan.num_queries, generator=torch.Generator().manual_seed(seed))
+    queries = queries[: 1 + seed % len(queries)]
+    expected = torch.zeros(plan.num_keys, dtype=torch.bool)
+    lists = oracle.block_mask(plan)
+    for row in range(plan.q_blocks.count):
+        own = oracle.tokens(plan.q_blocks, oracle.positions(plan.q_blocks, row))
+        if np.isin(own, queries).any():
+            for block in np.flatnonzero(lists[:, :, row].any((0, 1))):
+                at = oracle.positions(plan.kv_blocks, block)
+                expected[oracle.tokens(plan.kv_blocks, at)] = True
+    assert torch.equal(plan.keys_seen(queries), expected)
+
+
+def test_a_plan_that_ends_in_more_than_a_softmax_has_no_parts():
+    blocks, tokens = even_blocks(8, 4), torch.arange(8)
+    plan = random_plan(blocks, blocks, out_scale=torch.ones(1, 1, 2))
+    with pytest.raises(ValueError, match="a plan with out_scale has no parts"):
+        plan.part(tokens, tokens)
+    with pytest.raises(ValueError, match="a plan with 2 summaries has no parts"):
+        random_plan(blocks, blocks, num_real_keys=6).part(tokens, tokens)
+
+
 def test_worklists_are_made_once_per_backend():
     plan, made = Plan.full(10, block_size=4), []
 
