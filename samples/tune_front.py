@@ -80,23 +80,26 @@ def main() -> None:
         save(args, {"tuned": rows})
     with positions_scaled(pipe, args.position_scale):
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
-        uniform = [row for method in candidates(tuner.read_layout(), args.methods)
-                   for row in uniform_row(tuner, method)]  # fmt: skip
+        layout, uniform = tuner.read_layout(), []
         for row in rows:
             row["drawn"] = seconds_of(tuner, row["best"]["label"])
-    save(
-        args,
-        {
-            "model": args.model,
-            "tokens": tuner.read_layout().num_tokens,
-            "call": call_record(call) | {"position_scale": args.position_scale},
-            "prompts": {"tuned_with": tuned_with, "held_out": held},
-            "device": describe_device("cpu"),
-            "versions": versions(),
-            "tuned": [row | against(row, uniform) for row in rows],
-            "uniform": uniform,
-        },
-    )
+        methods = candidates(layout, args.methods)
+        for method in (*methods[::2], *methods[1::2]):  # a stopped run has some of every method
+            uniform.append(uniform_row(tuner, method))
+            save(
+                args,
+                {
+                    "model": args.model,
+                    "tokens": layout.num_tokens,
+                    "call": call_record(call) | {"position_scale": args.position_scale},
+                    "prompts": {"tuned_with": tuned_with, "held_out": held},
+                    "device": describe_device("cpu"),
+                    "versions": versions(),
+                    "settings": len(methods),
+                    "tuned": [row | against(row, uniform) for row in rows],
+                    "uniform": uniform,
+                },
+            )
 
 
 def seconds_of(tuner: Tuner, label: str) -> dict:
@@ -132,7 +135,7 @@ def against(row: dict, uniform: list[dict]) -> dict:
     }
 
 
-def uniform_row(tuner: Tuner, method):
+def uniform_row(tuner: Tuner, method) -> dict:
     """One method in all layers and steps, on the held-out prompts."""
     arm = tuner.variant(uniform_label(method), Mixture((Rule(method),)))
     print(method.words(), flush=True)
@@ -140,7 +143,7 @@ def uniform_row(tuner: Tuner, method):
     records = [arm.drawings.record(item) for item in tuner.task.held_out]
     dense = [tuner.dense.drawings.record(item)["busy"] for item in tuner.task.held_out]
     own = [record["busy"] for record in records]
-    yield {
+    return {
         "method": method.to_dict(),
         "words": method.words(),
         "speedup": ratio(dense, own),
@@ -154,6 +157,7 @@ def save(args, data: dict) -> None:
     write_json(args.output / "front.json", data)
     if args.save is not None and "uniform" in data:
         write_json(args.save.with_suffix(".json"), data)
+    if args.save is not None and len(data.get("uniform", ())) == data.get("settings"):
         with atomic_path(args.save.with_suffix(".png")) as temporary:
             plot(data).savefig(temporary, dpi=130)
 
