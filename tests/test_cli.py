@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from interpreter import PYTHON
 from PIL import Image
 from tiny import flux_pipeline, wan_pipeline
 from tqdm import tqdm
@@ -73,7 +74,7 @@ def by_hand(**options):
 
 def python(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-P", *arguments],
+        [*PYTHON, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import PYTHON
 
 pytest.importorskip("triton")
 
@@ -24,7 +24,7 @@ def python(*arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
-        [sys.executable, "-P", *arguments],
+        [*PYTHON, *arguments],
         capture_output=True, text=True, env=environment, timeout=3600, check=False,
     )  # fmt: skip
 

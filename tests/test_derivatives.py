@@ -5,13 +5,13 @@ The oracle is plain attention in fp64, differentiated by PyTorch.
 
 import gc
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from interpreter import PYTHON
 from patterns import Band
 from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 from torch.autograd import forward_ad
@@ -397,7 +397,7 @@ def test_the_first_call_of_a_process_is_soon_done(backend):
     code = f"import sys; sys.path.insert(0, {str(root)!r})" + FIRST_CALL
     for _ in range(3):
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code, backend],
+            [*PYTHON, "-c", code, backend],
             capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
         seconds, has_compiler = done.stdout.split()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter import PYTHON
 
 from dittfast import files
 from dittfast.disk.inside import path_inside
@@ -235,7 +236,7 @@ with files.atomic_path(sys.argv[1]) as temporary:
 
 def python(code, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        [*PYTHON, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -7,13 +7,13 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from distill_run import fresh_accelerate, make_config, one_thread, write_config  # noqa: F401
+from interpreter import PYTHON
 from safetensors.torch import load_file
 
 from dittfast.cli import main
@@ -298,7 +298,7 @@ def test_runs_killed_at_every_point_resume_to_the_bit(folder, tmp_path):
 
 def python(*arguments, timeout=3600):
     return subprocess.run(
-        [sys.executable, "-P", *arguments],
+        [*PYTHON, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

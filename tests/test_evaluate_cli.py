@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
+from interpreter import PYTHON
 from PIL import Image
 from tiny import flux_pipeline
 
@@ -159,7 +159,7 @@ def test_two_processes_share_the_drawing(model, prompts, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, start in (("one", []), ("two", launch)):
         done = subprocess.run(
-            [sys.executable, "-P", *start, *command, "-o", str(tmp_path / name)],
+            [*PYTHON, *start, *command, "-o", str(tmp_path / name)],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": root, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},

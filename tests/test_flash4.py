@@ -11,6 +11,7 @@ from typing import NamedTuple
 import engines
 import pytest
 import torch
+from interpreter import PYTHON
 from random_plans import even_blocks, ragged_blocks, random_plan, random_rule, random_tail
 
 from dittfast import attend
@@ -353,7 +354,7 @@ def test_its_kernels_compile_with_our_functions(compiler, architecture, multipro
         "CUTE_DSL_ARCH": f"{architecture}a",
         "FLASH_ATTENTION_NUM_SMS": str(multiprocessors),
     }
-    command = [sys.executable, "-P", str(root / "tests/flash4_compile.py"), str(number)]
+    command = [*PYTHON, str(root / "tests/flash4_compile.py"), str(number)]
     done = subprocess.run(
         command, env=os.environ | wanted, capture_output=True, text=True, timeout=1800, check=False
     )

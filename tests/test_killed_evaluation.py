@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import PYTHON
 from tiny import flux_pipeline
 
 from dittfast import files
@@ -99,7 +99,7 @@ def kill(model, tmp_path, every, tasks) -> dict[str, int]:
     ]
     done = subprocess.run(
         [
-            *(sys.executable, "-P", "-c", CHILDREN),
+            *(*PYTHON, "-c", CHILDREN),
             *(json.dumps(arguments), str(tmp_path), str(every), *tasks),
         ],
         capture_output=True,

@@ -2,12 +2,12 @@
 
 import colorsys
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from interpreter import PYTHON
 
 from dittfast.measure.features import load_features
 from dittfast.pipelines.headhunter.objectives import (
@@ -208,7 +208,7 @@ def test_objectives_that_do_not_exist(name, options, message):
 
 def test_the_command_line_lists_them_all():
     out = subprocess.run(
-        [sys.executable, "-P", "-m", "dittfast", "hunt", "--help"],
+        [*PYTHON, "-m", "dittfast", "hunt", "--help"],
         capture_output=True, text=True, check=True,
         env={"PYTHONPATH": str(__import__("pathlib").Path(__file__).parents[1])},
     ).stdout  # fmt: skip

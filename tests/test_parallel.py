@@ -4,12 +4,12 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import PYTHON
 from patterns import Band
 
 from dittfast import Layout, methods
@@ -122,7 +122,7 @@ def run_ranks(script: str, ranks: int, *arguments: object) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-P", str(TESTS / script), str(rank), str(port), *map(str, arguments)],
+            [*PYTHON, str(TESTS / script), str(rank), str(port), *map(str, arguments)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import PYTHON
 from random_plans import assert_matches_oracle, even_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -295,7 +296,7 @@ for name, method, layout, most in cases:
 def test_the_largest_pictures_and_videos_are_planned_quickly_and_small():
     source = str(Path(dittfast.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", _MEASURE]
+    command = [*PYTHON, "-c", _MEASURE]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     lines = run.stdout.splitlines()
     assert len(lines) == 6

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import PYTHON
 
 import dittfast
 from dittfast.layout import Context, Grid, Layout
@@ -342,7 +342,7 @@ def test_720p_is_planned_quickly_and_small():
     """
     source = str(Path(dittfast.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", _MEASURE]
+    command = [*PYTHON, "-c", _MEASURE]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for line in run.stdout.splitlines():
         seconds, megabytes = line.split()[1:]

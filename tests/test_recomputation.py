@@ -11,12 +11,12 @@ import itertools
 import os
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import PYTHON
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import dittfast
@@ -462,7 +462,7 @@ def test_two_processes_under_fsdp(order):
     script = str(TESTS / "recomputation_worker.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-P", script, str(rank), str(port), order],
+            [*PYTHON, script, str(rank), str(port), order],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
