@@ -127,14 +127,14 @@ def test_changing_everything_leaves_no_objects(tmp_path):
 
 
 FORTY = [(8 * h, 8 * w) for h in range(4, 12) for w in range(4, 14, 2)]
-SERVED = {**parity.METHODS, "dense": Dense(), "mixture": {"0-1": METHODS[0], "2-*": METHODS[3]}}
+SERVED = {**parity.METHODS, "dense": Dense(), "mixture": {0: METHODS[0], 1: METHODS[3]}}
 
 
 @pytest.fixture(scope="module")
 def compiled_server():
     """A pipeline whose blocks are compiled, and the counter of its graphs."""
     torch._dynamo.reset()
-    pipe, counter = flux_pipeline(), CompileCounterWithBackend("eager")
+    pipe, counter = flux_pipeline(double=1, single=1), CompileCounterWithBackend("eager")
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
     yield pipe, counter
     torch._dynamo.reset()
@@ -185,7 +185,8 @@ def test_a_compiled_server_sees_forty_sizes(compiled_server, name, monkeypatch):
         for size in draw.sample(FORTY, 40):
             torch.testing.assert_close(serve(pipe, size), drawn[size])
         assert made - cores == {"__init__": 40}
-        assert counter.frame_count == graphs
+        # A layer that is weakened and else the stock model's has a graph of its own.
+        assert counter.frame_count == graphs + (name == "dense")
 
 
 @pytest.mark.slow
