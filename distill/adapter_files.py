@@ -17,7 +17,7 @@ import torch
 from dittfast.config import KINDS, presets, resolve
 from dittfast.disk.inside import path_inside
 from dittfast.disk.problems import FileProblem, first_words, reading
-from dittfast.disk.records import Record, read_record, read_text
+from dittfast.disk.records import Record, read_json, read_record, read_text
 from dittfast.disk.structure import check_structure
 from dittfast.disk.tensors import Header, check_finite, read_headers, read_tensors
 from dittfast.methods.base import Method
@@ -264,13 +264,30 @@ def read_file(path: Path, headers: bool = False) -> dict:
     """The tensors of a file in the layout of published checkpoints, or their headers.
 
     CLEAR's and FastVideo's: ``...attn.to_q.weight`` and ``...attn.processor.spatial_weight``, with
-    or without a leading ``transformer.``.
+    or without a leading ``transformer.``. Of the index of a checkpoint in several files, which
+    diffusers names ``...safetensors.index.json``, those of all of them.
     """
-    if headers:
-        return {_plain_name(n): _square(n, x) for n, x in read_headers(path, AGAIN).items()}
-    tensors = read_tensors(path, remedy=AGAIN)
-    check_finite(path, tensors, AGAIN)
-    return {_plain_name(name): _square(name, x) for name, x in tensors.items()}
+    found = {}
+    for part in _files_of(path):
+        tensors = read_headers(part, AGAIN) if headers else read_tensors(part, remedy=AGAIN)
+        if not headers:
+            check_finite(part, tensors, AGAIN)
+        found |= {_plain_name(name): _square(name, x) for name, x in tensors.items()}
+    return found
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files beside an index that it names; of anything else the file itself."""
+    if not path.name.endswith(".index.json"):
+        return [path]
+    index = read_json(path, {"weight_map": {"*": str}, "*": object}, AGAIN)
+    names = sorted(set(index["weight_map"].values()))
+    for name in names:  # files of the hub's cache are links, which path_inside refuses
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise FileProblem(path, f"it names {name!r}, which is no file beside it", AGAIN)
+    if not names:
+        raise FileProblem(path, "it names no file", AGAIN)
+    return [path.parent / name for name in names]
 
 
 def _plain_name(name: str) -> str:

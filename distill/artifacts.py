@@ -195,7 +195,7 @@ def load_adapter(
         pipe: a diffusers pipeline, or a transformer.
         path: an adapter folder, or a ``.safetensors`` file in the layout of CLEAR's published
             checkpoints (arXiv:2412.16112), or of FastVideo's with VSA's gates
-            (``to_gate_compress``).
+            (``to_gate_compress``); of a checkpoint in several files its ``.index.json``.
         method, options: as in :func:`dittfast.enable`, in the place of the adapter's own. Needed
             for a file that says it neither by its name (``clear_local_8_down_4`` does) nor by
             gates, which are VSA's.

@@ -22,6 +22,8 @@ from tiny import flux_pipeline
 
 import dittfast
 from dittfast.disk.records import SUMS, digest_of, parse_json, with_sums, write_record
+from dittfast.disk.tensors import write_tensors
+from dittfast.distill.adapter_files import read_file
 
 FEW, MANY = 12, 200
 VALUES = [None, True, "x", "", -1, 0, 2**62, 10**30, 1e300, [], {}, [None], {"x": 1}, "64"]
@@ -128,6 +130,18 @@ def read_adapter(folder):
         return {n: x.clone() for n, x in PIPE[0].transformer.state_dict().items()}
     finally:
         dittfast.unload_adapter(PIPE[0])
+
+
+def make_parts(folder):
+    """A checkpoint in two files, with their index."""
+    named = {"a.weight": "1.safetensors", "b.weight": "2.safetensors"}
+    for name, file in named.items():
+        write_tensors(folder / file, {name: torch.rand(3, 4)})
+    (folder / "model.index.json").write_text(json.dumps({"metadata": {}, "weight_map": named}))
+
+
+def read_parts(folder):
+    return read_file(folder / "model.index.json")
 
 
 def make_adapters(folder, kind):
@@ -406,6 +420,13 @@ GROUPS: dict[str, tuple[Callable, list[Reader]]] = {
             Reader("step-00000003/average.safetensors", read_checkpoint),
             Reader("step-00000003/optimizer.pt", read_checkpoint),
             Reader("step-00000003/rng-00000.pt", read_checkpoint),
+        ],
+    ),
+    "checkpoint in parts": (
+        make_parts,
+        [
+            Reader("model.index.json", read_parts, False, plain),
+            Reader("1.safetensors", read_parts, False),
         ],
     ),
     "training set": (

@@ -1,5 +1,6 @@
 """`vsa` against its formula, cube by cube and query by query in fp64."""
 
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import dittfast
 from dittfast import functional
 from dittfast.attention import method_attention
+from dittfast.disk.tensors import read_tensors
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods import TopK, Vsa
 from dittfast.pipelines.runs import sources
@@ -394,6 +396,34 @@ def test_checkpoints_of_fastvideo_load_with_their_gates(tmp_path):
     model.load_state_dict({n: x + 0.1 for n, x in stock.items()})
     expected = directly(model, inputs, gates, IN_MODEL)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_in_several_files_is_one(tmp_path):
+    model, _, gates = wan()
+    whole = tmp_path / "whole.safetensors"
+    fastvideo(model, gates, whole)
+    tensors, index = read_tensors(whole), tmp_path / "model.safetensors.index.json"
+    halves = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
+    for file, names in halves.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / file)
+    write = lambda named: index.write_text(json.dumps({"metadata": {}, "weight_map": named}))  # noqa: E731
+    named = {name: file for file, names in halves.items() for name in names}
+    write(named)
+    loaded = []
+    for path in (whole, index):
+        dittfast.load_adapter(model, path, topk=2, cube=(1, 2, 3))
+        layers = model._dittfast.layers.values()
+        own = [x.clone() for layer in layers for x in layer.parameters.values()]
+        loaded.append(own + [x.clone() for x in model.state_dict().values()])
+        dittfast.unload_adapter(model)
+    assert len(loaded[0]) > 20 and all(map(torch.equal, *loaded))
+    for file in ("../whole.safetensors", "/etc/passwd", "c.safetensors"):
+        write(named | {"blocks.0.to_gate_compress.bias": file})
+        with pytest.raises((ValueError, OSError), match=r"is no file beside it|c\.safetensors"):
+            dittfast.load_adapter(model, index)
+    write({})
+    with pytest.raises(ValueError, match="it names no file"):
+        dittfast.load_adapter(model, index)
 
 
 def test_gates_are_never_dropped_and_fit_or_are_refused(tmp_path):
