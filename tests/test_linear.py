@@ -11,7 +11,7 @@ from formula import attention_by
 import dittfast
 from dittfast import Layout, functional
 from dittfast.attention import method_attention
-from dittfast.methods import METHODS, Linear
+from dittfast.methods import METHODS, Linear, linear
 from dittfast.pipelines.adapter import method_parameters
 from dittfast.testing import assert_within_budget, attention_inputs
 
@@ -143,7 +143,7 @@ def test_chunks_change_nothing(monkeypatch):
     layout = LAYOUTS["390"]
     parameters = trained(Linear(hidden=3), 2, 8)
     whole = both(layout, parameters, 2, 2)[1]
-    monkeypatch.setattr("dittfast.methods.linear._AT_ONCE", 2 * 2 * 8 * 37)
+    monkeypatch.setitem(linear._AT_ONCE, "cpu", 2 * 2 * 8 * 37)
     for name, a, b in zip(["out", "dq", "dk", "dv", *parameters], whole, both(
         layout, parameters, 2, 2
     )[1]):  # fmt: skip
