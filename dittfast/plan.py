@@ -19,6 +19,7 @@ from .block_lists import (
     entry_range,
     lists_of_mask,
     lists_of_part,
+    rows_of_runs,
     run_lengths,
     transpose_lists,
     used_entries,
@@ -478,7 +479,10 @@ class Plan:
         if self.rule is not None:
             rule = {f.name: move(getattr(self.rule, f.name)) for f in dataclasses.fields(TokenRule)}
             fields["rule"] = TokenRule(**rule)
-        return Plan(**fields, validate=False)
+        moved = Plan(**fields, validate=False)
+        if self._run_rows is not None:
+            object.__setattr__(moved, "_run_rows", self._run_rows.to(device))
+        return moved
 
     def replace(self, **changes: Any) -> Plan:
         """A validated copy with some fields changed."""
@@ -624,6 +628,17 @@ class Plan:
                 lists = transpose_lists(*self._lists, self.kv_blocks.count, self._run_rows)
             object.__setattr__(self, "_transpose", lists)
         return self._transpose
+
+    def run_rows(self) -> torch.Tensor:
+        """``[r]`` int64, every row that is a run, or may be one.
+
+        Looked up once where nobody said it when the plan was made; that waits for the device.
+        """
+        if self._run_rows is None:
+            with torch.inference_mode(False):
+                rows = rows_of_runs(self.kv_indices, self.kv_num_blocks)
+            object.__setattr__(self, "_run_rows", rows)
+        return self._run_rows
 
     def worklist(self, backend: str, make: Callable[[PlanTensors], torch.Tensor]) -> torch.Tensor:
         """How ``backend`` goes about this plan, an int32 tensor from ``make``; computed once."""

@@ -18,6 +18,10 @@ from dittfast.pipelines.runs.sources import load
 
 STUDENTS = {
     "linear": {"method": "linear", "options": {"hidden": 3}},
+    "sla": {
+        "method": "sla",
+        "options": {"sparse": {"method": "local", "options": {"window": 2, "tile": [1, 2, 2]}}},
+    },
     "mixture": {
         "method": "mixture",
         "options": {
@@ -42,7 +46,7 @@ def test_trained_stored_and_loaded(tmp_path, kind):
     values = trainer.average.values if trainer.average else {}
     with swapped(trainer.parameters, dict(values)):
         picture = run(trainer.pipe)
-    learnt = {n: p for n, p in own.items() if n.endswith("_out")}
+    learnt = {n: p for n, p in own.items() if n.endswith(("_out", "projection"))}
     assert learnt and all(float(p.abs().max()) > 0 for p in learnt.values())
 
     pipe = load(trainer.source)
@@ -55,7 +59,7 @@ def test_trained_stored_and_loaded(tmp_path, kind):
 
     short = shutil.copytree(tmp_path / "run/adapter", tmp_path / "short")
     tensors = load_file(short / "attention.safetensors")
-    name = next(n for n in tensors if n.endswith("q_norm"))
+    name = next(n for n in tensors if n.endswith(("q_norm", "projection")))
     changes = (
         (lambda: tensors.pop(name), "tensors are missing"),
         (lambda: tensors.update({name: torch.ones(1, 7)}), "is \\[1, 7\\], the one promised"),

@@ -15,7 +15,7 @@ from dittfast.attention import method_attention
 from dittfast.block_lists import transpose_lists
 from dittfast.kernels import triton_backend
 from dittfast.layout import Layout
-from dittfast.methods import LogLinear, Rectified, Sol, Vsa
+from dittfast.methods import SLA, LogLinear, Rectified, Sol, TopK, Vsa
 from dittfast.testing import attention_inputs
 
 ALWAYS_WAIT = {
@@ -109,6 +109,7 @@ METHODS = [
     Sol(block_size=16),
     Sol(block_size=16, tail="query"),
     Vsa(topk=2, cube=(1, 4, 4)),
+    SLA(TopK(block_size=16, topk=2)),
 ]
 
 
@@ -118,10 +119,11 @@ def test_no_wait_in_a_training_step(method, layout, monkeypatch):
     launched = []
     monkeypatch.setattr(triton_backend.Call, "launch", lambda call: launched.append(call.kernel))
     q, k, v, grad = attention_inputs(2, 2, layout.num_tokens, 16)
+    own = method.parameters(2, 16)
 
     def step():
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = method_attention(method, layout, *leaves, backend="triton")
+        out = method_attention(method, layout, *leaves, backend="triton", **own)
         return torch.autograd.grad(out, leaves, grad)
 
     step()

@@ -114,6 +114,7 @@ class SLA(Method):
         """
         if self.static:
             plan = self._inner.plan(layout)
+            plan.run_rows()  # now, where it waits for no device
         else:
             given = {"scale": scale, "kv_log_weight": kv_log_weight}
             plan = self._inner.plan(layout, q, k, v, **given)
@@ -199,9 +200,9 @@ class SLA(Method):
         k, v = match_heads(k, heads), match_heads(v, heads)
         rest = _Rest(plan, self.features)
         each = q.shape[0] * plan.kv_blocks.count * (head_dim + 1) ** 2
-        outs = []
-        for some in torch.arange(heads).split(max(1, _AT_ONCE // each)):
-            own = slice(int(some[0]), int(some[-1]) + 1)
+        step, outs = max(1, _AT_ONCE // each), []
+        for start in range(0, heads, step):
+            own = slice(start, start + step)
             weights = weight if weight.shape[1] == 1 else weight[:, own]
             out = rest.attention(*(x[:, own] for x in (q, k, v)), weights, own)
             outs.append((out @ projection[own].to(out)).to(q.dtype))
@@ -273,11 +274,12 @@ class _Rest:
             mode="sum",
             per_sample_weights=used.flatten(0, 2).to(table),
         ).view(batch, count, -1, table.shape[-1])
-        if lists.shape[-1] < blocks:  # a row may be a run: the first blocks, which it does not list
-            prefix = F.pad(table.cumsum(2), (0, 0, 1, 0))
-            run = run_lengths(lists, num).long() + first[..., 0] // blocks * (blocks + 1)
-            prefix = prefix.flatten(0, 2).index_select(0, run.flatten())
-            listed = listed + prefix.view_as(listed)
+        rows = plan.run_rows()
+        if rows.numel():  # they see the first blocks, and list none
+            length = run_lengths(lists, num).index_select(-1, rows)
+            inside = torch.arange(blocks, device=rows.device) < length[..., None]
+            runs = listed.index_select(2, rows) + inside.to(table) @ table
+            listed = listed.index_copy(2, rows, runs)
         return (table.sum(2, keepdim=True) - listed).unflatten(-1, sums.shape[3:])
 
     @staticmethod
