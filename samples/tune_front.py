@@ -16,14 +16,17 @@ from pathlib import Path
 
 import torch
 
+from dittfast.config import resolve
 from dittfast.disk.records import read_record
 from dittfast.environment import describe_device, versions
 from dittfast.files import atomic_path, write_json
+from dittfast.measure.metrics import relative_distance
 from dittfast.measure.plots import COLORS, MARKERS
 from dittfast.mixture import Mixture, Rule
 from dittfast.pipelines.measure.fidelity import draw_missing
 from dittfast.pipelines.runs import sources
 from dittfast.pipelines.runs.call import call_arguments, call_record
+from dittfast.pipelines.runs.compare import draw, quality
 from dittfast.pipelines.runs.first_frame import with_first_frame
 from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.prompts import make_items
@@ -44,6 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--budgets", nargs="+", default=["speedup>=1.5", "speedup>=2"])
     parser.add_argument("--methods", nargs="+", default=tunable())
+    parser.add_argument(
+        "--also", type=int, nargs="*", default=[], help="sizes at which the first preset is tried"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--save", type=Path, help="write PREFIX.json and PREFIX.png")
     return parser.parse_args()
@@ -73,11 +79,17 @@ def main() -> None:
             pipe, source, call, task, args.output, position_scale=args.position_scale,
             on_stage=lambda name: print(name, flush=True),
         )  # fmt: skip
-        name = words.translate(str.maketrans("", "", ">=<"))
-        shutil.copy(done.preset, args.output / f"preset-{name}.yaml")
+        shutil.copy(done.preset, args.output / f"preset-{plain(words)}.yaml")
         rows.append({"budget": words, **done.found})
         print(words, done.found["best"]["held_out"], flush=True)
         save(args, {"tuned": rows})
+    others = []
+    for size in args.also:
+        scale = args.position_scale * args.size / size
+        own = call | {"height": size, "width": size}
+        preset = args.output / f"preset-{plain(args.budgets[0])}.yaml"
+        others.append(elsewhere(pipe, own, preset, items[tuned_with:], scale))
+        print(others[-1], flush=True)
     with positions_scaled(pipe, args.position_scale):
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
         layout, uniform = tuner.read_layout(), []
@@ -98,8 +110,27 @@ def main() -> None:
                     "settings": len(methods),
                     "tuned": [row | against(row, uniform) for row in rows],
                     "uniform": uniform,
+                    "other_sizes": others,
                 },
             )
+
+
+def elsewhere(pipe, call: dict, preset: Path, items, scale: float) -> dict:
+    """A preset in runs of another size: its pictures against dense attention's, and its speed."""
+    rows = []
+    for item in items:
+        own = call | {"prompt": item.prompt}
+        dense, _ = draw(pipe, own, item.seed, position_scale=scale)
+        method, schedule = resolve(str(preset))
+        tuned, _ = draw(pipe, own, item.seed, method, schedule, position_scale=scale)
+        measured = quality(dense, tuned) | {"speedup": dense.timing.busy / tuned.timing.busy}
+        rows.append(measured | {"distance": relative_distance(dense.latents, tuned.latents)})
+    means = {m: statistics.fmean(row[m] for row in rows) for m in ("psnr_db", "distance")}
+    return (
+        {"height": call["height"], "pictures": len(rows), "position_scale": scale}
+        | means
+        | {"speedup": statistics.median(row["speedup"] for row in rows)}
+    )
 
 
 def seconds_of(tuner: Tuner, label: str) -> dict:
@@ -112,6 +143,11 @@ def seconds_of(tuner: Tuner, label: str) -> dict:
         for name in (label, "dense")
     )
     return {"seconds": own, "dense_seconds": dense, "speedup": ratio(dense, own)}
+
+
+def plain(words: str) -> str:
+    """A budget as a part of a file's name."""
+    return words.translate(str.maketrans("", "", ">=<"))
 
 
 def ratio(dense, own) -> float:
