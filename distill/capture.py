@@ -15,10 +15,15 @@ import torch
 
 @dataclass
 class Captured:
-    """Outputs of chosen layers, by layer name, in the order they were computed."""
+    """Outputs of chosen layers, by layer name, in the order they were computed.
+
+    Attributes:
+        losses: by their own name, what the layers' methods reported (:attr:`Method.losses`).
+    """
 
     attention: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     features: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def attention_outputs(self) -> list[torch.Tensor]:
         """``[B, N, H * D]`` for each layer, the rows of both streams of a joint layer together."""
@@ -34,7 +39,12 @@ def _tensors(out) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def capture(model: torch.nn.Module, attention: list[str] = (), features: list[str] = ()):
+def capture(
+    model: torch.nn.Module,
+    attention: list[str] = (),
+    features: list[str] = (),
+    losses: list[str] = (),
+):
     """Inside, the passes of ``model`` leave their outputs in the :class:`Captured` the block gets.
 
     Args:
@@ -42,8 +52,9 @@ def capture(model: torch.nn.Module, attention: list[str] = (), features: list[st
             ``to_out`` gets (and ``to_add_out``, for the other stream); a module without a
             projection of its own returns it.
         features: attention modules whose surrounding block's output is wanted.
+        losses: names of losses of the enabled method that are wanted, of all layers.
     """
-    captured = Captured()
+    captured = Captured(losses={name: [] for name in losses})
     modules = dict(model.named_modules())
     handles = []
 
@@ -71,8 +82,21 @@ def capture(model: torch.nn.Module, attention: list[str] = (), features: list[st
     for name in features:
         _, after = into(captured.features.setdefault(name, []))
         handles.append(modules[name.rpartition(".")[0]].register_forward_hook(after))
+    enabled, ended = model.__dict__.get("_dittfast"), False
+    layers = [] if enabled is None or not losses else list(enabled.layers.values())
+
+    def report(name: str, value: torch.Tensor) -> None:
+        # Checkpointed blocks report again when they run again, with the pass that they belong to.
+        if name in captured.losses and not ended:
+            captured.losses[name].append(value)
+
+    for layer in layers:
+        layer.report = report
     try:
         yield captured
     finally:
+        ended = True
         for handle in handles:
             handle.remove()
+        for layer in layers:
+            layer.report = None

@@ -170,6 +170,7 @@ class LossWeights:
         features: 1 - cosine to the teacher's block outputs, token by token (after REPA,
             arXiv:2410.06940, with the dense teacher in the place of the image encoder).
         feature_layers: the same kind of list; the block around each self-attention layer.
+        load_balance: of ``mixture_of_heads``, whose heads shall be taken alike; 0.01 in its paper.
     """
 
     denoising: float = 1.0
@@ -178,12 +179,18 @@ class LossWeights:
     attention_layers: tuple[int | str, ...] = ("*",)
     features: float = 0.0
     feature_layers: tuple[int | str, ...] = ("*",)
+    load_balance: float = 0.0
 
     def __post_init__(self):
-        for name in ("denoising", "prediction", "attention", "features"):
+        for name in ("denoising", "prediction", "attention", "features", "load_balance"):
             _check_weight(f"objectives.{name}", getattr(self, name))
         if not (self.denoising or self.needs_teacher):
             raise ValueError("all objectives have weight 0; give one of them a weight")
+
+    @property
+    def reported(self) -> list[str]:
+        """The losses with a weight that the method itself reports."""
+        return ["load_balance"] if self.load_balance else []
 
     @property
     def needs_teacher(self) -> bool:

@@ -51,6 +51,22 @@ def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
     return torch.stack(losses).mean()
 
 
+def layer_mean(values: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """Mean over layers of what their methods reported as the loss ``name``.
+
+    The load balance of MoH (arXiv:2410.11842) is one.
+
+    Raises:
+        ValueError: no layer reported it.
+    """
+    if not values:
+        raise ValueError(
+            f"no layer reported a loss {name!r}: the method did not run, or its layers are "
+            "compiled, where such losses have no gradient; train without torch.compile"
+        )
+    return torch.stack(list(values)).float().mean()
+
+
 def weighted_sum(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
     """``sum_i weights[i] * losses[i]``."""
     total = [weights[name] * loss for name, loss in losses.items()]

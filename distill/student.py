@@ -101,6 +101,7 @@ class Student(torch.nn.Module):
         self._family = model._dittfast.family
         self.layers = list(attention_layers(model, self._family))
         self.attention_taps, self.feature_taps = self._taps(objectives)
+        self.reported = self._reported(objectives)
         self.own, self._own = self._own_parameters()
         for name in self._model_names():
             p = model.get_parameter(name)
@@ -132,6 +133,23 @@ class Student(torch.nn.Module):
             option = "objectives.feature_layers"
             features = matching_layers(objectives.feature_layers, self.layers, option)
         return attention, features
+
+    def _reported(self, objectives: LossWeights) -> list[str]:
+        """The losses that the method is to report."""
+        state = self.transformer._dittfast
+        there = {
+            name
+            for layer in state.sparse_layers
+            for group in state.assignment.ever(layer)
+            for name in group.method.losses
+        }
+        for name in objectives.reported:
+            if name not in there:
+                raise ValueError(
+                    f"objectives.{name} has a weight, and {state.session.method.words()} has no "
+                    "such loss; leave it out, or take a method that has"
+                )
+        return objectives.reported
 
     def _own_parameters(self) -> tuple[list[str], torch.nn.ParameterList]:
         """The method's parameters in layers that are not dense: dense ones never use theirs."""
@@ -205,22 +223,23 @@ class Student(torch.nn.Module):
             setattr(self.pipe, self.component, self.transformer)
 
     def forward(self, arguments: dict):
-        """``(prediction, attention outputs, block outputs)`` of one pass.
+        """``(prediction, attention outputs, block outputs, losses)`` of one pass.
 
         Args:
             arguments: the transformer's forward arguments.
 
         Returns:
-            The prediction in the shape of ``hidden_states``, and two lists with the outputs of the
-            layers that the objectives look at.
+            The prediction in the shape of ``hidden_states``, two lists with the outputs of the
+            layers that the objectives look at, and what each layer reported, by the loss's name.
         """
-        model = self._running[0]
-        with capture(model, self.attention_taps, self.feature_taps) as captured:
+        model, taps = self._running[0], (self.attention_taps, self.feature_taps)
+        with capture(model, *taps, self.reported) as captured:
             out = model(**arguments, return_dict=False)[0]
         latents = arguments["hidden_states"]
         if out.shape[1] == 2 * latents.shape[1]:
             out = out.chunk(2, 1)[0]  # the other half is a learned variance
-        return out, captured.attention_outputs(), captured.block_outputs()
+        outputs = captured.attention_outputs(), captured.block_outputs()
+        return out, *outputs, captured.losses
 
 
 @contextlib.contextmanager

@@ -29,7 +29,14 @@ from .checkpoint import PROGRESS, Checkpoints, RunState, read_progress
 from .config import DistillConfig
 from .launch import make_accelerator, wants_shards
 from .loader import Batch, Dataset, Prefetch, mixed_batches
-from .losses import attention_loss, denoising_loss, feature_loss, prediction_loss, weighted_sum
+from .losses import (
+    attention_loss,
+    denoising_loss,
+    feature_loss,
+    layer_mean,
+    prediction_loss,
+    weighted_sum,
+)
 from .noise import generator, sample_noise, sample_times
 from .optim import Average, learning_rate, make_optimizer
 from .resume import check_resume, run_facts
@@ -257,7 +264,7 @@ class Trainer:
             with self.student.as_teacher():
                 teacher = self._pass(arguments)
         with force_dense(self.pipe, False):
-            prediction, attention, features = self._pass(arguments)
+            prediction, attention, features, reported = self._pass(arguments)
         prediction = self.process.velocity(prediction, noisy, t)
         losses = {}
         if weights.denoising:
@@ -270,6 +277,8 @@ class Trainer:
             losses["attention"] = attention_loss(attention, teacher[1])
         if weights.features:
             losses["features"] = feature_loss(features, teacher[2])
+        for name in weights.reported:
+            losses[name] = layer_mean(reported[name], name)
         return losses
 
     def _pass(self, arguments: dict):

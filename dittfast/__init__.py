@@ -46,6 +46,7 @@ _EXPORTS = {
     "LinearAttnProcessor": "dittfast.pipelines.processors",
     "AgentAttnProcessor": "dittfast.pipelines.processors",
     "SLAAttnProcessor": "dittfast.pipelines.processors",
+    "MixtureOfHeadsAttnProcessor": "dittfast.pipelines.processors",
     "HeadGuidanceAttnProcessor": "dittfast.pipelines.processors",
 }
 _MODULES = ("functional", "methods")

@@ -24,6 +24,9 @@ from dittfast.pipelines.processors import HeadGuidanceAttnProcessor as HeadGuida
 from dittfast.pipelines.processors import LinearAttnProcessor as LinearAttnProcessor
 from dittfast.pipelines.processors import LocalAttnProcessor as LocalAttnProcessor
 from dittfast.pipelines.processors import LogLinearAttnProcessor as LogLinearAttnProcessor
+from dittfast.pipelines.processors import (
+    MixtureOfHeadsAttnProcessor as MixtureOfHeadsAttnProcessor,
+)
 from dittfast.pipelines.processors import NeighborhoodAttnProcessor as NeighborhoodAttnProcessor
 from dittfast.pipelines.processors import RadialAttnProcessor as RadialAttnProcessor
 from dittfast.pipelines.processors import ReattentionAttnProcessor as ReattentionAttnProcessor

@@ -497,6 +497,7 @@ def method_attention(
     on_plan: Callable[[Plan], None] | None = None,
     memory: Memory | None = None,
     hidden_states: torch.Tensor | None = None,
+    report: Callable[[str, torch.Tensor], None] | None = None,
     **parameters: torch.Tensor,
 ):
     """Self-attention over ``layout`` by ``method``, whether it plans or computes its own output.
@@ -508,6 +509,7 @@ def method_attention(
         on_plan: called with a plan that is made from q and k; not while torch.compile traces.
         hidden_states: ``[B, N, C]``, what q, k and v were projected from, for a method that
             ``needs_hidden_states``; others do not look at it.
+        report: called with name and value of each of ``method.losses``.
 
     Returns and raises: as :func:`attend` and :func:`method_call`; ValueError also where the lse of
     a method is asked for that is no softmax, and for hidden states that are needed and missing, or
@@ -519,6 +521,7 @@ def method_attention(
             raise ValueError(f"{method.name} computes its own output, which has no lse")
         given = {"kv_log_weight": kv_log_weight, "scale": scale, "backend": backend}
         given |= {"on_plan": on_plan, "memory": memory, "hidden_states": hidden_states}
+        given["report"] = report
         call = computing_call(method, layout, q, k, v, kept, **given)
         from .kernels.op import own_precision
 
@@ -558,6 +561,7 @@ def computing_call(
     on_plan: Callable[[Plan], None] | None = None,
     memory: Memory | None = None,
     hidden_states: torch.Tensor | None = None,
+    report: Callable[[str, torch.Tensor], None] | None = None,
 ) -> Call:
     """What a method that computes its own output is called with; arguments as above.
 
@@ -587,11 +591,22 @@ def computing_call(
             own = own[:, heads]
         given = {"kv_log_weight": own, "scale": scale, "backend": backend, "memory": memory}
         given["on_plan"] = on_plan if on_plan is None else partial(on_plan, heads=q.shape[1])
-        given["hidden_states"] = hidden_states
+        given |= {"hidden_states": hidden_states, "report": report}
         return method_attention(method, layout, q, k, v, kept=kept, **given, **parameters)
 
-    run = partial(attend, backend=backend)
-    return Call(scale, weight, kept.geometry, run, inner, memory, hidden_states)
+    def planned(method, layout, q, k, v, kept=None, **parameters):
+        given = {"kv_log_weight": weight, "scale": scale, "memory": memory}
+        return method_call(method, layout, q, k, v, plan=kept, **given, **parameters)
+
+    def observe(plan):
+        if on_plan is not None and not torch.compiler.is_compiling():
+            with to_be_kept():
+                on_plan(plan)
+
+    run, losses = partial(attend, backend=backend), report if method.losses else None
+    return Call(
+        scale, weight, kept.geometry, run, inner, planned, observe, losses, memory, hidden_states
+    )
 
 
 def _check_hidden_states(method: Method, hidden_states: torch.Tensor | None, q) -> None:

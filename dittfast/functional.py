@@ -18,9 +18,11 @@ from .layout import Layout
 from .methods import (
     SLA,
     Agent,
+    Dense,
     Linear,
     Local,
     LogLinear,
+    MixtureOfHeads,
     Neighborhood,
     Radial,
     Reattention,
@@ -38,6 +40,7 @@ __all__ = [
     "linear_attention",
     "local_attention",
     "log_linear_attention",
+    "mixture_of_heads_attention",
     "neighborhood_attention",
     "radial_attention",
     "reattention",
@@ -518,3 +521,52 @@ def agent_attention(
     return method_attention(
         method, layout, q, k, v, scale=scale, backend=backend, **(parameters or {})
     )
+
+
+def mixture_of_heads_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden_states: torch.Tensor,
+    layout: Layout | None = None,
+    inner: Method | None = None,
+    shared: int | float = 0.25,
+    routed: int | float = 0.5,
+    *,
+    route: str = "block",
+    parameters: Mapping[str, torch.Tensor] | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_loss: bool = False,
+) -> Attended:
+    """Mixture of heads (MoH, arXiv:2410.11842): every token takes some of the heads, weighted.
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` after RoPE and norms; k and v may have fewer heads
+            (grouped-query attention).
+        hidden_states: ``[B, N, C]``, what q, k and v were projected from; the router reads it.
+        layout: where the N tokens sit; None for a one-dimensional sequence as it is.
+        inner: the method that the heads run; None for dense attention.
+        shared, routed, route: see :class:`dittfast.methods.MixtureOfHeads`.
+        parameters: the router, and what ``inner`` has with "inner_" before its name, as
+            :meth:`dittfast.methods.MixtureOfHeads.parameters` names them; None for initial values.
+        backend, scale: see :func:`dittfast.attend`.
+        return_loss: also return the load-balance loss, 0-d.
+
+    Returns:
+        ``out [B, H, N, D]`` in q's dtype, or ``(out, loss)``. Differentiable in q, k, v,
+        hidden_states and parameters, with the choice of heads held fixed.
+
+    Raises:
+        ValueError: an option out of range, tensors that do not fit the layout or each other, or a
+            router for other heads or channels.
+    """
+    method = MixtureOfHeads(Dense() if inner is None else inner, shared, routed, route)
+    if layout is None:
+        layout = Layout.image(1, q.shape[-2])
+    losses: dict[str, torch.Tensor] = {}
+    given = {"scale": scale, "backend": backend, "hidden_states": hidden_states}
+    out = method_attention(
+        method, layout, q, k, v, report=losses.__setitem__, **given, **(parameters or {})
+    )
+    return (out, losses[method.losses[0]]) if return_loss else out

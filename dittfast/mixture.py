@@ -187,6 +187,10 @@ class Mixture(Method):
     def parts(self) -> tuple[Method, ...]:
         return tuple(rule.method for rule in self.rules)
 
+    @property
+    def needs_hidden_states(self) -> bool:
+        return any(method.needs_hidden_states for method in self.parts)
+
     def plan(
         self,
         layout: Layout,

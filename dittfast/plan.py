@@ -516,6 +516,21 @@ class Plan:
         none = {"rule": None, "num_partial_pairs": None, "is_dense": False, "_run_rows": run_rows}
         return self._copy(lists | none | fields)
 
+    def only_rows(self, rows: torch.Tensor) -> Plan:
+        """The plan in which the other query blocks list nothing, and so cost nothing.
+
+        What attention gives for their queries is for the caller to replace: 0, or what a tail and
+        an epilogue make of that. Nothing is checked, so ``torch.compile`` can trace it.
+
+        Args:
+            rows: ``[B|1, H|1, nQ]`` bool, the query blocks that are computed.
+        """
+        shape = torch.broadcast_shapes(rows.shape, self.kv_num_blocks.shape)
+        lists = {"kv_indices": self.kv_indices.expand(*shape, -1)}
+        for name in ("kv_num_blocks", "kv_num_full_blocks"):
+            lists[name] = getattr(self, name).expand(shape).masked_fill(~rows, 0)
+        return self._copy({**lists, "num_partial_pairs": None, "is_dense": False})
+
     def select_heads(self, heads: slice) -> Plan:
         """The plan of some heads, for context parallelism, where a rank holds a slice of them.
 

@@ -14,7 +14,7 @@ import torch
 from dittfast.config import check_fits, resolve, unknown
 from dittfast.layout import Layout
 from dittfast.methods.base import Method
-from dittfast.mixture import Assignment, Rule, leaves
+from dittfast.mixture import Assignment, Rule
 from dittfast.schedule import Schedule
 
 from .description import Description, dense_steps, describe, other_attention, other_models
@@ -252,7 +252,7 @@ def enable(
         dtype = own_dtype(model)
         shapes = {n: head_shape(family, m) for n, m in layers.items()}
         assignment = Assignment(method, {n: heads for n, (heads, _) in shapes.items()})
-        _check_hidden_states(model, family, method)
+        _check_hidden_states(model, family, assignment)
         own = {
             n: _on(m, dtype, assignment.parameters(n, shapes[n][1], family.hidden_width(m)))
             for n, m in layers.items()
@@ -268,10 +268,13 @@ def enable(
     return Enabled(pipe, states)
 
 
-def _check_hidden_states(model: torch.nn.Module, family: Family, method: Method) -> None:
+def _check_hidden_states(model: torch.nn.Module, family: Family, assignment: Assignment) -> None:
     """Raise ValueError where a method needs hidden states that the model's layers do not tell."""
-    needy = [part.name for part in leaves(method) if part.needs_hidden_states]
-    if needy and family.hidden_states is None:
+    if family.hidden_states is not None:
+        return
+    ever = (group.method for name in assignment.heads for group in assignment.ever(name))
+    needy = [method.name for method in ever if method.needs_hidden_states]
+    if needy:
         raise ValueError(
             f"{needy[0]} needs the hidden states of every token in one tensor, and the attention "
             f"layers of {stock_class(type(model)).__name__} do not have them; take another method"

@@ -172,6 +172,8 @@ class LayerRun:
         core: what runs instead of dense attention; None where the layer is dense.
         parameters: the trainable parameters of the layer that its method has.
         memory: what the layer keeps from step to step of the run; None where it keeps nothing.
+        report: who is told the method's losses, as :attr:`Call.report`; not while torch.compile
+            traces.
         transform: what changes the output of attention; None where nothing does.
         strength: ``[H]``, how far each head is weakened; None where no head is.
     """
@@ -183,8 +185,10 @@ class LayerRun:
         strength: torch.Tensor | None = None,
         parameters: dict[str, torch.Tensor] | None = None,
         memory: Memory | None = None,
+        report: Callable[[str, torch.Tensor], None] | None = None,
     ):
         self.core = core
+        self.report = report
         self.memory = memory
         self.parameters = parameters or {}
         self.transform = transform
@@ -192,10 +196,13 @@ class LayerRun:
 
     def changed(self, transform: Transform, strength: torch.Tensor | None = None) -> LayerRun:
         """The same with another transform."""
-        return LayerRun(self.core, transform, strength, self.parameters, self.memory)
+        return LayerRun(self.core, transform, strength, self.parameters, self.memory, self.report)
 
     def with_parameters(self, parameters: dict[str, torch.Tensor]) -> LayerRun:
-        """The same with these in the place of its parameters."""
+        """The same with these in the place of its parameters, and with nobody told of losses.
+
+        Inside an op losses have no gradient; who wants them says that there are none.
+        """
         return LayerRun(self.core, self.transform, self.strength, parameters, self.memory)
 
     def weakened(self) -> LayerRun:
@@ -203,7 +210,8 @@ class LayerRun:
         if self.memory is None:
             return self
         memory = self.memory.weakened()
-        return LayerRun(self.core, self.transform, self.strength, self.parameters, memory)
+        own = self.core, self.transform, self.strength, self.parameters
+        return LayerRun(*own, memory, self.report)
 
     @property
     def watched(self) -> Watched | None:
@@ -300,10 +308,12 @@ def attend_call(
     weight = key_log_weight(mask, q, token)
     scale = call.get("scale")
 
+    report = None if torch.compiler.is_compiling() else run.report
+
     def answer_row(row, q, k, v, weight, hidden_states):
         if attend_row is not None:
             return attend_row(row, q, k, v, weight, scale)
-        given = row, q, k, v, weight, hidden_states, scale
+        given = row, q, k, v, weight, hidden_states, scale, report
         return _attend_planned(core, parameters, run.memory, *given)
 
     out = by_rows(rows, answer_row, q, k, v, weight, call.get("hidden_states"))
@@ -335,7 +345,7 @@ def by_rows(rows: tuple, answer: Callable, q: torch.Tensor, *others) -> torch.Te
 
 
 def _attend_planned(
-    core, parameters, memory, planned: PlannedLayout, q, k, v, weight, hidden_states, scale
+    core, parameters, memory, planned: PlannedLayout, q, k, v, weight, hidden_states, scale, report
 ):
     return method_attention(
         core.method,
@@ -350,6 +360,7 @@ def _attend_planned(
         on_plan=planned.observe,
         memory=memory,
         hidden_states=hidden_states,
+        report=report,
         **parameters,
     )
 

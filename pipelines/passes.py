@@ -40,6 +40,8 @@ class LayerState(threading.local):
         handle: stands for ``running`` in compiled code; None where it is as in the stock model.
         last: what it ran in this thread's last pass.
         watching: whether a call of the layer is under way in this thread.
+        report: who is told the method's losses in the passes that begin in this thread, as
+            :attr:`Call.report`; None for nobody.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LayerState(threading.local):
         self.handle: torch.Tensor | None = None
         self.last: LayerRun | None = None
         self.watching = False
+        self.report: Callable[[str, torch.Tensor], None] | None = None
 
     @property
     def core(self) -> AttentionCore | None:

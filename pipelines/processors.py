@@ -292,6 +292,12 @@ class SLAAttnProcessor(SparseAttnProcessor):
     method_name = "sla"
 
 
+class MixtureOfHeadsAttnProcessor(SparseAttnProcessor):
+    """MoH (arXiv:2410.11842); options of :class:`dittfast.methods.MixtureOfHeads`."""
+
+    method_name = "mixture_of_heads"
+
+
 class _LastPart:
     """A perturbation of the last of several equal parts of the batch."""
 

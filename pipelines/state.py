@@ -381,9 +381,10 @@ class ModelState:
             key, memory = assigned.key, None
             if memories is not None:
                 memory = memory_of(memories, name, step[0], self.lasting, self.tally)
-            own = self.layers[name].parameters.items()
-            own = {n.removeprefix(key): x for n, x in own if n.startswith(key)}
-            runs[name] = LayerRun(cores[id(method)], parameters=own, memory=memory)
+            layer = self.layers[name]
+            own = {n.removeprefix(key): x for n, x in layer.parameters.items() if n.startswith(key)}
+            given = {"parameters": own, "memory": memory, "report": layer.report}
+            runs[name] = LayerRun(cores[id(method)], **given)
         return runs
 
     def checkpointing(self, model: torch.nn.Module, function: Callable) -> Callable:

@@ -320,7 +320,7 @@ def test_every_method_is_a_documented_function():
         "radial_attention", "local_attention", "log_linear_attention", "rectified_attention",
         "agent_attention", "linear_attention", "neighborhood_attention", "topk_attention",
         "sla_attention", "soft_pag", "sol_attention",
-        "video_sparse_attention", "reattention",
+        "video_sparse_attention", "reattention", "mixture_of_heads_attention",
     }  # fmt: skip
     for name in functional.__all__:
         text = getattr(functional, name).__doc__

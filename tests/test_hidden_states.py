@@ -123,21 +123,12 @@ def test_defaults_are_there():
     assert set(DEFAULT) <= set(TINY)
 
 
-def gradients(model, inputs):
-    model.zero_grad()
-    own = method_parameters(model)
-    for p in own.values():
-        p.grad = None
-    model(**inputs)[0].square().mean().backward()
-    return [p.grad.clone() for p in (*own.values(), *model.parameters()) if p.grad is not None]
-
-
 def test_gradients_and_checkpointing_in_two_orders():
     model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
     with dittfast.enable(model, Gated(), min_tokens=0):
-        plain = gradients(model, inputs)
+        plain = tiny.gradients(model, inputs)
         model.enable_gradient_checkpointing()
-        again = gradients(model, inputs)
+        again = tiny.gradients(model, inputs)
         own = method_parameters(model)
     assert all(p.shape == (2, 32) and p.grad.any() for p in own.values()) and len(own) == 4
     for a, b in zip(plain, again, strict=True):
@@ -148,10 +139,10 @@ def test_gradients_and_checkpointing_in_two_orders():
 def test_gradients_reach_them_through_a_compiled_model():
     model, inputs = tiny.flux_transformer(1, 1), tiny.flux_inputs()
     with dittfast.enable(model, Gated(), min_tokens=0):
-        expected = gradients(model, inputs)
+        expected = tiny.gradients(model, inputs)
         torch._dynamo.reset()
         model.compile(backend="aot_eager", fullgraph=True)
-        found = gradients(model, inputs)
+        found = tiny.gradients(model, inputs)
         torch._dynamo.reset()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

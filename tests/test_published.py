@@ -211,6 +211,7 @@ USUAL = {
     "linear/sample-flux": Layout.image(32, 32, text=24),
     "sla/sample-flux": Layout.image(32, 32, text=24),
     "agent/sample-flux": Layout.image(32, 32, text=24),
+    "mixture_of_heads/sample-flux": Layout.image(32, 32, text=24),
     "local/sd3.5": Layout.image(64, 64, text=333, text_first=False),
 }
 # Kept fraction of token pairs where the papers or their code state one for this layout.
@@ -226,8 +227,8 @@ LONG = ("radial/hunyuan-long", "radial/wan2.1-long", "rectified/hunyuan")  # hal
 
 @functools.cache
 def planned(method, layout):
-    cost = Cost(1.0, 1.0, 0.0, 1, 1, 64)
-    return method_estimate("", method, Schedule(), {"layer": 1}, layout, cost)
+    cost = Cost(1.0, 1.0, 0.0, 1, 2, 64)
+    return method_estimate("", method, Schedule(), {"layer": 2}, layout, cost)
 
 
 @pytest.mark.parametrize(

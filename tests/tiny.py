@@ -213,3 +213,15 @@ def wan_inputs(frames: int = 3, height: int = 10, width: int = 14, batch: int = 
         encoder_hidden_states=torch.randn(batch, 12, 32, generator=generator),
         return_dict=False,
     )
+
+
+def gradients(model, inputs) -> list[torch.Tensor]:
+    """Those of the enabled method's parameters and of the model's, as far as there are any."""
+    from dittfast.pipelines.adapter import method_parameters
+
+    own = method_parameters(model).values()
+    model.zero_grad()
+    for p in own:
+        p.grad = None
+    model(**inputs)[0].square().mean().backward()
+    return [p.grad.clone() for p in (*own, *model.parameters()) if p.grad is not None]

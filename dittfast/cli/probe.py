@@ -79,7 +79,8 @@ def run(args) -> int:
     call = call_arguments(pipe, args.prompt, source.settings, num_inference_steps=args.steps)
     call = with_first_frame(pipe, call, source.settings)
     steps = None if args.step is None else [args.step]
-    captured = capture(pipe, call, steps=steps, layers=args.layers, seed=args.seed)
+    given = {"seed": args.seed, "hidden_states": method.needs_hidden_states}
+    captured = capture(pipe, call, steps=steps, layers=args.layers, **given)
     runs = dict.fromkeys((c.layer for c in captured), method)
     if isinstance(method, Mixture):
         there = assignment_of(pipe, method).at(captured[0].step, call["num_inference_steps"])

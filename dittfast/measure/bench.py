@@ -54,6 +54,12 @@ class Workload:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    def hidden_states(self) -> torch.Tensor:
+        """``[batch, tokens, heads * head_dim]``, for methods that look at them."""
+        draw = torch.Generator().manual_seed(self.seed + 1)
+        shape = self.batch, self.layout.num_tokens, self.heads * self.head_dim
+        return torch.randn(shape, generator=draw).to(self.device, self.dtype)
+
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """``(q, k, v, grad_out)``, each ``[batch, heads, tokens, head_dim]``."""
         return attention_inputs(
@@ -71,7 +77,8 @@ class Workload:
 
         With them it computes what it computes once they are trained.
         """
-        values = by_head(method, self.heads).parameters(self.heads, self.head_dim)
+        shape = self.heads, self.head_dim, self.heads * self.head_dim
+        values = by_head(method, self.heads).layer_parameters(*shape)
         return {name: value.to(self.device, self.dtype) for name, value in values.items()}
 
 
@@ -147,6 +154,7 @@ def bench_attention(
             f"{method.name} keeps nothing in passes that may be differentiated, where it is dense "
             "attention; there is no backward pass to measure"
         )
+    hidden = work.hidden_states() if method.needs_hidden_states else None
     plan_seconds, kept, planned = _planned(method, layout, q, k, v)
     plan = None if planned is None else planned[0]
     chosen = choose_backend(q.device, q.dtype) if backend == "auto" else backend
@@ -157,6 +165,7 @@ def bench_attention(
     for name in (backend, *others):
         options = {"backend": name, "backward": work.backward}
         options["plan"] = plan if method.static else None
+        options["hidden_states"] = hidden
         amount, _ = check_attention(method, layout, q, k, v, grad_out, **options)
 
     dense_rows = min(q.shape[2], _DENSE_ROWS) if brief else q.shape[2]
@@ -168,7 +177,8 @@ def bench_attention(
     own = work.parameters(method)
 
     def sparse(backend):
-        return one_period(method, layout, q, k, v, backend=backend, kept=kept, **own)
+        given = {"backend": backend, "kept": kept, "hidden_states": hidden}
+        return one_period(method, layout, q, k, v, **given, **own)
 
     functions = {"dense": dense, "attend": partial(sparse, backend)}
     functions |= {name: partial(sparse, name) for name in others}

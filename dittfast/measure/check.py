@@ -86,6 +86,7 @@ def check_attention(
     backend: str = "auto",
     backward: bool = False,
     plan: Plan | None = None,
+    hidden_states: torch.Tensor | None = None,
 ) -> tuple[Amount, Plan | None]:
     """Compare a method on q, k and v with its definition in fp64, on sampled query rows.
 
@@ -94,6 +95,7 @@ def check_attention(
 
     Args:
         plan: of a method that plans, from the layout alone, where there is one already.
+        hidden_states: ``[B, N, C]``, for a method that needs them.
 
     Returns:
         How much of dense attention it does, and its plan (of the first heads that have one).
@@ -110,8 +112,10 @@ def check_attention(
         inputs, grad = tuple(mine), grad_out[:, list(group.heads)]
         own.prepare(layout, q.device)
         if own.computes:
-            amount = own.amount(layout, len(group.heads), q.shape[3])
-            _check_formula(own, layout, inputs, grad, scale, weight, backend, backward)
+            given = {"kv_log_weight": weight, "scale": scale, "backend": backend}
+            given["hidden_states"] = hidden_states
+            plans = _check_formula(own, layout, inputs, grad, backward, **given)
+            amount = computed_amount(own, layout, inputs[0], plans)
         else:
             made, inputs, softmax_scale = method_plan(own, layout, *inputs, scale, weight, plan)
             amount = own.amount(layout, len(group.heads), q.shape[3], made)
@@ -138,9 +142,16 @@ def method_plan(
     return plan, (q, call.k, call.v), call.scale
 
 
-def _check_formula(method, layout, inputs, grad_out, scale, weight, backend, backward) -> None:
-    tokens = _sampled(inputs[0])
-    given = {"kv_log_weight": weight, "scale": scale, "backend": backend}
+def computed_amount(method: Method, layout: Layout, q: torch.Tensor, plans: list[Plan]) -> Amount:
+    """How much a method does that computes its own output; ``plans`` are those it ran under."""
+    inner = (part.amount(layout, None, None, plan) for part in method.parts for plan in plans)
+    observed, kept = mean_amount((1, amount) for amount in inner), method.keep(layout, q.device)
+    return method.amount(layout, q.shape[1], q.shape[3], kept, observed)
+
+
+def _check_formula(method, layout, inputs, grad_out, backward, **given) -> list[Plan]:
+    """Also the plans that the method made from q and k."""
+    tokens, plans = _sampled(inputs[0]), []
     sampled = torch.zeros_like(grad_out)
     sampled[:, :, tokens] = grad_out[:, :, tokens]
     sides = []
@@ -148,7 +159,8 @@ def _check_formula(method, layout, inputs, grad_out, scale, weight, backend, bac
         dtype = dtype or grad_out.dtype
         leaves = [x.detach().to(dtype).requires_grad_(backward) for x in inputs]
         if name == "method":
-            out = method_attention(method, layout, *leaves, **given)
+            watch = lambda plan, heads=1: plans.append(detached(plan))  # noqa: E731
+            out = method_attention(method, layout, *leaves, on_plan=watch, **given)
             rows, grad = out[:, :, tokens], sampled
         else:
             call = computing_call(method, layout, *leaves, **given)
@@ -156,6 +168,7 @@ def _check_formula(method, layout, inputs, grad_out, scale, weight, backend, bac
             grad = grad_out[:, :, tokens].to(dtype)
         sides.append([rows.detach(), *(torch.autograd.grad(out, leaves, grad) if backward else ())])
     _compare(f"{method.name} disagrees with its formula", sides)
+    return plans
 
 
 def _sampled(q: torch.Tensor) -> torch.Tensor:

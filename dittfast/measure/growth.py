@@ -105,8 +105,9 @@ def _row(method: Method, work: Workload, repeats: int) -> dict:
     layout = work.layout
     q, k, v, grad_out = work.inputs()
     method.prepare(layout, q.device)
-    amount, plan = check_attention(method, layout, q, k, v, grad_out)
-    own = work.parameters(method)
+    hidden = work.hidden_states() if method.needs_hidden_states else None
+    amount, plan = check_attention(method, layout, q, k, v, grad_out, hidden_states=hidden)
+    own = work.parameters(method) | {"hidden_states": hidden}
     functions = {"attend": partial(one_period, method, layout, q, k, v, **own)}
     if layout.num_tokens <= _DENSE_TOKENS:
         dense = torch.nn.functional.scaled_dot_product_attention

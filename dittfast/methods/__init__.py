@@ -6,6 +6,7 @@ from .dense import Dense
 from .linear import Linear
 from .local import Local
 from .log_linear import LogLinear
+from .mixture_of_heads import MixtureOfHeads
 from .neighborhood import Neighborhood
 from .radial import Radial
 from .reattention import Reattention
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "reattention": Reattention,
     "linear": Linear,
     "agent": Agent,
+    "mixture_of_heads": MixtureOfHeads,
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
         "Linear",
         "Local",
         "LogLinear",
+        "MixtureOfHeads",
         "Neighborhood",
         "Radial",
         "Reattention",

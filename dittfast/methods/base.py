@@ -31,6 +31,12 @@ class Call(NamedTuple):
         memory: what the layer keeps from step to step of the run, in this guidance branch
             (:class:`~dittfast.methods.memory.Memory`); None outside of a pipeline's run, in passes
             that may be differentiated, and unless the method ``remembers``.
+        planned: ``planned(method, layout, q, k, v, kept=..., **parameters)``: what
+            :func:`dittfast.attention.method_call` gives for another method that plans, under this
+            call's scale and mask: a plan to be changed, and the other arguments of ``attend``.
+        observe: to be told a plan that was made from q and k, or from hidden states.
+        report: ``report(name, loss)`` takes the values of :attr:`Method.losses`; None where nobody
+            trains.
         hidden_states: ``[B, N, C]``, what the layer was given and projected q, k and v from, in the
             order of the sequence; carries its gradient. None unless ``needs_hidden_states``.
     """
@@ -40,6 +46,9 @@ class Call(NamedTuple):
     geometry: Any
     attend: Callable[..., Any]
     inner: Callable[..., torch.Tensor]
+    planned: Callable[..., Any]
+    observe: Callable[[Plan], None]
+    report: Callable[[str, torch.Tensor], None] | None = None
     memory: Any = None
     hidden_states: torch.Tensor | None = None
 
@@ -80,6 +89,8 @@ class Method(ABC):
         remembers: whether :meth:`attention` keeps values from step to step, in ``call.memory``.
         needs_hidden_states: whether :meth:`attention` looks at ``call.hidden_states``; its
             :meth:`parameters` then take their width as a third argument, ``channels``.
+        losses: names of what :meth:`attention` hands to ``call.report``: 0-d values that training
+            may make small, by the weight of that name.
         per_head: options that may be a list with one value for each head: see :meth:`by_head`.
         takes_methods: options that are methods themselves; as text, their names.
         needs_training: whether it is meant to be run with trained parameters alone.
@@ -94,6 +105,7 @@ class Method(ABC):
     dense: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
+    losses: ClassVar[tuple[str, ...]] = ()
     per_head: ClassVar[tuple[str, ...]] = ()
     takes_methods: ClassVar[tuple[str, ...]] = ()
     needs_training: ClassVar[bool] = False

@@ -62,6 +62,10 @@ class HeadGroups(Method):
     def needs_hidden_states(self) -> bool:
         return any(method.needs_hidden_states for method in self.parts)
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for method in self.parts for name in method.losses))
+
     def words(self) -> str:
         return ", ".join(f"{g.method.words()} in heads {head_words(g.heads)}" for g in self.groups)
 

@@ -15,7 +15,7 @@ from dittfast.layout import Layout
 from dittfast.measure.gpus import GPUS
 from dittfast.methods import METHODS
 from dittfast.methods.amount import Amount, mean_amount
-from dittfast.methods.base import Method
+from dittfast.methods.base import Kept, Method
 from dittfast.methods.head_groups import split
 from dittfast.mixture import Assignment
 from dittfast.plan import Plan
@@ -208,7 +208,11 @@ def _refused(calls: list[MethodCall], head_dim: int) -> dict[str, dict[str, str]
 def _amount(method: Method, layout: Layout, cost: Cost) -> tuple[Amount, MethodCall | None]:
     """Of a planning method, from its plan; that of random q and k has as many blocks."""
     if method.computes:
-        return method.amount(layout, cost.heads, cost.head_dim), None
+        call = None
+        for part in method.parts:
+            _, call = _amount(part, layout, cost)
+        kept = None if call is None else Kept(None, call.plan)
+        return method.amount(layout, cost.heads, cost.head_dim, kept), None
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(1, 1, layout.num_tokens, 16, generator=generator)  # noqa: E731
     with torch.no_grad():

@@ -308,16 +308,16 @@ def evaluate_fidelity(
 def _check_all(pipe, call: dict, variants, folder: Path, seed: int):
     """Check every method on one dense run; its attention by distance. Masks go into folders."""
     layers = {v.label: sparse_layers(pipe, v.method, v.schedule) for v in variants}
-    captured = capture_layers(
-        pipe, call, sorted({x for some in layers.values() for x in some}), seed
-    )
+    every = sorted({x for some in layers.values() for x in some})
+    hidden = any(v.method.needs_hidden_states for v in variants)
+    captured = capture_layers(pipe, call, every, seed, hidden)
     names = layer_names(pipe)
     checks: dict[str, Checked] = {}
     for v in variants:
         own = [names[x] for x in layers[v.label]]
         mine = [c for c in captured if c.layer in own]
         if own and not mine:
-            mine = capture_layers(pipe, call, layers[v.label], seed)
+            mine = capture_layers(pipe, call, layers[v.label], seed, hidden)
         checks[v.label], plan = check_captured(assignment_of(pipe, v.method), mine, v.backend)
         path = folder / v.label / "mask.png"
         if plan is not None and not path.exists():

@@ -89,12 +89,15 @@ def spread(values: list, count: int) -> list:
 
 
 @torch.no_grad()
-def capture_layers(pipe, call: dict, layers: list[int], seed: int = 0) -> list[Captured]:
+def capture_layers(
+    pipe, call: dict, layers: list[int], seed: int = 0, hidden_states: bool = False
+) -> list[Captured]:
     """q, k and v of some layers at the last of two dense steps; at most 8 layers, spread."""
     if not layers:
         return []
     short = call | {"num_inference_steps": _STEPS}
-    return capture(pipe, short, steps=[_STEPS - 1], layers=spread(layers, _LAYERS), seed=seed)
+    given = {"layers": spread(layers, _LAYERS), "seed": seed, "hidden_states": hidden_states}
+    return capture(pipe, short, steps=[_STEPS - 1], **given)
 
 
 @torch.no_grad()
@@ -132,7 +135,7 @@ def check_method(
         dittfast.measure.check.WrongResult: naming the layer, what differs and by how much.
     """
     layers = sparse_layers(pipe, method, schedule)
-    captured = capture_layers(pipe, call, layers, seed)
+    captured = capture_layers(pipe, call, layers, seed, method.needs_hidden_states)
     return check_captured(assignment_of(pipe, method), captured, backend)[0]
 
 
@@ -144,6 +147,7 @@ def _check(assignment: Assignment, c: Captured, backend: str) -> Iterator[tuple]
         if weight is not None and weight.shape[1] > 1:
             weight = weight[:, list(group.heads)]
         given = {"scale": c.scale, "kv_log_weight": weight, "backend": backend}
+        given["hidden_states"] = c.hidden_states
         try:
             zeros = torch.zeros_like(q)
             checked = check_attention(group.method, c.layout, q, k, v, zeros, **given)

@@ -16,6 +16,7 @@ from dittfast.methods import (
     Linear,
     Local,
     LogLinear,
+    MixtureOfHeads,
     Neighborhood,
     Radial,
     Reattention,
@@ -33,6 +34,7 @@ from ..description import describe
 from ..families.tiny import TINY
 from ..families.tiny_model import Tiny
 from ..guidance.plain import guide
+from ..models import known_family
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ METHODS: dict[str, Method] = {
     "reattention": Reattention(),
     "linear": Linear(),
     "agent": Agent(agents=(2, 3, 3), text_agents=2, trained=True),
+    "mixture_of_heads": MixtureOfHeads(Full(), shared=0, routed=1),
 }
 
 # Weakened heads are no method: guidance runs beside any of them, here beside none and "full".
@@ -114,7 +117,8 @@ class Cell:
         noise: what eager attention loses by another order of its sums, in the same unit.
         change: how far the method moves the output from the stock model's.
         problem: what is wrong; None if nothing is.
-        absent: whether diffusers has no such thing for this class, or it is broken there.
+        absent: whether diffusers has no such thing for this class, or it is broken there, or the
+            method needs what the class does not have.
         work: FLOPs of attention as a fraction of dense.
     """
 
@@ -166,6 +170,8 @@ def check(name: str, tiny: Tiny, methods: Iterable[str]) -> Iterator[Cell]:
 
 def _cell(name, method, model, inputs, stock, noise) -> Cell:
     outputs, chosen = {}, METHODS[method]
+    if chosen.needs_hidden_states and known_family(model).hidden_states is None:
+        return Cell(name, method, absent=True)
     try:
         for backend in (*_cpu_backends(stock), "reference"):
             if backend == "reference" and chosen.computes:

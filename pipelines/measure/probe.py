@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from PIL import Image
 
-from dittfast.attention import attend, method_attention, method_call
+from dittfast.attention import attend, computing_call, method_call
 from dittfast.layout import Layout
-from dittfast.measure.check import mask_rows
+from dittfast.measure.check import computed_amount, detached, mask_rows
 from dittfast.measure.draw import kept_mass
 from dittfast.methods.base import Method
 from dittfast.methods.head_groups import select_heads, split
@@ -247,12 +247,11 @@ def _measure_heads(method: Method, c: Captured, backend: str) -> CallReport:
     method.prepare(c.layout, c.q.device)
     plan = None
     if method.computes:
-        given["hidden_states"] = c.hidden_states
-        out = method_attention(method, c.layout, c.q, c.k, c.v, backend=backend, **given)
-        amounts = [method.amount(c.layout, heads, c.q.shape[3])] * heads
-        if method.planner is not None:
-            asked = {"scale": c.scale, "kv_log_weight": c.kv_log_weight}
-            plan = method_call(method.planner, c.layout, c.q, c.k, c.v, **asked).plan
+        given |= {"backend": backend, "hidden_states": c.hidden_states}
+        out, plan = _computed(method, c, **given)
+        plans = [plan] if plan is not None and method.parts else []
+        amounts = [computed_amount(method, c.layout, c.q, plans)] * heads
+        if plan is not None:
             densities = [x.density for x in _plans(plan, heads)]
             amounts = [x._replace(density=d) for x, d in zip(amounts, densities)]
     else:
@@ -302,6 +301,27 @@ def _measure_heads(method: Method, c: Captured, backend: str) -> CallReport:
         for h in range(heads)
     )
     return CallReport(c.step, c.layer, reports, plan, block_mass)
+
+
+def _computed(method: Method, c: Captured, **given) -> tuple[torch.Tensor, Plan | None]:
+    """The output of a method that computes it itself, and the plan that it ran inside.
+
+    Of a method that is made of another that is the one that attention ran under, in which rows may
+    be empty; of others the one of its planner; None without one.
+    """
+    call, plans = computing_call(method, c.layout, c.q, c.k, c.v, **given), []
+
+    def watched(q, k, v, plan, **options):
+        plans.append(detached(plan))
+        return call.attend(q, k, v, plan, **options)
+
+    out = method.attention(c.layout, c.q, c.k, c.v, call._replace(attend=watched))
+    if method.planner is None:
+        return out, None
+    if method.parts and len(plans) == 1:
+        return out, plans[0]
+    asked = {"scale": c.scale, "kv_log_weight": c.kv_log_weight}
+    return out, method_call(method.planner, c.layout, c.q, c.k, c.v, **asked).plan
 
 
 def kept_picture(reports: Sequence[CallReport], title: str = "") -> Image.Image:

@@ -198,7 +198,8 @@ class Studio:
         self, pipe, call: dict, method: Method, at: tuple[int, int], request: Request
     ) -> Look:
         step, layer = at
-        captured, *_ = capture(pipe, call, steps=[step], layers=[layer], seed=request.seed)
+        given = {"seed": request.seed, "hidden_states": method.needs_hidden_states}
+        captured, *_ = capture(pipe, call, steps=[step], layers=[layer], **given)
         report = measure(method, captured, self.backend)
         density, mass, error = (
             sum(getattr(head, name) for head in report.heads) / len(report.heads)
