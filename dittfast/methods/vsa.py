@@ -252,7 +252,9 @@ class Vsa(Method):
         observed: Amount | None = None,
     ) -> Amount:
         """Density of the fine part, FLOPs of all."""
-        density = self._kept(layout) if observed is None else observed.density
+        density = None if observed is None else observed.density
+        if density is None:
+            density = self._kept(layout)
         if heads is None:
             return Amount(density, None if self.gate else density)
         more = self.flops(layout, heads, head_dim) / dense_flops(layout.num_tokens, heads, head_dim)
