@@ -314,6 +314,11 @@ class Method(ABC):
         """
         return {}
 
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        """Options to try on a layout, from sparse to dense; none where all of them keep all."""
+        return [{}]
+
     def layer_parameters(
         self, heads: int | None, head_dim: int | None, channels: int | None = None
     ) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from ..layout import Blocks, Context, Grid, Layout, split_evenly, tile_lengths
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
 from .checks import check_integer, check_positive, check_tile, each
+from .ladder import radii
 from .pairs import chunks, close_pairs, expand_ranges, product
 
 # Pairs of blocks worked on together: bounds memory, not the result.
@@ -65,6 +66,11 @@ class Local(Method):
     tile: tuple[int, int, int] | None = None
     frame_window: int | None = None
     proportional: bool | int = False
+
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        windows = dict.fromkeys(max(1.5, round(radius, 1)) for radius in radii(layout))
+        return [{"window": window} for window in windows]
 
     def __post_init__(self):
         for window in each(self.window):

@@ -77,6 +77,10 @@ class LogLinear(DynamicMethod):
     enrich: bool = True
     text_queries: str = "dense"
 
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        return [{"topk": topk} for topk in (4, 8, 16, 32)]
+
     def __post_init__(self):
         super().__post_init__()
         check_integer("block_size", self.block_size, 8, MAX_BLOCK_SIZE)

@@ -14,6 +14,7 @@ from ..layout import Context, Grid, Layout, make_blocks, split_evenly
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
 from .checks import check_integer, check_tile
+from .ladder import radii
 from .pairs import chunks, expand_ranges, product
 
 AXES = ("frames", "rows", "columns")
@@ -73,6 +74,11 @@ class Neighborhood(Method):
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
     tile: tuple[int, int, int] | None = None
+
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        windows = dict.fromkeys(max(2, round(2 * radius)) for radius in radii(layout))
+        return [{"window": window} for window in windows]
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation", "causal"):

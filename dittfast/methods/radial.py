@@ -14,6 +14,7 @@ from ..layout import Blocks, Layout, make_blocks, split_evenly
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
 from .checks import check_block_size, check_choice, check_positive, each
+from .ladder import block_for
 from .pairs import Pairs, chunks, close_pairs, expand_ranges, product, sorted_unique
 
 VARIANTS = ("wan", "hunyuan", "paper", "wan_corrected", "hunyuan_corrected")
@@ -74,6 +75,13 @@ class Radial(Method):
     decay_factor: float | tuple[float, ...] = 1.0
     block_size: int = 128
     variant: str = "wan"
+
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        if layout.grid.frames < 2:
+            return []  # one frame sees itself in full
+        size = block_for(layout)
+        return [{"decay_factor": x, "block_size": size} for x in (0.25, 0.5, 1.0, 2.0)]
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)

@@ -12,6 +12,7 @@ from ..layout import Grid, Layout
 from ..plan import Plan
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
 from .dynamic import ORDERS, ChosenLists, DynamicMethod, Partition, Pool, match_heads
+from .ladder import SHARES, block_for
 
 DEFAULT_DROP = 0.8
 # Elements of fp32 workspace for the deviation statistics.
@@ -79,6 +80,11 @@ class Rectified(DynamicMethod):
     first_frame: bool = False
     round_up: bool = False
     rectify: bool = True
+
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        plain = {"block_size": block_for(layout), "top_p": 0.0, "neighbors": False}
+        return [{"drop": 1 - share, **plain} for share in SHARES]
 
     def __post_init__(self):
         super().__post_init__()

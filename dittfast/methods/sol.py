@@ -22,6 +22,7 @@ from .dynamic import (
     shown_means,
     wide_dtype,
 )
+from .ladder import block_for
 
 TAILS = ("block", "query", "none")
 # Scores at once, over all batch rows and heads: bounds memory.
@@ -92,6 +93,10 @@ class Sol(DynamicMethod):
     tail: str = "block"
     block_size: int = 64
     order: str = "raster"
+
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        return [{"tau": tau, "block_size": block_for(layout)} for tau in (2.0, 1.5, 1.0, 0.5)]
 
     def __post_init__(self):
         super().__post_init__()

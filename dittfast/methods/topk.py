@@ -12,6 +12,7 @@ from ..layout import Blocks, Layout
 from ..plan import Plan
 from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, check_tile
 from .dynamic import ORDERS, DynamicMethod, Partition, Pool, dense_context_rows, match_heads
+from .ladder import SHARES, block_for
 from .log_linear import top_indices
 
 SCORES = ("subblock", "mean")
@@ -82,6 +83,10 @@ class TopK(DynamicMethod):
     sub_block: int = 4
     order: str = "hilbert"
     tile: tuple[int, int, int] | None = None
+
+    @classmethod
+    def ladder(cls, layout: Layout) -> list[dict]:
+        return [{"topk": share, "block_size": block_for(layout)} for share in SHARES]
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,9 +14,6 @@ from dittfast.methods.base import Method
 
 logger = logging.getLogger(__name__)
 
-# Shares of the grid's shorter side that windows span, and of key blocks that are kept.
-_RADII = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
-_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
 # A plan that keeps more saves nothing worth an error.
 _MOST_DENSITY = 0.9
 
@@ -70,7 +67,7 @@ def candidates(layout: Layout, names: Iterable[str], device="cpu") -> list[Metho
     found: list[Method] = []
     for name in names:
         densities: list[float] = []
-        for options in _DIALS.get(name, _as_it_is)(layout):
+        for options in METHODS[name].ladder(layout):
             try:
                 method = METHODS[name](**options)
                 kept = method.keep(layout, torch.device(device))
@@ -89,61 +86,3 @@ def candidates(layout: Layout, names: Iterable[str], device="cpu") -> list[Metho
             "tokens; draw larger, or name other methods"
         )
     return found
-
-
-def _side(layout: Layout) -> int:
-    return min(layout.grid.height, layout.grid.width)
-
-
-def _block(layout: Layout) -> int:
-    """Tokens of a block: about 64 blocks in all, of 16 to 64 tokens."""
-    return next((size for size in (64, 32) if layout.num_tokens >= 64 * size / 2), 16)
-
-
-def _local(layout: Layout) -> list[dict]:
-    windows = dict.fromkeys(max(1.5, round(_side(layout) * part, 1)) for part in _RADII)
-    return [{"window": window} for window in windows]
-
-
-def _neighborhood(layout: Layout) -> list[dict]:
-    windows = dict.fromkeys(max(2, round(2 * _side(layout) * part)) for part in _RADII)
-    return [{"window": window} for window in windows]
-
-
-def _radial(layout: Layout) -> list[dict]:
-    if layout.grid.frames < 2:
-        return []  # one frame sees itself in full
-    return [{"decay_factor": x, "block_size": _block(layout)} for x in (0.25, 0.5, 1.0, 2.0)]
-
-
-def _topk(layout: Layout) -> list[dict]:
-    return [{"topk": share, "block_size": _block(layout)} for share in _SHARES]
-
-
-def _rectified(layout: Layout) -> list[dict]:
-    size = _block(layout)
-    plain = {"block_size": size, "top_p": 0.0, "neighbors": False}
-    return [{"drop": 1 - share, **plain} for share in _SHARES]
-
-
-def _log_linear(layout: Layout) -> list[dict]:
-    return [{"topk": topk} for topk in (4, 8, 16, 32)]
-
-
-def _sol(layout: Layout) -> list[dict]:
-    return [{"tau": tau, "block_size": _block(layout)} for tau in (2.0, 1.5, 1.0, 0.5)]
-
-
-def _as_it_is(layout: Layout) -> list[dict]:
-    return [{}]  # a method that nobody has written a dial for
-
-
-_DIALS = {
-    "local": _local,
-    "neighborhood": _neighborhood,
-    "radial": _radial,
-    "topk": _topk,
-    "rectified": _rectified,
-    "log_linear": _log_linear,
-    "sol": _sol,
-}
