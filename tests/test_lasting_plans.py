@@ -1,7 +1,6 @@
 """Plans that last for some steps: against a method that repeats its own plans, call by call."""
 
 import gc
-import threading
 import weakref
 from dataclasses import dataclass
 from typing import ClassVar
@@ -160,23 +159,10 @@ def test_passes_that_may_be_differentiated_plan_every_time():
 
 def test_threads_have_runs_of_their_own():
     one = tiny.flux_pipeline()
-    two = type(one)(**{**one.components, "scheduler": type(one.scheduler)()})
-    two.set_progress_bar_config(disable=True)
+    two = tiny.twin(one)
     with dittfast.enable(one, LOG_LINEAR, min_tokens=0, replan_every=2):
         expected = [draw(one), draw(one, prompt="a blue dog", seed=1)]
-        found = [None, None]
-
-        def run(number, pipe, **changes):
-            found[number] = draw(pipe, **changes)
-
-        jobs = [
-            threading.Thread(target=run, args=(0, one)),
-            threading.Thread(target=run, args=(1, two), kwargs={"prompt": "a blue dog", "seed": 1}),
-        ]
-        for job in jobs:
-            job.start()
-        for job in jobs:
-            job.join()
+        found = tiny.in_threads(lambda: draw(one), lambda: draw(two, prompt="a blue dog", seed=1))
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 

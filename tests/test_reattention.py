@@ -1,7 +1,6 @@
 """`reattention` against its definition, step by step in fp64, and in the runs of tiny pipelines."""
 
 import gc
-import threading
 import weakref
 from dataclasses import dataclass
 from typing import ClassVar
@@ -253,22 +252,10 @@ def test_runs_that_are_interrupted_and_of_other_sizes_and_batches(monkeypatch):
 
 def test_threads_have_runs_of_their_own():
     one = tiny.flux_pipeline()
-    two = type(one)(**{**one.components, "scheduler": type(one.scheduler)()})
-    two.set_progress_bar_config(disable=True)
+    two = tiny.twin(one)
     with dittfast.enable(one, METHOD, min_tokens=0):
-        expected, found = [draw(one), draw(one, prompt="a blue dog", seed=1)], [None, None]
-
-        def run(number, pipe, **changes):
-            found[number] = draw(pipe, **changes)
-
-        jobs = [
-            threading.Thread(target=run, args=(0, one)),
-            threading.Thread(target=run, args=(1, two), kwargs={"prompt": "a blue dog", "seed": 1}),
-        ]
-        for job in jobs:
-            job.start()
-        for job in jobs:
-            job.join()
+        expected = [draw(one), draw(one, prompt="a blue dog", seed=1)]
+        found = tiny.in_threads(lambda: draw(one), lambda: draw(two, prompt="a blue dog", seed=1))
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -181,6 +182,19 @@ def run(pipe, seed: int = 0, **changes) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     out = pipe(**call, generator=generator, output_type="latent")
     return out.images if hasattr(out, "images") else out.frames
+
+
+def twin(pipe):
+    """A pipeline of the same models with a scheduler of its own, for another thread."""
+    other = type(pipe)(**{**pipe.components, "scheduler": type(pipe.scheduler)()})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def in_threads(*calls) -> list:
+    """What functions without arguments give, each in a thread of its own."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [job.result() for job in [pool.submit(call) for call in calls]]
 
 
 @functools.cache
