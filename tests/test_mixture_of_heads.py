@@ -14,7 +14,17 @@ from dittfast import Layout, functional
 from dittfast.attention import attend, method_attention
 from dittfast.config import resolve
 from dittfast.measure.bench import Workload, bench_attention
-from dittfast.methods import METHODS, Dense, Linear, Local, MixtureOfHeads, Rectified, Sol, TopK
+from dittfast.methods import (
+    METHODS,
+    SLA,
+    Dense,
+    Linear,
+    Local,
+    MixtureOfHeads,
+    Rectified,
+    Sol,
+    TopK,
+)
 from dittfast.methods.mixture_of_heads import load_balance
 from dittfast.pipelines.adapter import method_parameters
 from dittfast.pipelines.measure import method_check, probe
@@ -181,16 +191,20 @@ def test_around_a_method_that_computes_its_own_output():
 
 
 @pytest.mark.parametrize(
-    "inner", [Sol(block_size=16), Rectified(block_size=16, topk=2)], ids=lambda m: m.name
+    "inner",
+    [Sol(block_size=16), Rectified(block_size=16, topk=2), SLA(TopK(block_size=8, topk=2))],
+    ids=lambda m: m.name,
 )
-def test_tails_and_corrections_go_with_their_heads(inner):
+def test_what_is_added_to_a_softmax_goes_with_its_head(inner):
     """What a method adds to rows that list nothing is left out with them."""
     layout, method = LAYOUTS["63"], MixtureOfHeads(inner, 1, 1)
     q, k, v, _ = attention_inputs(2, 3, 63, 8)
     x = torch.randn(2, 63, CHANNELS, generator=torch.Generator().manual_seed(1))
     own = router(method, 3)
     out = method_attention(method, layout, q, k, v, hidden_states=x, **own)
-    whole = method_attention(inner, layout, q, k, v)
+    inside = {n.removeprefix("inner_"): w for n, w in own.items() if n.startswith("inner_")}
+    assert bool(inside) == inner.adds
+    whole = method_attention(inner, layout, q, k, v, **inside)
     p = torch.softmax(x @ own["routed_router"].mT, -1)
     groups = blocks_of(inner.plan(layout, q, k, v))
     chosen = taken(p, 1, groups, torch.ones(2, 63))
