@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from dittfast.pipelines.tune.prediction import DENSE, Place, Prediction
 from dittfast.pipelines.tune.preset import mixture_of
 from dittfast.pipelines.tune.recording import bands, middle
 from dittfast.pipelines.tune.solver import Choice, cheapest, hull, most_exact
+from dittfast.pipelines.tune.tune import ImpossibleBudget, Tuner
 
 
 def knapsack(draw: random.Random, items: int, most: int) -> list[list[Choice]]:
@@ -331,3 +333,22 @@ def test_rules_say_what_was_chosen_for_every_layer_head_and_step(seed):
                     continue
                 runs = {h: g.method for g in groups for h in g.heads}
                 assert wanted == [None if runs[h].dense else runs[h] for h in range(heads)]
+
+
+def test_a_speed_is_aimed_above_its_bound_where_there_is_room():
+    _, made = prediction()
+    tuner = object.__new__(Tuner)
+    tuner.layers, tuner.total_steps, tuner.bands = LAYERS, 4, [(0, 1), (1, 4)]
+    fastest = made.speedup({place: (0, 0) for place in made.places})
+
+    def solved(speedup):
+        tuner.task = SimpleNamespace(budget=Budget(speedup=speedup))
+        return made.speedup(tuner._solve(made, {}))
+
+    assert 1.04 * 1.2 <= solved(1.2) < fastest
+    assert fastest / 1.01 <= solved(fastest / 1.01) <= fastest
+    with pytest.raises(ImpossibleBudget, match=f"{fastest:.2f} times as fast; that is the nearest"):
+        solved(1.01 * fastest)
+    tuner.task = SimpleNamespace(budget=Budget(psnr=90.0))
+    with pytest.raises(ImpossibleBudget, match="dense attention is the nearest"):
+        tuner._solve(made, {"psnr": 90.0})

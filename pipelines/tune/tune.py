@@ -48,6 +48,8 @@ _LAYER_NOISE, _STEP_NOISE = 0.1, 0.03
 # dB that are aimed above a bound of quality, for prompts differ; and how near to its bound a
 # quality leaves nothing worth another round.
 _ABOVE, _NEAR = 0.5, 1.0
+# A speed is aimed this much above its bound, for seconds differ, too.
+_FASTER = 1.04
 # What a method's plan may last, and what of a run its planning must take to be worth a try.
 _LASTING, _WORTH_LASTING = (2, 4), 0.01
 # A speed budget alone leaves quality free; a plan may last if that loses no more than this, in dB.
@@ -368,8 +370,12 @@ class Tuner:
         if asked is not None and (
             chosen is None or prediction.speedup(_assigned(prediction, chosen)) < asked
         ):
-            chosen = most_exact(items, prediction.run_seconds / asked - prediction.rest)
-            if chosen is None:
+            for aim in (_FASTER * asked, asked):
+                most = prediction.run_seconds / aim - prediction.rest
+                chosen = most_exact(items, most)
+                if chosen is not None:
+                    break
+            else:
                 raise ImpossibleBudget(self._too_fast(prediction, items))
         assigned = _assigned(prediction, chosen)
         if self._mixture(prediction, assigned) is None:
