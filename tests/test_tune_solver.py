@@ -349,6 +349,15 @@ def test_a_speed_is_aimed_above_its_bound_where_there_is_room():
     assert fastest / 1.01 <= solved(fastest / 1.01) <= fastest
     with pytest.raises(ImpossibleBudget, match=f"{fastest:.2f} times as fast; that is the nearest"):
         solved(1.01 * fastest)
+    alike = tuner._alike(made, {})  # the bound is out of reach for all
+    assert alike is None
+    tuner.task = SimpleNamespace(budget=Budget(speedup=1.2))
+    every = [{place: (n, n) for place in made.places} for n in range(3)]
+    fast = [one for one in every if made.speedup(one) >= 1.2 * 1.04]
+    assert tuner._alike(made, {}) == min(fast, key=lambda x: made.squared_error(x, "psnr"))
+    tuner.task = SimpleNamespace(budget=Budget(psnr=1.0))
+    assert tuner._alike(made, {"psnr": -30.0}) == min(every, key=made.call_seconds)
     tuner.task = SimpleNamespace(budget=Budget(psnr=90.0))
+    assert tuner._alike(made, {"psnr": 90.0}) is None
     with pytest.raises(ImpossibleBudget, match="dense attention is the nearest"):
         tuner._solve(made, {"psnr": 90.0})

@@ -340,20 +340,23 @@ class Tuner:
         budget, rounds = self.task.budget, []
         bounds = {m: getattr(budget, m) for m in QUALITIES if getattr(budget, m) is not None}
         targets = {m: _better(m, bound, _ABOVE) for m, bound in bounds.items()}
-        for _ in range(self.task.rounds):
+        for number in range(self.task.rounds + 1):
             try:
-                assigned = self._solve(prediction, targets)
+                solve = self._solve if number else self._alike
+                assigned = solve(prediction, targets)
             except ImpossibleBudget:
                 if any(map(self._holds, rounds)):
                     break  # what was drawn is more than what is predicted
                 raise
+            if assigned is None:
+                continue
             mixture = self._mixture(prediction, assigned)
             if any(mixture == one.mixture for one in rounds):
                 break
             one = self._round(prediction, _label(mixture), mixture, assigned)
             rounds.append(one)
             self._learn(prediction, one, targets)
-            if self._holds(one) and not self._has_room(one, targets):
+            if number and self._holds(one) and not self._has_room(one, targets):
                 break
         held = [one for one in rounds if self._holds(one)]
         if not held:
@@ -361,6 +364,24 @@ class Tuner:
         if budget.has_quality:
             return min(held, key=lambda one: prediction.call_seconds(one.assigned)), rounds
         return max(held, key=lambda one: one.tuned["psnr"]), rounds
+
+    def _alike(self, prediction: Prediction, targets: dict[str, float]) -> Assigned | None:
+        """The best of one candidate in all layers and steps, which every preset has to beat.
+
+        None where no candidate is predicted to hold the budget so.
+        """
+        limits = {m: _squared(m, x) for m, x in targets.items()}
+        asked = (self.task.budget.speedup or 0.0) * _FASTER
+        fitting = []
+        for number in range(len(prediction.methods)):
+            assigned = {place: (number,) * n for place, n in prediction.heads.items()}
+            if not prediction.is_finite(number) or prediction.speedup(assigned) < asked:
+                continue
+            errors = {m: prediction.squared_error(assigned, m) for m in (limits or {"psnr": 1.0})}
+            if all(errors[m] <= limit for m, limit in limits.items()):
+                cost = prediction.call_seconds(assigned) if limits else errors["psnr"]
+                fitting.append((cost, number, assigned))
+        return min(fitting)[2] if fitting else None
 
     def _solve(self, prediction: Prediction, targets: dict[str, float]) -> Assigned:
         limits = {m: _squared(m, x) for m, x in targets.items()} or {"psnr": 1.0}
