@@ -176,6 +176,9 @@ def test_a_longer_clip_is_the_same_motion_in_smaller_steps(scripts, tmp_path):
     short = clips.one("car", "green", "grows")
     assert short.shape == (3, 9, 128, 128)
     assert torch.allclose(clips.one("car", "green", "grows", 33)[:, ::4], short, atol=1e-5)
+    slow = clips.one("car", "green", "moves right", 17)  # 4 px in two frames
+    for frame in range(8):  # before it comes to the border
+        assert torch.allclose(slow[:, frame + 1], slow[:, frame].roll(2, -1), atol=1e-3)
 
 
 def test_the_table_by_hand(scripts, tmp_path):
