@@ -90,9 +90,8 @@ def main(rank: int, port: int, ring: int, ulysses: int, anything: int, *names: s
     from diffusers import ContextParallelConfig
 
     diffusers.hooks.context_parallel._all_gather_anything = gather_uneven
-    # diffusers asks an accelerator how many devices there are, and which one sends lengths.
+    # diffusers asks an accelerator how many devices there are.
     torch.accelerator.device_count = lambda: 1
-    torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cpu")
     shape, dims = (ring, ulysses), ("ring", "ulysses")
     mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=dims)
     for name in names:
