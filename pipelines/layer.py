@@ -60,8 +60,10 @@ class PlannedLayout:
         plan = self.kept.select_heads(heads)
         if plan is self.kept:
             return self
-        if torch.compiler.is_compiling():
-            return PlannedLayout(self.method, self.layout, plan)
+        if torch.compiler.is_compiling():  # which traces no lock that is made
+            part = object.__new__(PlannedLayout)
+            part.__dict__.update(self.__dict__ | {"kept": plan})
+            return part
         key = "heads", heads.start, heads.stop
         return self.prepared(key, lambda: PlannedLayout(self.method, self.layout, plan))
 
