@@ -212,21 +212,21 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_evaluations_can_be_read():
-    from dittfast.cli.evaluate import _shipped
+    from dittfast.cli.options import shipped
     from dittfast.methods import METHODS
     from dittfast.pipelines.measure.variants import check_labels, make_variants, read_variants
     from dittfast.pipelines.runs.prompts import read_prompts
 
-    path = _shipped("evaluations/sample-flux")
+    path = shipped("evaluations/sample-flux")
     for name, left_out in (
         ("sample-flux", {"radial", "dense"}),
         ("sample-flux-density", {"radial", "dense"}),
         ("sample-video-density", {"dense"}),
     ):
-        chosen, pairs = read_variants(_shipped(f"evaluations/{name}"))
+        chosen, pairs = read_variants(shipped(f"evaluations/{name}"))
         check_labels(list(chosen), pairs)
         assert {v.method.name for v in make_variants(chosen)} == set(METHODS) - left_out, name
-    chosen, _ = read_variants(_shipped("evaluations/sample-video-long"))
+    chosen, _ = read_variants(shipped("evaluations/sample-video-long"))
     assert [v.method.name for v in make_variants(chosen)] == ["radial", "radial"]
     prompts = read_prompts(path.replace(".yaml", ".txt"))
     assert len(set(prompts)) == 16

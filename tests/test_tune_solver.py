@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dittfast.methods import METHODS, Local, TopK
+from dittfast.methods.base import Method
 from dittfast.mixture import Assignment
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.candidates import candidates, check_methods, tunable
@@ -180,16 +181,17 @@ def test_wrong_methods_are_refused(names, words):
     assert words in str(error.value)
 
 
-def test_a_method_that_nobody_wrote_a_dial_for_is_tried_as_it_is(monkeypatch):
+def test_a_method_without_a_ladder_is_tried_as_it_is(monkeypatch):
     from dataclasses import dataclass
 
     from dittfast import Layout
 
     @dataclass(frozen=True)
     class Mine(Local):
-        """Local under another name."""
+        """Local under another name, as it is."""
 
         name = "mine"
+        ladder = Method.ladder
 
     monkeypatch.setitem(METHODS, "mine", Mine)
     assert candidates(Layout.image(32, 32), check_methods(["mine"])) == [Mine()]

@@ -29,6 +29,7 @@ from .options import (
     on_stage,
     parse_options,
     say,
+    shipped,
     write_json_result,
 )
 from .values import seed, whole
@@ -300,7 +301,7 @@ def _variants(args, source):
         if len(set(pair)) != 2 or len(pair) != 2:
             raise ValueError(f"--pair takes two different labels as A:B, got {':'.join(pair)}")
     for file in args.config:
-        from_file, more = read_variants(_shipped(file))
+        from_file, more = read_variants(shipped(file))
         labels += from_file
         chosen |= from_file
         pairs += more
@@ -332,16 +333,6 @@ def _adapters(args):
         yield label, Variant(label, *adapter.resolved(), args.backend, way=adapter)
 
 
-def _shipped(file: str) -> str:
-    """The path of a config file; ``evaluations/NAME`` is one that comes with the package."""
-    from importlib import resources
-
-    folder, slash, name = file.partition("/")
-    if Path(file).suffix or folder != "evaluations" or not slash:
-        return file
-    return str(resources.files("dittfast.configs") / folder / f"{name}.yaml")
-
-
 def _items(args, source):
     """What to draw: the user's prompts, or those of the sample model."""
     from dittfast.pipelines.runs.prompts import make_items, read_prompts
@@ -350,7 +341,7 @@ def _items(args, source):
         return make_items(read_prompts(args.prompts), args.num_prompts, args.seed)
     if not source.settings.get("prompts"):
         raise ValueError(f"{source.name} has no prompts of its own; add --prompts FILE")
-    path = Path(_shipped(f"evaluations/{source.name}")).with_suffix(".txt")
+    path = Path(shipped(f"evaluations/{source.name}")).with_suffix(".txt")
     first = read_prompts(path) if path.is_file() else source.settings["prompts"]
     count = len(first) if args.num_prompts is None else args.num_prompts
     # The same picture has the same number whatever the count, so that folders can grow.

@@ -23,6 +23,8 @@ TOKENS = (4096, 16384, 65536, 131072)
 HEAD_DIMS = (64, 128)
 ENGINES = ("triton", "flex", "flash4", "cudnn", "flashinfer")
 SECONDS = 520
+# The first of them plans from the layout alone.
+_METHODS = "evaluations/gpu-day"
 # Of the time, for tests and launch sizes.
 _TESTS, _SIZES = 0.2, 0.25
 
@@ -52,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args, methods, work) -> dict:
     """Test, pick launch sizes, measure; what was found is written after every step."""
     from dittfast.measure.gpu_day import Budget, cases, measure
-    from dittfast.methods import METHODS
     from dittfast.pipelines.measure.fidelity import dense_kernel
+    from dittfast.pipelines.measure.variants import make_variants, read_variants
 
-    from .options import check_backend
+    from .options import check_backend, shipped
 
     for name in args.engines:
         check_backend(name)
@@ -64,11 +66,11 @@ def run(args, methods, work) -> dict:
     if args.tests:
         data["tests"] = _gpu_tests(budget.left * _TESTS)
         print(f"tests  {data['tests']['summary']}")
+    chosen, _ = read_variants(shipped(_METHODS))
+    methods = [variant.method for variant in make_variants(chosen)]
     if "triton" in args.engines and work.device != "cpu":
-        _launch_sizes(args, work, budget, data)
+        _launch_sizes(args, methods[0], work, budget, data)
     _save(args, work, data)
-    methods = [METHODS["radial"](block_size=128), METHODS["topk"](block_size=128, topk=0.125)]
-    methods.append(METHODS["local"](window=16))
     todo = cases(args.engines, methods, args.tokens, args.head_dims, work)
     kernels = {name: partial(dense_kernel, name) for name in ("flash", "cudnn")}
     print(f"{'':<68}{'density':>9}{'flash':>10}{'cudnn':>10}{'engine':>10}{'gain':>7}")
@@ -100,21 +102,20 @@ def _gpu_tests(seconds: float) -> dict:
     return {"summary": lines[-1], "passed": done.returncode == 0}
 
 
-def _launch_sizes(args, work, budget, data: dict) -> None:
-    """Time launch sizes of our kernels, and print what is faster than those of the table."""
+def _launch_sizes(args, method, work, budget, data: dict) -> None:
+    """Time launch sizes of our kernels under a method's plan; print what beats the table's."""
     from dataclasses import replace
 
     from dittfast.kernels.launch_timing import timed
     from dittfast.measure.bench import layout_for
     from dittfast.measure.gpu_day import seconds_of
-    from dittfast.methods import METHODS
 
     end = budget.left * (1 - _SIZES)
     for number_, head_dim in enumerate(args.head_dims, 1):
         stop = budget.left - (budget.left - end) * number_ / len(args.head_dims)
-        layout = layout_for(min(16384, max(args.tokens)), "radial")
+        layout = layout_for(min(16384, max(args.tokens)), method)
         q, k, v, _ = replace(work, layout=layout, head_dim=head_dim).inputs()
-        plan = METHODS["radial"](block_size=128).plan(layout)
+        plan = method.plan(layout)
         time = partial(seconds_of, device=work.device)
         found = timed(q, k, v, plan, time, lambda stop=stop: budget.left > stop)
         data["launch_sizes"][str(head_dim)] = found

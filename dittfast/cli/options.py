@@ -565,3 +565,13 @@ def quiet_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def shipped(file: str) -> str:
+    """The path of a config file; ``evaluations/NAME`` is one that comes with the package."""
+    from importlib import resources
+
+    folder, slash, name = file.partition("/")
+    if Path(file).suffix or folder != "evaluations" or not slash:
+        return file
+    return str(resources.files("dittfast.configs") / folder / f"{name}.yaml")

@@ -76,7 +76,7 @@ def cases(
     found = []
     for backward, count, head_dim in itertools.product((False, True), tokens, head_dims):
         for method, engine in itertools.product(methods, engines):
-            layout = layout_for(count, method.name)
+            layout = layout_for(count, method)
             own = replace(work, layout=layout, head_dim=head_dim, backward=backward)
             found.append(Case(engine, method, own))
     return found
