@@ -63,7 +63,7 @@ def forward(q, k, v, t: PlanTensors, scale: float):
     if bool(unseen.any()):
         seen = seen.clone()
         seen[..., 0] |= unseen
-    entries = (seen * lengths[1].long()).sum((1, 2))
+    entries = (seen.sum(1) * lengths[1]).sum(-1)
     most = int(entries.max())
     if most > _MOST:
         raise ValueError(

@@ -204,16 +204,17 @@ def plans(architecture):
     yield random_plan(*odd, kv_log_weight=weight(1, 2, 260), seed=3)
     rule = random_rule(300, 260)
     yield random_plan(even, shorter, rule=rule, kv_log_weight=weight(2, 1, 260), **ends)
+    yield random_plan(*odd, (1, 2), seed=4)
     yield random_plan(even, shorter, (1, 2), **random_tail(even, 32))
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_plans_forward_and_backward(emulator, architecture, number):
     ran = emulator(architecture)
     plan = next(itertools.islice(plans(architecture), number, None))
     inputs = attention_inputs(2, 2, 300, 32, 260, torch.bfloat16)[:3]
-    engines.assert_gradients("flash4", plan, inputs, with_lse=number < 6)
+    engines.assert_gradients("flash4", plan, inputs, with_lse=number < 7)
     assert ran["backward"] == 1
 
 
@@ -343,7 +344,7 @@ def compiler(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture, multiprocessors", [("sm_90", 132), ("sm_100", 148)])
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_its_kernels_compile_with_our_functions(compiler, architecture, multiprocessors, number):
     """For GPUs that are not here, forward and backward: every rule, padding, log weights."""
     root = Path(__file__).resolve().parent.parent

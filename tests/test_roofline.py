@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +11,12 @@ from dittfast.layout import Layout
 from dittfast.measure import roofline
 from dittfast.measure.gpus import GPUS, Gpu, Rate, gpu_of
 from dittfast.measure.roofline import Attention
+from dittfast.pipelines.measure import scaling
 from dittfast.pipelines.measure.cost import Cost
 from dittfast.pipelines.measure.estimate import Estimate, ModelEstimate
 from dittfast.pipelines.measure.scaling import dense_words, sparse_seconds
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # 100 TFLOPS dense, 50 with block lists; 1 TB/s of memory, 100 and 10 GB/s between GPUs.
 GPU = Gpu(
@@ -79,6 +83,21 @@ def test_every_rate_has_a_source_and_is_below_the_peak():
         for rate in (*gpu.dense.values(), *gpu.engines.values()):
             assert len(rate.source) > 20 and 0 < rate.tflops < gpu.peak_tflops
         assert gpu.per_node == 8 and gpu.link > gpu.network
+
+
+def test_the_page_says_what_the_rates_say():
+    """``dittfast estimate --markdown docs/scaling.md`` writes it again; here what is quick."""
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert scaling._break_even_table() in text
+    for gpu in GPUS.values():
+        for x in (*gpu.dense.values(), *gpu.engines.values(), *gpu.ratios.values(), gpu):
+            assert f"- {x.source}\n" in text
+    # 40 layers of 40 heads of 128; one minute at 16 frames a second, 4 to a latent one.
+    tokens = (1 + 960 // 4) * 45 * 80
+    seconds = 4 * tokens**2 * 40 * 128 * 40 / 648e12
+    assert f"| wan2.1-14b | 60 s | {tokens:,} | {seconds:,.0f} |" in text
+    held = 2 * 4 * tokens * 40 * 128 * 40 / 8
+    assert f"| 8 | 8 | 1 | {seconds / 8:,.0f} ({held * 7 / 8 / 450e9:.2g}) |" in text
 
 
 def test_names_of_gpus():

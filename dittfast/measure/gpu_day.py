@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
-import torch
-
 from ..methods.base import Method
 from .bench import Workload, bench_attention, layout_for
-from .timing import synchronize
+from .timing import interleaved_seconds, percentiles
 
 
 @dataclass
@@ -121,11 +119,5 @@ def _not_run(case: Case, reason: str) -> dict:
 
 def seconds_of(function: Callable, device: str, repeats: int = 5) -> float:
     """The median of a few runs after one that compiles."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        begin = perf_counter()
-        function()
-        synchronize(device)
-        times.append(perf_counter() - begin)
-    return float(torch.tensor(times[1:]).median())
+    times = interleaved_seconds({"it": function}, repeats, device)["it"]
+    return percentiles(times)["p50"]
