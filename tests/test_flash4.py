@@ -343,17 +343,19 @@ def compiler(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, multiprocessors", [("sm_90", 132), ("sm_100", 148)])
 @pytest.mark.parametrize("number", range(7))
-def test_its_kernels_compile_with_our_functions(compiler, architecture, multiprocessors, number):
-    """For GPUs that are not here, forward and backward: every rule, padding, log weights."""
+def test_its_kernels_compile_with_our_functions(compiler, number):
+    """For Hopper, forward and backward: every rule, padding, log weights.
+
+    The kernels for Blackwell ask the driver for the GPU while they are compiled.
+    """
     root = Path(__file__).resolve().parent.parent
     paths = root, root / "tests", compiler, compiler / "nvidia_cutlass_dsl/dsl_packages"
     wanted = {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "FLASH_ATTENTION_ARCH": architecture,
-        "CUTE_DSL_ARCH": f"{architecture}a",
-        "FLASH_ATTENTION_NUM_SMS": str(multiprocessors),
+        "FLASH_ATTENTION_ARCH": "sm_90",
+        "CUTE_DSL_ARCH": "sm_90a",
+        "FLASH_ATTENTION_NUM_SMS": "132",
     }
     command = [*PYTHON, str(root / "tests/flash4_compile.py"), str(number)]
     done = subprocess.run(
