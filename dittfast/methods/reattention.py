@@ -13,7 +13,7 @@ import torch
 from ..layout import Layout
 from ..plan import Plan
 from .amount import UNKNOWN, Amount, dense_flops
-from .base import Call, Method
+from .base import Call, Kept, Method
 from .checks import check_choice, check_integer
 from .dense import Dense
 from .dynamic import match_heads, wide_dtype
@@ -186,8 +186,11 @@ class Reattention(Method):
         kept: Any = None,
         observed: Amount | None = None,
     ) -> Amount:
+        """See :meth:`Method.amount`; ``kept`` may be the plan of the mask alone."""
         if heads is None:
             return UNKNOWN
-        local = self.planner.plan(layout) if kept is None else kept.geometry.local
+        local = kept.geometry.local if isinstance(kept, Kept) else kept
+        if local is None:
+            local = self.planner.plan(layout)
         dense = dense_flops(layout.num_tokens, heads, head_dim)
         return Amount(None, self._flops(local, heads, head_dim) / dense)
