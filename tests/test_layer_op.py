@@ -100,6 +100,23 @@ def test_the_backward_pass_runs_what_its_forward_pass_ran():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
+def test_inductor_keeps_what_the_backward_pass_needs():
+    """It fuses around the op and uses memory again that only the op knew."""
+
+    def around(run, handle, q, k, v):
+        out = call(run, handle, q.sin(), k.sin(), v.sin()).cos()
+        return call(run, handle, out, out.sin(), out.cos()) + 1
+
+    traced = torch.compile(around, fullgraph=True, dynamic=True)
+    for layout in LAYOUTS[:2]:
+        run = run_of("linear", layout)
+        inputs = attention_inputs(2, 2, layout.num_tokens, 16)
+        expected = answers(around, run, *inputs)
+        for ours, theirs in zip(answers(traced, run, *inputs), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_plans_last_and_are_counted():
     """What torch.compile would trace can keep nothing; the op does, as outside of a graph."""
     traced = torch.compile(call, backend="eager", fullgraph=True)
