@@ -27,8 +27,6 @@ from .passes import LayerState
 
 _SDPA = F.scaled_dot_product_attention
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-# What Dynamo of PyTorch 2.9 and 2.10 cannot trace while calls are watched, and what is the same.
-_TRACEABLE = {torch.Tensor.unflatten: torch.unflatten}
 
 
 class intercept(TorchFunctionMode):
@@ -74,7 +72,10 @@ class intercept(TorchFunctionMode):
             out = self.shortcut(func, args, kwargs)
             if out is not None:
                 return out
-        return _TRACEABLE.get(func, func)(*args, **kwargs)
+        if func is torch.Tensor.unflatten:
+            # Dynamo of PyTorch 2.9 and 2.10 cannot trace the method while calls are watched.
+            func = torch.unflatten
+        return func(*args, **kwargs)
 
 
 def _call(self, *args, **kwargs):
