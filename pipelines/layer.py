@@ -244,6 +244,9 @@ def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> tor
     if silent != (0, 0):
         # Text that is seen and does not look: rows of zeros ask for it, in vain.
         call["query"] = F.pad(call["query"], (0, 0, *silent))
+    # All of it in one dtype: what weakens heads computes beside the stock call.
+    qkv = "query", "key", "value"
+    call |= zip(qkv, autocast(*(call[name] for name in qkv)))
     out = stock(**call) if run.core is None else None
     if streams is not None:
         call["hidden_states"] = hidden_sequence(streams, watched, tokens)

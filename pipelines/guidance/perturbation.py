@@ -63,8 +63,7 @@ class Perturbation:
         return num_tokens in self._planned
 
     def __call__(self, out: torch.Tensor, strength: torch.Tensor, call: dict) -> torch.Tensor:
-        # Autocast gives the stock call its own dtype, which is that of its output.
-        q, k, v = (call[name].to(out.dtype) for name in ("query", "key", "value"))
+        q, k, v = call["query"], call["key"], call["value"]
         planned = self._planned[out.shape[-2]]
         token = planned[0][0].grid_start if self.outer_mask else None
         weight = None if self.weak is None else key_log_weight(call.get("attn_mask"), q, token)
