@@ -36,6 +36,7 @@ def test_whole_model_is_one_graph(backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_repeated_blocks_share_their_graphs():
     """As many graphs as the stock model has: state has one Python shape in every layer."""
     inputs = tiny.flux_inputs()

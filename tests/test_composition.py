@@ -300,6 +300,7 @@ def test_controlnet_pipeline(caplog):
     assert torch.equal(tiny.run(pipe, **image), expected)
 
 
+@pytest.mark.slow
 def test_no_recompile_between_steps():
     """Repeated blocks of 12 layers, five steps of which two are dense: two graphs."""
     from torch._dynamo.testing import CompileCounterWithBackend

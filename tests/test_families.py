@@ -40,7 +40,7 @@ def test_every_family_has_a_tiny_model():
 
 SAMPLE = ("wan", "cosmos3", "flux", "prx", "lumina2")
 # By default every family runs these, and a few run every method: the others go the same ways.
-# tests/test_guidance_families.py guides every family.
+# tests/test_guidance_families.py guides a third of them by default, and all where it is slow.
 EVERYWHERE = ("full", "local", CHECKPOINTED)
 
 

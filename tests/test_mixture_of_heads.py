@@ -261,7 +261,10 @@ def test_rows_that_nobody_takes_list_nothing(route):
         assert flops == pytest.approx(amount.work * 4 * layout.num_tokens**2 * 40)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "native", "triton"])
+@pytest.mark.parametrize(
+    "backend",
+    ["reference", "cpu", "native", pytest.param("triton", marks=pytest.mark.slow)],
+)
 def test_rows_of_a_plan_alone(backend, nan_empty, quick_interpreter):
     """Other rows give 0 and lse -inf, and gradients as if they were not there."""
     layout = Layout.image(9, 7, text=5)
@@ -553,7 +556,9 @@ def test_probed_and_checked_on_a_real_run():
 
 
 @pytest.mark.parametrize(
-    "inner", [Local(window=3), TopK(block_size=8, topk=2)], ids=lambda m: m.name
+    "inner",
+    [pytest.param(Local(window=3), marks=pytest.mark.slow), TopK(block_size=8, topk=2)],
+    ids=lambda m: m.name,
 )
 def test_benched(inner):
     method = MixtureOfHeads(inner, 1, 1)

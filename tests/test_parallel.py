@@ -144,6 +144,7 @@ def assert_ranks_agree(ring: int, ulysses: int, *cases: str) -> None:
             assert all(float(error) < 8 for error in errors.split())
 
 
+@pytest.mark.slow
 def test_a_ring_of_two_equals_one_process():
     """Uneven shares, padded text, a token rule; output and gradients; diffusers is not loaded."""
     assert_ranks_agree(2, 1, "local")

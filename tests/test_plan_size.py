@@ -292,6 +292,7 @@ for name, method, layout, most in cases:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_largest_pictures_and_videos_are_planned_quickly_and_small():
     source = str(Path(dittfast.__file__).parent.parent)

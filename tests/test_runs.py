@@ -63,7 +63,9 @@ def test_everything_a_plan_says_is_what_the_listed_plan_says(seed, rule, lists):
     assert torch.equal(plan.select_heads(one).to_block_mask(), plan.to_block_mask()[:, one])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("rule", [False, True])
 # Several blocks a tile, several tiles a block.
 @pytest.mark.parametrize("block_size", [pytest.param(8, marks=pytest.mark.slow), 40])

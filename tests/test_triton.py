@@ -332,6 +332,7 @@ def test_output_keeps_the_memory_order_of_the_queries():
         assert out.stride() == torch.empty_like(view(q)).stride()
 
 
+@pytest.mark.slow
 def test_expanded_gradient_and_batch():
     q, k, v, _ = attention_inputs(1, 2, 40, 16, device=DEVICE)
     q = q.requires_grad_()
@@ -358,6 +359,7 @@ def test_grouped_query_attention():
         torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_backward_inverts_the_lists_where_the_caller_did_not():
     blocks = ragged(63, 16, seed=24)
     plan = random_plan(blocks, blocks).to(DEVICE)
