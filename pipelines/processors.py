@@ -11,6 +11,7 @@ import abc
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -242,7 +243,7 @@ class ReattentionAttnProcessor(SparseAttnProcessor):
 
     method_name = "reattention"
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._step: int | None = None
         self._memories: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
