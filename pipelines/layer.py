@@ -390,10 +390,10 @@ def hidden_sequence(given: tuple, watched: Watched, num_tokens: int) -> torch.Te
                 f"{other.shape[2]} channels, so they are no single sequence; a method that needs "
                 "them cannot run here: keep the layer dense with dense_layers"
             )
-        if other.shape[1] == watched.text_before:
-            return torch.cat([other, own], 1)
-        if watched.text_before == 0:
-            return torch.cat([own, other], 1)
+        before = other.shape[1] == watched.text_before
+        behind = watched.text_before == 0 or other.shape[1] == watched.text_behind
+        if before != behind:
+            return torch.cat([other, own] if before else [own, other], 1)
     sizes = " and ".join(str(x.shape[1]) for x in given if x is not None) or "none"
     raise ValueError(
         f"attention is over {num_tokens} tokens and the layer was given hidden states of {sizes}, "

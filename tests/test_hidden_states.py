@@ -213,12 +213,22 @@ def test_bad_hidden_states(shape, words):
 
 def test_what_cannot_be_put_together():
     class Where:
-        text_before = 4
+        text_before, text_behind = 4, 0
+
+    class Both:
+        text_before, text_behind = 4, 4
+
+    class History:  # context before the grid that is the layer's own, and text behind
+        text_before, text_behind = 9, 4
 
     image, text = torch.zeros(2, 15, 6), torch.ones(2, 4, 6)
     joint = layer.hidden_sequence((image, text), Where, 19)
     assert torch.equal(joint, torch.cat([text, image], 1))
     assert layer.hidden_sequence((image, text), Where, 15) is image
+    joint = layer.hidden_sequence((image, text), History, 19)
+    assert torch.equal(joint, torch.cat([image, text], 1))
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        layer.hidden_sequence((image, text), Both, 19)
     for given, tokens, words in (
         ((image, text), 20, "over 20 tokens .* of 15 and 4"),
         ((image, text[:, :3]), 18, "of 15 and 3"),

@@ -192,11 +192,8 @@ class Agent(Method):
         _check(parameters, math.prod(self._per_axis), q)
         segments, gather, spread = call.geometry
         scales = self._scales(call, q)
-        shown = _shown(call)
-        if shown is not None:  # padding may hold anything, also NaN
-            seen = key_weights(call.kv_log_weight, k)[..., None] > 0
-            k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
-        agents, alive = _agents(segments, q, shown)
+        k, v = _without_padding(call, k, v)
+        agents, alive = _agents(segments, q, _shown(call))
         local = self._local(segments, match_heads(v, q.shape[1]), parameters)
         queries, keys, values, gatherers, givers = q, k, v, agents, agents
         if parameters:
@@ -224,7 +221,7 @@ class Agent(Method):
         **parameters: torch.Tensor,
     ) -> torch.Tensor:
         segments = call.geometry.segments
-        k, v = match_heads(k, q.shape[1]), match_heads(v, q.shape[1])
+        k, v = (match_heads(x, q.shape[1]) for x in _without_padding(call, k, v))
         gather_scale, spread_scale = self._scales(call, q)
         agents, alive = _agents(segments, q, _shown(call))
         to_agents, to_queries = agents @ k.mT * gather_scale, q[:, :, rows] @ agents.mT
@@ -318,6 +315,14 @@ def _shown(call: Call) -> torch.Tensor | None:
     """``[B|1, H|1, N, 1]`` bool, False for tokens whose keys are hidden; None where none is."""
     weight = call.kv_log_weight
     return None if weight is None else (weight > -torch.inf)[..., None]
+
+
+def _without_padding(call: Call, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """k and v with zeros where keys are hidden: padding may hold anything, also NaN."""
+    if call.kv_log_weight is None:
+        return list(tensors)
+    seen = key_weights(call.kv_log_weight, tensors[0])[..., None] > 0
+    return [x.masked_fill(~seen, 0) for x in tensors]
 
 
 def _agents(
