@@ -41,7 +41,7 @@ _EXPORTS = {
     "LogLinearAttnProcessor": "dittfast.pipelines.processors",
     "RectifiedAttnProcessor": "dittfast.pipelines.processors",
     "SolAttnProcessor": "dittfast.pipelines.processors",
-    "VsaAttnProcessor": "dittfast.pipelines.processors",
+    "VSAAttnProcessor": "dittfast.pipelines.processors",
     "ReattentionAttnProcessor": "dittfast.pipelines.processors",
     "LinearAttnProcessor": "dittfast.pipelines.processors",
     "AgentAttnProcessor": "dittfast.pipelines.processors",

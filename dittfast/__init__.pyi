@@ -34,7 +34,7 @@ from dittfast.pipelines.processors import RectifiedAttnProcessor as RectifiedAtt
 from dittfast.pipelines.processors import SLAAttnProcessor as SLAAttnProcessor
 from dittfast.pipelines.processors import SolAttnProcessor as SolAttnProcessor
 from dittfast.pipelines.processors import TopKAttnProcessor as TopKAttnProcessor
-from dittfast.pipelines.processors import VsaAttnProcessor as VsaAttnProcessor
+from dittfast.pipelines.processors import VSAAttnProcessor as VSAAttnProcessor
 from dittfast.pipelines.runs.high_resolution import (
     generate_high_resolution as generate_high_resolution,
 )

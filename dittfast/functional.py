@@ -1,7 +1,7 @@
 """Every method as a plain function of q, k, v, for people without diffusers.
 
 Nothing is cached: each call plans anew. To plan once, keep ``plan = method.plan(layout)`` and call
-:func:`dittfast.attend` with it. TopK, LogLinear, Rectified, Sol and Vsa plan from q and k, so at
+:func:`dittfast.attend` with it. TopK, LogLinear, Rectified, Sol and VSA plan from q and k, so at
 every call; keep the method, which remembers what depends on the layout alone, and call
 ``method_attention`` with it.
 """
@@ -17,6 +17,7 @@ from .attention import method_attention
 from .layout import Layout
 from .methods import (
     SLA,
+    VSA,
     Agent,
     Dense,
     Linear,
@@ -29,7 +30,6 @@ from .methods import (
     Rectified,
     Sol,
     TopK,
-    Vsa,
 )
 from .methods.base import Method
 from .methods.head_guidance import soft_pag
@@ -363,7 +363,7 @@ def video_sparse_attention(
         q, k, v: ``[B, H, N, D]`` after RoPE and norms, N the layout's tokens; k and v may have
             fewer heads (grouped-query attention).
         layout: where the N tokens sit.
-        topk, cube: see :class:`dittfast.methods.Vsa`.
+        topk, cube: see :class:`dittfast.methods.VSA`.
         gate: ``[B, H, N, D]``, how much of the attention between cubes each token adds; None for
             nothing of it.
         backend, scale: see :func:`dittfast.attend`.
@@ -375,7 +375,7 @@ def video_sparse_attention(
     Raises:
         ValueError: an option out of range, or tensors that do not fit the layout or each other.
     """
-    method = Vsa(topk, cube)
+    method = VSA(topk, cube)
     return _attend(method, layout, (q, k, v), backend, scale, False, gate=gate)
 
 

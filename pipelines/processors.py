@@ -227,8 +227,8 @@ class SolAttnProcessor(SparseAttnProcessor):
     method_name = "sol"
 
 
-class VsaAttnProcessor(SparseAttnProcessor):
-    """VSA (arXiv:2505.13389); options of :class:`dittfast.methods.Vsa`."""
+class VSAAttnProcessor(SparseAttnProcessor):
+    """VSA (arXiv:2505.13389); options of :class:`dittfast.methods.VSA`."""
 
     method_name = "vsa"
 

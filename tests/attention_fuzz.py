@@ -45,6 +45,7 @@ from dittfast.attention import attend
 from dittfast.files import write_json
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods import (
+    VSA,
     Linear,
     Local,
     LogLinear,
@@ -53,7 +54,6 @@ from dittfast.methods import (
     Rectified,
     Sol,
     TopK,
-    Vsa,
 )
 from dittfast.methods.topk import ORDERS, SCORES
 from dittfast.plan import METRICS
@@ -384,7 +384,7 @@ def linear_case(draw, case):
 def vsa_case(draw, case):
     layout = random_layout(draw, most=100)
     case["layout"] = shape_of(layout)
-    method = Vsa(
+    method = VSA(
         topk=draw.choice((1, 2, 3, 0.1, 0.5, 1.0)),
         cube=(draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)),
     )

@@ -11,7 +11,7 @@ import torch
 
 import dittfast
 from dittfast import Schedule
-from dittfast.methods import Local, LogLinear, Rectified, Vsa
+from dittfast.methods import VSA, Local, LogLinear, Rectified
 from dittfast.pipelines.adapter import method_parameters
 
 LOG_LINEAR = LogLinear(block_size=8, topk=1, levels=1)
@@ -189,7 +189,7 @@ def test_bad_values(options, words):
 
 def test_the_planner_of_a_method_that_computes_lasts_too():
     pipe = tiny.flux_pipeline()
-    with dittfast.enable(pipe, Vsa(2, (1, 4, 4)), min_tokens=0, replan_every=99) as enabled:
+    with dittfast.enable(pipe, VSA(2, (1, 4, 4)), min_tokens=0, replan_every=99) as enabled:
         draw(pipe)
         assert any("4 made, used again 16 times" in note for note in enabled.describe().notes)
 

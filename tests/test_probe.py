@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import dittfast
 from dittfast import Layout
 from dittfast.attention import method_attention, method_call
-from dittfast.methods import Local, LogLinear, Reattention, Rectified, Vsa
+from dittfast.methods import VSA, Local, LogLinear, Reattention, Rectified
 from dittfast.pipelines.measure import probe
 
 CALL = {
@@ -69,7 +69,7 @@ def test_captured_tensors_give_the_layers_own_output():
     torch.testing.assert_close(out, seen[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [Vsa(topk=3, cube=(1, 4, 4)), Reattention(0.2)])
+@pytest.mark.parametrize("method", [VSA(topk=3, cube=(1, 4, 4)), Reattention(0.2)])
 def test_draws_the_planner_of_a_method_that_computes(captured, method):
     c = captured[0]
     plan = method_call(method.planner, c.layout, c.q, c.k, c.v).plan

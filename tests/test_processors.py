@@ -19,7 +19,7 @@ from dittfast.pipelines.processors import (
     RectifiedAttnProcessor,
     SolAttnProcessor,
     TopKAttnProcessor,
-    VsaAttnProcessor,
+    VSAAttnProcessor,
 )
 
 CASES = {
@@ -46,7 +46,7 @@ CASES = {
         dict(block_size=8, topk=2, levels=1),
     ),
     "wan-sol": (tiny.wan_pipeline, SolAttnProcessor, "sol", dict(block_size=8, tail="query")),
-    "wan-vsa": (tiny.wan_pipeline, VsaAttnProcessor, "vsa", dict(topk=(1, 2), cube=(1, 2, 3))),
+    "wan-vsa": (tiny.wan_pipeline, VSAAttnProcessor, "vsa", dict(topk=(1, 2), cube=(1, 2, 3))),
     "wan-rectified": (
         tiny.wan_pipeline,
         RectifiedAttnProcessor,

@@ -14,7 +14,7 @@ from dittfast import functional
 from dittfast.attention import method_attention
 from dittfast.disk.tensors import read_tensors
 from dittfast.layout import Context, Grid, Layout
-from dittfast.methods import TopK, Vsa
+from dittfast.methods import VSA, TopK
 from dittfast.pipelines.runs import sources
 from dittfast.testing import assert_within_budget, attention_inputs
 
@@ -133,7 +133,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_is_its_formula(name):
     layout = LAYOUTS[name]
-    method = Vsa(topk=2, cube=(2, 2, 3) if layout.grid.frames > 1 else (1, 3, 4))
+    method = VSA(topk=2, cube=(2, 2, 3) if layout.grid.frames > 1 else (1, 3, 4))
     choice = check(method, layout, 2, 1, dtype=torch.float64, scale=0.5)
     count = len(blocks_of(layout, method.cube))
     seen = [len(row) for head in choice.values() for row in head.values()]
@@ -146,7 +146,7 @@ def test_every_backend_with_fewer_key_heads(backend):
     layout, topk, heads = Layout.image(5, 7, text=3, text_lengths=[1]), 3, 4
     if backend == "triton":  # interpreted
         layout, topk, heads = Layout.image(4, 3, text=2, text_lengths=[1]), 1, 2
-    check(Vsa(topk, (1, 2, 3)), layout, 1, heads, 16, size=2.0, backend=backend, groups=2)
+    check(VSA(topk, (1, 2, 3)), layout, 1, heads, 16, size=2.0, backend=backend, groups=2)
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_flex_with_its_gate():
     """Without gradients, which flex_attention has none of on a CPU."""
     layout = Layout.video(2, 4, 6, text=3)
     q, k, v, gate = attention_inputs(1, 2, layout.num_tokens, 16)
-    method = Vsa(3, (2, 2, 2))
+    method = VSA(3, (2, 2, 2))
     with torch.no_grad():
         found = method_attention(method, layout, q, k, v, gate=gate, backend="flex")
         wide = [x.double() for x in (q, k, v, gate)]
@@ -164,7 +164,7 @@ def test_flex_with_its_gate():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    check(Vsa(0.4, (2, 2, 2)), Layout.video(3, 4, 5), dtype=dtype)
+    check(VSA(0.4, (2, 2, 2)), Layout.video(3, 4, 5), dtype=dtype)
 
 
 @pytest.mark.parametrize("per_head", [1, 2])
@@ -177,7 +177,7 @@ def test_log_weights_of_the_call(per_head):
     weight[:, :, 4:][..., first] = -math.inf
     weight[0, :, 45] = -math.inf
     # All cubes, for hidden keys make no difference to the choice.
-    method = Vsa(1.0, (1, 2, 3))
+    method = VSA(1.0, (1, 2, 3))
     check(method, layout, 2, dtype=torch.float64, kv_log_weight=weight)
 
 
@@ -196,7 +196,7 @@ def test_what_padding_holds_makes_no_difference():
 def test_without_a_gate_it_is_topk_on_cubes():
     layout = Layout.video(5, 6, 7, text=4)
     q, k, v, _ = attention_inputs(1, 2, layout.num_tokens, 16)
-    method = Vsa(topk=5, cube=(2, 3, 2))
+    method = VSA(topk=5, cube=(2, 3, 2))
     expected = functional.topk_attention(q, k, v, layout, topk=5, score="mean", tile=(2, 3, 2))
     assert torch.equal(method_attention(method, layout, q, k, v), expected)
     zero = torch.zeros_like(q)
@@ -208,7 +208,7 @@ def test_without_a_gate_it_is_topk_on_cubes():
 
 
 def test_the_gate_is_a_projection_of_the_hidden_states():
-    layout, method = Layout.video(3, 4, 5), Vsa(topk=2, cube=(2, 2, 2), gate=True)
+    layout, method = Layout.video(3, 4, 5), VSA(topk=2, cube=(2, 2, 2), gate=True)
     q, k, v, _ = attention_inputs(2, 3, 60, 8)
     draw = torch.Generator().manual_seed(2)
     states = torch.randn(2, 60, 20, generator=draw)
@@ -233,7 +233,7 @@ def test_the_gate_is_a_projection_of_the_hidden_states():
 @pytest.mark.parametrize("topk, kept", [(0.2, 1), (0.21, 2), (1.0, 5), (1, 1), (9, 5)])
 def test_a_share_of_the_cubes_is_rounded_up(topk, kept):
     layout = Layout.video(4, 4, 20)
-    method = Vsa(topk)
+    method = VSA(topk)
     q, k, _, _ = attention_inputs(1, 1, layout.num_tokens, 8)
     plan = method.planner.plan(layout, q, k)
     assert bool((plan.kv_num_blocks == kept).all())
@@ -243,7 +243,7 @@ def test_a_share_of_the_cubes_is_rounded_up(topk, kept):
 
 def test_amount_counts_the_coarse_part_and_the_projection():
     layout = Layout.video(8, 8, 8, text=64)
-    fine, gated = Vsa(2), Vsa(2, gate=True)
+    fine, gated = VSA(2), VSA(2, gate=True)
     assert fine.amount(layout, 2, 8).work == fine.amount(layout, 2, 8).density
     whole = layout.num_tokens
     expected = (512 * (2 * 64 + 64) + 64 * whole) / whole**2
@@ -256,7 +256,7 @@ def test_amount_counts_the_coarse_part_and_the_projection():
 
 @pytest.mark.slow
 def test_compiled_whole_without_a_break():
-    layout, method = LAYOUTS["text first, padded"], Vsa(2, (1, 3, 4), gate=True)
+    layout, method = LAYOUTS["text first, padded"], VSA(2, (1, 3, 4), gate=True)
     q, k, v, _ = attention_inputs(2, 2, layout.num_tokens, 8)
     states = torch.randn(2, layout.num_tokens, 12)
     own = {n: torch.randn_like(x) for n, x in method.parameters(2, 8, 12).items()}
@@ -286,7 +286,7 @@ BAD = [
 @pytest.mark.parametrize("options, message", BAD, ids=[str(options) for options, _ in BAD])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        Vsa(**options)
+        VSA(**options)
 
 
 def test_bad_inputs():
@@ -294,7 +294,7 @@ def test_bad_inputs():
     q = torch.zeros(1, 2, 32, 8)
     with pytest.raises(ValueError, match=r"gate must be \[B, H, N, D\] = \[1, 2, 32, 8\] like q"):
         functional.video_sparse_attention(q, q, q, layout, gate=q[..., :4])
-    method, states = Vsa(gate=True), torch.zeros(1, 32, 12)
+    method, states = VSA(gate=True), torch.zeros(1, 32, 12)
     own = method.parameters(2, 8, 20)
     with pytest.raises(ValueError, match=r"gate must be \[16, 12\] with a bias \[16\] for 2 heads"):
         method_attention(method, layout, q, q, q, hidden_states=states, **own)
@@ -305,7 +305,7 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match="grid"):
         functional.video_sparse_attention(q, q, q, Layout((Context(32),)))
     with pytest.raises(ValueError, match="topk has values for 3 heads, q has 2"):
-        method_attention(Vsa(topk=(1, 2, 3)), layout, q, q, q)
+        method_attention(VSA(topk=(1, 2, 3)), layout, q, q, q)
     assert TopK(tile=[1, 2, 2]).tile == (1, 2, 2)
     with pytest.raises(ValueError, match=r"tokens in a tile must be an integer, 1\.\.256; got 300"):
         TopK(tile=(3, 10, 10))
@@ -313,7 +313,7 @@ def test_bad_inputs():
 
 # In a model.
 
-IN_MODEL = Vsa(topk=2, cube=(1, 2, 3), gate=True)
+IN_MODEL = VSA(topk=2, cube=(1, 2, 3), gate=True)
 
 
 def wan():
@@ -441,7 +441,7 @@ def test_gates_are_never_dropped_and_fit_or_are_refused(tmp_path):
     first = r"4 weights of VSA's gates \(blocks.0.to_gate_compress.bias is the first\), which "
     dropped = first + "{} would drop.*gate=True"
     refused(dropped.format(r"Local\(.*\)"), method="local", window=2)
-    refused(dropped.format(r"Vsa\(\)"), method="vsa")
+    refused(dropped.format(r"VSA\(\)"), method="vsa")
     with pytest.raises(ValueError, match=first + "diffusers would leave out"):
         sources.load(sources.Source("folder", "mine", str(tmp_path)))
     fastvideo(model, gates, path, **{gate: torch.zeros(32, 16)})

@@ -15,7 +15,7 @@ from dittfast.attention import method_attention
 from dittfast.block_lists import transpose_lists
 from dittfast.kernels import triton_backend
 from dittfast.layout import Layout
-from dittfast.methods import SLA, LogLinear, Rectified, Sol, TopK, Vsa
+from dittfast.methods import SLA, VSA, LogLinear, Rectified, Sol, TopK
 from dittfast.testing import attention_inputs
 
 ALWAYS_WAIT = {
@@ -108,7 +108,7 @@ METHODS = [
     Rectified(block_size=16, topk=2, top_p=0, rectify=False),
     Sol(block_size=16),
     Sol(block_size=16, tail="query"),
-    Vsa(topk=2, cube=(1, 4, 4)),
+    VSA(topk=2, cube=(1, 4, 4)),
     SLA(TopK(block_size=16, topk=2)),
 ]
 

@@ -14,7 +14,7 @@ from .rectified import Rectified
 from .sla import SLA
 from .sol import Sol
 from .topk import TopK
-from .vsa import Vsa
+from .vsa import VSA
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
@@ -26,7 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "rectified": Rectified,
     "sol": Sol,
     "sla": SLA,
-    "vsa": Vsa,
+    "vsa": VSA,
     "reattention": Reattention,
     "linear": Linear,
     "agent": Agent,
@@ -49,6 +49,6 @@ __all__ = [
         "Rectified",
         "Sol",
         "TopK",
-        "Vsa",
+        "VSA",
     ),
 ]

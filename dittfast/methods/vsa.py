@@ -62,7 +62,7 @@ class _BestCubes(TopK):
 
 
 @dataclass(frozen=True)
-class Vsa(Method):
+class VSA(Method):
     """Each cube of queries sees the cubes that score best, plus attention between cubes by a gate.
 
     The grid is cut into cubes of tokens, smaller ones at its borders. With the means q̄, k̄, v̄ of

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dittfast.attention import choose_backend
 from dittfast.methods import (
     SLA,
+    VSA,
     Agent,
     Linear,
     Local,
@@ -23,7 +24,6 @@ from dittfast.methods import (
     Rectified,
     Sol,
     TopK,
-    Vsa,
 )
 from dittfast.methods.base import Method
 from dittfast.methods.head_guidance import HeadGuidance
@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
     "rectified": Rectified(block_size=16, topk=2, top_p=0.1),
     "sol": Sol(block_size=16),
     "sla": SLA(TopK(block_size=8, topk=2)),
-    "vsa": Vsa(topk=2, cube=(2, 2, 4)),
+    "vsa": VSA(topk=2, cube=(2, 2, 4)),
     "reattention": Reattention(),
     "linear": Linear(),
     "agent": Agent(agents=(2, 3, 3), text_agents=2, trained=True),
