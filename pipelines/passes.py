@@ -107,7 +107,8 @@ class Pass:
     @functools.cached_property
     def _handles(self) -> dict[str, torch.Tensor]:
         """What stands in compiled code for the runs that differ from the stock model, by name."""
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        # Nothing is compiled, or inside of torch.func, where tensors have no memory of their own.
+        if "torch._dynamo" not in sys.modules or torch._C._functorch.peek_interpreter_stack():
             return {}
         return {name: handle_of(run) for name, run in self.runs.items() if run.watched is not None}
 

@@ -265,10 +265,10 @@ def test_every_family_has_a_teacher_and_something_to_train(name):
         for p in student.trainable().values():
             p.mul_(1.1)
     with student.as_teacher():
-        found, teacher, _ = student(inputs)
+        found, teacher, *_ = student(inputs)
     channels = found.shape[1]
     assert torch.equal(found, expected[:, :channels])
-    prediction, attention, _ = student(inputs)
+    prediction, attention, *_ = student(inputs)
     assert not torch.equal(prediction, found)
     assert len(attention) == len(teacher) == len(student.layers)
     loss = prediction.square().mean() + sum(x.square().mean() for x in attention)

@@ -555,9 +555,10 @@ def test_probed_and_checked_on_a_real_run():
         probe.measure(method, probe.capture(pipe, call, steps=[1], layers=[0])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
-    [pytest.param(Local(window=3), marks=pytest.mark.slow), TopK(block_size=8, topk=2)],
+    [Local(window=3), TopK(block_size=8, topk=2)],
     ids=lambda m: m.name,
 )
 def test_benched(inner):

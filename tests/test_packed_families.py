@@ -15,11 +15,10 @@ from dittfast.pipelines.families.others import OTHERS, transformer_classes
 from dittfast.pipelines.families.sequences import Sequences
 from dittfast.pipelines.families.tiny_model import TEXT, Draw
 from dittfast.pipelines.guidance.plain import GuidanceState
-from dittfast.pipelines.layer import key_log_weight
+from dittfast.pipelines.layer import _silent_context, key_log_weight
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.measure.parity import METHODS, TINY, Full
 from dittfast.pipelines.models import attention_layers, transformers_of
-from dittfast.pipelines.seam import _silent_context
 from dittfast.pipelines.state import ModelState
 
 pytestmark = pytest.mark.filterwarnings("ignore")
