@@ -247,13 +247,12 @@ def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> tor
     # All of it in one dtype: what weakens heads computes beside the stock call.
     qkv = "query", "key", "value"
     call |= zip(qkv, autocast(*(call[name] for name in qkv)))
-    out = stock(**call) if run.core is None else None
+    given = call
     if streams is not None:
-        call["hidden_states"] = hidden_sequence(streams, watched, tokens)
-    if out is None:
-        out = attend_call(run, call)
+        given = {**call, "hidden_states": hidden_sequence(streams, watched, tokens)}
+    out = stock(**call) if run.core is None else attend_call(run, given)
     if run.transform is not None:
-        out = run.transform(out, run.strength, call)
+        out = run.transform(out, run.strength, given)
     return out if silent == (0, 0) else out[..., silent[0] : silent[0] + asking, :]
 
 
