@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -185,8 +186,12 @@ def run(pipe, seed: int = 0, **changes) -> torch.Tensor:
 
 
 def twin(pipe):
-    """A pipeline of the same models with a scheduler of its own, for another thread."""
-    other = type(pipe)(**{**pipe.components, "scheduler": type(pipe.scheduler)()})
+    """A pipeline of the same models with a scheduler and tokenizers of its own, for another thread.
+
+    A fast tokenizer keeps the padding of the call that it is in, also for a call beside it.
+    """
+    own = {name: copy.deepcopy(x) for name, x in pipe.components.items() if "tokenizer" in name}
+    other = type(pipe)(**{**pipe.components, **own, "scheduler": type(pipe.scheduler)()})
     other.set_progress_bar_config(disable=True)
     return other
 
