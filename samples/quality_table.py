@@ -38,6 +38,7 @@ from distill_results import as_frames
 from large_pictures import PICTURES, sharpness
 from PIL import Image
 
+from dittfast.cli.adapter import adapter_variants
 from dittfast.environment import peak_memory, reset_peak_memory
 from dittfast.files import atomic_path, write_json, write_text
 from dittfast.markdown import markdown_table
@@ -186,7 +187,9 @@ class Task:
         if self.read(arm, number) is not None:
             return
         pipe, call, before = self.begin(number, seed)
-        method, schedule = (None, None) if variant is None else (variant.method, variant.schedule)
+        method, schedule = (
+            (None, None) if variant is None else (variant.way or variant.method, variant.schedule)
+        )
         seed += self.kind == "pictures" and self.best is not self  # as generate_high_resolution
         reset_peak_memory("cpu")
         start = time.process_time()
@@ -286,7 +289,8 @@ def draw(args):
     config = args.config or EVALUATIONS / (
         "sample-flux-density.yaml" if kind == "pictures" else "sample-video-density.yaml"
     )
-    variants = {v.label: v for v in make_variants(read_variants(config)[0])}
+    trained = adapter_variants(args.adapter)
+    variants = {v.label: v for v in [*make_variants(read_variants(config)[0]), *trained]}
     arms = args.arms or ["dense", *variants]
     for number in range(args.count):
         task.art(number)
@@ -436,6 +440,9 @@ def main():
     command.add_argument("--count", type=int, default=8, help="prompts (default: %(default)s)")
     command.add_argument("--arms", nargs="+", help="dense and labels of the file (default: all)")
     command.add_argument("--config", type=Path, help="YAML file of methods under labels")
+    command.add_argument(
+        "--adapter", nargs="+", default=[], metavar="LABEL=FOLDER", help="students, further arms"
+    )
     command.add_argument("--model", help="another model's folder; give it a --name")
     command.add_argument("--name", help="behind the size in the folder's name and the table")
     command = add("table", table, "the table and the plot of what was drawn")

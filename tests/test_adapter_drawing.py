@@ -59,6 +59,15 @@ def test_it_is_evaluated_as_one_more_method(trained, tmp_path, capsys):
     assert row["pooled"]["psnr_db"]["mean"] > 0 and len(row["adapter"]) == 16
 
 
+def test_two_adapters_of_one_label_are_refused(trained, tmp_path, capsys):
+    config, adapter = trained
+    command = ["evaluate", "fidelity", "--model", config.model.path, *SMALL]
+    command += ["--adapter", f"mine={adapter}", "--adapter", f"mine={adapter}/."]
+    assert main([*command, "-o", str(tmp_path / "eval")]) == 2
+    assert "the label 'mine' is used twice" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
+
+
 def test_training_ends_with_the_command_that_draws(trained):
     config, adapter = trained
     words = shlex.split(drawing_command(config, adapter))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dittfast.pipelines.measure.variants import Variant
 
 
 def add_adapter_argument(parser) -> None:
@@ -67,6 +71,23 @@ class Adapter:
             yield
         finally:
             unload_adapter(pipe)
+
+
+def adapter_variants(chosen: Iterable[str], backend: str = "auto") -> list[Variant]:
+    """Variants of adapters as ``--adapter FOLDER`` or ``LABEL=FOLDER`` names them.
+
+    Raises:
+        ValueError: a file in the place of a folder, or a description that is none.
+    """
+    from dittfast.pipelines.measure.variants import Variant
+
+    variants = []
+    for text in chosen:
+        label, equals, folder = text.partition("=")
+        adapter = Adapter(folder if equals else text, {}, backend)
+        label = label if equals else adapter.name
+        variants.append(Variant(label, *adapter.resolved(), backend, way=adapter))
+    return variants
 
 
 def chosen_adapter(args) -> Adapter | None:

@@ -11,7 +11,7 @@ from dittfast.disk.locks import locked
 from dittfast.disk.records import read_record, write_record
 from dittfast.files import check_folder, check_output, write_text
 
-from .adapter import Adapter
+from .adapter import adapter_variants
 from .options import (
     CALL,
     add_any_model_argument,
@@ -311,26 +311,15 @@ def _variants(args, source):
         label = label if equals else name.replace("/", "-")
         labels.append(label)
         chosen[label] = (name, {})
-    adapters = dict(_adapters(args))
-    labels += adapters
+    adapters = adapter_variants(args.adapter, args.backend)
+    labels += [variant.label for variant in adapters]
     check_labels(labels, pairs)
     options = parse_options(args.options)
     classes = () if args.any_model else transformer_classes(source).values()
     variants = make_variants(chosen, options, args.backend, classes)
     if args.any_model:
         variants = [replace(v, method=for_any_model(v.method)) for v in variants]
-    return variants + [*adapters.values()], pairs
-
-
-def _adapters(args):
-    """A label and a variant for every ``--adapter``."""
-    from dittfast.pipelines.measure.variants import Variant
-
-    for text in args.adapter:
-        label, equals, folder = text.partition("=")
-        adapter = Adapter(folder if equals else text, {}, args.backend)
-        label = label if equals else adapter.name
-        yield label, Variant(label, *adapter.resolved(), args.backend, way=adapter)
+    return variants + adapters, pairs
 
 
 def _items(args, source):
