@@ -66,6 +66,25 @@ def check_folder(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def folder_for(path: str | Path) -> Iterator[Path]:
+    """``path``, made a folder; after an error what was made here and is still empty is gone.
+
+    Raises:
+        As :func:`check_folder`.
+    """
+    path = check_folder(path)
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it
+            for place in made:
+                place.rmdir()
+        raise
+
+
 def _try_folder(folder: Path) -> None:
     """What permissions say is not the whole truth, least of all to root: make a file there."""
     with tempfile.TemporaryFile(dir=folder):

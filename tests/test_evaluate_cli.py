@@ -209,6 +209,7 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_shipped_evaluations_can_be_read():

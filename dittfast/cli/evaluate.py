@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from dittfast.disk.locks import locked
 from dittfast.disk.records import read_record, write_record
-from dittfast.files import check_folder, check_output, write_text
+from dittfast.files import check_output, folder_for, write_text
 
 from .adapter import adapter_variants
 from .options import (
@@ -248,12 +249,14 @@ def run(args) -> int:
     from dittfast.measure.check import WrongResult
 
     tasks = {"fidelity": _fidelity, "latency": _latency, "draw": _draw, "fid": _fid}
-    _results(args, args.task)
     # The processes of one launch draw into one folder; _draw takes it for them.
     alone = args.output is not None and args.task != "draw"
+    folder = contextlib.nullcontext() if args.output is None else folder_for(args.output)
     try:
-        with locked(args.output, alone):
-            return tasks[args.task](args)
+        with folder:
+            _results(args, args.task)
+            with locked(args.output, alone):
+                return tasks[args.task](args)
     except WrongResult as error:
         print(f"FAILED: {error}\nnothing is measured for a wrong result")
         return 1
@@ -262,8 +265,6 @@ def run(args) -> int:
 def _results(args, name: str) -> list[Path]:
     """Where the results go, checked: prefixes of .json and .md files."""
     prefixes = [] if args.output is None else [Path(args.output) / name]
-    if args.output is not None:
-        check_folder(args.output).mkdir(parents=True, exist_ok=True)
     if args.save is not None:
         prefixes.append(Path(args.save))
     written = {}
