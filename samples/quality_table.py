@@ -48,7 +48,7 @@ from dittfast.pipelines.measure.variants import make_variants, read_variants
 from dittfast.pipelines.runs.call import call_arguments
 from dittfast.pipelines.runs.compare import draw as draw_once
 from dittfast.pipelines.runs.first_frame import with_first_frame
-from dittfast.pipelines.runs.high_resolution import image_to_image
+from dittfast.pipelines.runs.high_resolution import convolutions_by_pixel, image_to_image
 from dittfast.pipelines.runs.sources import find, load
 
 EVALUATIONS = Path(__file__).resolve().parent.parent / "configs" / "evaluations"
@@ -190,10 +190,12 @@ class Task:
         method, schedule = (
             (None, None) if variant is None else (variant.way or variant.method, variant.schedule)
         )
-        seed += self.kind == "pictures" and self.best is not self  # as generate_high_resolution
+        later = self.kind == "pictures" and self.best is not self
+        seed += later  # as generate_high_resolution, also below
         reset_peak_memory("cpu")
         start = time.process_time()
-        drawn, description = draw_once(pipe, call, seed, method, schedule)
+        with convolutions_by_pixel(pipe if later else None):
+            drawn, description = draw_once(pipe, call, seed, method, schedule)
         spent = time.process_time() - start
         peak = peak_memory("cpu")
         path = self.record(arm, number)

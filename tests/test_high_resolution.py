@@ -86,6 +86,19 @@ def test_without_a_method_it_is_stock_img2img(pipe):
     assert torch.equal(tiny.run(pipe), before)
 
 
+def test_convolutions_are_by_pixel_in_stages_with_a_method(pipe):
+    weight, seen = pipe.vae.decoder.conv_in.weight, []
+    before = weight.detach().clone()
+    by_pixel = lambda: weight.is_contiguous(memory_format=torch.channels_last)  # noqa: E731
+    hook = pipe.vae.decoder.conv_in.register_forward_hook(lambda *_: seen.append(by_pixel()))
+    for method in ("local", None):
+        how = LOCAL if method else {}
+        generate_high_resolution(pipe, "a red cat", STAGES, call=CALL, method=method, **how)
+    hook.remove()
+    assert seen == [False, True, False, False]
+    assert weight.is_contiguous() and torch.equal(weight, before)
+
+
 def test_an_enabled_method_runs_in_every_stage(pipe):
     def stages(**options):
         return generate_high_resolution(pipe, "a red cat", STAGES, call=CALL, **options)
