@@ -79,7 +79,9 @@ def _probed(p: torch.Tensor) -> tuple[list[float], float]:
         raise ValueError("there are no values here")
     flat = x.reshape(-1)
     places = (torch.arange(_VALUES) * flat.numel() // _VALUES).to(flat.device)
-    values = [round(v, 8) for v in flat[places].float().tolist()]
+    # One by one: PyTorch 2.9 indexes no float8 by a tensor.
+    read = torch.stack([flat[place].float() for place in places.tolist()])
+    values = [round(v, 8) for v in read.tolist()]
     size = max(abs(v) for v in values)
     moved = max(_SMALLER.get(x.dtype, _TOLERANCE) * size, _NEAR_ZERO * (x.dtype in _SMALLER))
     if is_quantised(p):

@@ -92,12 +92,14 @@ def quick_interpreter(monkeypatch):
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     patch, patched = interpreter._patch_lang, set()
+    # What undoes the patches; before Triton 3.6 they stay.
+    scope = getattr(interpreter, "_LangPatchScope", type(None))
 
     def patch_once(fn):
         if interpreter.tl.core.is_builtin(interpreter.tl.load):
             patched.clear()
         if id(fn.__globals__) in patched:
-            return interpreter._LangPatchScope()
+            return scope()
         patched.add(id(fn.__globals__))
         return patch(fn)
 
