@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import random
@@ -30,37 +31,48 @@ if not torch.cuda.is_available():
 import numpy as np
 import oracle
 import random_plans
+import test_agent
 import test_functional
 import test_linear
 import test_local
 import test_log_linear
+import test_mixture_of_heads
 import test_neighborhood
 import test_radial
+import test_reattention
 import test_rectified
+import test_sla
 import test_sol
 import test_topk
 import test_vsa
 
-from dittfast.attention import attend
+from dittfast.attention import attend, method_attention
 from dittfast.files import write_json
 from dittfast.layout import Context, Grid, Layout
 from dittfast.methods import (
+    SLA,
     VSA,
+    Agent,
+    Dense,
     Linear,
     Local,
     LogLinear,
     Neighborhood,
     Radial,
+    Reattention,
     Rectified,
     Sol,
     TopK,
 )
+from dittfast.methods.reattention import MASKS
+from dittfast.methods.sla import FEATURES
 from dittfast.methods.topk import ORDERS, SCORES
 from dittfast.plan import METRICS
 from dittfast.testing import assert_within_budget, attention_inputs
 
 KINDS = {
     "plan": 35,
+    "dense": 4,
     "local": 20,
     "radial": 15,
     "neighborhood": 15,
@@ -70,6 +82,10 @@ KINDS = {
     "topk": 10,
     "linear": 8,
     "vsa": 7,
+    "sla": 8,
+    "agent": 8,
+    "reattention": 8,
+    "mixture_of_heads": 8,
 }
 DTYPES = {
     "float32": torch.float32,
@@ -218,6 +234,13 @@ def judge(name, found, exact, eager, recomputed=0.0):
         assert_within_budget(name, found, exact, eager, factor=20, floor=16)
 
 
+def judge_all(names, sides, case):
+    """Ours, exact and eager values of each name, of an attention that gives no lse."""
+    lse = 5 * case["size"] ** 2  # logits of normal values are hardly larger
+    for name, *values in zip(names, *sides):
+        judge(name, *values, lse * case["size"] if name in ("dq", "dk") else 0.0)
+
+
 def plan_case(draw, case):
     blocks = draw.choice((4, 16, 33))
     queries, keys = draw.randint(1, 120), draw.randint(1, 120)
@@ -276,6 +299,13 @@ def local_case(draw, case):
     )
     case["layout"] = shape_of(layout)
     compare(method, layout, test_local.circle(layout, method.window, method.frame_window), case)
+
+
+def dense_case(draw, case):
+    layout = random_layout(draw)
+    case["layout"] = shape_of(layout)
+    everything = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    compare(Dense(draw.choice((8, 16, 128))), layout, everything, case)
 
 
 def radial_case(draw, case):
@@ -348,10 +378,8 @@ def sol_case(draw, case):
     dynamic(test_sol.check, method, layout, case)
 
 
-def topk_case(draw, case):
-    layout = random_layout(draw, most=100)
-    case["layout"] = shape_of(layout)
-    method = TopK(
+def random_topk(draw):
+    return TopK(
         block_size=draw.choice((8, 16)),
         topk=draw.choice((None, 1, 3, 0.3, 1000, (1, 4))),
         topp=draw.choice((None, None, 0.5, 0.9, (0.2, 0.7))),
@@ -359,16 +387,109 @@ def topk_case(draw, case):
         sub_block=draw.choice((1, 3, 4, 16)),
         order=draw.choice(ORDERS),
     )
+
+
+def topk_mask(layout, method):
+    """What it shows, from q and k; what is nearer than fp32 can tell is chosen either way."""
+    return lambda q, k: test_topk.expected_mask(
+        layout, method, q, k, q.shape[-1] ** -0.5, undecided=1e-5
+    )
+
+
+def topk_case(draw, case):
+    layout, method = random_layout(draw, most=100), random_topk(draw)
+    case["layout"] = shape_of(layout)
     only_wide(case)
+    compare(method, layout, topk_mask(layout, method), case)
 
-    def mask(q, k):
-        # What is nearer than fp32 can tell is chosen either way.
-        return test_topk.expected_mask(layout, method, q, k, q.shape[-1] ** -0.5, undecided=1e-5)
 
-    try:
-        compare(method, layout, mask, case)
-    except test_topk.Undecided as error:
-        raise Refused(str(error)) from error
+def sla_case(draw, case):
+    layout, inner = random_layout(draw, most=100), random_topk(draw)
+    case["layout"] = shape_of(layout)
+    only_wide(case)
+    method, dim, dtype = SLA(inner, draw.choice(FEATURES)), case["head_dim"], case["dtype"]
+    weight = hidden(layout)
+    weight = torch.zeros(1, 1, layout.num_tokens) if weight is None else weight
+    shape = len(weight), 2, layout.num_tokens, dim
+    *tensors, grad = attention_inputs(*shape, dtype=dtype, scale=case["size"])
+    mask = topk_mask(layout, inner)(*tensors[:2])
+    tensors.append(torch.randn(2, dim, dim).to(dtype))
+    found = []
+
+    def ours(q, k, v, projection):
+        own = {"projection": projection, "backend": case["backend"]}
+        return method_attention(method, layout, q, k, v, **own)
+
+    def formula(*given):
+        masks = mask, mask, weight.to(given[0])
+        return test_sla.under_masks(*masks, method.features, *given, dim**-0.5)
+
+    for call, kind in (ours, dtype), (formula, torch.float64), (formula, dtype):
+        leaves = [x.to(kind).requires_grad_() for x in tensors]
+        out = call(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))])
+    judge_all(("out", "dq", "dk", "dv", "d projection"), found, case)
+
+
+def agent_case(draw, case):
+    layout = random_layout(draw)
+    case["layout"] = shape_of(layout)
+    method = Agent(
+        agents=tuple(draw.randint(1, 4) for _ in range(draw.randint(1, 3))),
+        text_agents=draw.randint(0, 3),
+        sharpness=draw.choice((0.2, 0.5, 1)),
+        shortcut=draw.choice((0, 0.1, 1)),
+        trained=draw.random() < 0.5,
+    )
+    options = dict(dtype=case["dtype"], backend=case["backend"])
+    for name, *values in test_agent.both(
+        method, layout, 2, 2, case["head_dim"], case["size"], **options
+    ):
+        judge(name, *values)
+
+
+def reattention_case(draw, case):
+    layout = random_layout(draw, most=100)
+    case["layout"] = shape_of(layout)
+    only_wide(case)  # what one step keeps, the next one multiplies
+    method = Reattention(
+        density=draw.choice((0.05, 0.3, 1)),
+        mask=draw.choice(MASKS),
+        every=draw.randint(1, 4),
+        growth=draw.choice((0, 0.1, 0.5)),
+    )
+    steps = sorted(draw.sample(range(8), 3))
+    options = (case[name] for name in ("head_dim", "dtype", "size", "backend"))
+    test_reattention.check(method, layout, steps, *options, judge)
+
+
+def mixture_of_heads_case(draw, case):
+    layout, kind = random_layout(draw, most=100), draw.choice(("dense", "local", "topk"))
+    case["layout"] = shape_of(layout)
+    only_wide(case)
+    if kind == "topk":
+        inner = random_topk(draw)
+        inner = dataclasses.replace(inner, topk=3, topp=None)  # lists have a value for each head
+        mask = topk_mask(layout, inner)
+    elif kind == "local":
+        inner = Local(window=draw.choice((1, 2.5, 6)), tile=draw.choice((None, (1, 4, 4))))
+        mask = test_local.circle(layout, inner.window, None)
+    else:
+        inner, mask = Dense(draw.choice((8, 16))), torch.ones(1, 1, dtype=torch.bool)
+    shared = draw.randint(0, 2)
+    names, sides = test_mixture_of_heads.case(
+        layout,
+        inner,
+        shared,
+        draw.randint(1, 4 - shared),
+        draw.choice(("block", "token")),
+        heads=4,
+        kv_heads=draw.choice((2, 4)),
+        **{name: case[name] for name in ("backend", "dtype", "head_dim", "size")},
+        painted=mask if callable(mask) else lambda q, k: mask,
+        undecided=1e-5,
+    )
+    judge_all(names, sides, case)
 
 
 def linear_case(draw, case):
@@ -425,6 +546,11 @@ CASES = {
     "topk": topk_case,
     "linear": linear_case,
     "vsa": vsa_case,
+    "dense": dense_case,
+    "sla": sla_case,
+    "agent": agent_case,
+    "reattention": reattention_case,
+    "mixture_of_heads": mixture_of_heads_case,
 }
 
 
@@ -449,6 +575,8 @@ def run_case(seed: int, number: int) -> dict:
         case["dtype"] = torch.float32  # its interpreter
     try:
         CASES[kind](draw, case)
+    except test_topk.Undecided as error:
+        raise Refused(str(error)) from error
     except ValueError as error:
         if "backend" in str(error) or case["backend"] in str(error):
             raise Refused(str(error)) from error

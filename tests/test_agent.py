@@ -51,7 +51,7 @@ def agents_of(method, layout, q, valid):
             mean, alive = [], torch.zeros(len(own), count, dtype=torch.bool)
             for b, row in enumerate(own):
                 rows = [row[:, :0]] * count
-                tokens = shown[b].nonzero()[:, 0].tolist()
+                tokens = shown[b].nonzero()[:, 0].tolist() if count else []
                 for i, token in enumerate(tokens):
                     agent = i * count // len(tokens)
                     rows[agent] = torch.cat([rows[agent], row[:, token : token + 1]], 1)
@@ -135,7 +135,7 @@ def both(method, layout, heads=4, kv_heads=4, dim=8, scale=1.0, dtype=torch.floa
     k, v = k[:, :kv_heads], v[:, :kv_heads]
     parameters = trained(method, heads, dim, dtype)
     valid = layout.valid()
-    valid = torch.ones(2, layout.num_tokens) if valid is None else valid
+    valid = torch.ones(2, layout.num_tokens) if valid is None else valid.expand(2, -1)
     found = []
     for name, wide in (("ours", dtype), ("exact", torch.float64), ("eager", dtype)):
         leaves = [x.detach().to(wide).requires_grad_() for x in (q, k, v)]

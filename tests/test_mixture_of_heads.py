@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from formula import attention_by
 from test_linear import dense as linear_formula
+from test_topk import Undecided
 
 import dittfast
 from dittfast import Layout, functional
@@ -56,14 +57,22 @@ def blocks_of(plan):
     return [list(at) if order is None else [order[i] for i in at] for at in places]
 
 
-def taken(scores, count, groups, valid):
-    """Which heads each token takes: groups of tokens choose together, by the sum of the valid."""
+def taken(scores, count, groups, valid, undecided=0.0):
+    """Which heads each token takes: groups of tokens choose together, by the sum of the valid.
+
+    Raises:
+        Undecided: two sums are as near as ``undecided``, or nearer.
+    """
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     for b in range(scores.shape[0]):
         for tokens in groups:
             own = [i for i in tokens if valid[b, i]]
             total = scores[b, own].sum(0).tolist() if own else [0.0] * scores.shape[2]
-            best = sorted(range(len(total)), key=lambda e: (-total[e], e))[:count]
+            best = sorted(range(len(total)), key=lambda e: (-total[e], e))
+            apart = total[best[count - 1]] - total[best[count]] if count < len(total) else 1.0
+            if own and undecided and apart <= undecided * len(own):
+                raise Undecided("rounding decides which heads a token takes")
+            best = best[:count]
             for i in tokens:
                 chosen[b, i, best] = True
     return chosen
@@ -81,16 +90,16 @@ def gates_of(x, own, shared, count, chosen):
     return torch.cat([level[..., :1] * always, level[..., 1:] * routed], -1)
 
 
-def oracle(q, k, v, x, own, mask, shared, count, groups, valid):
+def oracle(q, k, v, x, own, mask, shared, count, groups, valid, undecided=0.0):
     """All heads in full under ``mask [.., N, N]``, then the gates; and the load-balance loss."""
     each = q.shape[1] // k.shape[1]
     k, v = (y.repeat_interleave(each, 1) for y in (k, v))
     logits = (q @ k.mT) * q.shape[-1] ** -0.5
     heads = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1) @ v
     p = torch.softmax(x @ own["routed_router"].mT, -1)
-    chosen = taken(p.detach(), count, groups, valid)
+    chosen = taken(p.detach(), count, groups, valid, undecided)
     out = heads * gates_of(x, own, shared, count, chosen).permute(0, 2, 1)[..., None]
-    real = valid[..., None] / valid.sum()
+    real = valid[..., None].to(p) / valid.sum()
     experts = p.shape[-1]
     loss = experts * ((p * real).sum((0, 1)) * (chosen * real).sum((0, 1))).sum()
     return out, loss
@@ -113,11 +122,20 @@ def case(
     kv_heads=5,
     backend="auto",
     dtype=torch.float32,
+    head_dim=8,
+    size=1.0,
+    painted=None,
+    undecided=0.0,
 ):
-    """Output, loss and all gradients: ours, in fp64, and eager in ``dtype``."""
+    """Output, loss and all gradients: ours, in fp64, and eager in ``dtype``.
+
+    Args:
+        painted: what the inner method shows, ``[.., N, N]`` from q and k; None asks its plan.
+        undecided: see :func:`taken`.
+    """
     method = MixtureOfHeads(inner, shared, count, route)
     batch, n = 2, layout.num_tokens
-    q, k, v, grad = attention_inputs(batch, heads, n, 8, dtype=dtype)
+    q, k, v, grad = attention_inputs(batch, heads, n, head_dim, dtype=dtype, scale=size)
     k, v = k[:, :kv_heads], v[:, :kv_heads]
     x = torch.randn(batch, n, CHANNELS, generator=torch.Generator().manual_seed(2)).to(dtype)
     own = {name: w.to(dtype) for name, w in router(method, heads).items()}
@@ -125,7 +143,8 @@ def case(
     valid = torch.ones(1, n, dtype=torch.bool) if valid is None else valid
     valid = valid.expand(batch, n)
     plan = inner.plan(layout) if inner.static else inner.plan(layout, q, k, v)
-    mask = plan.to_dense_mask() & valid[:, None, None]
+    mask = plan.to_dense_mask() if painted is None else torch.as_tensor(painted(q, k))
+    mask = mask & valid[:, None, None]
     groups = [[i] for i in range(n)] if route == "token" else blocks_of(plan)
     found = []
     for name, wide in (("ours", dtype), ("exact", torch.float64), ("eager", dtype)):
@@ -137,7 +156,7 @@ def case(
                 backend=backend, return_loss=True,
             )  # fmt: skip
         else:
-            given = shared, count, groups, valid
+            given = shared, count, groups, valid, undecided
             out, loss = oracle(*leaves, weights, mask, *given)
         # Padding's queries are free to give anything.
         out = out.masked_fill(~valid[:, None, :, None], 0)

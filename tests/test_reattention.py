@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -70,33 +71,45 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("mask", ["band", "disc"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_steps_of_a_run(name, mask):
-    """Refreshes at steps 0, 2 and 5, for a step is left out; each gradient at every step."""
-    layout, method = LAYOUTS[name], Reattention(0.3, mask, every=2, growth=0.2)
+within = partial(assert_within_budget, floor=16)
+
+
+def check(
+    method, layout, steps, head_dim=8, dtype=torch.float32, size=1.0, backend="cpu",
+    judge=within,
+):  # fmt: skip
+    """Output and gradients at these steps of a run of two samples, by the definition."""
+    options = dict(density=method.density, mask=method.mask, every=method.every)
+    options |= dict(growth=method.growth, backend=backend)
     memory, exact, eager = Memory(), ByHand(layout, method), ByHand(layout, method)
-    for step in (0, 1, 2, 3, 5, 6):
-        q, k, v, grad = attention_inputs(2, 2, layout.num_tokens, 8, seed=step // 2)
+    for step in steps:
+        shape = 2, 2, layout.num_tokens, head_dim
+        q, k, v, grad = attention_inputs(*shape, dtype=dtype, scale=size, seed=step // 2)
         dead = (exact.weight == -torch.inf).expand(2, 2, -1)[..., None]
         grad = grad.masked_fill(dead, 0)
         memory.begin(step)
 
         def ours(q, k, v):
-            method_options = dict(density=0.3, mask=mask, every=2, growth=0.2, backend="cpu")
-            return functional.reattention(q, k, v, layout, memory, **method_options)
+            return functional.reattention(q, k, v, layout, memory, **options)
 
         sides = []
         for run, kind in (
-            (ours, torch.float32),
+            (ours, dtype),
             (lambda *x: exact(step, *x), torch.float64),  # noqa: B023
-            (lambda *x: eager(step, *x), torch.float32),  # noqa: B023
+            (lambda *x: eager(step, *x), dtype),  # noqa: B023
         ):
             leaves = [x.to(kind).requires_grad_() for x in (q, k, v)]
             out = run(*leaves).masked_fill(dead, 0)
             sides.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))])
         for what, *values in zip(("out", "dq", "dk", "dv"), *sides):
-            assert_within_budget(f"step {step}, {what}", *values, floor=16)
+            judge(f"step {step}, {what}", *values)
+
+
+@pytest.mark.parametrize("mask", ["band", "disc"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_steps_of_a_run(name, mask):
+    """Refreshes at steps 0, 2 and 5, for a step is left out; each gradient at every step."""
+    check(Reattention(0.3, mask, every=2, growth=0.2), LAYOUTS[name], (0, 1, 2, 3, 5, 6))
 
 
 @pytest.mark.parametrize(

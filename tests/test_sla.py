@@ -68,13 +68,19 @@ def feature(kind, x):
 
 def dense(plan, kind, q, k, v, projection, scale, weight=None):
     """The softmax over the plan's pairs, and the projected linear mean over the unlisted blocks."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    logits, own = q @ k.mT * scale, torch.zeros(1, 1, k.shape[2]).to(q)
+    own = torch.zeros(1, 1, k.shape[2]).to(q)
     for more in (plan.kv_log_weight, weight):
         own = own if more is None else own + more.to(q)
-    logits = (logits + own[:, :, None]).masked_fill(~plan.to_dense_mask(), -torch.inf)
-    rest = ~block_mask(plan) * own.exp()[:, :, None]
+    seen, listed = plan.to_dense_mask(), block_mask(plan)
+    return under_masks(seen, listed, own, kind, q, k, v, projection, scale)
+
+
+def under_masks(seen, listed, weight, kind, q, k, v, projection, scale):
+    """:func:`dense` with masks ``[.., N, N]`` and the log weights of keys ``[B|1, 1, N]``."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    logits = (q @ k.mT * scale + weight[:, :, None]).masked_fill(~seen, -torch.inf)
+    rest = ~listed * weight.exp()[:, :, None]
     shares = feature(kind, q) @ feature(kind, k).mT * rest
     linear = shares @ v / (shares.sum(-1, keepdim=True) + 1e-5)
     return torch.softmax(logits, -1) @ v + linear @ projection

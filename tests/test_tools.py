@@ -8,6 +8,9 @@ from pathlib import Path
 import attention_fuzz
 import pytest
 
+from dittfast.methods import METHODS
+from dittfast.pipelines.measure import parity
+
 
 def test_random_attention(tmp_path, capsys):
     """Twenty cases, in two goes: the second begins where the first stopped."""
@@ -30,6 +33,11 @@ def test_the_fuzz_notices_a_wrong_kernel(monkeypatch, capsys):
     monkeypatch.setattr(attention_fuzz, "DTYPES", {"float32": attention_fuzz.torch.float32})
     assert attention_fuzz.main(["--count", "3"]) == 1
     assert "0 wrong" not in capsys.readouterr().out
+
+
+def test_every_method_is_drawn():
+    assert attention_fuzz.KINDS.keys() == attention_fuzz.CASES.keys() == {"plan", *METHODS}
+    assert {"full", *METHODS} - {"dense"} == parity.METHODS.keys()  # what servers and kills draw
 
 
 @pytest.mark.slow

@@ -389,5 +389,5 @@ def load_balance(
     valid = _valid(scores, kv_log_weight).expand(scores.shape[:2])[..., None]
     tokens = valid.sum().clamp_min(1)
     mean = scores.masked_fill(~valid, 0).sum((0, 1)) / tokens
-    share = (chosen & valid).sum((0, 1)) / tokens
+    share = (chosen & valid).sum((0, 1)).to(mean) / tokens
     return scores.shape[-1] ** 2 * (mean * share).mean()

@@ -14,6 +14,7 @@ from dittfast.methods import (
     SLA,
     VSA,
     Agent,
+    Dense,
     Linear,
     Local,
     LogLinear,
@@ -93,7 +94,7 @@ METHODS: dict[str, Method] = {
     "reattention": Reattention(),
     "linear": Linear(),
     "agent": Agent(agents=(2, 3, 3), text_agents=2, trained=True),
-    "mixture_of_heads": MixtureOfHeads(Full(), shared=0, routed=1),
+    "mixture_of_heads": MixtureOfHeads(Dense(block_size=16), shared=0, routed=1),
 }
 
 # Weakened heads are no method: guidance runs beside any of them, here beside none and "full".
