@@ -2,9 +2,9 @@
 
 Of ``distill``, ``distill prepare``, ``evaluate``, ``hunt`` and ``generate`` on a tiny model: each
 is killed by SIGKILL or ended by SIGTERM at a random moment, again and again, and then runs to its
-end. Nothing may be lost (what was finished stays as it is), the results must be those of the
-undisturbed run, and no temporary file may be left: by SIGTERM at once, by SIGKILL after the next
-run.
+end; attention runs by a method drawn from all that there are. Nothing may be lost (what was
+finished stays as it is), the results must be those of the undisturbed run, and no temporary file
+may be left: by SIGTERM at once, by SIGKILL after the next run.
 
     python tests/kill_runs.py --seed 0 --each 20 --json kills.json
 
@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 import tqdm
+import yaml
+from adapter_folder import named
 from distill_run import PROMPTS, write_config
 from safetensors.torch import load_file
 from tiny import flux_pipeline
@@ -37,9 +39,12 @@ from dittfast import break_even
 from dittfast.cli import main as dittfast
 from dittfast.disk.locks import LOCK
 from dittfast.files import write_json
+from dittfast.methods import METHODS
+from dittfast.pipelines.measure import parity
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 COMMANDS = ("train", "prepare", "evaluate", "hunt", "generate")
+SPARSE = ("train", "evaluate", "generate")  # commands that a method is drawn for
 CALL = [
     *("--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "12"),
     *("--device", "cpu"),
@@ -72,11 +77,20 @@ class Bench:
         self.folder = folder
         flux_pipeline().save_pretrained(folder / "tiny")
         (folder / "prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
+        self.methods, self._undisturbed = {}, {}
+        for name, method in parity.METHODS.items():
+            if name not in METHODS:
+                continue
+            chosen, options = named(method)
+            data = {"method": chosen, "options": options, "schedule": {"min_tokens": 0}}
+            self.methods[name] = folder / f"{name}.yaml"
+            self.methods[name].write_text(yaml.safe_dump(data))
         if not trains:
             return
         self.data = folder / "shared"
         self.data.mkdir()
-        config = write_config(self.data, train={"steps": 6, "checkpoint_every": 1, "keep": 2})
+        train = {"steps": 6, "checkpoint_every": 1, "keep": 2}
+        config = write_config(self.data, student={"options": {}}, train=train)
         self._must(self.run(["distill", "prepare", config]))
 
     @staticmethod
@@ -84,32 +98,36 @@ class Bench:
         if status:
             raise RuntimeError(f"an undisturbed run ended with {status}")
 
-    def arguments(self, command: str, out: Path) -> list[str]:
+    def undisturbed(self, command: str, method: str | None) -> tuple[float, dict]:
+        """Seconds and results of a run that nobody disturbs."""
+        key = command, method
+        if key not in self._undisturbed:
+            out = self.folder / f"whole-{command}-{method}"
+            began = time.monotonic()
+            self._must(self.run(self.arguments(command, out, method)))
+            self._undisturbed[key] = time.monotonic() - began, results(command, out)
+        return self._undisturbed[key]
+
+    def arguments(self, command: str, out: Path, method: str | None) -> list[str]:
         model = ["--model", str(self.folder / "tiny")]
         if command == "train":
             resume = ["--resume", "latest"] if out.is_dir() else []
-            return ["distill", str(self.data / "config.yaml"), f"train.output={out}", *resume]
+            changes = f"student.method={self.methods[method]}", f"train.output={out}"
+            return ["distill", str(self.data / "config.yaml"), *changes, *resume]
         if command == "prepare":
             config = str(self.data / "config.yaml")
             return ["distill", "prepare", config, f"data.folder={out}", "data.shard_size=1"]
         if command == "generate":
             picture = str(out.with_suffix(".png"))
-            return ["generate", PROMPTS[0], *model, *CALL, "--true-cfg-scale", "1", "-o", picture]
+            sparse = ["--config", str(self.methods[method])]
+            call = [*CALL, "--true-cfg-scale", "1"]
+            return ["generate", PROMPTS[0], *model, *sparse, *call, "-o", picture]
         prompts = ["--prompts", str(self.folder / "prompts.txt")]
         if command == "hunt":
             search = ["--objective", "contrast", "--rounds", "1", "--layers", "0"]
             return ["hunt", *search, *model, *prompts, *CALL, "-o", str(out)]
-        small = [
-            "-m",
-            "local",
-            "--set",
-            "window=3",
-            "--set",
-            "tile=[1,4,4]",
-            "--set",
-            "min_tokens=0",
-        ]
-        return ["evaluate", "fidelity", *small, *model, *prompts, *CALL, "-o", str(out)]
+        sparse = ["--config", str(self.methods[method])]
+        return ["evaluate", "fidelity", *sparse, *model, *prompts, *CALL, "-o", str(out)]
 
     def start(self, arguments: list[str]) -> int:
         """A fork that runs a command; its process id."""
@@ -188,15 +206,16 @@ def finished(command: str, out: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for x in patterns for p in out.glob(x)}
 
 
-def trial(bench: Bench, command: str, name: str, wanted: dict, seconds: float, draw) -> int:
+def trial(bench: Bench, command: str, name: str, method: str | None, draw) -> int:
     """Disturb a run one to three times and let it end; how many signals met it at work."""
+    seconds, wanted = bench.undisturbed(command, method)
     out = bench.folder / "trials" / f"{command}-{draw.randrange(10**9)}"
     out.parent.mkdir(exist_ok=True)
     met = 0
     for _ in range(draw.randint(1, 3)):
         kept = finished(command, out)
         status = bench.disturbed(
-            bench.arguments(command, out), SIGNALS[name], draw.uniform(0, seconds)
+            bench.arguments(command, out, method), SIGNALS[name], draw.uniform(0, seconds)
         )
         if status is None:
             break
@@ -207,7 +226,7 @@ def trial(bench: Bench, command: str, name: str, wanted: dict, seconds: float, d
         rotated = command == "train"  # old checkpoints go when new ones are there
         if any(now.get(path, data if rotated else None) != data for path, data in kept.items()):
             raise Lost(f"{command}: {name} lost or changed what was finished")
-    if bench.run(bench.arguments(command, out)):
+    if bench.run(bench.arguments(command, out, method)):
         raise Lost(f"{command}: the run after {name} failed")
     if temporary_files(out):
         raise Lost(f"{command}: {temporary_files(out)} is left after the next run")
@@ -234,20 +253,21 @@ def main(argv=None) -> int:
         commands = options.command or COMMANDS
         bench = Bench(Path(folder), bool({"train", "prepare"} & set(commands)))
         for command in commands:
-            began, out = time.monotonic(), bench.folder / f"whole-{command}"
-            bench._must(bench.run(bench.arguments(command, out)))
-            seconds, wanted = time.monotonic() - began, results(command, out)
             for name in SIGNALS:
                 draw = random.Random(f"{options.seed} {command} {name}")
                 row = {"command": command, "signal": name, "signals": 0, "runs": 0, "lost": 0}
+                drawn = set()
                 while row["signals"] < options.each:
+                    method = draw.choice(list(bench.methods)) if command in SPARSE else None
+                    drawn |= {method} - {None}
                     row["runs"] += 1
                     try:
-                        row["signals"] += trial(bench, command, name, wanted, seconds, draw)
+                        row["signals"] += trial(bench, command, name, method, draw)
                     except Lost as error:
                         row["lost"] += 1
                         row["signals"] += 1
-                        print(error, flush=True)
+                        print(f"{method}: {error}", flush=True)
+                row["methods"] = sorted(drawn)
                 wrong += row["lost"]
                 counts.append(row)
                 print(row, flush=True)

@@ -8,23 +8,20 @@ import random
 
 import pytest
 import torch
-from adapter_folder import make_adapter
+from adapter_folder import make_adapter, named
 from distill_run import one_thread  # noqa: F401
 from tiny import flux_pipeline, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dittfast
-from dittfast.methods import Dense, Local, LogLinear, Radial, Rectified
+from dittfast.methods import Dense
 from dittfast.pipelines.guidance.perturbation import Perturbation
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.state import ModelState
 
-METHODS = (
-    Local(window=2, tile=(1, 4, 4)),
-    Radial(block_size=16),
-    LogLinear(block_size=8, topk=2, levels="auto"),
-    Rectified(block_size=16, topk=2),
-)
+METHODS = tuple(parity.METHODS.values())
+MIXTURE = {0: parity.METHODS["local"], 1: parity.METHODS["rectified"]}
+SERVED = {**parity.METHODS, "dense": Dense(), "mixture": MIXTURE}
 SIZES = [(8 * h, 8 * w) for h in range(4, 12, 2) for w in range(4, 14, 2)]
 PROMPTS = ("a red cat", "the dog", "a photo of the green car", "a blue dog on a car")
 
@@ -43,9 +40,9 @@ def objects() -> collections.Counter:
 class Server:
     """A pipeline and what its users ask for, one request after the other."""
 
-    def __init__(self, adapter, seed=0):
+    def __init__(self, adapters, seed=0):
         self.pipe = flux_pipeline()
-        self.adapter = adapter
+        self.adapters = adapters
         self.draw = random.Random(seed)
         self.enabled = self.guided = self.loaded = False
 
@@ -55,7 +52,8 @@ class Server:
             self._change()
         height, width = draw.choice(SIZES)
         prompt = [draw.choice(PROMPTS)] * draw.choice((1, 1, 2))
-        found = run(self.pipe, prompt=prompt, height=height, width=width, num_inference_steps=1)
+        steps = draw.choice((1, 1, 1, 3))  # some methods keep values from step to step
+        found = run(self.pipe, prompt=prompt, height=height, width=width, num_inference_steps=steps)
         assert torch.isfinite(found).all()
 
     def _change(self):
@@ -69,14 +67,25 @@ class Server:
         self.enabled = self.loaded = self.guided = False
         kind = self.draw.choice(("dense", "method", "method", "adapter"))
         if kind == "method":
-            dittfast.enable(self.pipe, self.draw.choice(METHODS), min_tokens=0)
+            dittfast.enable(self.pipe, self.draw.choice(list(SERVED.values())), min_tokens=0)
             self.enabled = True
         elif kind == "adapter":
-            dittfast.load_adapter(self.pipe, self.adapter)
+            dittfast.load_adapter(self.pipe, self.draw.choice(self.adapters))
             self.loaded = True
         if self.draw.random() < 0.4:
             dittfast.guide(self.pipe, heads=[(self.draw.randrange(4), 0)])
             self.guided = True
+
+
+@pytest.fixture
+def server(tmp_path):
+    """With a LoRA, and with the trained parameters of every method that has some."""
+    adapters = [make_adapter(tmp_path / "lora", "lora")]
+    for name, method in parity.METHODS.items():
+        if method.layer_parameters(4, 16, 64):
+            adapters.append(make_adapter(tmp_path / name, "method", method=named(method)))
+    assert len(adapters) > 4
+    return Server(adapters)
 
 
 def growth(server, requests):
@@ -95,17 +104,15 @@ def assert_flat(before, kinds, after, more, requests):
 
 
 @pytest.mark.slow
-def test_two_thousand_requests(tmp_path):
-    server = Server(make_adapter(tmp_path / "adapter", "lora"))
+def test_two_thousand_requests(server):
     for _ in range(500):
         server.request()
     assert_flat(*growth(server, 2000), 2000)
 
 
 @pytest.mark.slow
-def test_changing_everything_leaves_no_objects(tmp_path):
+def test_changing_everything_leaves_no_objects(server):
     """Briefly: objects alone, which do not depend on the allocator."""
-    server = Server(make_adapter(tmp_path / "adapter", "lora"))
     sizes = itertools.cycle(SIZES[:2])
 
     def round_trip():
@@ -127,7 +134,6 @@ def test_changing_everything_leaves_no_objects(tmp_path):
 
 
 FORTY = [(8 * h, 8 * w) for h in range(4, 12) for w in range(4, 14, 2)]
-SERVED = {**parity.METHODS, "dense": Dense(), "mixture": {0: METHODS[0], 1: METHODS[3]}}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +201,7 @@ def test_a_server_compiled_by_inductor_sees_twelve_sizes():
     torch._dynamo.reset()
     pipe = flux_pipeline(double=1, single=1)
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
-    for method in METHODS[0], METHODS[3]:
+    for method in MIXTURE.values():
         with dittfast.enable(pipe, method, min_tokens=0):
             for size in random.Random(1).sample(FORTY, 12):
                 found = serve(pipe, size)
