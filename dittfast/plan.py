@@ -244,6 +244,13 @@ def _range_error(name: str, x: torch.Tensor, low: int, high: int) -> str | None:
     return None
 
 
+# What a plan reads off its tensors when it is made.
+_READ_ONCE = (
+    *("num_queries", "num_keys", "q_block_size", "kv_block_size", "q_ragged", "kv_ragged"),
+    "is_dense",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A block-sparse attention pattern, in the words of PyTorch's BlockMask. Frozen, validated.
@@ -589,9 +596,12 @@ class Plan:
     def _copy(self, changes: dict) -> Plan:
         """Unchecked, and without what was computed from the lists: names with an underscore."""
         plan = object.__new__(Plan)
-        kept = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
+        # Field by field: Dynamo of PyTorch 2.9 traces no __dict__ of a frozen dataclass.
+        names = [*(field.name for field in dataclasses.fields(self)), *_READ_ONCE]
         made = {"_transpose": None, "_worklists": {}, "_run_rows": self._run_rows}
-        plan.__dict__.update(kept | made | changes)
+        values = {name: getattr(self, name) for name in names} | made | changes
+        for name, value in values.items():
+            object.__setattr__(plan, name, value)
         return plan
 
     def tensors(

@@ -341,6 +341,27 @@ def test_names_lead_nowhere_else(tmp_path):
         path_inside(tmp_path, "in", "pipe")
 
 
+def test_nothing_is_written_through_links_of_a_folder(tmp_path):
+    """A lock would empty the file that it leads to, a pipe would be waited for."""
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    (out / "12:30 a\\b.txt").write_text("")  # any name will do
+    (tmp_path / "disk").mkdir()
+    (out / "checkpoints").symlink_to(tmp_path / "disk")
+    FolderLock(out).release()
+    for name in (LOCK, "heads.json", "images/00000.png"):
+        (out / name).symlink_to(kept)
+        with pytest.raises(FileProblem, match=f"{name}: it is a link"), locked(out):
+            pass
+        (out / name).unlink()
+    os.mkfifo(out / LOCK)
+    with pytest.raises(FileProblem, match="neither a file nor a folder"):
+        FolderLock(out)
+    assert kept.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "text",
     ["![x](http://a/b.png)", "[x](javascript:a)", "[a]: http://b", "<img src=x>", "`a` *b* ~~c~~",

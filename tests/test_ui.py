@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from tiny import flux_pipeline
+from tiny import assert_same_picture, flux_pipeline
 
 import dittfast
 from dittfast.config import resolve
@@ -50,7 +50,7 @@ def stock(pipe):
 
 
 def test_it_draws_dense_and_sparse(result):
-    assert np.array_equal(result.dense.run.frames[0], stock(flux_pipeline()))
+    assert_same_picture(result.dense.run.frames[0], stock(flux_pipeline()))
     assert not np.array_equal(result.sparse.run.frames, result.dense.run.frames)
     assert 0 < result.sparse.density < 1
 

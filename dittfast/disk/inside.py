@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -23,11 +24,29 @@ def path_inside(folder: str | Path, *names: str) -> Path:
         if not plain or any(mark in name for mark in ("/", "\\", ":")):
             raise FileProblem(folder, f"{name!r} is not the name of something in it")
         path = path / name
-        if not path.is_symlink() and not path.exists():
-            continue
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode):
-            raise FileProblem(path, "it is a link; what belongs to a folder lies in it")
-        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-            raise FileProblem(path, "it is neither a file nor a folder")
+        _check_kind(path)
     return path
+
+
+def check_files_inside(folder: str | Path) -> None:
+    """Every file in a folder lies there; a folder in it may be a link, say to another disk.
+
+    For folders that are written to: a write goes through a link, into whose file it may be.
+
+    Raises:
+        FileProblem: a link, or something that is neither a file nor a folder.
+    """
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _check_kind(Path(place) / name)
+
+
+def _check_kind(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        raise FileProblem(path, "it is a link; what belongs to a folder lies in it")
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise FileProblem(path, "it is neither a file nor a folder")

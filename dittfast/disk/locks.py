@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .inside import check_files_inside
 from .problems import writing
 from .processes import host_name, start_of
 
@@ -104,10 +105,12 @@ class FolderLock:
 
     Raises:
         FolderInUse: another process holds it; the message says which.
+        FileProblem: a file in the folder is a link, or no regular file.
         OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str | Path):
+        check_files_inside(folder)
         self._path = Path(folder) / LOCK
         self._mine = Owner.this()
         with writing(self._path), _guarded(self._path) as handle:
