@@ -7,6 +7,7 @@ place of the compiled function: it computes densely what its lists, mask_mod and
 import itertools
 from types import SimpleNamespace
 
+import flex_fuzz
 import pytest
 import torch
 from random_plans import (
@@ -17,7 +18,6 @@ from random_plans import (
     random_plan,
     random_rule,
 )
-from torch._dynamo.utils import counters
 
 from dittfast import Capabilities, Layout, attend, methods
 from dittfast.attention import choose_backend, method_call, not_supported_reasons
@@ -335,80 +335,25 @@ def test_strided_tensors_and_nothing_written_on_them(emulator, view):
     assert [set(vars(x)) for x in given] == known and vars(plan.kv_num_full_blocks) == lists
 
 
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-def compare(seed, dtype, metric, lse, size=1.0, groups=1):
-    """One of the plans of :func:`test_compiled_once`, against the oracle.
-
-    Args:
-        groups: query heads of each key head.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    upto = lambda n: int(torch.randint(1, n + 1, (), generator=draw))  # noqa: E731
-    # With one block more for lse, 32 key blocks would be of the next class of sizes.
-    counts = [8 + upto(8), 16 + upto(15)]
-    # Every block but one is short, so there is padding.
-    lengths = [
-        torch.randint(1, 17, (n,), generator=draw).index_fill_(0, torch.tensor(0), 16)
-        for n in counts
-    ]
-    sides = []
-    for x in lengths:
-        x[0], x[1] = 16, 15  # of one size in every plan, and with padding
-        order = torch.randperm(int(x.sum()), generator=draw) if upto(2) == 1 else None
-        sides.append(make_blocks(x.cumsum(0) - x, x, order))
-    total = [int(x.sum()) for x in lengths]
-    rule = random_rule(*total, metric, seed=seed) if metric else None
-    fields = {"out_scale": torch.rand(1, 1, counts[0]) + 0.5} if upto(3) == 1 else {}
-    plan = random_plan(*sides, rule=rule, density=upto(9) / 9, seed=seed, **fields)
-    weight = None
-    if upto(2) == 1:
-        weight = torch.randn(1, 1, total[1], generator=draw)
-        weight[torch.rand(weight.shape, generator=draw) < 0.3] = -torch.inf
-    heads = 2 * groups
-    q, k, v, _ = attention_inputs(1, heads, total[0], 16, total[1], dtype, size, seed=seed)
-    k, v = k[:, ::groups], v[:, ::groups]
-    options = dict(kv_log_weight=weight, return_lse=True)
-    exact, expected = attend(*(x.double() for x in (q, k, v)), plan, backend="reference", **options)
-    found = attend(q, k, v, plan, backend="flex", **(options | {"return_lse": lse}))
-    if lse:
-        found, found_lse = found
-        unseen = expected == -torch.inf
-        assert torch.equal(found_lse == -torch.inf, unseen)
-        torch.testing.assert_close(
-            found_lse.masked_fill(unseen, 0).double(), expected.masked_fill(unseen, 0),
-            rtol=1e-5, atol=1e-5,
-        )  # fmt: skip
-    # The kernel's exponential is good to 20 bits.
-    limit = 32 * max(torch.finfo(dtype).eps, 2**-21) * float(exact.abs().max())
-    error = float((found.double() - exact).abs().max())
-    assert error <= limit, f"seed {seed}: {error:.2e} apart, {limit:.2e} allowed"
-
-
 @pytest.mark.slow
 def test_compiled_once():
     """One graph for all plans of a form, whatever their lists, rules, weights and lengths."""
-    torch._dynamo.reset()
-    flex._compiled.cache_clear()
-    before = graphs()
+    flex_fuzz.forget_graphs()
+    before = flex_fuzz.graphs()
     for seed in range(5):
-        compare(seed, torch.float32, "disc", lse=False)
-    assert graphs() - before == 1
+        flex_fuzz.compare(seed, torch.float32, "disc", lse=False)
+    assert flex_fuzz.graphs() - before == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric, groups", [("disc", 1), ("raster", 2), ("box", 1), (None, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_thousand_plans(dtype, metric, groups):
+@pytest.mark.parametrize("form", flex_fuzz.FORMS)
+def test_a_thousand_plans(form):
     """125 plans each, of one form: three graphs, one for the output and two for lse."""
-    torch._dynamo.reset()
-    flex._compiled.cache_clear()
-    before = graphs()
-    for seed in range(125):
-        compare(seed, dtype, metric, lse=True, size=1.0 if seed % 3 else 4.0, groups=groups)
-    assert graphs() - before == 3
+    flex_fuzz.forget_graphs()
+    before = flex_fuzz.graphs()
+    for seed in range(flex_fuzz.PLANS):
+        flex_fuzz.check(form, seed)
+    assert flex_fuzz.graphs() - before == 3
 
 
 @pytest.mark.slow
