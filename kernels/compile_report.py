@@ -1,24 +1,17 @@
-"""Compile every Triton kernel without a GPU, and report what the compilers made of it.
+"""Compile every Triton kernel without a GPU, and read what the compilers made of it.
 
-    python -P -m dittfast.kernels.compile_report
-    python -P -m dittfast.kernels.compile_report --targets sm_90 --head-dims 128 --dtypes bf16
-
-Prints a table, then one line of JSON, and exits with 1 if a kernel spills registers or needs more
-shared memory than its target has. Registers and spilled bytes are those of the binary that a GPU
-would run; speed is not measured here and does not follow from them. With the default options this
-takes the better part of an hour of one core.
+``dittfast bench kernels --static`` prints it. Registers, spills and instructions are those of the
+binary that a GPU would run. Speed is not measured here: what is said of it is how many cycles the
+instructions of an inner loop need at least (``multiprocessors.py``).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
-import json
 import re
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,16 +21,20 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dittfast.plan import PlanTensors
 
-from . import triton_backend
-from .launch_sizes import SHARED_LIMITS, architecture_class
+from . import machine_code, triton_backend
+from .launch_sizes import architecture_class, not_supported_reason
+from .multiprocessors import MULTIPROCESSORS, Multiprocessor
 
 TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("forward", "delta", "dq", "dkv")
@@ -76,16 +73,46 @@ FEATURES = {
 
 
 @dataclass(frozen=True)
+class Loop:
+    """An inner loop of a kernel in machine code.
+
+    Attributes:
+        walk: which blocks it walks, full ones or those under a token rule.
+        tile: queries x keys of one step.
+        steps: of one pass; more than 1 where the compiler unrolled it.
+        instructions: of a warp in one step, and among them those of the matrix unit,
+            asynchronous loads to shared memory, and exponentials and their like.
+        cycles: that a step of one block keeps each unit of a multiprocessor busy at least.
+        of_peak: matrix cycles over those of the busiest unit, the most that the instructions allow
+            where the warps of a multiprocessor keep all units busy at once.
+        of_peak_apart: over the matrix cycles and the next busiest's, one after the other.
+    """
+
+    walk: str
+    tile: str
+    steps: int
+    instructions: float
+    matrix: float
+    async_loads: float
+    special: float
+    cycles: dict[str, float]
+    of_peak: float
+    of_peak_apart: float
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What one kernel became on one target.
 
     Attributes:
         spilled_bytes: local memory per thread, which is where spilled registers go.
         shared_bytes, shared_limit: shared memory of a program, and the most its target allows.
+        blocks: programs that a multiprocessor runs side by side.
         async_loads: whether the main loop copies its tiles to shared memory asynchronously. On
             AMD a tile waits in registers instead, loaded ``num_stages - 1`` steps ahead.
         matrix_unit: wgmma, tcgen05, mma, mfma, or fma where fp32 is computed exactly.
         serialized: the compiler's note that it could not overlap wgmma with other work.
+        loops: over full blocks, and over partial ones where there is a rule; none in delta.
     """
 
     target: str
@@ -100,13 +127,15 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     shared_limit: int
+    blocks: int
     async_loads: bool
     matrix_unit: str
     serialized: bool
+    loops: tuple[Loop, ...]
 
     @property
     def fits(self) -> bool:
-        return self.spilled_bytes == 0 and self.shared_bytes <= self.shared_limit
+        return self.spilled_bytes == 0 and self.blocks > 0
 
 
 def calls_for(head_dim: int, dtype: torch.dtype, feature: Feature, capability) -> dict:
@@ -213,6 +242,59 @@ def matrix_unit(assembly: str) -> str:
     return "fma"
 
 
+# Matrix products of one step.
+_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
+
+
+def inner_loops(
+    kernel: str, call, code: list, unit: str, num_warps: int, one: Multiprocessor
+) -> tuple[Loop, ...]:
+    """The loops of a kernel over blocks, as machine code.
+
+    Raises:
+        RuntimeError: the code has other loops than the kernel; nothing true can be said of them.
+    """
+    if kernel not in _PRODUCTS:
+        return ()
+    sizes = [call.arguments["BLOCK_M"], call.arguments["BLOCK_N"]]
+    walked = 0 if kernel == "dkv" else 1
+    walks = {"full": sizes}
+    if call.arguments["METRIC"]:
+        small = list(sizes)
+        small[walked] = call.arguments["RULE_BLOCK"]
+        walks["partial"] = small
+    exact = unit == "fma"
+    multiplies = (lambda x: x.flops) if exact else (lambda x: x.is_matrix)
+    bodies = machine_code.matrix_loops(code, multiplies)
+    if len(bodies) != len(walks):
+        raise RuntimeError(f"{kernel}: {len(bodies)} loops in machine code, {len(walks)} expected")
+    found = []
+    for (walk, tile), body in zip(walks.items(), bodies):
+        flops = _PRODUCTS[kernel] * 2 * tile[0] * tile[1] * call.arguments["BLOCK_D"]
+        done = [x.flops for x in body if multiplies(x)]
+        # What tcgen05 multiplies is told by a descriptor; Triton does not unroll around it.
+        steps = 1 if None in done else round(sum(done) * num_warps / flops)
+        if steps < 1:
+            raise RuntimeError(
+                f"{kernel}: a loop of {sum(done) * num_warps} operations, not {flops}"
+            )
+        n = machine_code.counted(body)
+        cycles = one.cycles(body, num_warps, steps * flops, half=not exact)
+        apart = cycles["matrix"] + max(v for k, v in cycles.items() if k != "matrix")
+        found.append(
+            Loop(
+                walk=walk,
+                tile="x".join(map(str, tile)),
+                steps=steps,
+                **{k: n[k] / steps for k in ("instructions", "matrix", "async_loads", "special")},
+                cycles={name: value / steps for name, value in cycles.items()},
+                of_peak=cycles["matrix"] / max(cycles.values()),
+                of_peak_apart=cycles["matrix"] / (max(cycles.values()) if exact else apart),
+            )
+        )
+    return tuple(found)
+
+
 def measure(compiled, log: str) -> dict:
     """Registers, spilled bytes, shared memory, loads and matrix unit of a compiled kernel."""
     row = {
@@ -235,19 +317,51 @@ def measure(compiled, log: str) -> dict:
     return row
 
 
+def instructions(compiled) -> list[machine_code.Instruction]:
+    """Those of the binary."""
+    if "cubin" in compiled.asm:
+        return machine_code.read_sass(machine_code.disassemble(compiled.asm["cubin"]))
+    return machine_code.read_amdgcn(compiled.asm["amdgcn"])
+
+
+def _measured(kernel: str, call, gpu: GPUTarget, one: Multiprocessor) -> dict:
+    compiled, log = compile_call(call, gpu)
+    row, metadata = measure(compiled, log), compiled.metadata
+    columns = getattr(metadata, "tmem_size", 0)
+    warps = metadata.num_warps
+    row["blocks"] = one.blocks_at_once(warps, row["registers"], row["shared_bytes"], columns)
+    code = instructions(compiled)
+    return row | {"loops": inner_loops(kernel, call, code, row["matrix_unit"], warps, one)}
+
+
+def capability_of(target: str):
+    """The compute capability of a target, as :func:`launch_config` takes it."""
+    gpu = TARGETS[target]
+    return target if gpu.backend == "hip" else divmod(gpu.arch, 10)
+
+
+def refusal(target: str) -> str | None:
+    """Why a target has no kernels; None where it has."""
+    return not_supported_reason(capability_of(target))
+
+
 def report(targets, kernels, head_dims, dtypes, features):
-    """Yield a :class:`Compiled` for every combination, as they are compiled."""
+    """Yield a :class:`Compiled` for every combination, as they are compiled.
+
+    Raises:
+        ValueError: a target that is refused.
+    """
     for target, head_dim, dtype in itertools.product(targets, head_dims, dtypes):
-        gpu = TARGETS[target]
-        capability = target if gpu.backend == "hip" else divmod(gpu.arch, 10)
-        limit = SHARED_LIMITS[architecture_class(capability)]
+        gpu, capability = TARGETS[target], capability_of(target)
+        architecture_class(capability)
+        one = MULTIPROCESSORS[target]
         # Features that a kernel ignores make the same code: delta knows no keys.
         measured = {}
         for feature, kernel in itertools.product(features, kernels):
             call = calls_for(head_dim, DTYPES[dtype], FEATURES[feature], capability)[kernel]
             key = kernel, source_of(call).hash()
             if key not in measured:
-                measured[key] = measure(*compile_call(call, gpu))
+                measured[key] = _measured(kernel, call, gpu, one)
             sizes = [call.arguments.get(f"BLOCK_{x}") for x in "MN"]
             yield Compiled(
                 target=target,
@@ -258,48 +372,6 @@ def report(targets, kernels, head_dims, dtypes, features):
                 tile="x".join(str(n) for n in sizes if n),
                 num_warps=call.config.num_warps,
                 num_stages=call.config.num_stages,
-                shared_limit=limit,
+                shared_limit=one.shared_per_block,
                 **measured[key],
             )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dittfast.kernels.compile_report")
-    choices = {
-        "targets": (list(TARGETS), ["sm_80", "sm_90", "sm_100", "gfx942"]),
-        "kernels": (list(KERNELS), list(KERNELS)),
-        "dtypes": (list(DTYPES), ["fp16", "bf16", "fp32"]),
-        "features": (list(FEATURES), list(FEATURES)),
-    }
-    for name, (allowed, default) in choices.items():
-        parser.add_argument(
-            f"--{name}", nargs="+", choices=allowed, default=default, metavar=name[:-1],
-            help=f"of {', '.join(allowed)}; default {' '.join(default)}",
-        )  # fmt: skip
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256], metavar="D")
-    options = parser.parse_args(arguments)
-
-    columns = [field.name for field in fields(Compiled)]
-    widths = [max(len(name), 12 if name == "features" else 0) for name in columns]
-    write = sys.stdout.write
-    write("  ".join(f"{name:>{w}}" for name, w in zip(columns, widths)) + "\n")
-    rows = []
-    for row in report(
-        options.targets, options.kernels, options.head_dims, options.dtypes, options.features
-    ):
-        rows.append(row)
-        cells = (str(getattr(row, name)) for name in columns)
-        write("  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)) + "\n")
-        sys.stdout.flush()
-    summary = {
-        "triton": triton.__version__,
-        "spilled": sum(row.spilled_bytes > 0 for row in rows),
-        "over_shared_limit": sum(row.shared_bytes > row.shared_limit for row in rows),
-        "kernels": [asdict(row) for row in rows],
-    }
-    write(json.dumps(summary) + "\n")
-    return 0 if all(row.fits for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

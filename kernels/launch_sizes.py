@@ -1,7 +1,7 @@
 """Launch sizes of the Triton kernels, by architecture, dtype and head dim.
 
 The table is made so that kernels spill no registers and need no more shared memory than their
-architecture has, which ``dittfast.kernels.compile_report`` checks without a GPU. Sizes are the
+architecture has, which ``dittfast bench kernels --static`` checks without a GPU. Sizes are the
 largest of those tried that fit; nobody has timed them on a GPU yet.
 """
 
@@ -51,15 +51,6 @@ class LaunchConfig(NamedTuple):
     dq: KernelConfig
     dkv: KernelConfig
 
-
-# Bytes of shared memory that one program may use.
-SHARED_LIMITS = {
-    "sm_80": 166_912,
-    "sm_86": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "gfx942": 65_536,
-}
 
 # By head dim: forward, dq and dkv, each (block_m, block_n, num_warps, num_stages, rule_tile, ...).
 _AMPERE_HALF = {

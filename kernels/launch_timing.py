@@ -2,7 +2,7 @@
 
 Nothing is changed: what is faster is printed by ``dittfast bench gpu``, and whoever adds it to the
 table of ``launch_sizes.py`` checks it against the other dtypes and for spills
-(``compile_report.py``).
+(``dittfast bench kernels --static``).
 """
 
 from __future__ import annotations

@@ -12,8 +12,12 @@ from interpreter import PYTHON
 
 pytest.importorskip("triton")
 
+from dittfast.cli import kernels as command
+from dittfast.cli import main
 from dittfast.kernels import capabilities, compile_report, triton_backend
-from dittfast.kernels.launch_sizes import SHARED_LIMITS, launch_config
+from dittfast.kernels.launch_sizes import KernelConfig, launch_config
+from dittfast.kernels.machine_code import read_sass
+from dittfast.kernels.multiprocessors import MULTIPROCESSORS
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), "gfx942", "gfx90a"]
@@ -30,19 +34,19 @@ def python(*arguments):
 
 
 def assert_all_fit(count, *arguments):
-    done = python("-m", "dittfast.kernels.compile_report", *arguments)
+    done = python("-m", "dittfast", "bench", "kernels", "--static", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["kernels"]) == count
-    assert found["spilled"] == found["over_shared_limit"] == 0
+    assert found["spilled"] == found["do_not_fit"] == 0
     return found["kernels"]
 
 
 @pytest.mark.compile
 def test_a_rule_fits_every_target():
-    rows = assert_all_fit(
-        4, "--kernels", "dkv", "--head-dims", "64", "--dtypes", "bf16", "--features", "video_rule"
-    )
+    targets = "--targets", "sm_80", "sm_90", "sm_100", "gfx942"
+    rest = "--kernels", "dkv", "--head-dims", "64", "--dtypes", "bf16", "--features", "video_rule"
+    rows = assert_all_fit(4, *targets, *rest)
     assert [row["target"] for row in rows] == ["sm_80", "sm_90", "sm_100", "gfx942"]
     assert [row["matrix_unit"] for row in rows] == ["mma", "wgmma", "tcgen05", "mfma"]
     assert all(row["async_loads"] for row in rows if row["target"] != "gfx942")
@@ -50,14 +54,16 @@ def test_a_rule_fits_every_target():
 
 
 TOO_LARGE = """
-from dittfast.kernels import compile_report, triton_backend
+from dittfast.cli import main
+from dittfast.kernels import triton_backend
 from dittfast.kernels.launch_sizes import KernelConfig, LaunchConfig
 
-arguments = "--targets sm_80 --kernels forward --head-dims 64 --dtypes fp16 --features plain"
+arguments = "bench kernels --static --targets sm_80 --kernels forward --head-dims 64"
+arguments += " --dtypes fp16 --features plain"
 for sizes in (128, 128, 4, 2), (64, 64, 4, 16):
     config = LaunchConfig(*[KernelConfig(*sizes)] * 4)
     triton_backend.launch_config = lambda *_: config
-    print(compile_report.main(arguments.split()))
+    print(main(arguments.split()))
 """
 
 
@@ -68,7 +74,7 @@ def test_sizes_that_do_not_fit_are_found():
     lines = done.stdout.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     assert [x["spilled"] for x in found] == [1, 0]
-    assert [x["over_shared_limit"] for x in found] == [0, 1]
+    assert [x["do_not_fit"] for x in found] == [0, 1]
     assert [line for line in lines if len(line) == 1] == ["1", "1"]
 
 
@@ -132,7 +138,7 @@ def test_attend_says_why_a_device_is_refused(monkeypatch):
 
 def test_launch_sizes_differ_by_architecture_and_dtype():
     half = {launch_config(128, torch.float16, capability) for capability in CAPABILITIES}
-    assert len(half) == len(SHARED_LIMITS)
+    assert len(half) == 5
     assert launch_config(64, torch.float16, (8, 9)) == launch_config(64, torch.bfloat16, (12, 0))
     assert launch_config(64, torch.float32, (9, 0)) not in half
 
@@ -191,19 +197,81 @@ def test_async_loads_are_told_from_loads_through_registers(loops, expected):
     assert compile_report.has_async_loads(text) == expected
 
 
-@pytest.mark.parametrize(
-    "values, code", [({}, 0), ({"spilled_bytes": 8}, 1), ({"shared_bytes": 232_449}, 1)]
-)
-def test_exit_code(values, code, monkeypatch, capsys):
+def row_of(**values):
     row = dict.fromkeys(compile_report.Compiled.__dataclass_fields__, 0)
-    row |= {"target": "sm_90", "shared_limit": 232_448, "shared_bytes": 232_448} | values
-    row = compile_report.Compiled(**row)
-    monkeypatch.setattr(compile_report, "report", lambda *_: [row])
-    assert compile_report.main([]) == code
-    names, cells, summary = capsys.readouterr().out.splitlines()
-    assert names.split() == list(compile_report.Compiled.__dataclass_fields__)
-    assert cells.split()[0] == "sm_90"
-    assert json.loads(summary)["kernels"][0]["shared_limit"] == 232_448
+    loop = dict.fromkeys(compile_report.Loop.__dataclass_fields__, 0) | {"tile": "64x32"}
+    row |= {"target": "sm_90", "blocks": 1, "loops": (compile_report.Loop(**loop),)} | values
+    return compile_report.Compiled(**row)
+
+
+@pytest.mark.parametrize("values, code", [({}, 0), ({"spilled_bytes": 8}, 1), ({"blocks": 0}, 1)])
+def test_exit_code_and_last_line(values, code, monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "report", lambda *_: [row_of(**values)])
+    wanted = ["--targets", "sm_75", "sm_90", "gfx1100"]
+    assert main(["bench", "kernels", "--static", *wanted]) == code
+    *refused, names, cells, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in refused] == ["sm_75", "gfx1100"]
+    assert all("refused: no launch sizes are known to fit" in line for line in refused)
+    assert cells.split()[0] == "sm_90" and len(cells.split()) == len(names.split())
+    found = json.loads(last)
+    assert found["kernels"][0]["loops"][0]["tile"] == "64x32"
+    assert list(found["refused"]) == ["sm_75", "gfx1100"]
+
+
+def test_it_measures_nothing(capsys):
+    assert main(["bench", "kernels"]) == 2
+    assert "needs --static" in capsys.readouterr().err
+
+
+def test_the_command_knows_what_there_is_to_compile():
+    for name in ("TARGETS", "KERNELS", "DTYPES", "FEATURES"):
+        assert getattr(command, name) == tuple(getattr(compile_report, name))
+    assert set(MULTIPROCESSORS) == {x for x in command.TARGETS if not compile_report.refusal(x)}
+
+
+LOOP = """
+.L_x_{n}:
+{body}
+        /*0090*/               @P0 BRA `(.L_x_{n}) ;
+"""
+MMA = "        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;\n"
+EXP = "        /*0000*/                   MUFU.EX2 R4, R8 ;\n"
+
+
+def loops_of(*bodies, kernel="forward", metric=0, num_warps=4):
+    """What is read from loops of 16 x 16 tiles, and 16 x 8 ones under a rule."""
+    code = "".join(LOOP.format(n=n, body=body) for n, body in enumerate(bodies))
+    sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 128, "METRIC": metric, "RULE_BLOCK": 8}
+    call = SimpleNamespace(arguments=sizes, config=KernelConfig(16, 16, num_warps, 2))
+    one = MULTIPROCESSORS["sm_80"]
+    return compile_report.inner_loops(kernel, call, read_sass(code), "mma", num_warps, one)
+
+
+def test_what_is_said_of_a_loop():
+    # Two products of 16 x 16 x 128: 32 instructions of 16 x 8 x 16, 8 for each of four warps.
+    (loop,) = loops_of(8 * MMA + 10 * EXP)
+    assert (loop.walk, loop.tile, loop.steps) == ("full", "16x16", 1)
+    assert (loop.instructions, loop.matrix, loop.special) == (19, 8, 10)
+    assert loop.cycles == {"issue": 19, "special": 80, "vector": 0, "matrix": 64}
+    assert (loop.of_peak, loop.of_peak_apart) == (64 / 80, 64 / 144)
+    # The same, unrolled once, is the same for each step but for the jump.
+    (twice,) = loops_of(16 * MMA + 20 * EXP)
+    assert (twice.steps, twice.instructions, twice.of_peak) == (2, 18.5, 64 / 80)
+
+
+def test_loops_under_a_rule_and_of_other_kernels():
+    full, partial = loops_of(8 * MMA, 4 * MMA + 30 * EXP, metric=1)
+    assert (full.walk, partial.walk, partial.tile) == ("full", "partial", "16x8")
+    assert full.of_peak == 1 and partial.of_peak == 32 / 240
+    full, partial = loops_of(16 * MMA, 8 * MMA, kernel="dkv", metric=1)
+    assert (full.tile, partial.tile) == ("16x16", "8x16")
+    assert loops_of(kernel="delta") == ()
+
+
+@pytest.mark.parametrize("bodies, metric", [((8 * MMA,), 1), ((8 * MMA,) * 2, 0), ((MMA,), 0)])
+def test_other_loops_than_the_kernel_has_are_not_read(bodies, metric):
+    with pytest.raises(RuntimeError, match="expected"):
+        loops_of(*bodies, metric=metric)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from time import perf_counter
 
-from . import gpu_day, growth, overhead
+from . import gpu_day, growth, kernels, overhead
 from .options import (
     BACKEND_NAMES,
     add_json_argument,
@@ -38,6 +38,7 @@ examples:
   dittfast bench growth --method log_linear --method radial --plot growth.png
   dittfast bench overhead --model wan --heads 2
   dittfast bench gpu --json gpu.json
+  dittfast bench kernels --static --targets sm_90
 
 dittfast bench TASK --help shows a task's options and more examples. The numbers are written as JSON
 where --json says so.
@@ -103,6 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_work(day, head_dim=False)
     gpu_day.add_arguments(day)
+    code = tasks.add_parser(
+        "kernels", help="our Triton kernels as machine code, without a GPU", epilog=kernels.EXAMPLE
+    )
+    kernels.add_arguments(code)
     over = tasks.add_parser(
         "overhead",
         help="what enabling costs a model that leaves nothing out",
@@ -152,6 +157,8 @@ def _add_work(parser: argparse.ArgumentParser, head_dim: bool = True):
 
 def run(args) -> int:
     """Check and measure; 1 if a result is wrong, and then no speed is printed."""
+    if args.task == "kernels":
+        return kernels.run(args)
     check_json(args, {"--plot": getattr(args, "plot", None)})
 
     from dittfast.environment import describe_device, versions
