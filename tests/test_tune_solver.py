@@ -1,4 +1,4 @@
-"""The tuner's arithmetic: the knapsack against brute force, budgets, choices, rules."""
+"""The tuner's arithmetic: its search against brute force, budgets, predictions, rules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dittfast.methods import METHODS, Local, TopK
 from dittfast.methods.base import Method
@@ -17,7 +18,7 @@ from dittfast.pipelines.tune.candidates import candidates, check_methods, tunabl
 from dittfast.pipelines.tune.prediction import DENSE, Place, Prediction
 from dittfast.pipelines.tune.preset import mixture_of
 from dittfast.pipelines.tune.recording import bands, middle
-from dittfast.pipelines.tune.solver import Choice, cheapest, hull, most_exact
+from dittfast.pipelines.tune.solver import Choice, Problem, front, hull, search
 from dittfast.pipelines.tune.tune import ImpossibleBudget, Tuner
 
 
@@ -34,59 +35,85 @@ def knapsack(draw: random.Random, items: int, most: int) -> list[list[Choice]]:
     return made
 
 
-def totals(chosen):
-    return sum(c.cost for c in chosen), sum(c.error for c in chosen)
+def problem(seed: int, items: int = 5, most: int = 4, measures: int = 2) -> Problem:
+    """Items with a choice that errs nothing, and cheaper ones whose errors go anywhere."""
+    draw = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    item = torch.arange(items).repeat_interleave(most)
+    errors = torch.randn(measures, items * most, 6, generator=draw, dtype=torch.float64)
+    errors *= rand(items * most, 1) ** 2
+    errors[:, ::most] = 0
+    cost = rand(items * most)
+    cost[::most] += 1
+    return Problem(cost, errors @ errors.mT, item)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_the_cheapest_within_a_limit_is_within_a_step_of_brute_force(seed):
-    draw = random.Random(seed)
-    items = knapsack(draw, draw.randint(1, 5), 4)
-    limit = draw.uniform(0, 4)
-    fitting = [c for c in itertools.product(*items) if totals(c)[1] <= limit]
-    best = min(totals(c)[0] for c in fitting)
-    cost, error = totals(cheapest(items, limit))
-    largest = max(
-        (a.cost - b.cost for x in items for a, b in itertools.pairwise(hull(x))), default=0
-    )
-    assert error <= limit
-    assert best <= cost <= best + largest + 1e-9
+def every_selection(one: Problem) -> torch.Tensor:
+    numbers = torch.arange(len(one.item))
+    own = [numbers[one.item == i].tolist() for i in range(one.items)]
+    return torch.tensor(list(itertools.product(*own)))
 
 
-def test_most_knapsacks_are_solved_exactly():
-    gaps = []
-    for seed in range(100):
-        draw = random.Random(seed)
-        items, limit = knapsack(draw, 5, 4), draw.uniform(0.5, 4)
-        fitting = [totals(c)[0] for c in itertools.product(*items) if totals(c)[1] <= limit]
-        gaps.append(totals(cheapest(items, limit))[0] / min(fitting) - 1)
-    assert sum(gap < 1e-9 for gap in gaps) > 60
+def total_and_error(one: Problem, chosen) -> tuple[float, float]:
+    """From the definition: costs add up, errors are sums of inner products."""
+    cost = sum(float(one.cost[i]) for i in chosen)
+    errors = [sum(float(g[i, j]) for i in chosen for j in chosen) for g in one.grams]
+    return cost, max(errors)
+
+
+@pytest.mark.parametrize("by_cost", [True, False])
+def test_what_is_found_is_nearly_always_what_brute_force_finds(by_cost):
+    exact, gaps = 0, []
+    for seed in range(16):
+        one = problem(seed, items=4)
+        values = torch.tensor([total_and_error(one, x) for x in every_selection(one).tolist()])
+        limited, other = values.unbind(1) if by_cost else values.flip(1).unbind(1)
+        bound = float(limited.quantile(0.3 + 0.03 * (seed % 8)))
+        best = float(other[limited <= bound].min())
+        found = total_and_error(one, search(one, bound, by_cost).tolist())
+        found = found if by_cost else found[::-1]
+        assert found[0] <= bound + 1e-9 and found[1] >= best - 1e-6
+        gaps.append(found[1] / best - 1 if best else 0.0)
+        exact += gaps[-1] < 1e-6
+    assert exact >= 15
     assert sum(gaps) / len(gaps) < 0.03
 
 
-def test_what_is_left_of_a_limit_is_spent_off_the_hull():
-    choices = [Choice(10, 0, "dense"), Choice(9, 0.5, "between"), Choice(6, 1, "sparse")]
-    assert [c.what for c in hull(choices)] == ["dense", "sparse"]
-    assert [c.what for c in cheapest([choices], 0.7)] == ["between"]
-    assert [c.what for c in cheapest([choices, choices], 1.5)] == ["sparse", "between"]
-    assert cheapest([[Choice(1, 2.0)]], 1.0) is None
+def test_a_change_of_one_item_or_two_is_valued_as_it_is():
+    one = problem(3, items=3, most=3)
+    chosen, everything = torch.tensor([1, 3, 8]), torch.arange(9)
+    errors, totals = one.changes(chosen)
+    both, sums = one.pairs(chosen, everything)
+    for a in range(9):
+        moved = chosen.clone()
+        moved[one.item[a]] = a
+        wanted = total_and_error(one, moved.tolist())
+        assert (float(totals[a]), float(errors.amax(0)[a])) == pytest.approx(wanted)
+        for b in range(9):
+            if one.item[a] == one.item[b]:
+                assert sums[a, b] == float("inf")
+                continue
+            again = moved.clone()
+            again[one.item[b]] = b
+            wanted = total_and_error(one, again.tolist())
+            assert (float(sums[a, b]), float(both[a, b])) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_the_most_exact_within_a_cost_turns_the_two_around(seed):
-    draw = random.Random(seed)
-    items = knapsack(draw, draw.randint(1, 5), 4)
-    low = sum(min(c.cost for c in x) for x in items)
-    limit = draw.uniform(low, sum(x[0].cost for x in items) + 1)
-    fitting = [totals(c)[1] for c in itertools.product(*items) if totals(c)[0] <= limit]
-    cost, error = totals(most_exact(items, limit))
-    steps = [[Choice(c.error, c.cost) for c in x] for x in items]
-    largest = max(
-        (a.cost - b.cost for x in steps for a, b in itertools.pairwise(hull(x))), default=0
-    )
-    assert cost <= limit
-    assert min(fitting) <= error <= min(fitting) + largest + 1e-9
-    assert most_exact(items, low - 0.01) is None
+def test_errors_that_cancel_are_taken_together():
+    """Each of two alone errs more than the limit, both together nothing."""
+    errors = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
+    cost, item = torch.tensor([2.0, 1.0, 2.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    one = Problem(cost, (errors @ errors.T)[None], item)
+    assert search(one, 1.0, by_cost=False).tolist() == [1, 3]
+    assert search(one, 2.5, by_cost=True).tolist() == [1, 3]
+    assert search(one, 1.9, by_cost=True) is None
+
+
+def test_a_start_is_never_left_for_something_worse():
+    one = problem(7)
+    for start in every_selection(one)[::97]:
+        bound = one.total(start) + 1e-9
+        assert one.error(search(one, bound, True, [start])) <= one.error(start) + 1e-9
 
 
 def test_no_choice_is_above_its_hull():
@@ -94,6 +121,7 @@ def test_no_choice_is_above_its_hull():
     for _ in range(50):
         (choices,) = knapsack(draw, 1, 8)
         points = hull(choices)
+        assert set(points) <= set(front(choices))
         assert points[0].error == min(c.error for c in choices)
         assert points[-1].cost == min(c.cost for c in choices)
         slopes = [(a.cost - b.cost) / (b.error - a.error) for a, b in itertools.pairwise(points)]
@@ -211,7 +239,8 @@ METHODS_TRIED = [Local(window=2), Local(window=4), TopK(topk=0.2)]
 LAYERS = ["a", "b"]
 
 
-def prediction(heads=2, seed=0):
+def prediction(heads=2, seed=0, answered=True):
+    """Two layers in two bands, of one and three steps; dense attention is 32 of 46 seconds."""
     draw = random.Random(seed)
     records = []
     for _ in range(2):
@@ -219,12 +248,12 @@ def prediction(heads=2, seed=0):
             {
                 "layer": layer, "step": step, "rows": 1, "heads": heads, "head_dim": 8,
                 "size": draw.uniform(1, 3), "dense_seconds": 1.0,
-                "sensitivity": draw.uniform(0.1, 1),
                 "tried": [
                     {
-                        "error": [draw.uniform(0, 0.5) for _ in range(heads)],
+                        "error": [draw.uniform(0.4, 0.5) / (1 + n) for _ in range(heads)],
                         "seconds": 0.2 * (n + 1),
                         "planning": 0.05 * (n == 2),
+                        "work": 0.1 * (n + 1),
                     }
                     for n in range(3)
                 ],
@@ -232,80 +261,122 @@ def prediction(heads=2, seed=0):
             for layer in LAYERS for step in (0, 2)
         ]  # fmt: skip
         records.append({"passes": 2, "calls": calls, "start": [0.1, 0.1, 0.2]})
-    return records, Prediction(METHODS_TRIED, [1, 3], [0, 2], records, {"psnr": [0.5, 2.0]}, 30.0)
+    made = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0)
+    if answered:
+        trials = {place: made.trials(place) for place in made.places}
+        made.answer(trials, {m: gram_of(trials, seed) for m in ("psnr", "distance")})
+    return records, made
 
 
-def test_the_prediction_is_the_sum_that_its_formula_says():
-    records, made = prediction()
+def gram_of(trials, seed):
+    """Errors that grow as what is run becomes sparser, in directions of their own."""
+    draw = torch.Generator().manual_seed(seed)
+    vectors = [
+        torch.randn(5, generator=draw, dtype=torch.float64)
+        * sum(0 if n == DENSE else 3 - n for n in heads) / 10
+        for own in trials.values() for heads in own
+    ]  # fmt: skip
+    return torch.stack(vectors) @ torch.stack(vectors).T
+
+
+def test_seconds_are_the_sum_that_their_formula_says():
+    _, made = prediction()
     assigned = {Place("a", 0): (0, 2), Place("a", 1): (1, 1),
                 Place("b", 0): (DENSE, DENSE), Place("b", 1): (DENSE, 0)}  # fmt: skip
-    made.factors["psnr"]["topk"] = 3.0
-    middles, reach, steps = [0, 2], [0.5, 2.0], [1, 3]
-    error = seconds = 0.0
-    for (layer, band), heads in assigned.items():
-        calls = [c for r in records for c in r["calls"]
-                 if (c["layer"], c["step"]) == (layer, middles[band])]  # fmt: skip
-        weight = sum(c["sensitivity"] for c in calls) / 2
-        for head, n in enumerate(heads):
-            if n == DENSE:
-                continue
-            own = sum(c["tried"][n]["error"][head] / c["size"] for c in calls) / 2
-            error += own * weight * reach[band] * (3.0 if n == 2 else 1.0)
+    # 2 layers, 2 passes, 4 steps of one recorded second are 32 seconds of a run: twice as many.
+    scale, steps, seconds = 32 / (2 * 2 * 4), [1, 3], 0.0
+    for place, heads in assigned.items():
         # A call of one head costs what one of both does, less half of what is no start of a call.
         alone = {DENSE: 0.5, 0: 0.15, 1: 0.25, 2: 0.4}
         whole = {DENSE: 1.0, 0: 0.2, 1: 0.4, 2: 0.6}
         each = [whole[heads[0]]] if heads[0] == heads[1] else [alone[n] for n in heads]
-        seconds += sum(each) * steps[band] * 2
-    assert made.squared_error(assigned, "psnr") == pytest.approx(error)
-    rest = 30.0 - 2 * 2 * (1 + 3)  # layers, passes, steps of one second
-    assert made.call_seconds(assigned) == pytest.approx(rest + seconds)
-    assert made.planning(assigned) == pytest.approx(0.5 * 0.05 * 1 * 2)
+        seconds += scale * sum(each) * steps[place.band] * 2
+    assert made.call_seconds(assigned) == pytest.approx(46 - 32 + seconds)
+    assert made.planning(assigned) == pytest.approx(scale * 0.5 * 0.05 * 1 * 2)
+    before = made.call_seconds(assigned)
+    made.learn_speed(assigned, 46 / (before + 1))
+    assert made.call_seconds(assigned) == pytest.approx(before + 1, rel=0.01)
+    assert all(slower > 1 for slower in made.slowness.values())
 
 
-def test_choices_cost_and_err_what_the_whole_says():
-    _, made = prediction(heads=3)
-    place = Place("b", 1)
-    limit = 0.7
-    for choice in made.choices(place, {"psnr": limit}):
-        alone = {place: choice.what}
-        assert choice.cost == pytest.approx(made.seconds(place, choice.what))
-        assert choice.error == pytest.approx(made.squared_error(alone, "psnr") / limit)
-    whats = {choice.what for choice in made.choices(place, {"psnr": limit})}
-    assert {(n,) * 3 for n in (DENSE, 0, 1, 2)} <= whats
-    assert any(len(set(what)) > 1 for what in whats)
+def test_a_busy_moment_is_no_slow_method():
+    """Seconds are those beside dense attention's of the same moment."""
+    records, made = prediction()
+    for one in records[0]["calls"]:  # while this prompt was recorded all took twice as long
+        one["dense_seconds"] *= 2
+        for tried in one["tried"]:
+            tried["seconds"] *= 2
+    again = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0)
+    for n in range(3):
+        assert again.speedup(again.alike(n)) == pytest.approx(made.speedup(made.alike(n)))
+
+
+def test_errors_are_the_sum_that_their_formula_says():
+    _, made = prediction()
+    trials = {place: made.trials(place) for place in made.places}
+    every = [(place, heads) for place in made.places for heads in trials[place]]
+    gram = gram_of(trials, 0)
+    assigned = {place: own[0] for place, own in trials.items()}
+    made.factors["psnr"]["topk"] = 3.0
+    weights = [
+        (sum({0: 1.0, 1: 1.0, 2: 3.0}[n] for n in heads if n != DENSE)
+         / sum(n != DENSE for n in heads)) ** 0.5
+        for _, heads in every
+    ]  # fmt: skip
+    at = [every.index(one) for one in assigned.items()]
+    wanted = sum(weights[i] * weights[j] * float(gram[i, j]) for i in at for j in at)
+    assert made.squared_error(assigned, "psnr") == pytest.approx(wanted)
+    dense = {place: (DENSE,) * 2 for place in made.places}
+    assert made.squared_error(dense, "psnr") == 0
+    shares = sum(x["squared_error"]["psnr"] for x in made.table(assigned))
+    assert shares == pytest.approx(wanted)
+
+
+def test_every_way_that_is_tried_is_worth_it_somewhere():
+    _, made = prediction(heads=3, answered=False)
+    assert made.usual == [2, 1, 0]
+    for place in made.places:
+        own = made.trials(place)
+        assert {(n,) * 3 for n in made.usual} <= set(own)
+        assert any(len(set(heads)) > 1 for heads in own)
+        dense = made.seconds(place, (DENSE,) * 3)
+        assert all(made.seconds(place, heads) < dense for heads in own)
+
+
+def test_what_is_solved_holds_its_limits():
+    _, made = prediction()
+    one = made.alike(1)
+    limits = {m: made.squared_error(one, m) for m in ("psnr", "distance")}
+    found = made.solve(limits, starts=[one])
+    assert all(made.squared_error(found, m) <= limits[m] * (1 + 1e-9) for m in limits)
+    assert made.call_seconds(found) <= made.call_seconds(one)
+    same = made.solve({"psnr": 1.0}, made.call_seconds(one), [one])
+    assert made.call_seconds(same) <= made.call_seconds(one) + 1e-9
+    assert made.squared_error(same, "psnr") <= made.squared_error(one, "psnr") + 1e-12
+    assert made.solve({"psnr": 1.0}, made.call_seconds(made.fastest()) - 0.1) is None
 
 
 def test_a_correction_moves_the_prediction_to_what_was_drawn():
     _, made = prediction()
-    one = {place: (0, 0) for place in made.places}
+    one = made.alike(0)
     before = made.squared_error(one, "psnr")
     made.correct(one, "psnr", 5 * before)
     assert made.squared_error(one, "psnr") == pytest.approx(5 * before)
-    other = {place: (2, 2) for place in made.places}
     assert made.factors["psnr"] == pytest.approx({"local": 5.0, "topk": 1.0})
-    both = {place: (0, 2) for place in made.places}
-    before, parts = dict(made.factors["psnr"]), made.contributions(both, "psnr")
-    share = parts["local"] / sum(parts.values())
-    made.correct(both, "psnr", 4 * sum(parts.values()))
-    moved = {name: x / before[name] for name, x in made.factors["psnr"].items()}
-    assert moved == pytest.approx({"local": 4**share, "topk": 4 ** (1 - share)})
+    assert set(made.factors["distance"].values()) == {1.0}
+    half = {p: (0, 0) if p.layer == "a" else (2, 2) for p in made.places}
     for _ in range(30):
-        made.correct(both, "psnr", 2.0)
-    assert made.squared_error(both, "psnr") == pytest.approx(2.0, rel=1e-3)
-    assert made.squared_error(other, "psnr") > 0
+        made.correct(half, "psnr", 2.0)
+    assert made.squared_error(half, "psnr") == pytest.approx(2.0, rel=1e-2)
 
 
 def test_a_method_that_was_not_finite_is_not_chosen():
     records, _ = prediction()
     records[0]["calls"][0]["tried"][1]["error"] = None
-    made = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, {"psnr": [0.5, 2.0]}, 30.0)
-    whats = {n for c in made.choices(Place("a", 0), {"psnr": 1.0}) for n in c.what}
-    assert whats == {DENSE, 0, 2}
+    made = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0)
+    assert {n for heads in made.trials(Place("a", 0)) for n in heads} <= {DENSE, 0, 2}
     assert [made.is_finite(n) for n in range(3)] == [True, False, True]
-    one = {place: (1, 1) for place in made.places}
-    made.correct(one, "psnr", 1.0)  # nothing is learned of what cannot be predicted
-    assert made.factors["psnr"] == {"local": 1.0, "topk": 1.0}
-    assert all(math.isfinite(c.error) for c in made.choices(Place("a", 0), {"psnr": 1.0}))
+    assert made.usual == [2, 0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -354,7 +425,7 @@ def test_a_speed_is_aimed_above_its_bound_where_there_is_room():
     alike = tuner._alike(made, {})  # the bound is out of reach for all
     assert alike is None
     tuner.task = SimpleNamespace(budget=Budget(speedup=1.2))
-    every = [{place: (n, n) for place in made.places} for n in range(3)]
+    every = [made.alike(n) for n in range(3)]
     fast = [one for one in every if made.speedup(one) >= 1.2 * 1.04]
     assert tuner._alike(made, {}) == min(fast, key=lambda x: made.squared_error(x, "psnr"))
     tuner.task = SimpleNamespace(budget=Budget(psnr=1.0))

@@ -31,16 +31,16 @@ from .variants import Variant
 class _Timed(TorchFunctionMode):
     """Adds up the seconds of scaled_dot_product_attention inside self-attention modules."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, clock: Callable[[], float]):
         super().__init__()
-        self.device = device
+        self.device, self.clock = device, clock
         self.inside = False
         self.seconds = 0.0
         self.calls = 0
 
     def now(self) -> float:
         synchronize(self.device)
-        return time.perf_counter()
+        return self.clock()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention or not self.inside:
@@ -68,14 +68,16 @@ class AttentionSeconds:
 
 
 @contextlib.contextmanager
-def attention_seconds(pipe) -> Iterator[AttentionSeconds]:
+def attention_seconds(
+    pipe, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[AttentionSeconds]:
     """Time the self-attention of what runs inside. It waits for the device around every call.
 
     Use it in a run of its own: waiting slows an accelerator down.
     """
     models = transformers_of(pipe)
     device = next(iter(models.values())).device
-    spent, mode, began = AttentionSeconds(), _Timed(device), [0.0]
+    spent, mode, began = AttentionSeconds(), _Timed(device, clock), [0.0]
 
     def enter(module, args):
         mode.inside = True

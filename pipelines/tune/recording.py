@@ -1,4 +1,4 @@
-"""What each method does to a real run: errors by head, and seconds, measured while layers run.
+"""What each method does to a real run: errors by head, work and seconds, while layers run.
 
 Nothing of a layer outlives its call but numbers, so the memory needed is that of one call of
 attention, whatever the length of the run and the number of layers.
@@ -21,14 +21,17 @@ from dittfast.measure.timing import clock_for, synchronize
 from dittfast.methods.base import Method
 
 from ..adapter import enable
+from ..layer import PlannedLayout
 from ..measure.probe import Captured, Recorder
 from ..models import execution_device, transformers_of
 from ..runs.run import Run, run
 from .errors import squares_apart
-from .sensitivity import LayerSensitivity
 
 # Static plans that are kept while a run is recorded; those of a long video are large.
 _MOST_KEPT, _MOST_BYTES = 64, 2**30
+# Candidates that are timed between two timings of dense attention: a busy machine is now faster,
+# now slower, and only seconds of one moment compare.
+_BETWEEN = 6
 # What a record of one dense run holds.
 FORM = {
     "passes": int,
@@ -41,8 +44,9 @@ FORM = {
             "head_dim": int,
             "size": float,
             "dense_seconds": float,
-            "sensitivity": float,
-            "tried": [{"error": ([float], None), "seconds": float, "planning": float}],
+            "tried": [
+                {"error": ([float], None), "seconds": float, "planning": float, "work": float}
+            ],
         }
     ],
     "start": [float],
@@ -74,23 +78,17 @@ class _Calls:
         c = _first_row(captured)
         out = out[: c.q.shape[0]]
         first = not any(x["step"] == c.step for x in self.calls)
-        start = self.now()
-        F.scaled_dot_product_attention(**call)
-        dense_seconds = (self.now() - start) * c.q.shape[0] / captured.q.shape[0]
-        tried = []
-        for number, method in enumerate(self.methods):
-            ours, seconds, planning = self._attention(method, number, c)
-            error = squares_apart(ours, out)
-            known = bool(torch.isfinite(error).all())
-            tried.append(
-                {
-                    "error": error.tolist() if known else None,
-                    "seconds": seconds,
-                    "planning": planning,
-                }
-            )
-            if first and c.k.shape[1] > 1:
-                self.starts[number].append(self._start(method, number, c, seconds))
+        tried: list[dict] = []
+        dense = [self._dense_seconds(call, c, captured)]
+        for begin in range(0, len(self.methods), _BETWEEN):
+            numbers = range(begin, min(begin + _BETWEEN, len(self.methods)))
+            own = [self._try(n, c, out, first) for n in numbers]
+            dense.append(self._dense_seconds(call, c, captured))
+            now = statistics.fmean(dense[-2:])
+            tried += [one | {n: one[n] / now for n in ("seconds", "planning")} for one in own]
+        usual = statistics.median(dense)
+        for one in tried:
+            one |= {n: one[n] * usual for n in ("seconds", "planning")}
         self.calls.append(
             {
                 "layer": c.layer,
@@ -99,14 +97,38 @@ class _Calls:
                 "heads": c.q.shape[1],
                 "head_dim": c.q.shape[3],
                 "size": float(squares_apart(0 * out, out).sum()),
-                "dense_seconds": dense_seconds,
+                "dense_seconds": usual,
                 "tried": tried,
             }
         )
         self.told()
 
+    def _dense_seconds(self, call: dict, c: Captured, captured: Captured) -> float:
+        """Of PyTorch's attention, for the first batch row."""
+        start = self.now()
+        F.scaled_dot_product_attention(**call)
+        return (self.now() - start) * c.q.shape[0] / captured.q.shape[0]
+
+    def _try(self, number: int, c: Captured, out: torch.Tensor, first: bool) -> dict:
+        method = self.methods[number]
+        ours, seconds, planning, work = self._attention(method, number, c)
+        if first and c.k.shape[1] > 1:
+            self.starts[number].append(self._start(method, number, c, seconds))
+        error = squares_apart(ours, out)
+        known = bool(torch.isfinite(error).all())
+        return {
+            "error": error.tolist() if known else None,
+            "seconds": seconds,
+            "planning": planning,
+            "work": work,
+        }
+
     def _start(self, method: Method, number: int, c: Captured, seconds: float) -> float:
-        """Seconds of a call that do not grow with its heads, from one for the first keys alone."""
+        """Seconds of a call that do not grow with its heads, from one for the first keys alone.
+
+        Args:
+            seconds: of the same call for all heads, just before.
+        """
         groups = c.k.shape[1]
         each = c.q.shape[1] // groups
         weight = c.kv_log_weight
@@ -120,18 +142,26 @@ class _Calls:
         return self.clock()
 
     def _attention(self, method: Method, number: int, c: Captured):
-        """The output of a method on captured q, k and v, its seconds, and those of its planning."""
-        device, planned = c.q.device, []
+        """A method's output on captured q, k and v, seconds, those of its planning, and work."""
+        device, planned, plans = c.q.device, [], []
         kept = self._kept.get((c.layout, number), lambda: method.keep(c.layout, device))
         method.prepare(c.layout, device)
+
+        def on_plan(plan, heads: int = 1):
+            planned.append(self.now())
+            plans.append((plan, heads))
+
         start = self.now()
         out = method_attention(
             method, c.layout, c.q, c.k, c.v, kept=kept, scale=c.scale,
-            kv_log_weight=c.kv_log_weight, backend=self.backend,
-            on_plan=lambda plan: planned.append(self.now()),
+            kv_log_weight=c.kv_log_weight, backend=self.backend, on_plan=on_plan,
         )  # fmt: skip
         seconds = self.now() - start
-        return out, seconds, planned[0] - start if planned else 0.0
+        counted = PlannedLayout(method, c.layout, kept)
+        for plan in plans:
+            counted.observe(*plan)
+        work = counted.amount(c.q.shape[1], c.q.shape[3]).work
+        return out, seconds, planned[0] - start if planned else 0.0, work
 
 
 def _first_row(c: Captured) -> Captured:
@@ -151,21 +181,16 @@ def record(
     methods: Sequence[Method],
     steps: Sequence[int],
     *,
-    strength: float,
     backend: str = "auto",
     on_call: Callable[[], None] = lambda: None,
 ) -> tuple[Run, dict]:
     """One dense run, in which every method is tried on every layer's q, k and v at some steps.
-
-    At each of these steps the transformer also runs once more for each layer, with noise in that
-    layer's attention (:class:`~.sensitivity.LayerSensitivity`).
 
     Args:
         call: arguments of the pipeline, its prompt among them.
         methods: what is tried; None of their outputs reaches the picture.
         steps: denoising steps, from 0; of a step with several passes the first is taken, and of a
             batch the first row.
-        strength: of the noise, relative to the layer's output.
         on_call: called after each call of attention.
 
     Returns:
@@ -179,18 +204,12 @@ def record(
     calls = _Calls(methods, backend, execution_device(pipe), on_call)
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(enable(pipe, "dense"))
-        sensitive = []
         for model in models.values():
             state = model._dittfast
             for name in state.layers:
                 state.recorders[name] = Recorder(model, name, frozenset(steps), calls)
-            state.guidance = LayerSensitivity(steps, strength)
-            sensitive.append(state.guidance)
         drawn = run(pipe, call, seed)
         passes = sum(model._dittfast.num_passes for model in models.values())
-    found = {key: value for guidance in sensitive for key, value in guidance.found.items()}
-    for one in calls.calls:
-        one["sensitivity"] = found[one["layer"], one["step"]]
     total = call["num_inference_steps"]
     return drawn, {
         "passes": max(1, round(passes / total)),

@@ -1,145 +1,181 @@
-"""How much the picture minds an error: of a layer's attention, and of a step's prediction.
+"""How a transformer's prediction answers to a method in one layer: by one more pass, with it.
 
-Both are measured by putting noise of a known size where the error would be. A layer's noise is
-followed to the prediction of the same pass, which takes one more pass; a band's noise from the
-predictions to the finished picture, which takes one more run. Their product is what an error of a
-layer's attention in a band does to the picture, to first order.
+What counts is where an error of attention leads, not its size: layers differ by factors, and their
+errors cancel or help each other. So every answer is kept as a vector. Its sketch, random signs
+summed in a few thousand buckets, has the same inner products up to a percent or two, at any size of
+a model.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator
+import base64
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
-from dittfast.layout import Layout
+from dittfast.methods.base import Method
 
 from ..adapter import enable
-from ..guidance.plain import added, each, prediction_of
+from ..guidance.plain import prediction_of
 from ..layer import LayerRun
 from ..models import transformers_of
 from ..passes import Pass
-from ..runs.run import Run, run
-from ..state import ModelState
+from ..runs.run import run
+from ..state import ModelState, device_of, dtype_of
+
+WIDTH = 4096
+# What a record of one run with answers holds.
+FORM = {"asked": str, "vectors": [str]}
+
+# A step, and what layers run in it; all others are dense.
+Trial = tuple[int, Mapping[str, Method]]
 
 
-def noise_like(x: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
-    """Noise of ``strength`` times the root mean square of ``x [B, ...]``; alike in all rows.
+def sketch(x: torch.Tensor, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
+    """``[width]`` fp32: the values of ``x`` with random signs, summed in random buckets.
 
-    Alike, because the rows are guidance's branches of one latent, whose errors go together:
-    independent ones would be enlarged by the guidance scale.
+    Inner products of sketches are, up to ``|x| |y| / sqrt(width)`` or so, those of the tensors
+    (Charikar, Chen and Farach-Colton 2002).
     """
+    flat = x.detach().flatten().to("cpu", torch.float32)
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(x.shape[1:], generator=generator).to(x.device, torch.float32)
-    size = x.float().square().mean().sqrt()
-    return (strength * size * drawn).to(x.dtype).expand_as(x)
+    bucket = torch.randint(width, flat.shape, generator=generator)
+    sign = torch.randint(2, flat.shape, generator=generator) * 2 - 1
+    return torch.zeros(width).index_add_(0, bucket, flat * sign)
 
 
-class _Noise:
-    """Stands in a layer for one pass: puts noise on its attention."""
-
-    strict, shortcut, hidden_states = True, None, None
-
-    def __init__(self, layout: Layout, strength: float, seed: int):
-        self.num_tokens = layout.num_tokens
-        self.text_before, self.text_behind = layout.grid_start, layout.text_behind
-        self.strength, self.seed = strength, seed
-
-    def covers(self, num_tokens: int) -> bool:
-        return num_tokens == self.num_tokens
-
-    def __call__(self, out: torch.Tensor, strength, call: dict) -> torch.Tensor:
-        return out + noise_like(out, self.strength, self.seed)
+def to_text(vector: torch.Tensor) -> str:
+    """A vector in half precision, as text."""
+    return base64.b64encode(vector.numpy().astype("<f2").tobytes()).decode("ascii")
 
 
-def _square(x: torch.Tensor | list[torch.Tensor]) -> float:
-    parts = [x] if torch.is_tensor(x) else x
-    return float(sum(part.float().square().sum(dtype=torch.float64) for part in parts))
+def from_text(text: str) -> torch.Tensor:
+    """``[n]`` fp64.
+
+    Raises:
+        ValueError: no such text, or another length than a sketch's.
+    """
+    values = np.frombuffer(base64.b64decode(text, validate=True), "<f2")
+    if len(values) != WIDTH:
+        raise ValueError(f"a vector has {len(values)} values, not {WIDTH}")
+    return torch.from_numpy(values.astype(np.float64))
 
 
-def layer_sensitivity(
+def _first_row(out) -> torch.Tensor:
+    prediction = prediction_of(out)
+    return prediction[0].float()
+
+
+def answer(
     model: torch.nn.Module,
     state: ModelState,
     done: Pass,
     arguments: dict,
     out,
-    layer: str,
-    strength: float,
-    seed: int = 0,
-) -> float:
-    """Relative squared change of a prediction for each unit of a layer's relative squared error.
+    methods: Mapping[str, Method],
+) -> torch.Tensor:
+    """How far methods in some layers move a prediction, relative to its size; of the first row.
 
-    Runs the transformer once more, with noise on the layer's attention.
+    Runs the transformer once more.
 
     Args:
-        model, state, done, arguments, out: a transformer that is enabled, and the pass that gave
-            ``out``, as :class:`~dittfast.pipelines.state.Guidance` is told of it.
-        strength: of the noise, relative to the attention's root mean square.
+        model, state, done, arguments, out: a transformer that is enabled, and the dense pass that
+            gave ``out``, as :class:`~dittfast.pipelines.state.Guidance` is told of it.
+        methods: what layers run, by their names; all others are dense.
     """
-    noise = _Noise(done.sequences.layout, strength, seed)
-    noisy = dict.fromkeys(done.runs, LayerRun()) | {layer: LayerRun(transform=noise)}
-    with state.passes.under_way(done.changed(noisy)):
-        moved = prediction_of(torch.nn.Module.__call__(model, **arguments))
-    before = prediction_of(out)
-    return _square(each(torch.sub, moved, before)) / _square(before) / strength**2
+    given = done.sequences, device_of(arguments), dtype_of(arguments)
+    runs = dict.fromkeys(done.runs, LayerRun())
+    runs |= {name: LayerRun(state.core(method, *given)) for name, method in methods.items()}
+    with state.passes.under_way(done.changed(runs)):
+        moved = _first_row(torch.nn.Module.__call__(model, **arguments))
+    before = _first_row(out)
+    return (moved - before) / before.norm()
 
 
-class LayerSensitivity:
-    """In the place of guidance: measures every layer at the first pass of some steps."""
+class _Answers:
+    """In the place of guidance: asks for answers at the first pass of some steps."""
 
-    def __init__(self, steps: Collection[int], strength: float):
-        self.steps, self.strength = frozenset(steps), strength
-        self.found: dict[tuple[str, int], float] = {}
+    def __init__(
+        self, trials: Sequence[tuple[int, Mapping[str, Method]]], told: Callable[[], None]
+    ):
+        self.trials, self.told = trials, told
+        self.found: dict[int, torch.Tensor] = {}
 
     def describe(self) -> str:
-        return "every layer's sensitivity is measured"
+        return "the answer to methods in single layers is measured"
 
     def guide(self, model, state: ModelState, done: Pass, arguments: dict, out):
-        step = done.step[0]
-        for layer in state.layers if step in self.steps else ():
-            if (layer, step) not in self.found:
-                given = (model, state, done, arguments, out, layer, self.strength)
-                self.found[layer, step] = layer_sensitivity(*given)
+        for number, (step, methods) in enumerate(self.trials):
+            own = {name: method for name, method in methods.items() if name in state.layers}
+            if step != done.step[0] or number in self.found or not own:
+                continue
+            self.found[number] = sketch(answer(model, state, done, arguments, out, own))
+            self.told()
         return out
 
 
-class _Disturbance:
-    """In the place of guidance: puts noise on the predictions of some steps."""
+def answers(
+    pipe,
+    call: dict,
+    seed: int,
+    trials: Sequence[Trial],
+    *,
+    backend: str = "auto",
+    on_pass: Callable[[], None] = lambda: None,
+) -> list[torch.Tensor]:
+    """For each of ``trials``, (step, methods by layer), how the prediction of that step answers.
 
-    def __init__(self, steps: Collection[int], strength: float, seed: int):
-        self.steps, self.strength, self.seed = frozenset(steps), strength, seed
-
-    def describe(self) -> str:
-        return f"noise of {self.strength:g} on some predictions"
-
-    def guide(self, model, state: ModelState, done: Pass, arguments: dict, out):
-        if done.step[0] not in self.steps:
-            return out
-        noise = lambda x: noise_like(x, self.strength, self.seed)  # noqa: E731
-        return added(out, each(noise, prediction_of(out)))
-
-
-@contextlib.contextmanager
-def disturbed(pipe, steps: Collection[int], strength: float, seed: int = 0) -> Iterator[None]:
-    """Inside, a pipeline's dense predictions at some steps get noise, the same in all of them.
-
-    The same, because errors of attention go together from step to step.
+    One dense run, with one more pass for each. Vectors are sketches, ``[WIDTH]`` fp32, relative to
+    the size of the prediction.
 
     Raises:
         ValueError: as :func:`dittfast.enable`.
     """
-    with enable(pipe, "dense"):
+    with enable(pipe, "dense", min_tokens=0, backend=backend), torch.no_grad():
+        asked = []
         for model in transformers_of(pipe).values():
-            model._dittfast.guidance = _Disturbance(steps, strength, seed)
-        yield
+            model._dittfast.guidance = _Answers(trials, on_pass)
+            asked.append(model._dittfast.guidance)
+        run(pipe, call, seed)
+    found = {number: x for one in asked for number, x in one.found.items()}
+    return [found[number] for number in range(len(trials))]
 
 
-def draw_disturbed(pipe, call: dict, seed: int, steps: Collection[int], strength: float) -> Run:
-    """A dense run with noise of relative size ``strength`` on the predictions of some steps.
+def followed(
+    answered: Sequence[torch.Tensor],
+    band: Sequence[int],
+    reference: torch.Tensor,
+    drawn: torch.Tensor,
+) -> torch.Tensor:
+    """``[n, n]``: inner products of what trials do to the picture, a mean over prompts.
 
-    How far its picture is from the dense one, divided by ``strength**2``, is what an error of the
-    predictions in these steps does.
+    How a moved prediction goes on to the picture is told by one trial in each band that was
+    followed there: how long it became, and how much nearer to or farther from those of other bands.
+
+    Args:
+        answered: one prompt's answers each, ``[n, width]``.
+        band: of each of the n.
+        reference: ``[bands, width]``, the answers to the trials that were followed.
+        drawn: ``[bands, bands]``, inner products of what these did to the picture.
     """
-    with disturbed(pipe, steps, strength), torch.no_grad():
-        return run(pipe, call, seed)
+    band = torch.tensor(band, dtype=torch.long)
+    answers, pictures = reference @ reference.T, drawn.double()
+    length, far = answers.diagonal().sqrt(), pictures.diagonal().sqrt()
+    near, together = answers / length.outer(length), pictures / far.outer(far)
+    turned = _semidefinite((together / near.clamp(min=_LEAST_COSINE)).clamp(-1, 1))
+    change = (far / length).outer(far / length) * turned
+    mean = sum(x @ x.T for x in answered) / len(answered)
+    return mean * change[band][:, band]
+
+
+# Below this two answers have so little in common that their quotient says nothing.
+_LEAST_COSINE = 0.2
+
+
+def _semidefinite(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest that inner products of vectors of length 1 can be."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    kept = vectors @ torch.diag(values.clamp(min=0)) @ vectors.T
+    scale = kept.diagonal().sqrt()
+    return kept / scale.outer(scale)

@@ -1,9 +1,10 @@
-"""A knapsack with several choices for each item: the cheapest ones whose errors add up to a limit.
+"""Choices for items, one each, whose costs add up and whose errors are vectors that add up.
 
-Of every item only the choices on the lower convex hull of (error, cost) matter to the relaxed
-problem (Sinha and Zoltners 1979), and steps along the hulls, taken in the order of what they save
-for each unit of error, solve it for every limit at once. What is left of the limit is filled with
-any single changes that still fit. The result is at most one step of one item above the optimum.
+Errors of different layers and steps help or cancel each other, so the squared error of a choice is
+quadratic, ``x G x`` with the inner products of all errors in G, and no knapsack of independent
+items. It is searched: from several starts, changes of one item lower ``error + price * cost``, for
+prices from high to low; then changes of one item and of two at once improve what was found as long
+as the bound holds.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
+
+# Prices of cost that are tried, from one that buys the cheapest to one that buys the most exact.
+_PRICES = 33
+# Choices whose pairs are all looked at in a round; of more only the best single ones.
+_MOST_PAIRS = 1024
+
 
 class Choice(NamedTuple):
     """One way to settle an item.
 
     Attributes:
-        cost, error: what is minimised, and what is limited; they add up over items.
+        cost, error: what is minimised, and what is limited.
         what: whatever the caller means by it.
     """
 
@@ -29,12 +37,19 @@ class Choice(NamedTuple):
 def hull(choices: Sequence[Choice]) -> list[Choice]:
     """The lower convex hull: from the least error on, ever cheaper at ever less saved by error."""
     kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.error, c.cost)):
-        if kept and choice.cost >= kept[-1].cost:
-            continue
+    for choice in front(choices):
         while len(kept) > 1 and _rate(kept[-2], kept[-1]) <= _rate(kept[-1], choice):
             kept.pop()
         kept.append(choice)
+    return kept
+
+
+def front(choices: Sequence[Choice]) -> list[Choice]:
+    """Those that no other is as cheap and as exact as, from the most exact to the cheapest."""
+    kept: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.error, c.cost)):
+        if not kept or choice.cost < kept[-1].cost:
+            kept.append(choice)
     return kept
 
 
@@ -45,7 +60,11 @@ def _rate(a: Choice, b: Choice) -> float:
 
 
 def path(items: Sequence[Sequence[Choice]]) -> Iterator[tuple[int, Choice]]:
-    """``(item, choice)``: every item at its least error, then the steps that save most first."""
+    """``(item, choice)``: every item at its least error, then the steps that save most first.
+
+    Of every item only the choices on the lower convex hull matter where errors add up (Sinha and
+    Zoltners 1979).
+    """
     hulls = [hull(choices) for choices in items]
     for number, choices in enumerate(hulls):
         yield number, choices[0]
@@ -58,49 +77,146 @@ def path(items: Sequence[Sequence[Choice]]) -> Iterator[tuple[int, Choice]]:
         yield number, hulls[number][at + 1]
 
 
-def cheapest(items: Sequence[Sequence[Choice]], most_error: float) -> list[Choice] | None:
-    """A choice for every item, of nearly the least total cost with errors up to ``most_error``.
+class Problem:
+    """What can be chosen: all choices of all items in one row, n of them.
+
+    Args:
+        cost: ``[n]``, of each choice.
+        grams: ``[measures, n, n]``, inner products of the choices' errors, in units of the limit of
+            each measure. The error of a selection is the largest of its measures' sums.
+        item: ``[n]``, the number of the item that a choice belongs to; each has at least one.
+    """
+
+    def __init__(self, cost: torch.Tensor, grams: torch.Tensor, item: torch.Tensor):
+        self.cost, self.grams, self.item = cost.double(), grams.double(), item
+        self.items = int(item.max()) + 1
+        self._own = torch.diagonal(self.grams, dim1=1, dim2=2)
+
+    def error(self, chosen: torch.Tensor) -> float:
+        """Of the choices ``[items]``, by their numbers, item by item."""
+        return float(self._sums(chosen).max())
+
+    def total(self, chosen: torch.Tensor) -> float:
+        """The cost of choices ``[items]``."""
+        return float(self.cost[chosen].sum())
+
+    def _sums(self, chosen: torch.Tensor) -> torch.Tensor:
+        return self.grams[:, chosen][:, :, chosen].sum((1, 2))
+
+    def changes(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[measures, n]`` errors and ``[n]`` costs after a change to each choice."""
+        now = chosen[self.item]
+        towards = self.grams[:, :, chosen].sum(2)  # of every choice with all that is chosen
+        cross = self.grams[:, torch.arange(len(now)), now]
+        more = 2 * (towards - towards[:, now]) + self._own - 2 * cross + self._own[:, now]
+        total = self.cost[chosen].sum() + self.cost - self.cost[now]
+        return self._sums(chosen)[:, None] + more, total
+
+    def pairs(self, chosen: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[len(a), n]`` errors and costs after a change to one of ``a`` and to any other.
+
+        Two of one item are infinitely dear.
+        """
+        errors, totals = self.changes(chosen)
+        now = chosen[self.item]
+        g = self.grams
+        both = g[:, a] - g[:, now[a]]
+        both = 2 * (both - both[:, :, now])
+        error = errors[:, a, None] + errors[:, None, :] - self._sums(chosen)[:, None, None] + both
+        total = totals[a, None] + totals[None, :] - self.cost[chosen].sum()
+        same = self.item[a, None] == self.item[None, :]
+        return error.amax(0), total.masked_fill(same, float("inf"))
+
+
+def search(problem: Problem, bound: float, by_cost: bool, starts: Sequence[torch.Tensor] = ()):
+    """The most exact choices of cost up to ``bound``, or the cheapest of error up to it.
+
+    Args:
+        by_cost: which of the two is bounded.
+        starts: choices ``[items]`` to begin from, besides the most exact of every item and the
+            cheapest.
 
     Returns:
-        The choices; None where even the most exact ones err more.
+        ``[items]`` numbers of choices; None where none keeps the bound that was found.
     """
-    chosen: list[Choice | None] = [None] * len(items)
-    spent, blocked = 0.0, set()
-    for number, choice in path(items):
-        before = chosen[number]
-        more = choice.error - (0.0 if before is None else before.error)
-        if before is not None and (number in blocked or spent + more > most_error):
-            blocked.add(number)  # what comes after it errs more still
-            continue
-        chosen[number], spent = choice, spent + more
-    if spent > most_error:
-        return None
-    return _filled(items, chosen, most_error)
+    best, found = None, float("inf")
+    for chosen in _ends(problem, starts):
+        limited, other = _values(problem, chosen, by_cost)
+        if limited <= bound and other < found:
+            best, found = chosen, other
+    return None if best is None else _improved(problem, best, bound, by_cost)
 
 
-def _filled(items, chosen: list[Choice], most_error: float) -> list[Choice]:
-    """Take single changes that fit, those that save most first, until there are none."""
-    while True:
-        spent = sum(c.error for c in chosen)
-        fitting = [
-            (choice.cost - chosen[number].cost, number, at)
-            for number, choices in enumerate(items)
-            for at, choice in enumerate(choices)
-            if choice.cost < chosen[number].cost
-            and spent - chosen[number].error + choice.error <= most_error
+def _values(problem: Problem, chosen: torch.Tensor, by_cost: bool) -> tuple[float, float]:
+    values = problem.total(chosen), problem.error(chosen)
+    return values if by_cost else values[::-1]
+
+
+def _ends(problem: Problem, starts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Starts, and where single changes lead from them at every price."""
+    exact, cheap = (_least(problem, x) for x in (problem._own.amax(0), problem.cost))
+    starts = [exact, cheap, *starts]
+    yield from starts
+    spread = problem.total(exact) - problem.total(cheap)
+    worst = max(map(problem.error, starts))
+    if spread <= 0 or worst <= 0:
+        return
+    for begin in starts:
+        chosen = begin
+        for price in torch.logspace(-4, 2, _PRICES).tolist():
+            chosen = _descended(problem, chosen, price * worst / spread)
+            yield chosen
+
+
+def _least(problem: Problem, value: torch.Tensor) -> torch.Tensor:
+    """Of every item the choice with the least value."""
+    return torch.stack(
+        [
+            (problem.item == i).nonzero()[:, 0][value[problem.item == i].argmin()]
+            for i in range(problem.items)
         ]
-        if not fitting:
+    )
+
+
+def _descended(problem: Problem, chosen: torch.Tensor, price: float) -> torch.Tensor:
+    """Where single changes end that lower ``error + price * cost``."""
+    now = problem.error(chosen) + price * problem.total(chosen)
+    while True:
+        errors, totals = problem.changes(chosen)
+        values = errors.amax(0) + price * totals
+        best = int(values.argmin())
+        if not values[best] < now - 1e-12 * abs(now):
             return chosen
-        _, number, at = min(fitting)
-        chosen[number] = items[number][at]
+        chosen, now = _changed(problem, chosen, best), float(values[best])
 
 
-def most_exact(items: Sequence[Sequence[Choice]], most_cost: float) -> list[Choice] | None:
-    """A choice for every item, of nearly the least total error with costs up to ``most_cost``.
+def _changed(problem: Problem, chosen: torch.Tensor, *numbers: int) -> torch.Tensor:
+    chosen = chosen.clone()
+    for number in numbers:
+        chosen[problem.item[number]] = number
+    return chosen
 
-    Returns:
-        The choices; None where even the cheapest ones cost more.
-    """
-    turned = [[Choice(c.error, c.cost, c) for c in choices] for choices in items]
-    chosen = cheapest(turned, most_cost)
-    return None if chosen is None else [c.what for c in chosen]
+
+def _improved(problem: Problem, chosen: torch.Tensor, bound: float, by_cost: bool) -> torch.Tensor:
+    """Change one item, or two, while that lowers what is not bounded and keeps the bound."""
+    inf = float("inf")
+
+    def within(errors, totals):
+        limited, other = (totals, errors) if by_cost else (errors, totals)
+        return other.masked_fill(limited > bound, inf)
+
+    now = _values(problem, chosen, by_cost)[1]
+    while True:
+        errors, totals = problem.changes(chosen)
+        single = within(errors.amax(0), totals)
+        best, numbers = float(single.min()), (int(single.argmin()),)
+        if not best < now - 1e-12 * abs(now):
+            # The changes that are best beside what they cost, with all others.
+            order = (errors.amax(0) * totals).argsort()[:_MOST_PAIRS]
+            double = within(*problem.pairs(chosen, order))
+            at = int(double.argmin())
+            best = float(double.flatten()[at])
+            numbers = int(order[at // double.shape[1]]), at % double.shape[1]
+        if not best < now - 1e-12 * abs(now):
+            return chosen
+        chosen, now = _changed(problem, chosen, *numbers), best

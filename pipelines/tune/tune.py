@@ -11,40 +11,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from dittfast.disk.locks import locked
 from dittfast.disk.records import digest_of, write_record
 from dittfast.files import write_text
 from dittfast.layout import Layout
 from dittfast.measure.metrics import image_tensor, psnr, relative_distance
 from dittfast.measure.report import html_report, read_results
-from dittfast.measure.timing import in_turns
+from dittfast.measure.timing import clock_for, in_turns
 from dittfast.methods.base import Method
 from dittfast.mixture import Mixture, Rule
 from dittfast.schedule import Schedule
 
 from ..adapter import enable
 from ..measure.fidelity import Arm, base_settings, draw_missing, evaluate_fidelity
+from ..measure.latency import attention_seconds
 from ..measure.method_check import layer_names
 from ..measure.variants import Variant
 from ..models import execution_device, transformers_of
 from ..runs.positions import positions_scaled
 from ..runs.prompts import Item
-from ..runs.run import duration, run
+from ..runs.run import Run, duration, run
 from ..runs.sources import Source
 from .book import Book
 from .budget import QUALITIES, Budget
 from .candidates import candidates, check_methods, tunable
-from .prediction import Assigned, Prediction
+from .prediction import Assigned, Prediction, method_of
 from .preset import ALWAYS, mixture_of, preset_data, write_preset
 from .recording import FORM, bands, check_record, middle, record
 from .report import summary_tables
-from .sensitivity import draw_disturbed
-from .solver import Choice, cheapest, most_exact
+from .sensitivity import FORM as ANSWERS
+from .sensitivity import answers, followed, from_text, to_text
 
 logger = logging.getLogger(__name__)
 
-# Sizes of the noise: small enough for first order, large enough for 8-bit pictures.
-_LAYER_NOISE, _STEP_NOISE = 0.1, 0.03
 # dB that are aimed above a bound of quality, for prompts differ; and how near to its bound a
 # quality leaves nothing worth another round.
 _ABOVE, _NEAR = 0.5, 1.0
@@ -183,8 +184,10 @@ class Tuner:
         self.dense = self._arm(None)
         self.measures = list(QUALITIES)
         drawings = len(task.items) + len(task.held_out)
-        work = 2 * len(task.items) + len(task.held_out) + len(self.bands)
-        work += 0.5 * (len(task.methods) + task.rounds * drawings) + 3
+        # Records, trials in every layer and band, one followed in each band, timing.
+        trials = len(self.layers) * len(self.bands) * 8 / self.total_steps
+        work = (4 + trials) * len(task.items) + len(task.held_out) + len(self.bands)
+        work += 0.5 * task.rounds * drawings + 4
         self.progress = _Progress(work, on_stage)
 
     def _arm(self, variant: Variant | None) -> Arm:
@@ -214,7 +217,7 @@ class Tuner:
             return next(m._dittfast.layout for m in models if m._dittfast.layout is not None)
 
     def prediction(self) -> Prediction:
-        """Record dense runs and how far errors reach, and make a prediction of them."""
+        """Record dense runs and where errors lead, and make a prediction of them."""
         self.layout = self.read_layout()
         methods = candidates(self.layout, self.task.methods, execution_device(self.pipe))
         records = [self._record(item, methods) for item in self.task.items]
@@ -227,72 +230,116 @@ class Tuner:
                     f"{type(self.pipe).__name__} hands out no latents, of which a distance is "
                     "taken; give a budget of psnr"
                 )
-        reach = [self._reach(number) for number in range(len(self.bands))]
-        dense = [self.dense.drawings.record(item)["busy"] for item in self.task.held_out]
-        return Prediction(
-            methods,
-            [end - first for first, end in self.bands],
-            self.middles,
-            records,
-            {m: [one[m] for one in reach] for m in self.measures},
-            statistics.median(dense),
+        steps = [end - first for first, end in self.bands]
+        seconds = self._dense_seconds()
+        prediction = Prediction(
+            methods, steps, self.middles, records, seconds["run"], seconds["attention"]
         )
+        self._answer(prediction)
+        return prediction
+
+    def _dense_seconds(self) -> dict:
+        """Of a dense run, and of the attention in it."""
+        item, name, work = self.task.items[0], "dense-seconds", 1
+
+        def make() -> dict:
+            self.progress.begin("timing dense attention", work)
+            clock = clock_for(execution_device(self.pipe))
+            with attention_seconds(self.pipe, clock) as spent:
+                drawn = run(self.pipe, self._call(item), item.seed)
+            return {"run": drawn.timing.busy, "attention": spent.attention}
+
+        if self.book.has(name):
+            self.progress.skip(work)
+        return self.book.once(name, {"run": float, "attention": float}, make)
 
     def _record(self, item: Item, methods: list[Method]) -> dict:
         name = f"recorded-{item.index:05d}"
-        drawings = self.dense.drawings
 
         def make() -> dict:
-            self.progress.begin(f"recording prompt {item.index + 1} of {len(self.task.items)}", 2)
+            self.progress.begin(f"recording prompt {item.index + 1} of {len(self.task.items)}", 4)
             drawn, numbers = record(
                 self.pipe, self._call(item), item.seed, methods, self.middles,
-                strength=_LAYER_NOISE, backend=self.backend,
+                backend=self.backend,
             )  # fmt: skip
-            if drawings.record(item) is None:
-                facts = {"session": "recorded", "seconds": drawn.timing.total, "busy": None}
-                facts |= {"steps": [], "peak_memory_bytes": None, "attention": None}
-                drawings.save(item, drawn, facts)
+            self._keep_dense(item, drawn)
             return numbers
 
         if self.book.has(name):
-            self.progress.skip(2)
+            self.progress.skip(4)
         return self.book.once(
             name, FORM, make, lambda data: check_record(data, methods, self.middles)
         )
 
-    def _reach(self, band: int) -> dict:
-        """What relative squared errors of the predictions in a band do, by measure."""
-        item, name = self.task.items[0], f"band-{band}"
+    def _keep_dense(self, item: Item, drawn: Run) -> None:
+        """The picture of a run that was dense, whatever was tried on the way."""
+        if self.dense.drawings.record(item) is None:
+            facts = {"session": "recorded", "seconds": drawn.timing.total, "busy": None}
+            facts |= {"steps": [], "peak_memory_bytes": None, "attention": None}
+            self.dense.drawings.save(item, drawn, facts)
+
+    def _answer(self, prediction: Prediction) -> None:
+        """Ask how predictions answer to trials, and follow one a band to the picture."""
+        trials = {place: prediction.trials(place) for place in prediction.places}
+        usual = prediction.usual
+        if not usual:
+            raise ImpossibleBudget("no method gives finite values in all layers of this model")
+        reference = prediction.methods[usual[len(usual) // 2]]
+        asked = [
+            (self.middles[place.band], {place.layer: method_of(heads, prediction.methods)})
+            for place in prediction.places for heads in trials[place]
+        ]  # fmt: skip
+        everywhere = [
+            (step, {name: reference for name, _ in prediction.places}) for step in self.middles
+        ]
+        answered = [self._answers(item, asked + everywhere) for item in self.task.items]
+        drawn = self._followed(reference)
+        band = [place.band for place in prediction.places for _ in trials[place]]
+        vectors, ends = [x[: len(asked)] for x in answered], answered[0][len(asked) :]
+        grams = {m: followed(vectors, band, ends, drawn[m]) for m in self.measures}
+        prediction.answer(trials, grams)
+
+    def _answers(self, item: Item, trials: list[tuple[int, dict[str, Method]]]) -> torch.Tensor:
+        """``[n, width]`` fp64: how the predictions of a prompt answer to trials."""
+        name, work = f"answers-{item.index:05d}", 1 + len(trials) / self.total_steps
+        words = [[step, {n: m.to_dict() for n, m in own.items()}] for step, own in trials]
+        asked = digest_of(words)
 
         def make() -> dict:
-            self.progress.begin(f"noise in band {band + 1} of {len(self.bands)}", 1)
-            steps = range(*self.bands[band])
-            drawn = draw_disturbed(self.pipe, self._call(item), item.seed, steps, _STEP_NOISE)
-            found = {"psnr": _mse(self.dense.drawings.frames(item), drawn.frames)}
-            if "distance" in self.measures:
-                latents = self.dense.drawings.latents(item)
-                found["distance"] = relative_distance(latents, drawn.latents) ** 2
-            return {m: x / _STEP_NOISE**2 for m, x in found.items()}
+            which = f"prompt {item.index + 1} of {len(self.task.items)}"
+            self.progress.begin(f"one pass for each of {len(trials)} trials, {which}", work)
+            given = self.pipe, self._call(item), item.seed, trials
+            found = answers(*given, backend=self.backend)
+            return {"asked": asked, "vectors": [to_text(x) for x in found]}
+
+        def check(data: dict) -> None:
+            if data["asked"] != asked or len(data["vectors"]) != len(trials):
+                raise ValueError("it holds the answers to other trials")
 
         if self.book.has(name):
-            self.progress.skip(1)
-        return self.book.once(name, {m: float for m in self.measures}, make)
+            self.progress.skip(work)
+        data = self.book.once(name, ANSWERS, make, check)
+        return torch.stack([from_text(text) for text in data["vectors"]])
 
-    def calibrate(self, prediction: Prediction) -> None:
-        """Draw one picture with each method in all layers and steps: its errors are no noise."""
-        item = self.task.items[0]
-        for name in dict.fromkeys(method.name for method in prediction.methods):
-            own = [n for n, method in enumerate(prediction.methods) if method.name == name]
-            own = [n for n in own if prediction.is_finite(n)]
-            if not own:
-                logger.warning("%s gives values that are not finite here; it is left out", name)
-                continue
-            number = own[len(own) // 2]
-            assigned = {place: (number,) * n for place, n in prediction.heads.items()}
-            mixture = Mixture((Rule(prediction.methods[number]),))
-            arm = self.variant(uniform_label(prediction.methods[number]), mixture)
-            self._draw(f"{name} in all layers", arm, [item])
-            self._correct(prediction, assigned, self.judge(arm, [item]))
+    def _followed(self, reference: Method) -> dict[str, torch.Tensor]:
+        """By measure ``[bands, bands]``: what a method in all layers of a band does to a picture.
+
+        Inner products, whose diagonal are squared errors.
+        """
+        item, moved = self.task.items[0], {m: [] for m in self.measures}
+        dense = self.dense.drawings
+        for number, (first, end) in enumerate(self.bands):
+            mixture = Mixture((Rule(reference, steps=(first, end)),))
+            arm = self.variant(f"band-{number}", mixture)
+            self._draw(f"{reference.name} in steps {first}-{end - 1}", arm, [item], 1)
+            frames = [image_tensor(x.drawings.frames(item)) for x in (arm, self.dense)]
+            difference = (frames[0].double() - frames[1].double()).flatten()
+            moved["psnr"].append(difference / math.sqrt(difference.numel()))
+            if "distance" in moved:
+                own, usual = (x.latents(item).double() for x in (arm.drawings, dense))
+                moved["distance"].append((own - usual).flatten() / usual.norm())
+        found = {m: torch.stack(x) for m, x in moved.items()}
+        return {m: x @ x.T for m, x in found.items()}
 
     # Drawing and judging.
 
@@ -373,9 +420,9 @@ class Tuner:
         limits = {m: _squared(m, x) for m, x in targets.items()}
         asked = (self.task.budget.speedup or 0.0) * _FASTER
         fitting = []
-        for number in range(len(prediction.methods)):
-            assigned = {place: (number,) * n for place, n in prediction.heads.items()}
-            if not prediction.is_finite(number) or prediction.speedup(assigned) < asked:
+        for number in prediction.usual:
+            assigned = prediction.alike(number)
+            if prediction.speedup(assigned) < asked:
                 continue
             errors = {m: prediction.squared_error(assigned, m) for m in (limits or {"psnr": 1.0})}
             if all(errors[m] <= limit for m, limit in limits.items()):
@@ -385,25 +432,22 @@ class Tuner:
 
     def _solve(self, prediction: Prediction, targets: dict[str, float]) -> Assigned:
         limits = {m: _squared(m, x) for m, x in targets.items()} or {"psnr": 1.0}
-        items = [prediction.choices(place, limits) for place in prediction.places]
+        starts = [prediction.alike(number) for number in prediction.usual]
         asked = self.task.budget.speedup
-        chosen = cheapest(items, 1.0) if targets else None
-        if asked is not None and (
-            chosen is None or prediction.speedup(_assigned(prediction, chosen)) < asked
-        ):
+        assigned = prediction.solve(limits, starts=starts) if targets else None
+        if asked is not None and (assigned is None or prediction.speedup(assigned) < asked):
             for aim in (_FASTER * asked, asked):
-                most = prediction.run_seconds / aim - prediction.rest
-                chosen = most_exact(items, most)
-                if chosen is not None:
+                assigned = prediction.solve(limits, prediction.run_seconds / aim, starts)
+                if assigned is not None:
                     break
             else:
-                raise ImpossibleBudget(self._too_fast(prediction, items))
-        assigned = _assigned(prediction, chosen)
+                raise ImpossibleBudget(self._too_fast(prediction))
         if self._mixture(prediction, assigned) is None:
+            fastest = prediction.speedup(prediction.fastest())
             raise ImpossibleBudget(
                 f"within {' and '.join(self.task.budget.words())} no method saves anything in any "
                 f"layer, so dense attention is the nearest; the sparsest that there is would be "
-                f"predicted {self._fastest(prediction, items):.2f} times as fast"
+                f"predicted {fastest:.2f} times as fast"
             )
         return assigned
 
@@ -451,16 +495,13 @@ class Tuner:
 
     # What cannot be had.
 
-    def _fastest(self, prediction: Prediction, items: Sequence[Sequence[Choice]]) -> float:
-        fastest = [min(choices, key=lambda c: c.cost) for choices in items]
-        return prediction.speedup(_assigned(prediction, fastest))
-
-    def _too_fast(self, prediction: Prediction, items) -> str:
+    def _too_fast(self, prediction: Prediction) -> str:
         share = 1 - prediction.rest / prediction.run_seconds
         return (
             f"speedup>={self.task.budget.speedup:g} cannot be had here: attention is {share:.0%} "
             "of a run, and with the fastest method in every layer and step it would be "
-            f"{self._fastest(prediction, items):.2f} times as fast; that is the nearest possible"
+            f"{prediction.speedup(prediction.fastest()):.2f} times as fast; that is the nearest "
+            "possible"
         )
 
     def _nearest(self, rounds: Sequence[Drawn]) -> str:
@@ -514,11 +555,6 @@ def uniform_label(method: Method) -> str:
     return f"all-{method.name}-{digest_of(method.to_dict())[:8]}"
 
 
-def _mse(a, b) -> float:
-    value = psnr(image_tensor(a), image_tensor(b))
-    return _squared("psnr", value)
-
-
 def _squared(measure: str, value: float) -> float:
     """The squared error that a measure stands for."""
     return 10 ** (-value / 10) if measure == "psnr" else value**2
@@ -533,10 +569,6 @@ def _value(measure: str, squared: float) -> float:
 def _better(measure: str, value: float, decibels: float) -> float:
     """A value of a measure whose squared error is lower by so much."""
     return _value(measure, _squared(measure, value) * 10 ** (-decibels / 10))
-
-
-def _assigned(prediction: Prediction, chosen: Sequence[Choice]) -> Assigned:
-    return dict(zip(prediction.places, (choice.what for choice in chosen)))
 
 
 def tune(
@@ -582,7 +614,6 @@ def tune(
         given = (kernel, backend, verify, loaded, on_stage)
         tuner = Tuner(pipe, source, call, task, folder, *given)
         prediction = tuner.prediction()
-        tuner.calibrate(prediction)
         best, rounds = tuner.search(prediction)
         best = tuner.lasting(prediction, best)
         return _finish(tuner, prediction, best, rounds)
