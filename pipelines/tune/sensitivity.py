@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 
 from dittfast.methods.base import Method
@@ -47,7 +46,7 @@ def sketch(x: torch.Tensor, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
 
 def to_text(vector: torch.Tensor) -> str:
     """A vector in half precision, as text."""
-    return base64.b64encode(vector.numpy().astype("<f2").tobytes()).decode("ascii")
+    return base64.b64encode(vector.half().numpy().tobytes()).decode("ascii")
 
 
 def from_text(text: str) -> torch.Tensor:
@@ -56,10 +55,10 @@ def from_text(text: str) -> torch.Tensor:
     Raises:
         ValueError: no such text, or another length than a sketch's.
     """
-    values = np.frombuffer(base64.b64decode(text, validate=True), "<f2")
+    values = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float16)
     if len(values) != WIDTH:
         raise ValueError(f"a vector has {len(values)} values, not {WIDTH}")
-    return torch.from_numpy(values.astype(np.float64))
+    return values.double()
 
 
 def _first_row(out) -> torch.Tensor:
