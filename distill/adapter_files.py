@@ -213,8 +213,10 @@ def promised(record: Record, model: torch.nn.Module, method: Method, schedule: S
     if (lora is not None) != (data["trainable"] == "lora"):
         raise FileProblem(record.path, "lora and trainable contradict each other", AGAIN)
     if lora is not None:
-        if not lora["targets"] or lora["rank"] < 1:
-            raise FileProblem(record.path, f"rank {lora['rank']} on {lora['targets']}", AGAIN)
+        rank, alpha, targets = lora["rank"], lora["alpha"], lora["targets"]
+        # By their ratio the LoRA's product is multiplied, in fp32 at most.
+        if not targets or rank < 1 or not 0 < alpha / rank < torch.finfo(torch.float32).max:
+            raise FileProblem(record.path, f"rank {rank} and alpha {alpha} on {targets}", AGAIN)
         weights.lora = lora_shapes(model, lora["rank"], lora["targets"])
     return weights
 

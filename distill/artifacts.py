@@ -15,7 +15,7 @@ import torch
 
 import dittfast
 from dittfast.config import KINDS, presets, resolve
-from dittfast.disk.problems import FileProblem, reading
+from dittfast.disk.problems import FileProblem, reading, shown
 from dittfast.disk.records import write_record
 from dittfast.disk.tensors import write_tensors
 from dittfast.files import atomic_folder, write_text
@@ -148,6 +148,7 @@ def _portable(settings, method: Method, schedule) -> tuple[str, dict, dict]:
 def _lora_metadata(student: Student, lora: dict) -> dict[str, str]:
     """diffusers reads rank and alpha from here; without it alpha would be taken for the rank."""
     fields = {"r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": lora["targets"]}
+    fields |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers 0.38 asks for them
     prefixed = {f"{student.component}.{name}": value for name, value in fields.items()}
     return {"lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}
 
@@ -223,7 +224,8 @@ def load_adapter(
         wrong = difference(base["fingerprint"], model)
         if wrong:
             raise ValueError(
-                f"{path} was trained on {base['model']}, and this is another model: {wrong}. "
+                f"{path} was trained on {shown(base['model'])}, and this is another model: "
+                f"{shown(wrong)}. "
                 "any_base=True loads it all the same"
             )
     chosen, schedule = _chosen(path, record, model, method, options)
@@ -342,8 +344,25 @@ def _fitting(
             raise FileProblem(path, f"{name} {list(header.shape)} does not fit {method}{asked}")
     if record is None:
         with reading(path, "it is no file of weights"):
-            return sort(Weights(plain=read_file(path)), names)
-    return sort(read_folder(record), own)
+            values = sort(Weights(plain=read_file(path)), names)
+    else:
+        values = sort(read_folder(record), own)
+    _check_range(path, values, model)
+    return values
+
+
+def _check_range(path: Path, weights: Weights, model: torch.nn.Module) -> None:
+    """Raise FileProblem where a value, finite in the file, is not in the model's own dtype."""
+    parameters, used = base_parameters(model), compute_dtype(model) or model.dtype
+    wanted = {name: parameters[name].dtype for name in weights.plain}
+    wanted |= dict.fromkeys(weights.lora, used) | dict.fromkeys(weights.own, torch.float32)
+    for name, x in weights.items():
+        if not torch.isfinite(x.to(wanted[name]).float()).all():
+            raise FileProblem(
+                path,
+                f"{name} holds values that {wanted[name]} has no room for",
+                "load the model in the dtype that it was trained in, such as torch_dtype=bfloat16",
+            )
 
 
 class _Unfused:

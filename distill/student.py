@@ -258,6 +258,8 @@ def swapped(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.T
                 mine.copy_(value)
             else:
                 p.data, values[name] = value, p.data
+        # Inside of autocast: it keeps what it cast, and takes a parameter for what it was.
+        torch.clear_autocast_cache()
 
     swap()
     try:

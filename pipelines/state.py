@@ -24,6 +24,7 @@ from dittfast.methods.amount import Amount, mean_amount
 from dittfast.methods.base import Method
 from dittfast.methods.memory import Memory, Tally
 from dittfast.mixture import Assignment, leaves
+from dittfast.plan import to_be_kept
 from dittfast.schedule import Schedule
 
 from .families import Family
@@ -422,7 +423,8 @@ class ModelState:
             tensors, seen, sequences = self._here.read
             if seen == state and all(a() is b for a, b in zip(tensors, sources)):
                 return sequences
-        sequences = Sequences.of(self.family.read(model, arguments))
+        with to_be_kept():  # values, which torch.func's tensors do not have
+            sequences = Sequences.of(self.family.read(model, arguments))
         self._here.read = [weakref.ref(x) for x in sources], state, sequences
         return sequences
 

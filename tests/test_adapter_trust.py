@@ -149,7 +149,10 @@ def put(*path, value):
     [
         ("lora", put("lora", "rank", value=3_000_000), r"is \[3, 32\].*\[3000000, 32\]"),
         ("lora", put("lora", "targets", value=["nothing"]), "not described"),
-        ("lora", put("lora", "targets", value=[]), r"rank 3 on \[\]"),
+        ("lora", put("lora", "targets", value=[]), r"rank 3 and alpha 6\.0 on \[\]"),
+        ("lora", put("lora", "alpha", value=0), "rank 3 and alpha 0 on"),
+        ("lora", put("lora", "alpha", value=-6.0), r"rank 3 and alpha -6\.0 on"),
+        ("lora", put("lora", "alpha", value=1e300), r"rank 3 and alpha 1e\+300 on"),
         ("lora", put("lora", value=None), "contradict"),
         ("method", put("options", "downsample", value=10**9), r"is \[2, 2\].*\[1000000000, "),
         ("method", put("options", "downsample", value=10**15), "options are impossible"),
@@ -167,6 +170,28 @@ def test_descriptions_that_cannot_be(adapters, tmp_path, kind, change, message):
     path = shutil.copytree(adapters / kind, tmp_path / "a")
     forge(path, change)
     assert str(path) in refused(flux_pipeline(), path, message)
+
+
+def test_values_that_the_models_dtype_has_no_room_for(adapters, tmp_path):
+    """Finite in the file, infinite in the model: bfloat16's in a float16 base, and float64's."""
+    pipe = flux_pipeline().to(torch.float16)
+    for kind, name in (("attention", WEIGHTS), ("lora", LORA)):
+        path = shutil.copytree(adapters / kind, tmp_path / kind)
+        forge(path, weights=each(lambda x: (x + 1e5).bfloat16()), name=name)
+        refused(pipe, path, r"holds values that torch\.float16 has no room for; load the model in")
+    path = shutil.copytree(adapters / "method", tmp_path / "method")
+    forge(path, weights=each(lambda x: x.double() + 1e300))
+    refused(pipe, path, r"holds values that torch\.float32 has no room for")
+
+
+def test_what_a_file_says_is_shown_as_text(adapters, tmp_path):
+    """In one line of a bearable length, and a terminal obeys none of it."""
+    hostile = "\x1b]0;title\x07\x1b[2J\nline \u202e" + "x" * 10**5
+    path = shutil.copytree(adapters / "attention", tmp_path / "a")
+    foreign = {"class": hostile, "shapes": "x", "values": {}}
+    forge(path, lambda d: d["base"].update(model=hostile, fingerprint=foreign))
+    message = refused(flux_pipeline(), path, r"trained on \\x1b\]0;title.* line \\u202ex")
+    assert message.isprintable() and len(message) < 1000
 
 
 CARD = """# base with local attention

@@ -174,6 +174,9 @@ def test_errors_that_name_no_file_get_one(tmp_path):
         raise PermissionError(13, "Permission denied")
     with pytest.raises(FileProblem, match=r"x: it cannot be read \(KeyError 'a'\)"), reading("x"):
         {}["a"]
+    with pytest.raises(FileProblem) as found, reading("x"):
+        raise ValueError("\x1b[2J\nmore\ud800" + "y" * 10**5)
+    assert str(found.value).isprintable() and len(str(found.value)) < 300
 
 
 # Writing.

@@ -86,6 +86,10 @@ def test_flow_agrees_with_diffusers():
 
 
 def pixel_pipeline(noise_scale):
+    import diffusers
+
+    if not hasattr(diffusers, "PRXPixelPipeline"):
+        pytest.skip("the installed diffusers has no PRXPixelPipeline")
     from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
 
     model = PRXTransformer2DModel(

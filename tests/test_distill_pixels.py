@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,8 @@ SCRIPTS = Path(__file__).parents[1] / "samples"
 @pytest.fixture(scope="module")
 def script():
     """samples/pixel_dit.py; the scripts import each other by plain name, as they do when run."""
+    if not hasattr(diffusers, "PRXPixelPipeline"):
+        pytest.skip("the installed diffusers has no PRXPixelPipeline")
     sys.path.insert(0, str(SCRIPTS))
     try:
         yield importlib.import_module("pixel_dit")

@@ -11,7 +11,7 @@ from distill_run import MAKE, one_thread  # noqa: F401
 
 from dittfast.distill.capture import capture
 from dittfast.distill.config import LossWeights, StudentConfig
-from dittfast.distill.student import Student
+from dittfast.distill.student import Student, swapped
 from dittfast.pipelines.families import tiny as families
 
 INPUTS = {"flux": tiny.flux_inputs, "wan": tiny.wan_inputs}
@@ -229,6 +229,16 @@ def test_half_precision_models_train_in_fp32():
             assert torch.equal(student(inputs)[0], expected)
         student(inputs)[0].float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in student.trainable().values())
+
+
+def test_swapped_values_count_inside_of_autocast():
+    """Which keeps what it casts: a validation draws by student and teacher in one autocast."""
+    layer, x = torch.nn.Linear(8, 8, bias=False), torch.randn(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        with swapped(dict(layer.named_parameters()), {"weight": torch.zeros(8, 8)}):
+            assert not layer(x).any()
+        assert torch.equal(layer(x), before)
 
 
 class Components:

@@ -754,7 +754,11 @@ UNBUILT = {
 
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(x, id=x.id, marks=() if x.quick else pytest.mark.slow) for x in ROWS],
+    [
+        pytest.param(x, id=x.id, marks=() if x.quick else pytest.mark.slow)
+        for x in ROWS
+        if x.pipeline in dir(diffusers)  # older versions have fewer
+    ],
 )
 def test_dense_first_and_last_steps(row):
     assert dense_and_sparse(row) == row.flags

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from dittfast import __version__
+from dittfast.disk.problems import shown
 
 from .parser import Parser, UsageError
 
@@ -223,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a fault of ours, or torch's: its traceback is needed
         if args.debug:
             raise
-        words = words or " ".join(str(error).split()) or type(error).__name__
+        words = words or shown(error, 2000) or type(error).__name__
         print(f"dittfast: error: {words}", file=sys.stderr)
         return 2
     finally:

@@ -29,15 +29,22 @@ class FileProblem(ValueError):
 
     def __init__(self, path: str | Path, what: str, remedy: str = ""):
         self.path = Path(path)
-        super().__init__(f"{path}: {what}" + (f"; {remedy}" if remedy else ""))
+        super().__init__(f"{path}: {shown(what, 2000)}" + (f"; {remedy}" if remedy else ""))
+
+
+def shown(text: object, most: int = 200) -> str:
+    """Words that came from a file, for a sentence: one line of so many characters at most, and
+    nothing that a terminal would obey."""
+    words = " ".join(str(text).split())[:most]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
 
 
 def first_words(error: BaseException, most: int = 200) -> str:
     """What an error says, in one short line."""
-    text = " ".join(str(error).split())
+    text = str(error)
     if isinstance(error, (KeyError, AttributeError, IndexError, RecursionError)) or not text:
-        text = f"{type(error).__name__} {text}".strip()
-    return text[:most]
+        text = f"{type(error).__name__} {text}"
+    return shown(text, most)
 
 
 def _named(error: OSError, path: str | Path) -> OSError:
