@@ -1,10 +1,11 @@
 """Tuned presets beside every uniform setting of every method: one table, one plot.
 
     python samples/tune_front.py --model sample-flux --size 512 --position-scale fit --steps 6 \\
-        --speedups 1.5,2 -o work/front --save docs/tune-flux
+        --budgets "speedup>=1.5" "speedup>=1.8" -o work/front --save docs/tune-flux
 
-Tunes for each speed, then draws every setting that the tuner tried in all layers and all steps of
-the same held-out prompts. Goes on where it was stopped.
+Tunes for each budget, then draws every setting that the tuner tried in all layers and all steps of
+the same held-out prompts. Those that no other clearly beats are timed as presets are, in turns with
+dense attention. Goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 import torch
 
 from dittfast.config import resolve
-from dittfast.disk.records import read_record
 from dittfast.environment import describe_device, versions
 from dittfast.files import atomic_path, write_json
 from dittfast.measure.metrics import relative_distance
@@ -82,7 +82,6 @@ def main() -> None:
         shutil.copy(done.preset, args.output / f"preset-{plain(words)}.yaml")
         rows.append({"budget": words, **done.found})
         print(words, done.found["best"]["held_out"], flush=True)
-        save(args, {"tuned": rows})
     others = []
     for size in args.also:
         scale = args.position_scale * args.size / size
@@ -93,26 +92,31 @@ def main() -> None:
     with positions_scaled(pipe, args.position_scale):
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
         layout, uniform = tuner.read_layout(), []
-        for row in rows:
-            row["drawn"] = seconds_of(tuner, row["best"]["label"])
         methods = candidates(layout, args.methods)
         for method in (*methods[::2], *methods[1::2]):  # a stopped run has some of every method
             uniform.append(uniform_row(tuner, method))
-            save(
-                args,
-                {
-                    "model": args.model,
-                    "tokens": layout.num_tokens,
-                    "call": call_record(call) | {"position_scale": args.position_scale},
-                    "prompts": {"tuned_with": tuned_with, "held_out": held},
-                    "device": describe_device("cpu"),
-                    "versions": versions(),
-                    "settings": len(methods),
-                    "tuned": [row | against(row, uniform) for row in rows],
-                    "uniform": uniform,
-                    "other_sizes": others,
-                },
-            )
+        by_words = {method.words(): method for method in methods}
+        for row in contenders(uniform):
+            row["timed"] = tuner.speedup(uniform_arm(tuner, by_words[row["words"]]))
+            print(row["words"], row["timed"], flush=True)
+    facts = {
+        "model": args.model,
+        "tokens": layout.num_tokens,
+        "call": call_record(call) | {"position_scale": args.position_scale},
+        "prompts": {"tuned_with": tuned_with, "held_out": held},
+        "bands": args.bands,
+        "device": describe_device("cpu"),
+        "versions": versions(),
+        "settings": len(methods),
+        "tuned": [row | against(row, uniform) for row in rows],
+        "uniform": uniform,
+        "other_sizes": others,
+    }
+    write_json(args.output / "front.json", facts)
+    if args.save is not None:
+        write_json(args.save.with_suffix(".json"), facts)
+        with atomic_path(args.save.with_suffix(".png")) as temporary:
+            plot(facts).savefig(temporary, dpi=130)
 
 
 def elsewhere(pipe, call: dict, preset: Path, items, scale: float) -> dict:
@@ -133,18 +137,6 @@ def elsewhere(pipe, call: dict, preset: Path, items, scale: float) -> dict:
     )
 
 
-def seconds_of(tuner: Tuner, label: str) -> dict:
-    """Seconds of the calls that drew the held-out prompts, and how many times as fast as dense."""
-    own, dense = (
-        [
-            read_record(tuner.folder / f"drawn/{name}/records/{item.index:05d}.json").data["busy"]
-            for item in tuner.task.held_out
-        ]
-        for name in (label, "dense")
-    )
-    return {"seconds": own, "dense_seconds": dense, "speedup": ratio(dense, own)}
-
-
 def plain(words: str) -> str:
     """A budget as a part of a file's name."""
     return words.translate(str.maketrans("", "", ">=<"))
@@ -154,26 +146,57 @@ def ratio(dense, own) -> float:
     return statistics.median(a / b for a, b in zip(dense, own))
 
 
+def contenders(uniform: list[dict]) -> list[dict]:
+    """The settings that no other clearly beats, by the calls that drew them: a tenth is noise."""
+    return [
+        x for x in uniform
+        if not any(y["psnr"] >= x["psnr"] and y["speedup"] > 1.1 * x["speedup"] for y in uniform)
+    ]  # fmt: skip
+
+
 def against(row: dict, uniform: list[dict]) -> dict:
-    """A tuned preset beside the best setting that is as fast, and the fastest that is as good."""
-    found, speed = row["best"]["held_out"], row["drawn"]["speedup"]
-    fast = [x for x in uniform if x["speedup"] >= speed]
-    good = [x for x in uniform if x["psnr"] >= found["psnr"]]
-    best = max(fast, key=lambda x: x["psnr"], default=None)
-    near = min(fast, key=lambda x: x["distance"], default=None)
-    quick = max(good, key=lambda x: x["speedup"], default=None)
+    """A tuned preset beside uniform settings at its speed, and at its quality.
+
+    At its speed: on the line between the settings that are next, in seconds and decibels, as if
+    there were settings between them. The fastest of all is not extended.
+    """
+    found = row["best"]["held_out"]
+    points = sorted((1 / x["timed"], x["psnr"], x["distance"]) for x in uniform if "timed" in x)
+    best: list[tuple] = []
+    for point in points:  # the slower ones only where they are better
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    here = 1 / found["speedup"]
+    seconds, decibels, distances = ([point[i] for point in best] for i in range(3))
+    alike = between(here, seconds, decibels), between(here, seconds, distances)
     return {
-        "best_as_fast": best,
-        "decibels_better": None if best is None else found["psnr"] - best["psnr"],
-        "distance_ratio": None if near is None else found["distance"] / near["distance"],
-        "fastest_as_good": quick,
-        "times_faster": speed / (1.0 if quick is None else max(1.0, quick["speedup"])),
+        "uniform_psnr": alike[0],
+        "uniform_distance": alike[1],
+        "decibels_better": None if alike[0] is None else found["psnr"] - alike[0],
+        "distance_ratio": None if alike[1] is None else found["distance"] / alike[1],
+        "times_faster": times(between(found["psnr"], decibels, seconds), here),
     }
+
+
+def times(uniform: float | None, own: float) -> float | None:
+    return None if uniform is None else uniform / own
+
+
+def between(x: float, xs: list[float], ys: list[float]) -> float | None:
+    """On the lines between points in rising order; None outside of them."""
+    for (a, b), (c, d) in zip(zip(xs, ys), zip(xs[1:], ys[1:])):
+        if a <= x <= c:
+            return b + (d - b) * (x - a) / (c - a)
+    return None
+
+
+def uniform_arm(tuner: Tuner, method):
+    return tuner.variant(uniform_label(method), Mixture((Rule(method),)))
 
 
 def uniform_row(tuner: Tuner, method) -> dict:
     """One method in all layers and steps, on the held-out prompts."""
-    arm = tuner.variant(uniform_label(method), Mixture((Rule(method),)))
+    arm = uniform_arm(tuner, method)
     print(method.words(), flush=True)
     draw_missing([arm], tuner.call, tuner.task.held_out)
     records = [arm.drawings.record(item) for item in tuner.task.held_out]
@@ -189,28 +212,19 @@ def uniform_row(tuner: Tuner, method) -> dict:
     }
 
 
-def save(args, data: dict) -> None:
-    write_json(args.output / "front.json", data)
-    if args.save is not None and "uniform" in data:
-        write_json(args.save.with_suffix(".json"), data)
-    if args.save is not None and len(data.get("uniform", ())) == data.get("settings"):
-        with atomic_path(args.save.with_suffix(".png")) as temporary:
-            plot(data).savefig(temporary, dpi=130)
-
-
 def plot(data: dict):
     """Speed and PSNR of all settings in all layers and steps, and of the tuned presets."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
+    speed = lambda x: x.get("timed", x["speedup"])  # noqa: E731
     for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in data["uniform"])):
-        own = sorted(
-            (x["speedup"], x["psnr"]) for x in data["uniform"] if x["method"]["name"] == name
-        )
+        own = sorted((speed(x), x["psnr"]) for x in data["uniform"] if x["method"]["name"] == name)
         look = {"color": COLORS[number], "marker": MARKERS[number]}
         axes.plot(*zip(*own), ls=":", lw=1, ms=5, label=f"{name} everywhere", **look)
-    tuned = sorted((x["drawn"]["speedup"], x["best"]["held_out"]["psnr"]) for x in data["tuned"])
+    held = [x["best"]["held_out"] for x in data["tuned"]]
+    tuned = sorted((x["speedup"], x["psnr"]) for x in held)
     axes.plot(*zip(*tuned), color="black", marker="*", ms=13, lw=1.5, label="tuned")
     axes.axvline(1, color="grey", lw=0.8)
     axes.set_xlabel("dense seconds / seconds, whole calls (processor time)")

@@ -9,11 +9,11 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 import yaml
 
 import dittfast
@@ -22,6 +22,7 @@ from dittfast.cli import main
 from dittfast.config import resolve
 from dittfast.disk.problems import FileProblem
 from dittfast.files import write_text
+from dittfast.measure.gpus import GPUS
 from dittfast.methods import Local, LogLinear, TopK
 from dittfast.mixture import Mixture, Rule
 from dittfast.pipelines.measure import fidelity, probe
@@ -34,9 +35,18 @@ from dittfast.pipelines.tune import book as book_module
 from dittfast.pipelines.tune import tune as tune_module
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.errors import head_errors
+from dittfast.pipelines.tune.on_gpu import computed, cost_of, run_seconds
 from dittfast.pipelines.tune.preset import preset_data, write_preset
 from dittfast.pipelines.tune.recording import record
-from dittfast.pipelines.tune.sensitivity import disturbed, noise_like
+from dittfast.pipelines.tune.report import summary_tables
+from dittfast.pipelines.tune.sensitivity import (
+    WIDTH,
+    answers,
+    followed,
+    from_text,
+    sketch,
+    to_text,
+)
 from dittfast.pipelines.tune.tune import ImpossibleBudget, Task, tune
 from dittfast.schedule import Schedule
 from dittfast.testing import attention_inputs
@@ -92,7 +102,7 @@ def test_errors_by_head_are_those_of_dense_fp64(method):
 def test_what_is_recorded_is_what_the_formula_gives_for_captured_q_k_v(pipe):
     call = CALL | {"prompt": "a red cat"}
     stock = run(pipe, call, 0)
-    drawn, data = record(pipe, call, 0, METHODS, [1, 2], strength=0.1)
+    drawn, data = record(pipe, call, 0, METHODS, [1, 2])
     assert (drawn.frames == stock.frames).all() and torch.equal(drawn.latents, stock.latents)
     captured = probe.capture(pipe, call, steps=[1, 2])
     assert [(c["layer"], c["step"]) for c in data["calls"]] == [(c.layer, c.step) for c in captured]
@@ -109,71 +119,65 @@ def test_what_is_recorded_is_what_the_formula_gives_for_captured_q_k_v(pipe):
             assert (tried["planning"] > 0) == (not method.static)
 
 
-def test_a_layers_sensitivity_is_that_of_noise_in_its_attention(pipe):
-    """By a way of its own: the attention of one layer is changed by a mode around it."""
-    call = CALL | {"prompt": "a red cat"}
-    _, data = record(pipe, call, 0, METHODS[:1], [1], strength=0.1)
-    name = "single_transformer_blocks.0.attn"
-    found = next(c["sensitivity"] for c in data["calls"] if c["layer"] == name)
-    stock, predictions = F.scaled_dot_product_attention, {}
-
-    class Noisy(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            return out + noise_like(out, 0.1, 0) if func is stock else out
-
-    model, passes = pipe.transformer, itertools.count()
-
-    def before(module, args, kwargs):
-        predictions["step"] = next(passes)
-        predictions["arguments"] = kwargs
-
-    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+def predictions(pipe, call) -> list[torch.Tensor]:
+    """What the transformer predicts, step by step."""
     seen = []
-    after = model.register_forward_hook(
-        lambda module, args, kwargs, out: seen.append((kwargs, out[0])), with_kwargs=True
-    )
+    hook = pipe.transformer.register_forward_hook(lambda *args: seen.append(args[-1][0]))
     try:
         run(pipe, call, 0)
     finally:
-        hook.remove(), after.remove()
-    arguments, plain = seen[1]
-    layer, modes = model.get_submodule(name), []
-
-    def enter(*_):
-        modes.append(Noisy())
-        modes[-1].__enter__()
-
-    hooks = [layer.register_forward_pre_hook(enter)]
-    hooks.append(layer.register_forward_hook(lambda *_: modes.pop().__exit__(None, None, None)))
-    try:
-        with torch.no_grad():
-            moved = model(**arguments)[0]
-    finally:
-        [h.remove() for h in hooks]
-    wanted = float((moved - plain).square().sum() / plain.square().sum()) / 0.1**2
-    assert found == pytest.approx(wanted, rel=1e-3)
+        hook.remove()
+    return seen
 
 
-def test_a_bands_noise_is_on_its_predictions_alone(pipe):
-    call = CALL | {"prompt": "a red cat"}
-    outputs = {}
+def test_an_answer_is_what_a_rule_for_that_layer_and_step_does(pipe):
+    call, layer = CALL | {"prompt": "a red cat"}, "single_transformer_blocks.0.attn"
+    plain = predictions(pipe, call)
+    trials = [(1, {layer: METHODS[1]}), (0, {layer: METHODS[0]})]
+    trials += [(0, dict.fromkeys(probe.heads_by_layer(pipe.transformer), METHODS[0]))]
+    told = []
+    found = answers(pipe, call, 0, trials, on_pass=lambda: told.append(1))
+    assert len(told) == len(found) == 3
+    for (step, methods), vector in zip(trials, found):
+        rules = [Rule(m, layers=name, steps=(step, step + 1)) for name, m in methods.items()]
+        with dittfast.enable(pipe, Mixture(tuple(rules)), min_tokens=0):
+            moved = predictions(pipe, call)[step]
+        wanted = (moved - plain[step])[0] / plain[step][0].norm()
+        assert wanted.norm() > 1e-4
+        torch.testing.assert_close(vector, sketch(wanted), rtol=1e-3, atol=1e-6)
 
-    def note(name):
-        def hook(module, args, kwargs, out):
-            outputs.setdefault(name, []).append(out[0])
 
-        return pipe.transformer.register_forward_hook(hook, with_kwargs=True)
+def test_sketches_have_the_inner_products_of_what_they_are_of():
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(50_000, 6, generator=draw) @ torch.randn(6, 6, generator=draw)
+    wanted = x.T @ x
+    vectors = torch.stack([sketch(column) for column in x.T]).double()
+    size = wanted.diagonal().sqrt()
+    apart = (vectors @ vectors.T - wanted) / size.outer(size)
+    assert apart.abs().max() < 4 / WIDTH**0.5
+    again = from_text(to_text(vectors[0].float()))
+    torch.testing.assert_close(again, vectors[0], rtol=1e-3, atol=1e-2)
+    with pytest.raises(ValueError, match="3 values, not 4096"):
+        from_text(to_text(torch.ones(3)))
 
-    hook = note("plain")
-    plain = run(pipe, call, 0)
-    hook.remove()
-    with disturbed(pipe, [2], 0.05):
-        drawn = run(pipe, call, 0)
-    sigmas = pipe.scheduler.sigmas
-    noise = noise_like(outputs["plain"][2], 0.05, 0)
-    moved = plain.latents + (sigmas[3] - sigmas[2]) * noise.float()  # Euler's last step
-    torch.testing.assert_close(drawn.latents, moved, rtol=1e-4, atol=1e-5)
+
+def test_errors_are_followed_to_the_picture_as_one_of_each_band_was():
+    """Where a band's errors reach the picture by a turn and a factor, all inner products are."""
+    draw = torch.Generator().manual_seed(2)
+    errors = torch.randn(6, 8, generator=draw, dtype=torch.float64)
+    band, factor = [0, 0, 0, 1, 1, 1], torch.tensor([2.0, 5.0], dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=draw, dtype=torch.float64))
+    reference = errors[[0, 3]] + errors[[1, 4]] + errors[[2, 5]]
+    reference[1] += reference[0]  # so that they have something in common
+    ends = factor[:, None] * reference @ turn
+    pictures = factor[band][:, None] * errors @ turn
+    found = followed([errors, errors], band, reference, ends @ ends.T)
+    torch.testing.assert_close(found, pictures @ pictures.T)
+    # Bands whose pictures have nothing in common do not help or cancel each other.
+    apart = followed([errors], band, reference, torch.diag(torch.tensor([1.0, 4.0])))
+    assert apart[:3, 3:].abs().max() < 1e-12
+    wanted = errors[0] @ errors[1] / (reference[0] @ reference[0])
+    torch.testing.assert_close(apart[0, 1], wanted)
 
 
 # The whole.
@@ -186,7 +190,7 @@ def fixed_seconds(monkeypatch):
 
 def fix_seconds(monkeypatch):
     """Seconds that do not depend on the machine, so that results can be compared to the byte."""
-    real, drawing = tune_module.record, fidelity.Arm.draw
+    real, drawing, running = tune_module.record, fidelity.Arm.draw, tune_module.run
 
     def recorded(*args, **kwargs):
         drawn, data = real(*args, **kwargs)
@@ -201,7 +205,17 @@ def fix_seconds(monkeypatch):
         timing = replace(result.timing, busy=1.0 if self.variant is None else 0.75)
         return replace(result, timing=timing), description
 
+    def timed(*args):
+        result = running(*args)
+        return replace(result, timing=replace(result.timing, busy=1.0))
+
+    @contextlib.contextmanager
+    def attention_seconds(*args):
+        yield SimpleNamespace(attention=0.6)
+
     monkeypatch.setattr(tune_module, "record", recorded)
+    monkeypatch.setattr(tune_module, "run", timed)
+    monkeypatch.setattr(tune_module, "attention_seconds", attention_seconds)
     monkeypatch.setattr(fidelity.Arm, "draw", drawn)
 
 
@@ -220,7 +234,7 @@ def recorded(finished, tmp_path, fixed_seconds, monkeypatch):
     """A copy of that folder, in which nothing may be recorded again."""
     shutil.copytree(finished[0].preset.parent, tmp_path / "recorded")
     monkeypatch.setattr(tune_module, "record", None)
-    monkeypatch.setattr(tune_module, "draw_disturbed", None)
+    monkeypatch.setattr(tune_module, "answers", None)
     monkeypatch.setattr(tune_module, "html_report", lambda *args, **kwargs: "")
     return tmp_path / "recorded"
 
@@ -310,7 +324,7 @@ def test_a_method_that_gives_nan_is_recorded_as_such_and_loses_nothing(pipe, mon
         return out * torch.nan if isinstance(method, Local) else out
 
     monkeypatch.setattr(recording, "method_attention", attention)
-    drawn, data = record(pipe, CALL | {"prompt": "a red cat"}, 0, METHODS, [1], strength=0.1)
+    drawn, data = record(pipe, CALL | {"prompt": "a red cat"}, 0, METHODS, [1])
     assert torch.isfinite(drawn.latents).all()
     for one in data["calls"]:
         assert one["tried"][0]["error"] is None and one["tried"][1]["error"] is not None
@@ -342,12 +356,50 @@ def test_only_one_process_tunes_in_a_folder(pipe, tmp_path):
         tune(pipe, SOURCE, CALL, task("psnr>=25"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["band-0.json", "recorded-00000.json"])
+@pytest.mark.parametrize("name", ["answers-00000", "dense-seconds", "recorded-00000"])
 def test_a_damaged_record_is_named(recorded, pipe, name):
-    path = recorded / "records" / name
-    path.write_text(path.read_text().replace("0.", "1.", 1))
-    with pytest.raises(FileProblem, match=name.partition(".")[0]):
+    (path,) = (recorded / "records").glob(f"{name}*.json")
+    path.write_text(path.read_text().replace("0", "1", 1))
+    with pytest.raises(FileProblem, match=name):
         tune(pipe, SOURCE, CALL, task("psnr>=52"), recorded)
+
+
+# Another GPU.
+
+
+def test_seconds_of_a_gpu_are_those_of_its_published_rates(pipe):
+    _, data = record(pipe, CALL | {"prompt": "a red cat"}, 0, METHODS, [1])
+    with dittfast.enable(pipe, "dense"):
+        run(pipe, CALL | {"prompt": "a red cat", "num_inference_steps": 1}, 0)
+        cost = cost_of(pipe.transformer, pipe.transformer._dittfast.sequences)
+        layout = pipe.transformer._dittfast.layout
+    gpu = GPUS["H100"]
+    (found,) = computed([data], METHODS, layout, cost, gpu)
+    before, after = data["calls"][0], found["calls"][0]
+    flops = 4 * layout.num_tokens**2 * before["heads"] * before["head_dim"]
+    # A sequence this short is bound by memory: q, k, v and the output in bf16.
+    moving = 2 * 4 * layout.num_tokens * before["heads"] * before["head_dim"] / 3.35e12
+    assert after["dense_seconds"] == pytest.approx(max(flops / 648e12, moving))
+    for old, new in zip(before["tried"], after["tried"]):
+        assert new["error"] == old["error"] and new["planning"] == 0
+        assert 0 < new["work"] <= 1.5
+        rates = [rate.tflops for rate in gpu.engines.values()]
+        possible = [max(new["work"] * flops / (rate * 1e12), moving) for rate in rates]
+        assert any(new["seconds"] == pytest.approx(x) for x in possible)
+    whole, attention = run_seconds([found], 3, cost, gpu)
+    assert attention == pytest.approx(3 * sum(x["dense_seconds"] for x in found["calls"]))
+    assert whole - attention == pytest.approx(3 * (cost.linear + cost.other_attention) / 989e12)
+
+
+def test_a_preset_for_a_gpu_says_that_its_speed_is_computed(recorded, pipe, monkeypatch):
+    monkeypatch.setattr(tune_module, "answers", answers)
+    done = tune(pipe, SOURCE, CALL, task("psnr>=52", gpu="h100"), recorded)
+    assert done.data["tuned"]["speed_computed_for"] == done.found["gpu"] == "H100"
+    best = done.found["best"]
+    assert best["held_out"]["speedup"] == pytest.approx(best["predicted"]["speedup"], rel=0.1)
+    assert any("computed for H100" in note for note in summary_tables(done.found)[0].notes)
+    with pytest.raises(ValueError, match="block lists is on RTX 4090"):
+        task("psnr>=52", gpu="RTX 4090")
 
 
 # The preset.

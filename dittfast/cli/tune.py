@@ -88,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of solving and drawing, at most (default: 4)",
     )
     how.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="count the seconds of this GPU, computed from published rates, and not those of this "
+        "device: H100, H200 or B200",
+    )
+    how.add_argument(
         "--no-verify",
         action="store_true",
         help="take what the folder holds even where its SHA-256 differs",
@@ -194,7 +200,8 @@ def _task(args, budget, source):
     items = make_items([*prompts, *held_out], None, args.seed)
     count = len(prompts)
     methods = tunable() if args.methods is None else args.methods
-    return Task(budget, items[:count], items[count:], methods, args.bands, args.rounds)
+    how = methods, args.bands, args.rounds, args.gpu
+    return Task(budget, items[:count], items[count:], *how)
 
 
 def _print(tuned) -> None:
@@ -212,6 +219,8 @@ def _print(tuned) -> None:
             f"plans last {best['replan_every']} steps, which saves "
             f"{found['planning']['saved']:.3g} s of planning a run"
         )
+    if found["gpu"] is not None:
+        print(f"the speed is computed for {found['gpu']} from published rates, not measured")
     if best["held_out"]["speedup"] <= 1:
         print("it is NOT FASTER than dense attention here: sparsity does not pay at this size")
     print(f"wrote {tuned.preset} and {tuned.report}")

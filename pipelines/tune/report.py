@@ -10,6 +10,10 @@ _SHOWN = [
     *(("tuned", measure) for measure in ("psnr", "distance")),
     *(("held_out", measure) for measure in ("psnr", "distance", "speedup")),
 ]
+_COMPUTED = (
+    "All seconds and speeds are computed for {} from published rates, without planning; nothing "
+    "was timed there."
+)
 
 
 def summary_tables(found: dict) -> list[Table]:
@@ -34,10 +38,12 @@ def _rounds(found: dict) -> Table:
         "distance, held out", "speedup, timed", "chosen",
     )  # fmt: skip
     planning = found["planning"]
+    gpu = found["gpu"]
     notes = [
         "Tuned for " + " and ".join(found["budget"]) + ", means over held-out prompts.",
         "distance: |x - dense| / |dense| of the final latents. speedup: dense seconds over the "
         "preset's, whole calls.",
+        *([_COMPUTED.format(gpu)] if gpu else []),
         f"Attention is {found['attention_share']:.0%} of a dense run of "
         f"{found['run_seconds']:.3g} s.",
         f"Planning from q and k takes {planning['seconds']:.3g} s of a run"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Prices of cost that are tried, from one that buys the cheapest to one that buys the most exact.
-_PRICES = 33
+_PRICES = 17
 # Choices whose pairs are all looked at in a round; of more only the best single ones.
 _MOST_PAIRS = 1024
 
@@ -163,7 +163,7 @@ def _ends(problem: Problem, starts: Sequence[torch.Tensor]) -> Iterator[torch.Te
         return
     for begin in starts:
         chosen = begin
-        for price in torch.logspace(-4, 2, _PRICES).tolist():
+        for price in torch.logspace(-3.5, 1.5, _PRICES).tolist():
             chosen = _descended(problem, chosen, price * worst / spread)
             yield chosen
 

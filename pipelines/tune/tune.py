@@ -37,6 +37,7 @@ from ..runs.sources import Source
 from .book import Book
 from .budget import QUALITIES, Budget
 from .candidates import candidates, check_methods, tunable
+from .on_gpu import computed, cost_of, gpu_with_rates, run_seconds
 from .prediction import Assigned, Prediction, method_of
 from .preset import ALWAYS, mixture_of, preset_data, write_preset
 from .recording import FORM, bands, check_record, middle, record
@@ -75,6 +76,7 @@ class Task:
         methods: names of the methods that may be used.
         bands: of steps, each with a choice of its own.
         rounds: of solving and drawing, at most.
+        gpu: whose seconds count, computed from published rates; None for this device's own.
 
     Raises:
         ValueError: no prompts, one that is tuned with and held out, or a count below 1.
@@ -86,12 +88,15 @@ class Task:
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(tunable()))
     bands: int = 4
     rounds: int = 4
+    gpu: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "methods", tuple(check_methods(self.methods)))
         for name, items in (("to tune with", self.items), ("held out", self.held_out)):
             if not items:
                 raise ValueError(f"there are no prompts {name}; give at least one")
+        if self.gpu is not None:
+            object.__setattr__(self, "gpu", gpu_with_rates(self.gpu).name)
         both = {i.prompt for i in self.items} & {i.prompt for i in self.held_out}
         if both:
             raise ValueError(f"held-out prompts must be new; {min(both)!r} is tuned with, too")
@@ -214,7 +219,9 @@ class Tuner:
         with enable(self.pipe, "dense"):
             run(self.pipe, self._call(item) | {"num_inference_steps": 1}, item.seed)
             models = transformers_of(self.pipe).values()
-            return next(m._dittfast.layout for m in models if m._dittfast.layout is not None)
+            ran = next(m for m in models if m._dittfast.layout is not None)
+            self.ran, self.sequences = ran, ran._dittfast.sequences
+        return self.sequences.layout
 
     def prediction(self) -> Prediction:
         """Record dense runs and where errors lead, and make a prediction of them."""
@@ -230,11 +237,15 @@ class Tuner:
                     f"{type(self.pipe).__name__} hands out no latents, of which a distance is "
                     "taken; give a budget of psnr"
                 )
+        if self.task.gpu is None:
+            seconds = self._dense_seconds()
+            seconds = seconds["run"], seconds["attention"]
+        else:
+            gpu, cost = gpu_with_rates(self.task.gpu), cost_of(self.ran, self.sequences)
+            records = computed(records, methods, self.layout, cost, gpu)
+            seconds = run_seconds(records, self.total_steps, cost, gpu)
         steps = [end - first for first, end in self.bands]
-        seconds = self._dense_seconds()
-        prediction = Prediction(
-            methods, steps, self.middles, records, seconds["run"], seconds["attention"]
-        )
+        prediction = Prediction(methods, steps, self.middles, records, *seconds)
         self._answer(prediction)
         return prediction
 
@@ -301,9 +312,9 @@ class Tuner:
 
     def _answers(self, item: Item, trials: list[tuple[int, dict[str, Method]]]) -> torch.Tensor:
         """``[n, width]`` fp64: how the predictions of a prompt answer to trials."""
-        name, work = f"answers-{item.index:05d}", 1 + len(trials) / self.total_steps
         words = [[step, {n: m.to_dict() for n, m in own.items()}] for step, own in trials]
-        asked = digest_of(words)
+        asked, work = digest_of(words), 1 + len(trials) / self.total_steps
+        name = f"answers-{item.index:05d}-{asked[:8]}"
 
         def make() -> dict:
             which = f"prompt {item.index + 1} of {len(self.task.items)}"
@@ -359,6 +370,10 @@ class Tuner:
     def _correct(self, prediction: Prediction, assigned: Assigned, measured: dict) -> None:
         for measure in self.measures:
             prediction.correct(assigned, measure, _squared(measure, measured[measure]))
+
+    def speed(self, prediction: Prediction, assigned: Assigned, arm: Arm) -> float:
+        """Dense seconds over a preset's: timed here, or computed for the GPU that was named."""
+        return self.speedup(arm) if self.task.gpu is None else prediction.speedup(assigned)
 
     def speedup(self, arm: Arm) -> float:
         """Dense seconds over a preset's, of whole calls in turns; the median of pairs."""
@@ -468,7 +483,7 @@ class Tuner:
             self._draw(f"{label}, held-out prompts", arm, self.task.held_out)
             held = self.judge(arm, self.task.held_out)
             if budget.speedup is not None and not budget.lacks(held, QUALITIES):
-                held["speedup"] = self.speedup(arm)
+                held["speedup"] = self.speed(prediction, assigned, arm)
         return Drawn(label, mixture, assigned, ALWAYS, predicted, tuned, held)
 
     def _learn(self, prediction: Prediction, one: Drawn, targets: dict[str, float]) -> None:
@@ -622,7 +637,7 @@ def tune(
 def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Drawn]) -> Tuned:
     """Time the preset, check it, and write it with its report."""
     arm = tuner.variant(best.label, best.mixture, best.schedule)
-    best.held_out.setdefault("speedup", tuner.speedup(arm))
+    best.held_out.setdefault("speedup", tuner.speed(prediction, best.assigned, arm))
     tuner.progress.begin("checking attention, and the report", 1)
     results = evaluate_fidelity(
         tuner.pipe, tuner.source, tuner.call, tuner.task.held_out, [arm.variant],
@@ -637,6 +652,7 @@ def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Draw
         "best": best.to_dict(),
         "rounds": [one.to_dict() for one in rounds],
         "planning": {"seconds": saved, "saved": saved * (1 - kept)},
+        "gpu": tuner.task.gpu,
         "run_seconds": prediction.run_seconds,
         "attention_share": 1 - prediction.rest / prediction.run_seconds,
         "candidates": [method.to_dict() for method in prediction.methods],
@@ -660,6 +676,7 @@ def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Draw
             "position_scale": tuner.loading["position_scale"],
             "held_out": {"prompts": len(tuner.task.held_out), **best.held_out},
             "report": report.name,
+            **({} if tuner.task.gpu is None else {"speed_computed_for": tuner.task.gpu}),
         },
     )  # fmt: skip
     path = tuner.folder / "preset.yaml"
