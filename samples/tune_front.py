@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="sample-flux")
     parser.add_argument("--size", type=int, help="height and width (default: the model's)")
     parser.add_argument("--position-scale", type=float, default=1.0)
+    parser.add_argument("--frames", type=int, help="of a video")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--true-cfg-scale", type=float)
     parser.add_argument("--prompts", type=int, nargs=2, default=(2, 3), help="tuned with, held out")
@@ -62,7 +63,7 @@ def main() -> None:
     pipe = sources.load(source, "cpu", torch.float32)
     pipe.set_progress_bar_config(disable=True)
     given = {"height": args.size, "width": args.size, "num_inference_steps": args.steps}
-    given["true_cfg_scale"] = args.true_cfg_scale
+    given |= {"true_cfg_scale": args.true_cfg_scale, "num_frames": args.frames}
     call = call_arguments(pipe, "any", source.settings, **given)
     call = with_first_frame(pipe, call, source.settings)
     tuned_with, held = args.prompts
@@ -93,12 +94,16 @@ def main() -> None:
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
         layout, uniform = tuner.read_layout(), []
         methods = candidates(layout, args.methods)
-        for method in (*methods[::2], *methods[1::2]):  # a stopped run has some of every method
-            uniform.append(uniform_row(tuner, method))
-        by_words = {method.words(): method for method in methods}
-        for row in contenders(uniform):
-            row["timed"] = tuner.speedup(uniform_arm(tuner, by_words[row["words"]]))
-            print(row["words"], row["timed"], flush=True)
+        for method in methods:
+            uniform.append(uniform_row(tuner, method, task.held_out[:1]))
+        # One picture tells those that have no chance; the others get all of them, and are timed.
+        chances = contenders(uniform)
+        for number, row in enumerate(uniform):
+            if row in chances:
+                method = methods[number]
+                uniform[number] = uniform_row(tuner, method, task.held_out)
+                uniform[number]["timed"] = tuner.speedup(uniform_arm(tuner, method))
+                print(row["words"], uniform[number]["timed"], flush=True)
     facts = {
         "model": args.model,
         "tokens": layout.num_tokens,
@@ -147,11 +152,12 @@ def ratio(dense, own) -> float:
 
 
 def contenders(uniform: list[dict]) -> list[dict]:
-    """The settings that no other clearly beats, by the calls that drew them: a tenth is noise."""
-    return [
-        x for x in uniform
-        if not any(y["psnr"] >= x["psnr"] and y["speedup"] > 1.1 * x["speedup"] for y in uniform)
-    ]  # fmt: skip
+    """The settings that no other clearly beats: a tenth of a speed and a decibel are noise here."""
+
+    def beats(x, y):
+        return x["psnr"] > y["psnr"] + 1 and x["speedup"] > 1.1 * y["speedup"]
+
+    return [y for y in uniform if not any(beats(x, y) for x in uniform)]
 
 
 def against(row: dict, uniform: list[dict]) -> dict:
@@ -194,21 +200,22 @@ def uniform_arm(tuner: Tuner, method):
     return tuner.variant(uniform_label(method), Mixture((Rule(method),)))
 
 
-def uniform_row(tuner: Tuner, method) -> dict:
-    """One method in all layers and steps, on the held-out prompts."""
+def uniform_row(tuner: Tuner, method, items) -> dict:
+    """One method in all layers and steps, on held-out prompts."""
     arm = uniform_arm(tuner, method)
     print(method.words(), flush=True)
-    draw_missing([arm], tuner.call, tuner.task.held_out)
-    records = [arm.drawings.record(item) for item in tuner.task.held_out]
-    dense = [tuner.dense.drawings.record(item)["busy"] for item in tuner.task.held_out]
+    draw_missing([arm], tuner.call, items)
+    records = [arm.drawings.record(item) for item in items]
+    dense = [tuner.dense.drawings.record(item)["busy"] for item in items]
     own = [record["busy"] for record in records]
     return {
         "method": method.to_dict(),
         "words": method.words(),
+        "pictures": len(items),
         "speedup": ratio(dense, own),
         "seconds": own,
         "density": records[0]["attention"]["density"],
-        **tuner.judge(arm, tuner.task.held_out),
+        **tuner.judge(arm, items),
     }
 
 

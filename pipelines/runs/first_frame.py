@@ -16,6 +16,9 @@ from .run import run
 
 logger = logging.getLogger(__name__)
 
+# Pictures that are kept; evaluations come back to the same few prompts with every method.
+_MOST_KEPT = 64
+
 
 def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
     """The picture at another size, its edges cut off where its shape differs."""
@@ -65,18 +68,19 @@ class FirstFrame:
         self.size = height, width
         self._pipe = sources.load(self.source, device, dtype)
         self._pipe.set_progress_bar_config(disable=True)
-        self._last: tuple | None = None
+        self._drawn: dict[tuple[str, int], Image.Image] = {}
 
     def __call__(self, prompt: str, seed: int) -> Image.Image:
-        """The first frame; the last one is kept, so that compared runs share it."""
-        if self._last is None or self._last[0] != (prompt, seed):
+        """The first frame; the latest are kept, so that compared runs share them."""
+        if (prompt, seed) not in self._drawn:
             logger.info("drawing the first frame with %s", self.source.name)
             still = still_prompt(prompt, self.moving_words)
             call = call_arguments(self._pipe, still, self.source.settings)
             picture = Image.fromarray(run(self._pipe, call, seed).frames[0])
-            frame = fit(with_margin(picture, self.part), *self.size)
-            self._last = (prompt, seed), frame
-        return self._last[1]
+            if len(self._drawn) == _MOST_KEPT:
+                self._drawn.pop(next(iter(self._drawn)))
+            self._drawn[prompt, seed] = fit(with_margin(picture, self.part), *self.size)
+        return self._drawn[prompt, seed]
 
     def to_dict(self) -> dict:
         """How the frames are made, as plain data for JSON."""
