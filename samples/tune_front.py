@@ -152,12 +152,13 @@ def ratio(dense, own) -> float:
 
 
 def contenders(uniform: list[dict]) -> list[dict]:
-    """The settings that no other clearly beats: a tenth of a speed and a decibel are noise here."""
+    """The settings that no other clearly beats, by the calls that drew them."""
 
     def beats(x, y):
-        return x["psnr"] > y["psnr"] + 1 and x["speedup"] > 1.1 * y["speedup"]
+        return x["psnr"] > y["psnr"] + 0.5 and x["speedup"] > 1.05 * y["speedup"]
 
-    return [y for y in uniform if not any(beats(x, y) for x in uniform)]
+    quick = [y for y in uniform if y["speedup"] > 1]
+    return [y for y in quick if not any(beats(x, y) for x in uniform)]
 
 
 def against(row: dict, uniform: list[dict]) -> dict:

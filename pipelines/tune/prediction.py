@@ -164,7 +164,10 @@ class Prediction:
         )  # fmt: skip
 
     def learn_speed(self, assigned: Assigned, speedup: float) -> None:
-        """Learn how many times as fast a choice was; each method's seconds take their share."""
+        """Learn how many times as fast a choice was; each method's seconds take their share.
+
+        Half of it: a few timings of whole calls know no more than what was recorded in every layer.
+        """
         parts: dict[str, float] = {}
         for place, heads in assigned.items():
             dense = self.seconds(place, (DENSE,) * len(heads))
@@ -177,7 +180,7 @@ class Prediction:
         measured = predicted + self.run_seconds / speedup - self.call_seconds(assigned)
         if predicted > 0 and measured > 0:
             for name, part in parts.items():
-                self.slowness[name] *= (measured / predicted) ** (part / predicted)
+                self.slowness[name] *= (measured / predicted) ** (0.5 * part / predicted)
 
     # What is tried in passes of their own.
 

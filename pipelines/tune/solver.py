@@ -2,9 +2,9 @@
 
 Errors of different layers and steps help or cancel each other, so the squared error of a choice is
 quadratic, ``x G x`` with the inner products of all errors in G, and no knapsack of independent
-items. It is searched: from several starts, changes of one item lower ``error + price * cost``, for
-prices from high to low; then changes of one item and of two at once improve what was found as long
-as the bound holds.
+items. It is searched: from several starts, changes of one item lower ``error + price * cost``, at
+prices that lead to the bound; then changes of one item and of two at once improve the best of what
+was found, as long as the bound holds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Prices of cost that are tried, from one that buys the cheapest to one that buys the most exact.
-_PRICES = 17
+# Prices of cost, as powers of 10: one that buys the most exact, one that buys the cheapest; how
+# often the way to the price that keeps the bound is halved; starts at random; and how many of what
+# was found is improved.
+_PRICES, _HALVINGS, _RANDOM, _MOST_IMPROVED = (-9.0, 2.0), 14, 8, 8
 # Choices whose pairs are all looked at in a round; of more only the best single ones.
 _MOST_PAIRS = 1024
 
@@ -133,18 +135,20 @@ def search(problem: Problem, bound: float, by_cost: bool, starts: Sequence[torch
 
     Args:
         by_cost: which of the two is bounded.
-        starts: choices ``[items]`` to begin from, besides the most exact of every item and the
-            cheapest.
+        starts: choices ``[items]`` to begin from, besides the most exact of every item, the
+            cheapest, and some at random.
 
     Returns:
         ``[items]`` numbers of choices; None where none keeps the bound that was found.
     """
-    best, found = None, float("inf")
-    for chosen in _ends(problem, starts):
+    within: dict[tuple, float] = {}
+    for chosen in _ends(problem, bound, by_cost, starts):
         limited, other = _values(problem, chosen, by_cost)
-        if limited <= bound and other < found:
-            best, found = chosen, other
-    return None if best is None else _improved(problem, best, bound, by_cost)
+        if limited <= bound:
+            within[tuple(chosen.tolist())] = other
+    best = sorted(within, key=within.get)[:_MOST_IMPROVED]
+    improved = [_improved(problem, torch.tensor(x), bound, by_cost) for x in best]
+    return min(improved, key=lambda x: _values(problem, x, by_cost)[1], default=None)
 
 
 def _values(problem: Problem, chosen: torch.Tensor, by_cost: bool) -> tuple[float, float]:
@@ -152,20 +156,27 @@ def _values(problem: Problem, chosen: torch.Tensor, by_cost: bool) -> tuple[floa
     return values if by_cost else values[::-1]
 
 
-def _ends(problem: Problem, starts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Starts, and where single changes lead from them at every price."""
+def _ends(
+    problem: Problem, bound: float, by_cost: bool, starts: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Starts, and where single changes lead from them, at prices that lead to the bound."""
     exact, cheap = (_least(problem, x) for x in (problem._own.amax(0), problem.cost))
-    starts = [exact, cheap, *starts]
+    draw = torch.Generator().manual_seed(0)
+    value = lambda: torch.rand(len(problem.item), generator=draw)  # noqa: E731
+    starts = [exact, cheap, *starts, *(_least(problem, value()) for _ in range(_RANDOM))]
     yield from starts
     spread = problem.total(exact) - problem.total(cheap)
     worst = max(map(problem.error, starts))
     if spread <= 0 or worst <= 0:
         return
     for begin in starts:
-        chosen = begin
-        for price in torch.logspace(-3.5, 1.5, _PRICES).tolist():
-            chosen = _descended(problem, chosen, price * worst / spread)
+        low, high = _PRICES  # of the cost, as powers of 10
+        for _ in range(_HALVINGS):
+            price = (low + high) / 2
+            chosen = _descended(problem, begin, 10**price * worst / spread)
             yield chosen
+            dear = _values(problem, chosen, by_cost)[0] > bound
+            low, high = (price, high) if dear == by_cost else (low, price)
 
 
 def _least(problem: Problem, value: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ _FASTER = 1.04
 _LASTING, _WORTH_LASTING = (2, 4), 0.01
 # A speed budget alone leaves quality free; a plan may last if that loses no more than this, in dB.
 _LOST = 0.1
-_PAIRS = 2
+_PAIRS = 3
 # dB that stand for pictures without a difference; 8 bits cannot show as many.
 _EQUAL = 120.0
 
