@@ -53,7 +53,7 @@ from .adapter_files import (
     stock_weights,
     told_method,
 )
-from .bases import check_base, check_mergeable, check_not_fused
+from .bases import check_base, check_mergeable, check_not_added, check_not_fused
 from .config import DistillConfig
 from .lora import ADAPTER, add_lora, compute_dtype, remove_lora
 from .model_card import model_card
@@ -510,10 +510,12 @@ def unload_adapter(pipe: Pipeline) -> None:
     """Take an adapter and its method out again; the weights are what they were, to the bit.
 
     Raises:
-        ValueError: no adapter is loaded, or projections were fused with its weights in them.
+        ValueError: no adapter is loaded, projections were fused with its weights in them, or
+            diffusers' ``fuse_lora`` added its LoRA to the weights.
     """
     model, loaded = _loaded_in(pipe)
     check_not_fused(model, "the adapter cannot be taken out")
+    check_not_added(model, "the adapter cannot be taken out")
     if loaded.merged is not None:
         _set(model, loaded.merged)
     elif loaded.lora is not None:

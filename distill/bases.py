@@ -8,6 +8,8 @@ import torch
 
 from dittfast.pipelines.fingerprint import base_parameters, is_quantised
 
+from .lora import ADAPTER
+
 _FIRST = "load the adapter first, and do that afterwards"
 
 
@@ -24,6 +26,16 @@ def check_not_fused(model: torch.nn.Module, what: str) -> None:
             f"{what}: the projections of {fused[0]} are fused, so its to_q, to_k and to_v are not "
             "used; call unfuse_qkv_projections() first"
         )
+
+
+def check_not_added(model: torch.nn.Module, what: str) -> None:
+    """Raise ValueError where diffusers' ``fuse_lora`` has added our LoRA to the weights."""
+    for name, module in model.named_modules():
+        if ADAPTER in getattr(module, "merged_adapters", ()):
+            raise ValueError(
+                f"{what}: its LoRA was added to the weights of {name} by fuse_lora(); call "
+                "unfuse_lora() first"
+            )
 
 
 def check_base(model: torch.nn.Module, replaced: Iterable[str], touched: Iterable[str]) -> None:
@@ -63,6 +75,7 @@ def check_base(model: torch.nn.Module, replaced: Iterable[str], touched: Iterabl
 def check_mergeable(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> None:
     """Raise ValueError where a LoRA cannot be added to the weights without loss."""
     check_not_fused(model, "the adapter cannot be merged")
+    check_not_added(model, "the adapter cannot be merged")
     for layer in layers:
         weight = layer.base_layer.weight
         small = weight.is_floating_point() and weight.element_size() < 2

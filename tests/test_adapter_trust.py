@@ -374,6 +374,22 @@ def test_fused_projections(adapters, kind):
     run(pipe)
 
 
+def test_a_lora_that_diffusers_fused(adapters):
+    """Taken out as it is, it would stay in the weights for good."""
+    pipe = flux_pipeline()
+    stock = run(pipe)
+    dittfast.load_adapter(pipe, adapters / "lora")
+    expected = run(pipe)
+    pipe.fuse_lora()
+    for refused_one in (dittfast.unload_adapter, dittfast.merge):
+        with pytest.raises(ValueError, match=r"added to the weights of .*unfuse_lora\(\) first"):
+            refused_one(pipe)
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-4)
+    pipe.unfuse_lora()
+    dittfast.unload_adapter(pipe)
+    torch.testing.assert_close(run(pipe), stock, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_that_are_elsewhere(adapters, tmp_path):
     from accelerate import cpu_offload
 
