@@ -481,6 +481,8 @@ class Plan:
         device = torch.device(device)
         if device == self.device or (device.type == self.device.type and device.index is None):
             return self
+        if self.device.type == "cpu":
+            self.run_rows()  # now, where it waits for no device
         move = lambda x: x.to(device) if isinstance(x, (torch.Tensor, Blocks)) else x  # noqa: E731
         fields = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if self.rule is not None:

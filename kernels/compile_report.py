@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dittfast.plan import PlanTensors
 
@@ -159,6 +160,8 @@ def calls_for(head_dim: int, dtype: torch.dtype, feature: Feature, capability) -
         **dict(q_block_size=feature.block_size, kv_block_size=feature.block_size),
         **dict(metric=feature.metric, sink_frames=0, place_bits=16),
     )
+    if feature.ragged:  # text is a short block, and its rows are runs
+        given["run_rows"] = torch.empty(4, dtype=torch.int64, device="meta")
     if feature.order:
         given |= dict.fromkeys(("q_order", "kv_order"), ints(num_tokens))
     if feature.weight:
@@ -188,6 +191,9 @@ def source_of(call) -> ASTSource:
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+        elif isinstance(value, TensorDescriptor):
+            box = POINTERS[value.base.dtype] + str(list(value.block_shape))
+            signature[parameter.name] = f"tensordesc<{box}>"
         elif isinstance(value, torch.Tensor):
             # The allocator aligns to far more than the 16 bytes a vector load needs.
             signature[parameter.name] = "*" + POINTERS[value.dtype]

@@ -82,7 +82,7 @@ _TABLE = {
     },
     ("sm_100", 2): {
         64: ((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 3, 32)),
-        128: ((128, 64, 8, 2, 32), (128, 64, 8, 2, 32), (64, 128, 8, 2, 32)),
+        128: ((128, 64, 8, 2, 32), (128, 64, 8, 2, 32, 255), (64, 128, 8, 2, 32)),
         256: ((64, 64, 8, 2, 32), (128, 32, 8, 2, 32), (32, 64, 8, 2, 32)),
     },
     ("gfx942", 2): {
@@ -143,6 +143,18 @@ def architecture_class(capability: tuple[int, int] | str) -> str:
     if reason:
         raise ValueError(reason)
     return _ROWS[capability]
+
+
+# Kernels whose loops get shorter when walked tiles are fetched by tensor descriptors, which the
+# hardware knows from Hopper on; docs/kernels.md has the numbers. Consumer Blackwell could, too, but
+# its loops wait for the matrix unit.
+_DESCRIPTORS = {"sm_90": ("forward", "dq"), "sm_100": ("forward", "dq", "dkv")}
+
+
+def takes_descriptors(capability: tuple[int, int] | str, dtype: torch.dtype, kernel: str) -> bool:
+    """Whether a kernel fetches what it walks by descriptors, where these can tell it."""
+    kernels = _DESCRIPTORS.get(architecture_class(capability), ())
+    return dtype.itemsize == 2 and kernel in kernels
 
 
 def launch_config(

@@ -11,7 +11,13 @@ import torch
 from dittfast.plan import PlanTensors, transpose_lists
 
 from .capabilities import Capabilities
-from .launch_sizes import ARCHITECTURES, KernelConfig, LaunchConfig, launch_config
+from .launch_sizes import (
+    ARCHITECTURES,
+    KernelConfig,
+    LaunchConfig,
+    launch_config,
+    takes_descriptors,
+)
 from .op import define_backend, empty_outputs, positive_scale
 
 try:
@@ -19,6 +25,7 @@ try:
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from . import block_sparse
 except ImportError:  # Triton has no wheels for macOS and Windows; machine_reasons says so.
@@ -117,18 +124,48 @@ def _common(q, k, v, t: PlanTensors, scale: float) -> dict:
     }
 
 
-def _by_query(kernel, values: dict, t: PlanTensors, config: KernelConfig) -> Call:
+def _describable(x: torch.Tensor) -> bool:
+    """Whether a descriptor can tell where x lies: address and steps are multiples of 16 bytes."""
+    steps = [n * x.element_size() for n, size in zip(x.stride()[:3], x.shape) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in steps)
+
+
+def _tiles(names: tuple[str, str], values: dict, order, pack: int, tile: int, wanted: bool) -> dict:
+    """Descriptors of what a kernel walks, or None where it gathers rows by their numbers."""
+    tensors = [values[name] for name in names]
+    if not wanted or order is not None or pack > 1 or not all(map(_describable, tensors)):
+        return {f"{name}_tiles": None for name in names}
+    box = [1, 1, tile, values["BLOCK_D"]]
+    return {f"{name}_tiles": _descriptor(x, box) for name, x in zip(names, tensors)}
+
+
+def _descriptor(x: torch.Tensor, box: list[int]):
+    # The step of an axis of one may be anything, and a descriptor wants multiples of 16 bytes.
+    steps = [n if size > 1 else x.shape[3] for n, size in zip(x.stride(), x.shape)]
+    return TensorDescriptor(x, list(x.shape), [*steps[:3], 1], box)
+
+
+def _by_query(
+    kernel, values: dict, t: PlanTensors, config: KernelConfig, descriptors: bool
+) -> Call:
     """A launch of a kernel that owns queries and walks lists of keys."""
     block_m, q_parts = _owned(t.q_block_size, config.block_m)
     sizes = t.kv_block_size, values["num_kv_blocks"], values["num_keys"]
+    walk = _walk("KV", *sizes, config.block_n, config.rule_tile)
     values = {
         **values,
         **_broadcast("list", t.kv_indices),
-        **_walk("KV", *sizes, config.block_n, config.rule_tile),
+        **walk,
+        **_tiles(("k", "v"), values, t.kv_order, walk["KV_PACK"], config.block_n, descriptors),
         **dict(BLOCK_M=block_m, BLOCK_N=config.block_n, Q_PARTS=q_parts),
     }
-    programs = values["q"].shape[0] * values["heads"] * values["num_q_blocks"]
-    return Call(kernel, programs * q_parts, values, config)
+    heads = values["q"].shape[0] * values["heads"]
+    # A list that all heads share: which of its rows are runs, each head's programs know at once.
+    shared = t.run_rows is not None and t.run_rows.numel() and t.kv_indices.shape[:2] == (1, 1)
+    num_runs = t.run_rows.numel() if shared else 0
+    num_first = heads * num_runs * q_parts
+    values |= dict(run_rows=t.run_rows if shared else None, num_runs=num_runs, num_first=num_first)
+    return Call(kernel, heads * values["num_q_blocks"] * q_parts + num_first, values, config)
 
 
 def forward_call(
@@ -137,7 +174,14 @@ def forward_call(
     """The forward's launch; ``config`` instead of the device's launch sizes, to compare them."""
     values = {**_common(q, k, v, t, scale), **dict(out=out, lse=lse), **_strides("o", out)}
     config = config or launch_config(q.shape[3], q.dtype, capability)
-    return _by_query(block_sparse.forward_kernel, values, t, config.forward)
+    descriptors = takes_descriptors(capability, q.dtype, "forward")
+    return _by_query(block_sparse.forward_kernel, values, t, config.forward, descriptors)
+
+
+def _by_row(q: torch.Tensor, tile: int) -> torch.Tensor:
+    """A number for each query, not set; a tile that begins at the last one may be read whole."""
+    count = q.shape[:3].numel()
+    return torch.empty(count + tile, dtype=torch.float32, device=q.device)[:count].view(q.shape[:3])
 
 
 def backward_calls(
@@ -153,12 +197,11 @@ def backward_calls(
     """
     dq, dk, dv, d_out_scale, d_out_residual = grads
     config = config or launch_config(q.shape[3], q.dtype, capability)
-    rows = dict(dtype=torch.float32, device=q.device)
     values = {
         **_common(q, k, v, t, scale),
         **dict(out=out, lse=lse, do=grad_out, dlse=grad_lse, dq=dq, dk=dk, dv=dv),
         **dict(d_out_scale=d_out_scale, d_out_residual=d_out_residual),
-        **dict(delta=torch.empty(q.shape[:3], **rows), row_lse=torch.empty(q.shape[:3], **rows)),
+        **dict(delta=_by_row(q, config.dkv.block_m), row_lse=_by_row(q, config.dkv.block_m)),
         **_strides("o", out),
         **_strides("g", grad_out),
     }
@@ -170,15 +213,20 @@ def backward_calls(
 
     block_n, kv_parts = _owned(t.kv_block_size, config.dkv.block_n)
     sizes = t.q_block_size, values["num_q_blocks"], values["num_queries"]
+    walk = _walk("Q", *sizes, config.dkv.block_m, config.dkv.rule_tile)
+    descriptors = takes_descriptors(capability, q.dtype, "dkv")
     dkv = {
         **values,
         **_broadcast("list", t.q_first),
-        **_walk("Q", *sizes, config.dkv.block_m, config.dkv.rule_tile),
+        **walk,
+        **_tiles(("q", "do"), values, t.q_order, walk["Q_PACK"], config.dkv.block_m, descriptors),
         **dict(BLOCK_M=config.dkv.block_m, BLOCK_N=block_n, KV_PARTS=kv_parts),
     }
     programs = batch_heads * values["num_kv_blocks"] * kv_parts
     dkv = Call(block_sparse.dkv_kernel, programs, dkv, config.dkv)
-    return [delta, _by_query(block_sparse.dq_kernel, values, t, config.dq), dkv]
+    descriptors = takes_descriptors(capability, q.dtype, "dq")
+    dq = _by_query(block_sparse.dq_kernel, values, t, config.dq, descriptors)
+    return [delta, dq, dkv]
 
 
 def _on(device: torch.device):

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from dittfast.cli import kernels as command
 from dittfast.cli import main
 from dittfast.kernels import capabilities, compile_report, triton_backend
-from dittfast.kernels.launch_sizes import KernelConfig, launch_config
+from dittfast.kernels.launch_sizes import KernelConfig, launch_config, takes_descriptors
 from dittfast.kernels.machine_code import read_sass
 from dittfast.kernels.multiprocessors import MULTIPROCESSORS
 
@@ -134,6 +134,21 @@ def test_attend_says_why_a_device_is_refused(monkeypatch):
     assert "it knows the architectures sm_80, " in reason and reason.endswith(", not sm_75")
     monkeypatch.setattr(capabilities, "architecture_of", lambda device: "sm_90")
     assert capabilities.refusals(triton_backend, asked) == []
+
+
+def test_descriptors_where_the_hardware_has_them():
+    takes = {
+        capability: [
+            kernel
+            for kernel in ("forward", "dq", "dkv")
+            if takes_descriptors(capability, torch.bfloat16, kernel)
+        ]
+        for capability in CAPABILITIES
+    }
+    assert takes.pop((9, 0)) == ["forward", "dq"]
+    assert takes.pop((10, 0)) == takes.pop((10, 3)) == ["forward", "dq", "dkv"]
+    assert not any(takes.values())
+    assert not takes_descriptors((9, 0), torch.float32, "forward")
 
 
 def test_launch_sizes_differ_by_architecture_and_dtype():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_plans import even_blocks, ragged_blocks, random_plan, random_rule
 
+from dittfast import methods
 from dittfast.layout import Layout, make_blocks
 from dittfast.plan import DISTANCES, METRICS, Plan, TokenRule, transpose_lists
 
@@ -188,6 +189,15 @@ def test_plans_are_frozen_and_replace_validates():
     assert plan.replace(num_real_keys=4).num_real_keys == 4
     with pytest.raises(ValueError, match=r"num_real_keys must lie in 1\.\.10, got 11"):
         plan.replace(num_real_keys=11)
+
+
+def test_a_plan_that_is_moved_knows_its_runs():
+    """Looking for them later would wait for the device."""
+    plan = methods.Local(window=2).plan(Layout.image(64, 64, text=5))
+    assert plan.has_runs
+    moved = plan.to("cpu:0")  # a device by another name is moved to
+    assert moved is not plan
+    assert moved.tensors().run_rows.tolist() == plan.run_rows().tolist() != []
 
 
 def test_moving_to_the_same_device_changes_nothing():

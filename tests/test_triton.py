@@ -12,7 +12,9 @@ from dittfast.layout import Blocks, Layout, make_blocks, split_evenly
 from dittfast.plan import METRICS, Plan, TokenRule
 from dittfast.testing import assert_within_budget, attention_inputs, eager_attention
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+block_sparse = pytest.importorskip("dittfast.kernels.block_sparse")
 pytestmark = pytest.mark.usefixtures("nan_empty", "quick_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -407,6 +409,144 @@ def test_launch_sizes_of_other_architectures(capability, block_size, monkeypatch
     rule = random_rule("disc", 150, 150, 3)
     blocks = ragged(150, block_size, seed=33, shuffled=True)
     check(random_plan(blocks, blocks, rule=rule), head_dim=64, dtype=torch.float16)
+
+
+@triton.jit
+def place_kernel(found, heads, num_blocks, run_rows, num_runs, num_first, PARTS: tl.constexpr):
+    i_b, i_h, i_q, part, is_first = block_sparse._query_program(
+        heads, num_blocks, run_rows, num_runs, num_first, PARTS
+    )
+    place = ((i_b * heads + i_h) * num_blocks + i_q) * PARTS + part
+    tl.store(found + tl.program_id(0), place * 2 + is_first.to(tl.int32))
+
+
+def test_programs_of_runs_come_first():
+    runs, batch, heads, blocks, parts = torch.tensor([0, 3], device=DEVICE), 2, 3, 5, 2
+    first = batch * heads * 2 * parts
+    found = torch.full((first + batch * heads * blocks * parts,), -1, device=DEVICE).int()
+    place_kernel[(len(found),)](found, heads, blocks, runs, 2, first, parts)
+    place, is_first = found.cpu() // 2, found.cpu() % 2
+    rows = place.reshape(-1, parts) // parts % blocks
+    assert rows[: first // parts].tolist() == [[0, 0], [3, 3]] * batch * heads
+    assert is_first.tolist() == [1] * first + [0] * (len(found) - first)
+    # All heads have theirs, and the rest is in the order of the sequence.
+    assert sorted(place[:first].tolist()) == [
+        (head * blocks + row) * parts + part
+        for head in range(batch * heads) for row in (0, 3) for part in range(parts)
+    ]  # fmt: skip
+    assert place[first:].tolist() == list(range(batch * heads * blocks * parts))
+
+
+def test_runs_are_computed_once(monkeypatch):
+    """First, and not again in their turn; also a row that only might be a run."""
+    blocks = even(64, 16)
+    plan = random_plan(blocks, blocks, density=0.1)
+    count, indices = plan.kv_num_blocks.clone(), plan.kv_indices.clone()
+    assert indices.shape[-1] < 4
+    count[..., 1], indices[..., 1, :] = 4, 0
+    plan = plan.replace(kv_indices=indices, kv_num_blocks=count, kv_num_full_blocks=count)
+    calls, launch = [], triton_backend.Call.launch
+    spy = lambda call: calls.append(call) or launch(call)  # noqa: E731
+    monkeypatch.setattr(triton_backend.Call, "launch", spy)
+    inputs = [x.to(DEVICE) for x in attention_inputs(1, 2, 64, 16)]
+    moved, found = plan.to(DEVICE), []
+    known = plan.run_rows()
+    assert known.tolist() == [1]
+    for rows in (None, known, torch.cat([known, known.new_tensor([2])])):
+        object.__setattr__(moved, "_run_rows", None if rows is None else rows.to(DEVICE))
+        leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+        out = attend(*leaves, moved, backend="triton")
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, inputs[3])])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    expected = attend(*(x.double() for x in inputs[:3]), moved, backend="reference")
+    torch.testing.assert_close(found[1][0].double(), expected, rtol=1e-5, atol=1e-5)
+    for kernel in ("forward_kernel", "dq_kernel"):
+        grids = [call.grid for call in calls if call.kernel.__name__ == kernel]
+        assert grids == [2 * (4 + n) for n in (0, 1, 2)]
+
+
+def test_lists_of_single_heads_stay_in_order():
+    blocks = ragged(150, 32, seed=39)
+    plan = random_plan(blocks, blocks, (1, 2), density=0.2)
+    t = plan.tensors()._replace(run_rows=torch.tensor([1]))
+    q = torch.zeros(1, 2, 150, 16)
+    call = triton_backend.forward_call(q, q, q, q, q[..., 0], t, 1.0, (8, 0))
+    assert call.grid == 2 * blocks.count and call.arguments["run_rows"] is None
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Descriptors as Hopper takes them; the shapes of those that were made."""
+    made, make = [], triton_backend._descriptor
+
+    def spy(x, box):
+        made.append((tuple(x.shape), box))
+        return make(x, box)
+
+    monkeypatch.setattr(triton_backend, "takes_descriptors", lambda *_: True)
+    monkeypatch.setattr(triton_backend, "_descriptor", spy)
+    return made
+
+
+# k and v for the forward pass and for dq, q and the gradient for dk and dv.
+DESCRIPTORS = 6
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype", [((128, 128), torch.float16), ((48, 96), torch.float32)], ids=str
+)
+def test_tiles_by_descriptor(sizes, dtype, described):
+    """Short blocks between others and at the end, where rows of the next one come along."""
+    blocks = ragged(150, sizes[0], seed=34), ragged(200, sizes[1], seed=35)
+    check(random_plan(*blocks, (1, 2)), heads=2, head_dim=48, dtype=dtype)
+    assert len(described) == DESCRIPTORS and all(box[-1] == 64 for _, box in described)
+
+
+@pytest.mark.parametrize("case", ["rule", "weight", "epilogue", "even", "one row behind"])
+def test_what_else_goes_with_descriptors(case, described):
+    q_blocks, kv_blocks, options, fields = ragged(70, 64, 36), ragged(90, 64, 37), {}, {}
+    if case == "rule":
+        fields["rule"] = random_rule("disc", 70, 90, 3)
+    elif case == "weight":
+        options["log_weight"] = torch.randn(1, 1, 90)
+    elif case == "epilogue":
+        fields["out_scale"] = torch.rand(1, 1, q_blocks.count) + 0.5
+        fields["out_residual"] = torch.randn(1, 1, q_blocks.count, 16)
+    elif case == "even":
+        q_blocks = kv_blocks = even(128, 64)
+    else:
+        q_blocks = kv_blocks = even(65, 64)
+    check(random_plan(q_blocks, kv_blocks, density=0.8, **fields), **options)
+    assert len(described) == DESCRIPTORS
+
+
+@pytest.mark.parametrize("case", ["order", "small blocks", "slice"])
+def test_rows_are_gathered_where_no_descriptor_fits(case, described):
+    blocks = ragged(70, 8 if case == "small blocks" else 64, 38, shuffled=case == "order")
+    # From the third column on: 12 bytes behind an address that a descriptor takes.
+    view = (lambda x: torch.cat([x[..., :3], x], -1)[..., 3:]) if case == "slice" else lambda x: x
+    check(random_plan(blocks, blocks), view=view)
+    # The gradient is contiguous, q is not.
+    assert described == []
+
+
+def test_what_a_descriptor_can_tell():
+    x = torch.zeros(2, 3, 8, 16, dtype=torch.float16)
+    for good in (
+        x,
+        x.transpose(1, 2),
+        x[:, :, ::2],
+        x[:1],
+        x[..., 8:],
+        x[:1, :1].expand(1, 1, 8, 16),
+    ):
+        assert triton_backend._describable(good)
+    wide = torch.zeros(2, 3, 8, 20, dtype=torch.float16)
+    for bad in (x[..., 4:], wide[..., :16], x[:1].expand(2, -1, -1, -1), x[:, :, :1].expand_as(x)):
+        assert not triton_backend._describable(bad)
+    # An axis of one may have any step: what is told then is one that fits.
+    one = triton_backend._descriptor(wide[:1, :1, :1, :16], [1, 1, 16, 16])
+    assert one.strides == [16, 16, 16, 1] and one.shape == [1, 1, 1, 16]
 
 
 def test_runs_are_bit_identical():
