@@ -8,9 +8,11 @@ import torch
 from dittfast import Layout, methods
 from dittfast.cli import gpu_day as command
 from dittfast.cli import main
+from dittfast.cli.options import shipped
 from dittfast.kernels import launch_timing
 from dittfast.measure import gpu_day
 from dittfast.measure.bench import Workload
+from dittfast.pipelines.measure.variants import make_variants, read_variants
 
 ASK = ["bench", "gpu", "--device", "cpu", "--tokens", "256", "--head-dims", "16", "--heads", "1",
        "--repeats", "1", "--no-tests"]  # fmt: skip
@@ -34,6 +36,22 @@ def test_rehearsal(tmp_path, capsys):
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "native, radial, 256 tokens, head dim 16, forward" in shown and "not run: " in shown
+
+
+def test_methods_of_ones_own(tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    given = ["--method", "local", "--method", "topk", "--set", "local.window=3"]
+    assert main([*ASK, "--engines", "cudnn", *given, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"]["name"] for row in rows] == ["local", "topk"] * 2
+    assert rows[0]["method"]["window"] == 3
+    assert main([*ASK, "--set", "window=3"]) == 2
+    assert "--set window: no --method is given" in capsys.readouterr().err
+
+
+def test_the_methods_that_are_shipped():
+    chosen, _ = read_variants(shipped(command._METHODS))
+    assert tuple(x.method.name for x in make_variants(chosen)) == command.METHODS
 
 
 class Clock:

@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     day = tasks.add_parser(
         "gpu", help="all engines at all lengths on a GPU, in minutes", epilog=gpu_day.EXAMPLE
     )
+    _add_methods(day, required=False, default=f" (default: {', '.join(gpu_day.METHODS)})")
     _add_work(day, head_dim=False)
     gpu_day.add_arguments(day)
     code = tasks.add_parser(
@@ -118,13 +119,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_methods(parser, required=True)
+    _add_work(parser).add_argument(
+        "--backward", action="store_true", help="time forward and backward together"
+    )
+
+
+def _add_methods(parser: argparse.ArgumentParser, required: bool, default: str = "") -> None:
     parser.add_argument(
         "-m",
         "--method",
         action="append",
-        required=True,
+        required=required,
         metavar="NAME",
-        help="radial, local, ... or a preset; repeatable",
+        help="radial, local, ... or a preset; repeatable" + default,
     )
     parser.add_argument(
         "--set",
@@ -133,9 +141,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         dest="options",
         help="an option of the method, or of one of several as NAME.KEY=VALUE; repeatable",
-    )
-    _add_work(parser).add_argument(
-        "--backward", action="store_true", help="time forward and backward together"
     )
 
 
@@ -190,16 +195,18 @@ def _methods(args) -> list:
     """Each method with its own options: those for all, and those given as NAME.KEY."""
     from dittfast.config import SCHEDULE_FIELDS, resolve
 
-    options = parse_options(args.options)
-    known = set(args.method)
+    options, names = parse_options(args.options), args.method or []
+    known = set(names)
     for key in options:
+        if not names:
+            raise ValueError(f"--set {key}: no --method is given")
         name = key.rpartition(".")[0]
         if name and name not in known:
             raise ValueError(f"--set {key}: no --method {name} is given")
         if key.rpartition(".")[2] in SCHEDULE_FIELDS:
             raise ValueError(f"{key} belongs to the schedule; it does not change one attention")
     methods = []
-    for name in args.method:
+    for name in names:
         common = {k: v for k, v in options.items() if "." not in k}
         own = {k.rpartition(".")[2]: v for k, v in options.items() if k.rpartition(".")[0] == name}
         methods.append(resolve(name, **(common | own))[0])

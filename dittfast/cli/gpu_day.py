@@ -14,6 +14,7 @@ EXAMPLE = """\
 examples:
   dittfast bench gpu --json gpu.json
   dittfast bench gpu --seconds 240 --tokens 16384 65536 --engines triton flex --json gpu.json
+  dittfast bench gpu --method local/flux --method radial --set radial.block_size=64
   dittfast bench gpu --device cpu --engines native cpu --tokens 256 --head-dims 16 --seconds 30
 
 Offline, from a checkout. The JSON is whole after every row; what the time did not suffice for is in
@@ -23,8 +24,9 @@ TOKENS = (4096, 16384, 65536, 131072)
 HEAD_DIMS = (64, 128)
 ENGINES = ("triton", "flex", "flash4", "cudnn", "flashinfer")
 SECONDS = 520
-# The first of them plans from the layout alone.
 _METHODS = "evaluations/gpu-day"
+# What that file holds; a test compares.
+METHODS = ("radial", "topk", "local")
 # Of the time, for tests and launch sizes.
 _TESTS, _SIZES = 0.2, 0.25
 
@@ -52,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args, methods, work) -> dict:
-    """Test, pick launch sizes, measure; what was found is written after every step."""
+    """Test, pick launch sizes, measure; what was found is written after every step.
+
+    Args:
+        methods: what to time; without any those of the file that is shipped for this.
+    """
     from dittfast.measure.gpu_day import Budget, cases, measure
     from dittfast.pipelines.measure.fidelity import dense_kernel
     from dittfast.pipelines.measure.variants import make_variants, read_variants
@@ -66,10 +72,15 @@ def run(args, methods, work) -> dict:
     if args.tests:
         data["tests"] = _gpu_tests(budget.left * _TESTS)
         print(f"tests  {data['tests']['summary']}")
-    chosen, _ = read_variants(shipped(_METHODS))
-    methods = [variant.method for variant in make_variants(chosen)]
+    if not methods:
+        chosen, _ = read_variants(shipped(_METHODS))
+        methods = [variant.method for variant in make_variants(chosen)]
+    planned = next((m for m in methods if m.static and not m.computes), None)
     if "triton" in args.engines and work.device != "cpu":
-        _launch_sizes(args, methods[0], work, budget, data)
+        if planned is None:
+            print("sizes  not timed: none of the methods plans from the layout alone")
+        else:
+            _launch_sizes(args, planned, work, budget, data)
     _save(args, work, data)
     todo = cases(args.engines, methods, args.tokens, args.head_dims, work)
     kernels = {name: partial(dense_kernel, name) for name in ("flash", "cudnn")}
