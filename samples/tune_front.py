@@ -4,13 +4,14 @@
         --budgets "speedup>=1.5" "speedup>=1.8" -o work/front --save docs/tune-flux
 
 Tunes for each budget, then draws every setting that the tuner tried in all layers and all steps of
-the same held-out prompts. Those that no other clearly beats are timed as presets are, in turns with
-dense attention. Goes on where it was stopped.
+the first held-out prompt. Those near a preset's speed that no other clearly beats draw all of them,
+and are timed as presets are, in turns with dense attention. Goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 from pathlib import Path
@@ -88,16 +89,18 @@ def main() -> None:
         scale = args.position_scale * args.size / size
         own = call | {"height": size, "width": size}
         preset = args.output / f"preset-{plain(args.budgets[0])}.yaml"
-        others.append(elsewhere(pipe, own, preset, items[tuned_with:], scale))
-        print(others[-1], flush=True)
+        path = args.output / f"also-{size}.json"
+        if not path.exists():
+            write_json(path, elsewhere(pipe, own, preset, items[tuned_with:], scale))
+        others.append(json.loads(path.read_text(encoding="utf-8")))
     with positions_scaled(pipe, args.position_scale):
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
         layout, uniform = tuner.read_layout(), []
         methods = candidates(layout, args.methods)
         for method in methods:
             uniform.append(uniform_row(tuner, method, task.held_out[:1]))
-        # One picture tells those that have no chance; the others get all of them, and are timed.
-        chances = contenders(uniform)
+        speeds = [row["best"]["held_out"]["speedup"] for row in rows]
+        chances = contenders(uniform, speeds)
         for number, row in enumerate(uniform):
             if row in chances:
                 method = methods[number]
@@ -151,14 +154,15 @@ def ratio(dense, own) -> float:
     return statistics.median(a / b for a, b in zip(dense, own))
 
 
-def contenders(uniform: list[dict]) -> list[dict]:
-    """The settings that no other clearly beats, by the calls that drew them."""
+def contenders(uniform: list[dict], speeds: list[float]) -> list[dict]:
+    """Settings near the speeds of presets that no other clearly beats, by the calls that drew."""
 
     def beats(x, y):
         return x["psnr"] > y["psnr"] + 0.5 and x["speedup"] > 1.05 * y["speedup"]
 
-    quick = [y for y in uniform if y["speedup"] > 1]
-    return [y for y in quick if not any(beats(x, y) for x in uniform)]
+    low, high = 0.75 * min(speeds), max(speeds) / 0.75
+    near = [y for y in uniform if low <= y["speedup"] <= high]
+    return [y for y in near if not any(beats(x, y) for x in uniform)]
 
 
 def against(row: dict, uniform: list[dict]) -> dict:
@@ -231,9 +235,13 @@ def plot(data: dict):
         own = sorted((speed(x), x["psnr"]) for x in data["uniform"] if x["method"]["name"] == name)
         look = {"color": COLORS[number], "marker": MARKERS[number]}
         axes.plot(*zip(*own), ls=":", lw=1, ms=5, label=f"{name} everywhere", **look)
-    held = [x["best"]["held_out"] for x in data["tuned"]]
-    tuned = sorted((x["speedup"], x["psnr"]) for x in held)
-    axes.plot(*zip(*tuned), color="black", marker="*", ms=13, lw=1.5, label="tuned")
+    drawn = [y["held_out"] for x in data["tuned"] for y in x["rounds"] if len(y["rules"]) > 1]
+    for look, label, held in (
+        ({"ms": 8, "mfc": "white"}, "drawn while tuning", [x for x in drawn if "speedup" in x]),
+        ({"ms": 14}, "tuned preset", [x["best"]["held_out"] for x in data["tuned"]]),
+    ):
+        points = sorted((x["speedup"], x["psnr"]) for x in held)
+        axes.plot(*zip(*points), color="black", marker="*", ls="", label=label, **look)
     axes.axvline(1, color="grey", lw=0.8)
     axes.set_xlabel("dense seconds / seconds, whole calls (processor time)")
     axes.set_ylabel("PSNR to dense, dB, held-out prompts")
