@@ -6,8 +6,8 @@ plain attention in the same dtype earns on the same inputs.
 
     python tests/attention_fuzz.py --seed 0 --count 10000 --state fuzz.json
 
-With --state it goes on where it stopped. A case is told by its seed and number: --start 123
---count 1 runs it again. It ends with a table of what was covered.
+With --state it goes on where it stopped. A case is told by its seed, its number and the methods
+drawn from: --start 123 --count 1 runs it again. It ends with a table of what was covered.
 """
 
 from __future__ import annotations
@@ -234,11 +234,14 @@ def judge(name, found, exact, eager, recomputed=0.0):
         assert_within_budget(name, found, exact, eager, factor=20, floor=16)
 
 
-def judge_all(names, sides, case):
-    """Ours, exact and eager values of each name, of an attention that gives no lse."""
+def judge_of(case):
+    """:func:`judge` for an attention that gives no lse."""
     lse = 5 * case["size"] ** 2  # logits of normal values are hardly larger
-    for name, *values in zip(names, *sides):
-        judge(name, *values, lse * case["size"] if name in ("dq", "dk") else 0.0)
+
+    def judged(name, *values):
+        judge(name, *values, lse * case["size"] if name.endswith(("dq", "dk", "dv")) else 0.0)
+
+    return judged
 
 
 def plan_case(draw, case):
@@ -428,7 +431,8 @@ def sla_case(draw, case):
         leaves = [x.to(kind).requires_grad_() for x in tensors]
         out = call(*leaves)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))])
-    judge_all(("out", "dq", "dk", "dv", "d projection"), found, case)
+    for name, *values in zip(("out", "dq", "dk", "dv", "d projection"), *found):
+        judge_of(case)(name, *values)
 
 
 def agent_case(draw, case):
@@ -460,7 +464,7 @@ def reattention_case(draw, case):
     )
     steps = sorted(draw.sample(range(8), 3))
     options = (case[name] for name in ("head_dim", "dtype", "size", "backend"))
-    test_reattention.check(method, layout, steps, *options, judge)
+    test_reattention.check(method, layout, steps, *options, judge_of(case))
 
 
 def mixture_of_heads_case(draw, case):
@@ -489,7 +493,8 @@ def mixture_of_heads_case(draw, case):
         painted=mask if callable(mask) else lambda q, k: mask,
         undecided=1e-5,
     )
-    judge_all(names, sides, case)
+    for name, *values in zip(names, *sides):
+        judge_of(case)(name, *values)
 
 
 def linear_case(draw, case):
@@ -531,7 +536,7 @@ def dynamic(check, method, layout, case):
         case["dtype"],
         case["size"],
         backend=case["backend"],
-        judge=judge,
+        judge=judge_of(case),
     )
 
 
@@ -554,8 +559,11 @@ CASES = {
 }
 
 
-def run_case(seed: int, number: int) -> dict:
+def run_case(seed: int, number: int, methods: list[str] | None = None) -> dict:
     """One case; what it covered.
+
+    Args:
+        methods: to draw from; None for all.
 
     Raises:
         AssertionError: a wrong result.
@@ -563,7 +571,7 @@ def run_case(seed: int, number: int) -> dict:
     """
     draw = random.Random(f"{seed} {number}")
     torch.manual_seed(draw.randrange(2**31))
-    kind = weighted(draw, KINDS)
+    kind = weighted(draw, {name: KINDS[name] for name in methods or KINDS})
     case = {
         "method": kind,
         "backend": weighted(draw, BACKENDS),
@@ -608,6 +616,7 @@ def main(argv=None) -> int:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--state", type=Path, help="JSON to go on from, and to write to")
+    parser.add_argument("--method", choices=KINDS, action="append", help="these alone; repeatable")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     state = {"seed": options.seed, "next": options.start, "wrong": [], "refused": 0, "counts": {}}
@@ -616,7 +625,7 @@ def main(argv=None) -> int:
     counts = collections.Counter(state["counts"])
     for number in range(state["next"], options.start + options.count):
         try:
-            case = run_case(state["seed"], number)
+            case = run_case(state["seed"], number, options.method)
             case["dtype"] = str(case["dtype"]).removeprefix("torch.")
             names = ("method", "backend", "dtype", "layout")
             counts["; ".join(f"{name}={case[name]}" for name in names)] += 1
