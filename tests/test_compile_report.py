@@ -122,7 +122,7 @@ def test_launch_sizes_are_sizes_that_triton_takes(capability, dtype):
     "capability, name", [((7, 5), "7.5"), ((11, 0), "11.0"), ("gfx1100", "gfx1100")], ids=str
 )
 def test_devices_that_no_sizes_fit_are_refused(capability, name):
-    """compute capability 7.5 has a third less shared memory; gfx1100 spills kilobytes."""
+    """With the sizes of their next of kin the kernels spill there."""
     with pytest.raises(ValueError, match=f"to fit compute capability {name} .*backend='cpu'"):
         launch_config(64, torch.float16, capability)
 
