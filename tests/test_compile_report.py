@@ -87,7 +87,7 @@ def test_every_kernel_fits(target, dtype):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("target", ["sm_86", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_86", "sm_89", "sm_120"])
 def test_every_kernel_fits_a_consumer_gpu(target):
     count = len(compile_report.KERNELS) * len(compile_report.FEATURES) * 3
     assert_all_fit(count, "--targets", target, "--dtypes", "bf16")
