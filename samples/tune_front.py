@@ -33,6 +33,7 @@ from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.prompts import make_items
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.candidates import candidates, tunable
+from dittfast.pipelines.tune.solver import Choice, hull
 from dittfast.pipelines.tune.tune import Task, Tuner, tune, uniform_label
 
 
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs=2, default=(2, 3), help="tuned with, held out")
     parser.add_argument("--bands", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--timings", type=int, default=5, help="rounds of the front's timing")
     parser.add_argument("--budgets", nargs="+", default=["speedup>=1.5", "speedup>=2"])
     parser.add_argument("--methods", nargs="+", default=tunable())
     parser.add_argument(
@@ -100,13 +102,26 @@ def main() -> None:
         for method in methods:
             uniform.append(uniform_row(tuner, method, task.held_out[:1]))
         speeds = [row["best"]["held_out"]["speedup"] for row in rows]
-        chances = contenders(uniform, speeds)
+        chances, arms = contenders(uniform, speeds), {"dense": tuner.dense}
         for number, row in enumerate(uniform):
             if row in chances:
                 method = methods[number]
                 uniform[number] = uniform_row(tuner, method, task.held_out)
-                uniform[number]["timed"] = tuner.speedup(uniform_arm(tuner, method))
-                print(row["words"], uniform[number]["timed"], flush=True)
+                arms[method.words()] = uniform_arm(tuner, method)
+        for row, words in zip(rows, args.budgets):
+            preset = resolve(str(args.output / f"preset-{plain(words)}.yaml"))
+            arms[row["best"]["label"]] = tuner.variant(row["best"]["label"], *preset)
+            for one in row["rounds"]:
+                known = row["best"]["label"].startswith(one["label"])  # but for how plans last
+                if len(one["rules"]) > 1 and one["held_out"] and not known:
+                    arms[one["label"]] = tuner.variant(one["label"], resolve(one["rules"])[0])
+        speeds = timed_in_turns(tuner, arms, args.timings)
+        for row in uniform:
+            if row["words"] in speeds:
+                row["timed"] = speeds[row["words"]]
+        for row in rows:
+            for one in (row["best"], *row["rounds"]):
+                one["timed"] = speeds.get(one["label"])
     facts = {
         "model": args.model,
         "tokens": layout.num_tokens,
@@ -154,13 +169,29 @@ def ratio(dense, own) -> float:
     return statistics.median(a / b for a, b in zip(dense, own))
 
 
+def timed_in_turns(tuner: Tuner, arms: dict, rounds: int) -> dict[str, float]:
+    """Dense seconds over those of each arm, medians over rounds in which all took turns.
+
+    On a busy machine a tenth is noise from one minute to the next, and less within a round.
+    """
+    item, every = tuner.task.held_out[0], []
+    for number in range(rounds):
+        path = tuner.folder / f"timed-{number}.json"
+        if not path.exists():
+            names = list(arms)[:: 1 if number % 2 == 0 else -1]
+            call = tuner.call | {"prompt": item.prompt}
+            write_json(path, {n: arms[n].draw(call, item.seed)[0].timing.busy for n in names})
+        every.append(json.loads(path.read_text(encoding="utf-8")))
+    return {n: statistics.median(x["dense"] / x[n] for x in every) for n in arms if n != "dense"}
+
+
 def contenders(uniform: list[dict], speeds: list[float]) -> list[dict]:
     """Settings near the speeds of presets that no other clearly beats, by the calls that drew."""
 
     def beats(x, y):
         return x["psnr"] > y["psnr"] + 0.5 and x["speedup"] > 1.05 * y["speedup"]
 
-    low, high = 0.75 * min(speeds), max(speeds) / 0.75
+    low, high = 0.8 * min(speeds), max(speeds) / 0.8
     near = [y for y in uniform if low <= y["speedup"] <= high]
     return [y for y in near if not any(beats(x, y) for x in uniform)]
 
@@ -168,18 +199,17 @@ def contenders(uniform: list[dict], speeds: list[float]) -> list[dict]:
 def against(row: dict, uniform: list[dict]) -> dict:
     """A tuned preset beside uniform settings at its speed, and at its quality.
 
-    At its speed: on the line between the settings that are next, in seconds and decibels, as if
-    there were settings between them. The fastest of all is not extended.
+    At its speed: on the convex hull of the settings, in seconds and decibels, as if there were
+    settings between them. The fastest of all is not extended.
     """
     found = row["best"]["held_out"]
-    points = sorted((1 / x["timed"], x["psnr"], x["distance"]) for x in uniform if "timed" in x)
-    best: list[tuple] = []
-    for point in points:  # the slower ones only where they are better
-        if not best or point[1] > best[-1][1]:
-            best.append(point)
-    here = 1 / found["speedup"]
-    seconds, decibels, distances = ([point[i] for point in best] for i in range(3))
-    alike = between(here, seconds, decibels), between(here, seconds, distances)
+    timed = [x for x in uniform if "timed" in x]
+    ends = [hull([Choice(1 / x["timed"], sign * x[m]) for x in timed])
+            for m, sign in (("psnr", -1), ("distance", 1))]  # fmt: skip
+    seconds, decibels = [x.cost for x in ends[0][::-1]], [-x.error for x in ends[0][::-1]]
+    slow, distances = [x.cost for x in ends[1][::-1]], [x.error for x in ends[1][::-1]]
+    here = 1 / row["best"]["timed"]
+    alike = between(here, seconds, decibels), between(here, slow, distances)
     return {
         "uniform_psnr": alike[0],
         "uniform_distance": alike[1],
@@ -234,20 +264,24 @@ def plot(data: dict):
     for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in data["uniform"])):
         own = sorted((speed(x), x["psnr"]) for x in data["uniform"] if x["method"]["name"] == name)
         look = {"color": COLORS[number], "marker": MARKERS[number]}
-        axes.plot(*zip(*own), ls=":", lw=1, ms=5, label=f"{name} everywhere", **look)
-    drawn = [y["held_out"] for x in data["tuned"] for y in x["rounds"] if len(y["rules"]) > 1]
+        axes.plot(*zip(*own), ls=":", lw=1, ms=4, alpha=0.4, label=f"{name}, one picture", **look)
+        own = [(x["timed"], x["psnr"]) for x in data["uniform"]
+               if x["method"]["name"] == name and "timed" in x]  # fmt: skip
+        if own:
+            axes.plot(*zip(*own), ls="", ms=7, label=f"{name}, in turns", **look)
+    drawn = [y for x in data["tuned"] for y in x["rounds"] if len(y["rules"]) > 1]
     for look, label, held in (
-        ({"ms": 8, "mfc": "white"}, "drawn while tuning", [x for x in drawn if "speedup" in x]),
-        ({"ms": 14}, "tuned preset", [x["best"]["held_out"] for x in data["tuned"]]),
+        ({"ms": 8, "mfc": "white"}, "drawn while tuning", [x for x in drawn if x["timed"]]),
+        ({"ms": 14}, "tuned preset", [x["best"] for x in data["tuned"]]),
     ):
-        points = sorted((x["speedup"], x["psnr"]) for x in held)
+        points = sorted((x["timed"], x["held_out"]["psnr"]) for x in held)
         axes.plot(*zip(*points), color="black", marker="*", ls="", label=label, **look)
     axes.axvline(1, color="grey", lw=0.8)
     axes.set_xlabel("dense seconds / seconds, whole calls (processor time)")
     axes.set_ylabel("PSNR to dense, dB, held-out prompts")
-    axes.set_title(f"{data['model']}, {data['tokens']:,} tokens")
+    axes.set_title(f"{data['model']}, {data['tokens']:,} tokens; one setting everywhere, and tuned")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
     return figure
 
 

@@ -357,17 +357,10 @@ class Prediction:
 
 
 def _thinned(choices: Sequence[Choice], most: int) -> list[Choice]:
-    """At most so many of them, the ends among them, at costs as even as can be.
-
-    Args:
-        choices: in the order of falling cost.
-    """
+    """At most so many of them, the ends among them, as even as can be."""
     if len(choices) <= most:
         return list(choices)
-    first, last = choices[0].cost, choices[-1].cost
-    wanted = [first + (last - first) * i / (most - 1) for i in range(most)]
-    near = {min(range(len(choices)), key=lambda n: abs(choices[n].cost - x)) for x in wanted}
-    return [choices[n] for n in sorted(near)]
+    return [choices[round(i * (len(choices) - 1) / (most - 1))] for i in range(most)]
 
 
 def _words(heads: Heads, methods: Sequence[Method]) -> list[str]:
