@@ -341,7 +341,7 @@ class Tuner:
         dense = self.dense.drawings
         for number, (first, end) in enumerate(self.bands):
             mixture = Mixture((Rule(reference, steps=(first, end)),))
-            arm = self.variant(f"band-{number}", mixture)
+            arm = self.variant(f"band-{number}-{digest_of(reference.to_dict())[:8]}", mixture)
             self._draw(f"{reference.name} in steps {first}-{end - 1}", arm, [item], 1)
             frames = [image_tensor(x.drawings.frames(item)) for x in (arm, self.dense)]
             difference = (frames[0].double() - frames[1].double()).flatten()
