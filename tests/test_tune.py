@@ -393,6 +393,10 @@ def test_seconds_of_a_gpu_are_those_of_its_published_rates(pipe):
 
 def test_a_preset_for_a_gpu_says_that_its_speed_is_computed(recorded, pipe, monkeypatch):
     monkeypatch.setattr(tune_module, "answers", answers)
+    with pytest.raises(ImpossibleBudget, match="no method saves anything"):
+        tune(pipe, SOURCE, CALL, task("psnr>=52", gpu="h100"), recorded)
+    # So few tokens are bound by memory, whatever is left out of them. Not with more of it.
+    monkeypatch.setitem(GPUS, "H100", replace(GPUS["H100"], memory=1e6))
     done = tune(pipe, SOURCE, CALL, task("psnr>=52", gpu="h100"), recorded)
     assert done.data["tuned"]["speed_computed_for"] == done.found["gpu"] == "H100"
     best = done.found["best"]
