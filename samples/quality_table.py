@@ -397,27 +397,45 @@ def table(args):
 
 
 def plot(sizes, path):
-    """Processor seconds against the distance to the art, a panel for pictures and one for clips."""
+    """Processor seconds against the distance to the art, a panel for pictures and one for clips.
+
+    Names that would lie on others are left out; the table has them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
+    ticks = [m * 10.0**e for e in (-2, -1, 0, 1, 2) for m in (1, 2, 5)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    names = []
     for ax, kind in zip(axes, BEST):
         own = {size: data for size, data in sizes.items() if size.startswith(kind)}
         for number, (size, data) in enumerate(own.items()):
             for arm, row in data["arms"].items():
                 point = row["cpu_seconds"], row["to_art"]
                 ax.scatter(*point, c=f"C{number}", marker="s" if arm == "dense" else "o", s=28)
-                ax.annotate(arm, point, fontsize=7, xytext=(4, 2), textcoords="offset points")
+                place = {"xytext": (4, 2), "textcoords": "offset points"}
+                names.append(ax.annotate(arm, point, fontsize=7, **place))
             ax.scatter([], [], c=f"C{number}", label=size.replace("-", " "))
         ax.set(xscale="log", yscale="log", xlabel="processor seconds, whole call")
         ax.set_ylabel("distance to the art")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(FixedLocator(ticks))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
         ax.set_title(f"{kind} (squares: dense)")
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
+    figure.canvas.draw()
+    taken = []
+    for name in names:
+        box = name.get_window_extent()
+        name.set_visible(not any(box.overlaps(other) for other in taken))
+        if name.get_visible():
+            taken.append(box)
     figure.savefig(path, dpi=110)
 
 
