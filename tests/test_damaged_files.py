@@ -259,9 +259,9 @@ def tuning(folder, tune=False):
 
     def make():
         assert tune, "it is measured again"
-        tried = [{"error": [0.25, 1e-3], "seconds": 0.5, "planning": 0.0}]
+        tried = [{"error": [0.25, 1e-3], "seconds": 0.5, "planning": 0.0, "work": 0.5}]
         call = {"layer": "a", "step": 1, "rows": 1, "heads": 2, "head_dim": 8, "size": 2.5}
-        call |= {"dense_seconds": 0.75, "sensitivity": 0.125, "tried": tried}
+        call |= {"dense_seconds": 0.75, "tried": tried}
         return {"passes": 1, "calls": [call], "start": [0.25]}
 
     check = lambda data: check_record(data, methods, [1])  # noqa: E731

@@ -46,9 +46,11 @@ def by_hand(pipe, strength, theta=1.0, later=None, **method):
     pipe.transformer.pos_embed.theta *= theta
     if method:
         dittfast.enable(larger, "local", **method)
+        pipe.vae.to(memory_format=torch.channels_last)
     large = draw(larger, *STAGES[1], seed=6, image=image, strength=strength, **later or {})
     if method:
         dittfast.disable(larger)
+        pipe.vae.to(memory_format=torch.contiguous_format)
     pipe.transformer.pos_embed.theta /= theta
     return small, large
 

@@ -12,7 +12,6 @@ from dittfast.config import read_mapping, unknown
 
 from . import FAMILIES
 from .sequences import Sequences
-from .tiny import tiny_of
 from .tiny_model import Draw
 
 
@@ -90,6 +89,8 @@ class PublishedModel:
             raise ValueError(
                 f"text tokens of {self.name} must be at least 1, got {text}; it takes {self.text}"
             )
+        from .tiny import tiny_of  # takes diffusers with it
+
         arguments = tiny_of(self.model).inputs(Draw(grid, text, device="meta"), model)
         sequences = Sequences.of(FAMILIES[self.model].read(model, arguments))
         made = sequences.layout.grid.shape
