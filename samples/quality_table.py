@@ -187,9 +187,7 @@ class Task:
         if self.read(arm, number) is not None:
             return
         pipe, call, before = self.begin(number, seed)
-        method, schedule = (
-            (None, None) if variant is None else (variant.way or variant.method, variant.schedule)
-        )
+        method, schedule = (None, None) if variant is None else (variant.drawn_by, variant.schedule)
         later = self.kind == "pictures" and self.best is not self
         seed += later  # as generate_high_resolution, also below
         reset_peak_memory("cpu")

@@ -115,7 +115,7 @@ class Arm:
                 self.pipe,
                 call,
                 seed,
-                v.way or v.method,
+                v.drawn_by,
                 v.schedule,
                 backend=v.backend,
                 warm_up=warm_up,

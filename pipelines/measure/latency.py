@@ -156,7 +156,7 @@ class _Arms:
 
     def draw(self, arm: str) -> Run:
         v = self.variant
-        method = None if arm == "dense" else v.way or v.method
+        method = None if arm == "dense" else v.drawn_by
         run, description = draw(
             self.pipe, self.call, self.seed, method, v.schedule, backend=v.backend
         )

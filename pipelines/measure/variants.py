@@ -49,6 +49,11 @@ class Variant:
         if self.label == DENSE:
             raise ValueError(f"the label {DENSE!r} belongs to the arm that all are compared with")
 
+    @property
+    def drawn_by(self) -> Method | Way:
+        """What draws: the trained adapter, or the method."""
+        return self.way or self.method
+
     def settings(self) -> dict:
         """Plain data, for manifests and tables."""
         trained = {} if self.way is None else {"adapter": self.way.digest()}
