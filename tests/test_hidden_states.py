@@ -149,7 +149,7 @@ def test_gradients_reach_them_through_a_compiled_model():
 
 
 def test_compiled_and_as_a_processor(monkeypatch):
-    model, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+    model, inputs = tiny.flux_transformer(1, 1), tiny.flux_inputs()
     with torch.no_grad():
         stock = model(**inputs)[0]
         with dittfast.enable(model, Gated(), min_tokens=0):

@@ -508,7 +508,7 @@ def test_enabled_it_is_its_formula_in_every_layer(family):
 
 
 def test_checkpointing_compiling_and_the_processor():
-    model, inputs = tiny.flux_transformer(heads=4), tiny.flux_inputs()
+    model, inputs = tiny.flux_transformer(1, 1, heads=4), tiny.flux_inputs()
     options = {"inner": Local(window=3, tile=(1, 4, 4)), "shared": 1, "routed": 2}
 
     with dittfast.enable(model, "mixture_of_heads", min_tokens=0, **options):
