@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), "gfx942", "gfx90a"]
 
 
+EVERYTHING = "--head-dims", "64", "128", "256", "--features", *compile_report.FEATURES
+
+
 def python(*arguments):
     """A process of its own: the tests' process interprets kernels and cannot compile them."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -83,14 +86,14 @@ def test_sizes_that_do_not_fit_are_found():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_fits(target, dtype):
     count = len(compile_report.KERNELS) * len(compile_report.FEATURES) * 3
-    assert_all_fit(count, "--targets", target, "--dtypes", dtype)
+    assert_all_fit(count, "--targets", target, "--dtypes", dtype, *EVERYTHING)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["sm_86", "sm_89", "sm_120"])
 def test_every_kernel_fits_a_consumer_gpu(target):
     count = len(compile_report.KERNELS) * len(compile_report.FEATURES) * 3
-    assert_all_fit(count, "--targets", target, "--dtypes", "bf16")
+    assert_all_fit(count, "--targets", target, "--dtypes", "bf16", *EVERYTHING)
 
 
 @pytest.mark.compile
