@@ -53,9 +53,15 @@ from .adapter_files import (
     stock_weights,
     told_method,
 )
-from .bases import check_base, check_mergeable, check_not_added, check_not_fused
+from .bases import (
+    check_base,
+    check_has_lora,
+    check_mergeable,
+    check_not_added,
+    check_not_fused,
+)
 from .config import DistillConfig
-from .lora import ADAPTER, add_lora, compute_dtype, remove_lora
+from .lora import ADAPTER, add_lora, compute_dtype, has_lora, lora_layers, remove_lora
 from .model_card import model_card
 from .student import Student, component_of
 
@@ -160,13 +166,15 @@ class _Loaded:
     Attributes:
         original: the model's parameters that were overwritten, on the CPU.
         lora: the LoRA's parameters and settings; None where there is none.
+        layers: PEFT's layers that it was put in, by name: others may take them out of the model.
         trainable: which parameters asked for gradients before, by name.
-        watch: the hook that refuses fused projections; None where fusing is harmless.
+        watch: the hook that refuses passes without the LoRA; None where there is none.
         merged: base weights from before a merge, on the CPU; None while unmerged.
     """
 
     original: dict[str, torch.Tensor] = field(default_factory=dict)
     lora: tuple[dict[str, torch.Tensor], dict] | None = None
+    layers: dict[str, torch.nn.Module] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     watch: object = None
     merged: dict[str, torch.Tensor] | None = None
@@ -269,7 +277,7 @@ def _free_base(pipe, record, component: str) -> torch.nn.Module:
         raise ValueError(
             "this pipeline has an adapter of dittfast; call unload_adapter(pipe) first"
         )
-    if ADAPTER in (getattr(model, "peft_config", None) or {}):
+    if has_lora(model):
         raise ValueError(
             f"this pipeline has a LoRA named {ADAPTER!r}, the name that adapters of dittfast take; "
             "unload it, or load it under another adapter_name"
@@ -285,9 +293,9 @@ def _put_in(path: Path, model, weights: Weights, lora, undo: contextlib.ExitStac
     _set_own(path, model, weights.own)
     if weights.lora:
         loaded.lora = weights.lora, lora
-        _put_lora(model, *loaded.lora)
+        loaded.layers = _put_lora(model, *loaded.lora)
         undo.callback(remove_lora, model)
-        loaded.watch = model.register_forward_pre_hook(_Unfused(model))
+        loaded.watch = model.register_forward_pre_hook(_HasLora(model, loaded))
         undo.callback(loaded.watch.remove)
     loaded.original = _values(model, weights.plain)
     undo.callback(_set, model, loaded.original)
@@ -365,15 +373,19 @@ def _check_range(path: Path, weights: Weights, model: torch.nn.Module) -> None:
             )
 
 
-class _Unfused:
-    """A forward pre-hook: a LoRA beside to_q is passed over when its projections are fused."""
+class _HasLora:
+    """A forward pre-hook: refuses passes that would leave the LoRA out."""
 
-    def __init__(self, model: torch.nn.Module):
-        self._layers = [m for m in model.modules() if hasattr(m, "fused_projections")]
+    def __init__(self, model: torch.nn.Module, loaded: _Loaded):
+        self._loaded = loaded
+        self._fusible = [m for m in model.modules() if hasattr(m, "fused_projections")]
 
     def __call__(self, model: torch.nn.Module, args) -> None:
-        if any([layer.fused_projections for layer in self._layers]):
-            check_not_fused(model, "an adapter of dittfast is loaded")
+        what = "the loaded adapter cannot be used"
+        if any([layer.fused_projections for layer in self._fusible]):
+            check_not_fused(model, what)
+        if self._loaded.merged is None and not has_lora(model):
+            check_has_lora(model, self._loaded.layers, what)
 
 
 def _ask_for_gradients(model: torch.nn.Module, wanted: Mapping[str, bool]) -> None:
@@ -417,7 +429,10 @@ def _set(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def _put_lora(model: torch.nn.Module, values: dict[str, torch.Tensor], lora: dict) -> None:
+def _put_lora(
+    model: torch.nn.Module, values: dict[str, torch.Tensor], lora: dict
+) -> dict[str, torch.nn.Module]:
+    """Put a LoRA in; the layers that hold it."""
     add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
     try:
         parameters = dict(model.named_parameters())
@@ -436,6 +451,7 @@ def _put_lora(model: torch.nn.Module, values: dict[str, torch.Tensor], lora: dic
     except BaseException:
         remove_lora(model)
         raise
+    return lora_layers(model)
 
 
 @torch.no_grad()
@@ -467,14 +483,15 @@ def merge(pipe: Pipeline) -> None:
     if loaded.lora is None:
         loaded.merged = {}
         return
+    check_not_added(model, loaded.layers, "the adapter cannot be merged")
+    check_has_lora(model, loaded.layers, "the adapter cannot be merged")
     others = sorted(set(model.peft_config) - {ADAPTER})
     if others:
-        raise ValueError(f"other LoRAs are loaded ({', '.join(others)}); unload them first")
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "base_layer") and hasattr(module, "merge")
-    }
+        raise ValueError(
+            f"other LoRAs are loaded ({', '.join(others)}); take them out first: "
+            f"pipe.delete_adapters({others})"
+        )
+    layers = lora_layers(model)
     check_mergeable(model, layers.values())
     before = {}
     try:
@@ -503,7 +520,7 @@ def unmerge(pipe: Pipeline) -> None:
     _set(model, loaded.merged)
     loaded.merged = None
     if loaded.lora is not None:
-        _put_lora(model, *loaded.lora)
+        loaded.layers = _put_lora(model, *loaded.lora)
 
 
 def unload_adapter(pipe: Pipeline) -> None:
@@ -511,14 +528,15 @@ def unload_adapter(pipe: Pipeline) -> None:
 
     Raises:
         ValueError: no adapter is loaded, projections were fused with its weights in them, or
-            diffusers' ``fuse_lora`` added its LoRA to the weights.
+            diffusers' ``fuse_lora`` added its LoRA to the weights, for good where
+            ``unload_lora_weights`` followed.
     """
     model, loaded = _loaded_in(pipe)
     check_not_fused(model, "the adapter cannot be taken out")
-    check_not_added(model, "the adapter cannot be taken out")
+    check_not_added(model, loaded.layers, "the adapter cannot be taken out")
     if loaded.merged is not None:
         _set(model, loaded.merged)
-    elif loaded.lora is not None:
+    elif loaded.lora is not None and has_lora(model):
         remove_lora(model)
     _set(model, loaded.original)
     if loaded.watch is not None:

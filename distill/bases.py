@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from dittfast.pipelines.fingerprint import base_parameters, is_quantised
 
-from .lora import ADAPTER
+from .lora import ADAPTER, has_lora
 
 _FIRST = "load the adapter first, and do that afterwards"
 
@@ -28,14 +28,44 @@ def check_not_fused(model: torch.nn.Module, what: str) -> None:
         )
 
 
-def check_not_added(model: torch.nn.Module, what: str) -> None:
-    """Raise ValueError where diffusers' ``fuse_lora`` has added our LoRA to the weights."""
-    for name, module in model.named_modules():
-        if ADAPTER in getattr(module, "merged_adapters", ()):
-            raise ValueError(
-                f"{what}: its LoRA was added to the weights of {name} by fuse_lora(); call "
-                "unfuse_lora() first"
-            )
+def check_not_added(
+    model: torch.nn.Module, layers: Mapping[str, torch.nn.Module], what: str
+) -> None:
+    """Raise ValueError where diffusers' ``fuse_lora`` has added our LoRA to the weights.
+
+    Args:
+        layers: the LoRA's layers by name, whether they are in the model still or not.
+    """
+    added = _added(layers)
+    if added and not has_lora(model):
+        raise ValueError(
+            f"{what}: its LoRA was added to the weights of {added[0]} by fuse_lora(), and "
+            "unload_lora_weights() took away what could undo that; load the base model anew"
+        )
+    if added:
+        raise ValueError(
+            f"{what}: its LoRA was added to the weights of {added[0]} by fuse_lora(); call "
+            "unfuse_lora() first"
+        )
+
+
+def check_has_lora(
+    model: torch.nn.Module, layers: Mapping[str, torch.nn.Module], what: str
+) -> None:
+    """Raise ValueError where our LoRA was taken out, as ``unload_lora_weights`` does with all.
+
+    Where it was added to the weights before, nothing is missing.
+    """
+    if not has_lora(model) and not _added(layers):
+        raise ValueError(
+            f"{what}: its LoRA was taken out of the {type(model).__name__} "
+            "(unload_lora_weights() takes out all of them, delete_adapters(NAME) one); call "
+            "dittfast.unload_adapter(pipe), and load_adapter to have it back"
+        )
+
+
+def _added(layers: Mapping[str, torch.nn.Module]) -> list[str]:
+    return [name for name, layer in layers.items() if ADAPTER in layer.merged_adapters]
 
 
 def check_base(model: torch.nn.Module, replaced: Iterable[str], touched: Iterable[str]) -> None:
@@ -75,7 +105,6 @@ def check_base(model: torch.nn.Module, replaced: Iterable[str], touched: Iterabl
 def check_mergeable(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> None:
     """Raise ValueError where a LoRA cannot be added to the weights without loss."""
     check_not_fused(model, "the adapter cannot be merged")
-    check_not_added(model, "the adapter cannot be merged")
     for layer in layers:
         weight = layer.base_layer.weight
         small = weight.is_floating_point() and weight.element_size() < 2

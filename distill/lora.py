@@ -36,6 +36,20 @@ def lora_shapes(model: torch.nn.Module, rank: int, targets) -> dict[str, tuple[i
     return shapes
 
 
+def has_lora(model: torch.nn.Module) -> bool:
+    """Whether a LoRA named "dittfast" is in a transformer."""
+    return ADAPTER in (getattr(model, "peft_config", None) or {})
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """PEFT's layers that hold the LoRA named "dittfast", by their names in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and ADAPTER in getattr(module, "r", {})
+    }
+
+
 def compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
     """In which dtype weights are used that diffusers keeps in a smaller one; None where it does
     not (``enable_layerwise_casting``)."""
@@ -109,10 +123,7 @@ def _fit(model: torch.nn.Module) -> None:
 
 def _take_out(model: torch.nn.Module) -> None:
     """Undo what PEFT did before it failed, layer by layer."""
-    for name, module in list(model.named_modules()):
-        mine = hasattr(module, "base_layer") and ADAPTER in getattr(module, "r", {})
-        if not mine:
-            continue
+    for name, module in lora_layers(model).items():
         if set(module.r) == {ADAPTER}:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, module.base_layer)

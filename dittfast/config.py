@@ -19,6 +19,8 @@ from .mixture import Mixture, Rule
 from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
+# Values and letters that aliases may add to a YAML file; a whole preset has a few hundred.
+_UNFOLDED = 100_000
 
 # `source` (where the settings come from) and `models` (what they are for) are for the reader;
 # `transformers` names the classes of diffusers that the settings are for; `tuned` is what
@@ -62,9 +64,37 @@ def parse_yaml(text: str, where: str) -> object:
     import yaml
 
     try:
+        _check_aliases(text)
         return yaml.safe_load(text)
     except Exception as error:  # dates and numbers that are none, lists a thousand levels deep
         raise ValueError(f"{where} is not valid YAML ({first_words(error)})") from error
+
+
+def _check_aliases(text: str) -> None:
+    """Raise ValueError where aliases make more of a YAML text than a machine can hold: ten lists
+    of which each holds the one before ten times are ten billion values to whoever shows them."""
+    import yaml
+
+    sizes, open_ = {}, [(None, 0)]
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, 1))
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1 + len(event.value)
+        elif isinstance(event, yaml.AliasEvent):
+            anchor, size = None, sizes.get(event.anchor)
+            if size is None:
+                raise ValueError(f"*{event.anchor} stands for nothing that ends before it")
+        else:
+            continue
+        sizes[anchor] = size
+        outer, before = open_.pop()
+        open_.append((outer, before + size))
+    if open_[0][1] > 10 * len(text) + _UNFOLDED:
+        raise ValueError("its aliases unfold to more than files of this kind hold")
 
 
 def read_mapping(text: str, where: str, known: Iterable[str]) -> dict:

@@ -363,7 +363,7 @@ def test_fused_projections(adapters, kind):
     expected = run(pipe)
     pipe.transformer.fuse_qkv_projections()
     if kind == "lora":
-        with pytest.raises(ValueError, match=r"adapter of dittfast is loaded.*are fused"):
+        with pytest.raises(ValueError, match=r"the loaded adapter cannot be used.*are fused"):
             run(pipe)
     with pytest.raises(ValueError, match=r"cannot be taken out.*are fused"):
         dittfast.unload_adapter(pipe)
@@ -388,6 +388,43 @@ def test_a_lora_that_diffusers_fused(adapters):
     pipe.unfuse_lora()
     dittfast.unload_adapter(pipe)
     torch.testing.assert_close(run(pipe), stock, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_that_diffusers_fused_for_good(adapters):
+    """Its layers are gone, its values are not: passes are right, and nothing can undo it."""
+    pipe = flux_pipeline()
+    dittfast.load_adapter(pipe, adapters / "lora")
+    expected = run(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-4)
+    for refused_one in (dittfast.unload_adapter, dittfast.merge):
+        with pytest.raises(ValueError, match="took away what could undo that; load the base model"):
+            refused_one(pipe)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_lora_that_was_taken_out_beside_us(adapters, compiled):
+    """Who unloads a style would run an untrained sparse model; what was merged needs no LoRA."""
+    pipe = flux_pipeline()
+    plain = run(pipe)
+    if compiled:
+        pipe.transformer.compile(backend="eager")
+    for take_out in (pipe.unload_lora_weights, lambda: pipe.delete_adapters("dittfast")):
+        dittfast.load_adapter(pipe, adapters / "lora")
+        expected = run(pipe)
+        assert not torch.equal(expected, plain)
+        take_out()
+        with pytest.raises(ValueError, match=r"was taken out .*call dittfast\.unload_adapter"):
+            run(pipe)
+        with pytest.raises(ValueError, match="cannot be merged: its LoRA was taken out"):
+            dittfast.merge(pipe)
+        dittfast.unload_adapter(pipe)
+        assert torch.equal(run(pipe), plain)
+    dittfast.load_adapter(pipe, adapters / "lora")
+    dittfast.merge(pipe)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_are_elsewhere(adapters, tmp_path):

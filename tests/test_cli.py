@@ -567,29 +567,69 @@ def test_the_kernels_folder_is_not_taken_for_hugging_faces_package():
     assert not result.stdout.startswith(str(ROOT))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, monkeypatch, capsys, name):
-    """Half-written files go, also when the signal comes twice; and the status says which it was."""
+@pytest.mark.parametrize(
+    "first, more", [("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM"), ("SIGINT", "SIGTERM"),
+                    ("SIGTERM", "SIGINT"), ("SIGTERM", "SIGHUP")],
+)  # fmt: skip
+def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, monkeypatch, capsys, first, more):
+    """Half-written files go, also when more signals come; and the status says which was first."""
     from dittfast.cli import methods
     from dittfast.files import atomic_path
 
-    number = getattr(signal, name)
+    first, more = getattr(signal, first), getattr(signal, more)
 
     def run(args):
         with atomic_path(tmp_path / "a.png") as temporary:
             temporary.write_bytes(b"half")
             try:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), first)
                 time.sleep(5)
             finally:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), more)
                 time.sleep(0.01)
 
     monkeypatch.setattr(methods, "run", run)
-    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores one of them
+    usual = {first: signal.SIG_DFL, more: signal.SIG_DFL}  # nohup ignores one of them
+    usual |= {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     try:
-        assert main(["methods"]) == 128 + number
-        assert not list(tmp_path.iterdir()) and signal.getsignal(number) == signal.SIG_DFL
+        assert main(["methods"]) == 128 + first
+        assert not list(tmp_path.iterdir())
+        assert all(signal.getsignal(number) == handler for number, handler in usual.items())
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "no half-written file is left" in capsys.readouterr().err
+
+
+def test_a_signal_that_a_destructor_swallowed_is_not_the_last(monkeypatch, capsys):
+    """Python drops what is raised there; the next one ends the command."""
+    from dittfast import cli
+    from dittfast.cli import methods
+
+    heard = []
+
+    class Busy:
+        def __del__(self):
+            heard.append("SIGTERM")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def run(args):
+        Busy()
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: no more than the first
+        time.sleep(0.01)
+        heard.append("still here")
+        monkeypatch.setattr(cli, "_CLEARING", 0.0)  # some seconds later
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(methods, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(found.exc_type.__name__))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert main(["methods"]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["SIGTERM", "_Ended", "still here"]
     assert "no half-written file is left" in capsys.readouterr().err

@@ -135,3 +135,31 @@ def test_a_file_whose_method_is_no_name(tmp_path, method):
     (tmp_path / "a.yaml").write_text(f"method: {method}\n")
     with pytest.raises(ValueError, match=r"a\.yaml: 'method' must be a name, got"):
         resolve(str(tmp_path / "a.yaml"))
+
+
+def test_aliases_of_yaml_do_not_multiply(tmp_path):
+    """Few lines that anybody's machine would fill its memory with; and what people use them for."""
+    lines = ["- &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 6)]
+    merged = [line.replace("[", "{<<: [").replace("]", "]}") for line in lines[1:]]
+    merged.insert(0, "- &a0 {x: y}")
+    path = tmp_path / "mine.yaml"
+    for text in (
+        "method: local\noptions:\n" + "\n".join(lines),
+        "rules:\n" + "\n".join(lines),
+        f"source: &long {'x' * 1000}\nmethod: [{', '.join(['*long'] * 150)}]",
+        "rules:\n" + "\n".join(merged),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"mine\.yaml is not valid YAML \(its aliases unfold"):
+            resolve(str(path))
+    path.write_text("method: local\noptions: &a [*a]")
+    with pytest.raises(ValueError, match=r"\*a stands for nothing that ends before it"):
+        resolve(str(path))
+    path.write_text(
+        "rules:\n- {layers: [0], method: local, options: &shared {window: 3}}\n"
+        "- {layers: [1], method: local, options: {<<: *shared, tile: [1, 4, 4]}}\n"
+        "- {layers: [2], method: local, options: *shared}\n"
+    )
+    rules = resolve(str(path))[0].rules
+    assert [rule.method for rule in rules] == [Local(3), Local(3, tile=(1, 4, 4)), Local(3)]

@@ -365,6 +365,28 @@ def test_nothing_is_written_through_links_of_a_folder(tmp_path):
     assert kept.read_text() == "mine"
 
 
+def test_a_lock_costs_little_in_a_large_folder(tmp_path):
+    """Against listing it once, in processor time."""
+    for place in range(10):
+        (tmp_path / f"images{place}").mkdir()
+        for number in range(500):
+            (tmp_path / f"images{place}" / f"{number:05}.png").touch()
+
+    def seconds(call):
+        times = []
+        for _ in range(5):
+            began = time.process_time()
+            call()
+            times.append(time.process_time() - began)
+        return min(times)
+
+    def names():
+        return [len(files) for _, _, files in os.walk(tmp_path)]
+
+    assert sum(names()) == 5000
+    assert seconds(lambda: FolderLock(tmp_path).release()) < 2 * seconds(names) + 0.005
+
+
 @pytest.mark.parametrize(
     "text",
     ["![x](http://a/b.png)", "[x](javascript:a)", "[a]: http://b", "<img src=x>", "`a` *b* ~~c~~",

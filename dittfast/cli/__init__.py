@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import importlib
 import logging
+import math
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from dittfast import __version__
@@ -38,8 +40,10 @@ COMMANDS = {
     "doctor": "show what runs on this machine, and why the rest does not",
 }
 INTERRUPTED = 130
-# What ends a command as Ctrl-C does: kill, and a terminal that is closed.
-_ENDING = ("SIGTERM", "SIGHUP")
+# What ends a command: Ctrl-C, kill, and a terminal that is closed.
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
+# Seconds in which half-written files are cleared away.
+_CLEARING = 5.0
 # What `dittfast plan` did before these were commands of their own: option -> command.
 _MOVED = {"--probe": "probe", "--model": "estimate"}
 
@@ -134,21 +138,24 @@ class _Ended(KeyboardInterrupt):
 def _ending_cleanly():
     """Inside, a signal that ends the process raises, so that what is half done is cleared away.
 
-    The first one counts; more of them do not stop the clearing.
+    More of them do not stop the clearing, whichever they are. One that comes later raises again:
+    Python drops what is raised in a destructor, and a command must not be deaf from then on.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
         return
-    heard = []
+    heard = -math.inf
 
     def end(number, frame):
-        if not heard:
-            heard.append(number)
+        nonlocal heard
+        if time.monotonic() - heard > _CLEARING:
+            heard = time.monotonic()
             raise _Ended(number)
 
     numbers = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
     # A signal that is ignored (nohup) stays ignored.
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    usual = signal.SIG_DFL, signal.default_int_handler
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) in usual}
     for number in before:
         signal.signal(number, end)
     try:
