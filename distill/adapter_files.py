@@ -16,7 +16,7 @@ import torch
 
 from dittfast.config import KINDS, presets, resolve
 from dittfast.disk.inside import path_inside
-from dittfast.disk.problems import FileProblem, first_words, reading
+from dittfast.disk.problems import FileProblem, reading
 from dittfast.disk.records import Record, read_json, read_record, read_text
 from dittfast.disk.structure import check_structure
 from dittfast.disk.tensors import Header, check_finite, read_headers, read_tensors
@@ -170,17 +170,7 @@ def own_shapes(method: Method, model: torch.nn.Module) -> dict[str, dict[str, tu
     layers = attention_layers(model, family)
     shapes = {n: (*head_shape(family, m), family.hidden_width(m)) for n, m in layers.items()}
     assignment = Assignment(method, {name: heads for name, (heads, *_) in shapes.items()})
-    try:
-        with torch.device("meta"):
-            return {
-                layer: {
-                    name: tuple(value.shape)
-                    for name, value in assignment.parameters(layer, *shapes[layer][1:]).items()
-                }
-                for layer in shapes
-            }
-    except RuntimeError as error:
-        raise ValueError(f"{method} asks for too much memory: {first_words(error)}") from error
+    return {layer: assignment.parameter_shapes(layer, *shapes[layer][1:]) for layer in shapes}
 
 
 def promised(record: Record, model: torch.nn.Module, method: Method, schedule: Schedule) -> Weights:

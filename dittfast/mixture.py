@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from .disk.problems import first_words
 from .disk.structure import check_structure
 from .layout import Layout
 from .methods.base import Method
@@ -373,6 +374,22 @@ class Assignment:
                 None if group.heads is None else len(group.heads), head_dim, channels
             ).items()
         }
+
+    def parameter_shapes(
+        self, name: str, head_dim: int | None, channels: int | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of :meth:`parameters`; nothing is allocated.
+
+        Raises:
+            ValueError: no machine could hold them, or the method does not fit the layer.
+        """
+        try:
+            with torch.device("meta"):
+                values = self.parameters(name, head_dim, channels)
+        except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+            words = f"{self.method.words()} asks for too much memory"
+            raise ValueError(f"{words}: {first_words(error)}") from error
+        return {own: tuple(value.shape) for own, value in values.items()}
 
 
 def _holds(entry: _Entry, step: int | None, total: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from .state import ModelState, Session
 from .tuned import check_tuned
 
 logger = logging.getLogger(__name__)
+# Parameters that a method may have though the model has none: tiny ones are for tests.
+_SMALL = 2**24
 
 
 def _call(self, *args, **kwargs):
@@ -253,10 +256,9 @@ def enable(
         shapes = {n: head_shape(family, m) for n, m in layers.items()}
         assignment = Assignment(method, {n: heads for n, (heads, _) in shapes.items()})
         _check_hidden_states(model, family, assignment)
-        own = {
-            n: _on(m, dtype, assignment.parameters(n, shapes[n][1], family.hidden_width(m)))
-            for n, m in layers.items()
-        }
+        about = {n: (n, shapes[n][1], family.hidden_width(m)) for n, m in layers.items()}
+        _check_own_size(model, method, [assignment.parameter_shapes(*x) for x in about.values()])
+        own = {n: _on(layers[n], dtype, assignment.parameters(*x)) for n, x in about.items()}
         state = ModelState(session, family, own, shapes, assignment)
         states[name] = model, state
     for name, (model, state) in states.items():
@@ -266,6 +268,21 @@ def enable(
     for sentence in other_models(pipe):
         logger.info(sentence)
     return Enabled(pipe, states)
+
+
+def _check_own_size(model: torch.nn.Module, method: Method, layers: list[dict]) -> None:
+    """Raise ValueError where a method, say of a stranger's preset, would fill the memory.
+
+    Args:
+        layers: the shapes of the parameters that each layer gets.
+    """
+    asked = sum(math.prod(shape) for own in layers for shape in own.values())
+    held = sum(p.numel() for p in model.parameters())
+    if asked > held + _SMALL:
+        raise ValueError(
+            f"{method.words()} asks for {asked:,} parameters, more than all of "
+            f"{type(model).__name__} has ({held:,}); lower the options that they grow with"
+        )
 
 
 def _check_hidden_states(model: torch.nn.Module, family: Family, assignment: Assignment) -> None:

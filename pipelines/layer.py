@@ -244,6 +244,8 @@ def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> tor
     if silent != (0, 0):
         # Text that is seen and does not look: rows of zeros ask for it, in vain.
         call["query"] = F.pad(call["query"], (0, 0, *silent))
+        if call.get("attn_mask") is not None:
+            call["attn_mask"] = _with_rows(call["attn_mask"], silent)
     # All of it in one dtype: what weakens heads computes beside the stock call.
     qkv = "query", "key", "value"
     call |= zip(qkv, autocast(*(call[name] for name in qkv)))
@@ -254,6 +256,14 @@ def answer(run: LayerRun, call: dict, stock: Callable[..., torch.Tensor]) -> tor
     if run.transform is not None:
         out = run.transform(out, run.strength, given)
     return out if silent == (0, 0) else out[..., silent[0] : silent[0] + asking, :]
+
+
+def _with_rows(mask: torch.Tensor, silent: tuple[int, int]) -> torch.Tensor:
+    """An attention mask with rows for silent context, which may see everything."""
+    mask = one_row(mask) if mask.ndim > 1 else mask
+    if mask.ndim < 2 or mask.shape[-2] == 1:
+        return mask
+    return F.pad(mask, (0, 0, *silent), value=float(mask.dtype == torch.bool))
 
 
 def _silent_context(watched: Watched, missing: int) -> tuple[int, int] | None:

@@ -545,3 +545,26 @@ def test_autocast_reaches_the_replaced_attention():
             ours = sdpa(q, k, v.bfloat16())
     assert seen.reached and ours.dtype == stock.dtype == torch.bfloat16
     assert float((ours - stock).abs().max()) < 0.05 * float(stock.abs().max())
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("local", {"downsample": 10**4}, r"Local\(downsample=10000\) asks for .* parameters"),
+        ("linear", {"hidden": 10**6}, r"lower the options that they grow with"),
+        (
+            "agent",
+            {"agents": [1, 10**3, 10**3], "trained": True},
+            r"parameters, more than all of \w+ has",
+        ),
+        ("agent", {"agents": [2**31 - 1] * 3, "trained": True}, r"asks for too much memory"),
+    ],
+)
+def test_what_would_fill_the_memory_is_refused(model_and_inputs, name, options, words):
+    """Anybody's preset may say it; nothing is allocated before."""
+    model, inputs = model_and_inputs
+    stock = forward(model, inputs)
+    with pytest.raises(ValueError, match=words) as found:
+        dittfast.enable(model, name, **options)
+    assert len(str(found.value)) < 300
+    assert torch.equal(forward(model, inputs), stock)

@@ -12,6 +12,7 @@ from tiny import flux_pipeline, run
 
 import dittfast
 from dittfast.distill.adapter_files import DESCRIPTION, LORA, WEIGHTS
+from dittfast.pipelines.adapter import method_parameters as own_values
 from dittfast.pipelines.models import is_swapped
 
 KINDS = ("attention", "lora", "method")
@@ -155,7 +156,7 @@ def put(*path, value):
         ("lora", put("lora", "alpha", value=1e300), r"rank 3 and alpha 1e\+300 on"),
         ("lora", put("lora", value=None), "contradict"),
         ("method", put("options", "downsample", value=10**9), r"is \[2, 2\].*\[1000000000, "),
-        ("method", put("options", "downsample", value=10**15), "options are impossible"),
+        ("method", put("options", "downsample", value=2 * 10**9), "options are impossible"),
         ("method", put("options", "window", value=-1), "its method cannot be had.*window"),
         ("method", lambda d: d.update(preset="a.yaml", method="b"), "no method or preset here"),
         ("method", put("schedule", value={"dense_layers": ["x"]}), "does not fit the model"),
@@ -182,6 +183,47 @@ def test_values_that_the_models_dtype_has_no_room_for(adapters, tmp_path):
     path = shutil.copytree(adapters / "method", tmp_path / "method")
     forge(path, weights=each(lambda x: x.double() + 1e300))
     refused(pipe, path, r"holds values that torch\.float32 has no room for")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn])
+def test_values_in_another_dtype_than_the_models(tmp_path, dtype):
+    """Those of a file in fp8, which every dtype holds, come out the same from all of them."""
+
+    def in_fp8(shape):
+        return (0.1 * torch.randn(shape)).to(torch.float8_e4m3fn).float()
+
+    for kind in KINDS:
+        make_adapter(tmp_path / kind, kind, in_fp8)
+        found = []
+        for bases in (torch.float32, torch.bfloat16):
+            pipe = flux_pipeline()
+            pipe.transformer.to(bases)
+            for change in (None, each(lambda x: x.to(dtype))):
+                shutil.copytree(tmp_path / kind, tmp_path / "copy")
+                forge(tmp_path / "copy", weights=change, name=LORA if kind == "lora" else WEIGHTS)
+                dittfast.load_adapter(pipe, tmp_path / "copy")
+                found.append({**pipe.transformer.state_dict(), **own_values(pipe)})
+                found[-1] = {n: x.clone() for n, x in found[-1].items()}
+                dittfast.unload_adapter(pipe)
+                shutil.rmtree(tmp_path / "copy")
+        for plain, other in (found[:2], found[2:]):
+            assert plain.keys() == other.keys()
+            assert all(torch.equal(plain[n], other[n]) for n in plain)
+
+
+@pytest.mark.parametrize(
+    "dtype, message",
+    [
+        (torch.float8_e4m3fn, "holds values that are not finite"),
+        (torch.float8_e8m0fnu, "has dtype F8_E8M0, weights are floats"),
+        (torch.complex64, "has dtype C64, weights are floats"),
+        (torch.bool, "has dtype BOOL, weights are floats"),
+    ],
+)
+def test_numbers_that_are_no_weights(adapters, tmp_path, dtype, message):
+    shutil.copytree(adapters / "attention", tmp_path / "a")
+    forge(tmp_path / "a", weights=each(lambda x: set_nan(x).to(dtype)))
+    refused(flux_pipeline(), tmp_path / "a", message)
 
 
 def test_what_a_file_says_is_shown_as_text(adapters, tmp_path):

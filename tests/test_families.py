@@ -1,8 +1,10 @@
 """Every model family on real diffusers classes at tiny size: parity, positions, refusals."""
 
 import dataclasses
+import inspect
 import logging
 
+import diffusers
 import pytest
 import torch
 from patterns import Band
@@ -35,7 +37,8 @@ def read(model, inputs) -> Sequences:
 
 
 def test_every_family_has_a_tiny_model():
-    assert {tiny.name for tiny in TINY.values()} == set(FAMILIES)
+    there = {name for name in FAMILIES if hasattr(diffusers, name)}  # older versions lack some
+    assert {tiny.name for tiny in TINY.values()} == there and len(there) > 20
 
 
 SAMPLE = ("wan", "cosmos3", "flux", "prx", "lumina2")
@@ -348,6 +351,8 @@ def test_causal_video_is_refused():
 
 def test_a_mask_between_video_tokens_is_refused():
     model, inputs = TINY["ltx2"].build()
+    if "video_self_attention_mask" not in inspect.signature(model.forward).parameters:
+        pytest.skip(f"diffusers {diffusers.__version__} passes no such mask")
     mask = torch.ones(2, 105, 105)
     with (
         dittfast.enable(model, METHODS["radial"], min_tokens=0),

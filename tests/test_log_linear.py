@@ -508,3 +508,11 @@ def test_as_a_function():
     )
     method = LogLinear(8, 3, 2, "hilbert", text_queries="sparse")
     assert torch.equal(out, run(method, layout, q, k, v))
+
+
+def test_impossible_levels_are_refused_at_once():
+    """Without working out how many tokens they need: 16 to the power of a billion."""
+    with pytest.raises(
+        ValueError, match=r"needs more than 16\^1000000000 image tokens, this layout has 99; use"
+    ):
+        LogLinear(levels=10**9).num_levels(Layout.image(9, 11))

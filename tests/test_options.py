@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dittfast.cli import main, methods
+from dittfast.config import resolve
 from dittfast.methods import METHODS
 from dittfast.methods.options import descriptions, options_of
 
@@ -96,3 +97,23 @@ def test_the_command_lists_them(capsys, tmp_path):
 def test_the_document_is_what_the_methods_say():
     """``dittfast methods --markdown docs/methods.md`` writes it again."""
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == methods.markdown(METHODS)
+
+
+WRONG = [{}, [], "x", "false", None, True, -1, 2.0, 0.3, 10**30, 1e300, math.nan, [10**9] * 3]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_values_of_any_kind_are_taken_or_refused_in_words(name):
+    """As a preset may have them: no TypeError, and no word or float where it would be misread."""
+    for option in options_of(METHODS[name]):
+        kinds = set(re.findall(r"\w+", option.type))
+        for value in WRONG:
+            try:
+                resolve(name, **{option.name: value})
+            except ValueError as error:
+                assert option.name in str(error), (option, value, error)
+                continue
+            kind = type(value).__name__
+            one_of = {"list": "tuple", "NoneType": "None"}.get(kind, kind)
+            is_number = kind == "int" and "float" in kinds
+            assert one_of in kinds or is_number or option.name == "inner", (option, value)

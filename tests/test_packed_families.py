@@ -15,7 +15,7 @@ from dittfast.pipelines.families.others import OTHERS, transformer_classes
 from dittfast.pipelines.families.sequences import Sequences
 from dittfast.pipelines.families.tiny_model import TEXT, Draw
 from dittfast.pipelines.guidance.plain import GuidanceState
-from dittfast.pipelines.layer import _silent_context, key_log_weight
+from dittfast.pipelines.layer import LayerRun, _silent_context, answer, key_log_weight
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.measure.parity import METHODS, TINY, Full
 from dittfast.pipelines.models import attention_layers, transformers_of
@@ -242,6 +242,32 @@ def test_text_that_does_not_ask():
     assert _silent_context(Where(5, 2), -1) is None
     assert Layout((Context(2), Grid(1, 2, 2), Context(3), Context(1))).text_behind == 4
     assert Layout((Grid(1, 2, 2), Context(3), Grid(1, 2, 2))).text_behind == 0
+
+
+@pytest.mark.parametrize("front", [True, False])
+@pytest.mark.parametrize("rows", ["one", "expanded", "each its own", "numbers"])
+def test_masks_of_silent_text_in_a_weakened_layer(rows, front):
+    """A mask has a row for each query that there is, or one that holds for all."""
+
+    class Weak:
+        hidden_states = None
+        num_tokens, text_before, text_behind = 12, 3 * front, 3 * (not front)
+
+        def covers(self, num_tokens):
+            return num_tokens == 12
+
+        def __call__(self, out, strength, call):
+            return out * 2
+
+    q, k, v = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    mask = torch.rand(1, 1, 9, 12) < 0.7
+    mask[..., 0] = True
+    mask = {"one": mask[:, :, :1], "expanded": mask[:, :, :1].expand(1, 2, 9, 12)}.get(rows, mask)
+    mask = torch.randn(1, 1, 9, 12) if rows == "numbers" else mask
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    call = {"query": q, "key": k, "value": v, "attn_mask": mask}
+    found = answer(LayerRun(transform=Weak()), call, sdpa)
+    torch.testing.assert_close(found, 2 * sdpa(q, k, v, mask))
 
 
 def test_a_mask_over_keys_that_was_expanded_over_queries():

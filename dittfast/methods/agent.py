@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from ..layout import Grid, Layout
 from ..plan import Plan
 from .base import Call, Method
-from .checks import check_integer, check_positive
+from .checks import check_flag, check_integer, check_positive, is_number
 from .dynamic import match_heads, wide_dtype
 from .linear import key_weights
 
@@ -111,13 +110,11 @@ class Agent(Method):
             check_integer(f"agents along {axis}", count, 1)
         check_integer("text_agents", self.text_agents, 0)
         check_positive("sharpness", self.sharpness, "1 is the scale between agents and keys")
-        number = isinstance(self.shortcut, Real) and not isinstance(self.shortcut, bool)
-        if not number or not 0 <= self.shortcut < math.inf:
+        if not is_number(self.shortcut) or not 0 <= self.shortcut < math.inf:
             raise ValueError(
                 f"shortcut must be a finite number, at least 0 (0 adds none); got {self.shortcut!r}"
             )
-        if not isinstance(self.trained, bool):
-            raise ValueError(f"trained must be True or False; got {self.trained!r}")
+        check_flag("trained", self.trained)
 
     @property
     def _per_axis(self) -> tuple[int, ...]:

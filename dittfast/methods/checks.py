@@ -5,26 +5,37 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from numbers import Real
+from numbers import Integral, Real
 
 MAX_BLOCK_SIZE = 256  # the most queries or keys the kernels take in one block
+_MOST = 2**31 - 1  # what an int32 holds: no option means more of anything
+_LARGEST = 3.4e38  # what fp32 holds
 
 
 def check_integer(name: str, value, low: int, high: int | None = None, remedy: str = "") -> None:
-    """Raise ValueError unless ``value`` is an integer in ``low..high`` (no bound where None)."""
-    try:
-        whole = not isinstance(value, bool) and int(value) == value
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole or value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"{low}..{high}"
+    """Raise ValueError unless ``value`` is an integer in ``low..high`` (2^31 - 1 where None)."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= (_MOST if high is None else high):
+        small = high is None and not (whole and value > _MOST)
+        allowed = f"at least {low}" if small else f"{low}..{high or _MOST}"
         raise ValueError(f"{name} must be an integer, {allowed}; got {value!r}{_then(remedy)}")
+
+
+def is_number(value) -> bool:
+    """Whether ``value`` is a number that fp32 holds, or an infinity; True and False are none."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and (abs(value) <= _LARGEST or value in (math.inf, -math.inf))
+
+
+def check_flag(name: str, value, where: str = "") -> None:
+    """Raise ValueError unless ``value`` is True or False; a word such as "false" would be true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False{where}; got {value!r}")
 
 
 def check_positive(name: str, value, remedy: str = "") -> None:
     """Raise ValueError unless ``value`` is a finite number above 0."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}{_then(remedy)}")
 
 

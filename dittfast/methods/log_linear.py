@@ -9,7 +9,7 @@ import torch
 
 from ..layout import Layout, make_blocks, split_evenly
 from ..plan import Plan, to_be_kept
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
+from .checks import MAX_BLOCK_SIZE, check_choice, check_flag, check_integer, each
 from .dynamic import (
     DynamicMethod,
     Partition,
@@ -93,6 +93,7 @@ class LogLinear(DynamicMethod):
         if not isinstance(self.topk, tuple):
             object.__setattr__(self, "topk", int(self.topk))
         check_choice("order", self.order, ORDERS)
+        check_flag("enrich", self.enrich)
         check_choice("text_queries", self.text_queries, ("dense", "sparse"))
 
     def num_levels(self, layout: Layout) -> int:
@@ -115,7 +116,7 @@ class LogLinear(DynamicMethod):
         if self.levels > most:
             raise ValueError(
                 f"log_linear: levels={self.levels} with block_size={self.block_size} needs more "
-                f"than {self.block_size**self.levels} image tokens, this layout has {tokens}; "
+                f"than {self.block_size}^{self.levels} image tokens, this layout has {tokens}; "
                 f'use levels from 1 to {most}, or levels="auto"'
             )
         return self.levels

@@ -13,7 +13,7 @@ import torch
 from ..layout import Context, Grid, Layout, make_blocks, split_evenly
 from ..plan import ListBuilder, Plan, TokenRule
 from .base import Method
-from .checks import check_integer, check_tile
+from .checks import check_flag, check_integer, check_tile
 from .ladder import radii
 from .pairs import chunks, expand_ranges, product
 
@@ -94,8 +94,7 @@ class Neighborhood(Method):
             object.__setattr__(self, "tile", check_tile(self.tile))
         options = zip(AXES, *map(self._per_axis, ("window", "stride", "dilation", "causal")))
         for axis, window, stride, dilation, causal in options:
-            if not isinstance(causal, bool):
-                raise ValueError(f"causal must be True or False on {axis}; got {causal!r}")
+            check_flag("causal", causal, f" on {axis}")
             if window is not None:
                 check_integer(f"window on {axis}", window, 1, remedy="None sees the whole axis")
             most = window or 1

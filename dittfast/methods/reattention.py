@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from ..layout import Layout
 from ..plan import Plan
 from .amount import UNKNOWN, Amount, dense_flops
 from .base import Call, Kept, Method
-from .checks import check_choice, check_integer
+from .checks import check_choice, check_integer, is_number
 from .dense import Dense
 from .dynamic import match_heads, wide_dtype
 from .local import Local
@@ -104,8 +103,7 @@ class Reattention(Method):
     def __post_init__(self):
         for name, low in (("density", "(0"), ("growth", "[0")):
             x = getattr(self, name)
-            number = isinstance(x, Real) and not isinstance(x, bool)
-            if not number or not 0 <= x <= 1 or (x == 0 and name == "density"):
+            if not is_number(x) or not 0 <= x <= 1 or (x == 0 and name == "density"):
                 raise ValueError(f"{name} must be a number in {low}, 1]; got {x!r}")
         check_choice("mask", self.mask, MASKS)
         check_integer("every", self.every, 1)

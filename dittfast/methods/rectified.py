@@ -10,7 +10,7 @@ import torch
 
 from ..layout import Grid, Layout
 from ..plan import Plan
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, each
+from .checks import MAX_BLOCK_SIZE, check_choice, check_flag, check_integer, each, is_number
 from .dynamic import ORDERS, ChosenLists, DynamicMethod, Partition, Pool, match_heads
 from .ladder import SHARES, block_for
 
@@ -97,12 +97,14 @@ class Rectified(DynamicMethod):
         if self.topk is not None and self.drop is not None:
             raise ValueError(f"give topk or drop, not both; got topk={self.topk}, drop={self.drop}")
         for drop in each(self.drop) if self.drop is not None else ():
-            if not 0 <= drop < 1:
+            if not is_number(drop) or not 0 <= drop < 1:
                 raise ValueError(f"drop must lie in [0, 1), 0 drops nothing; got {drop!r}")
         for top_p in each(self.top_p):
-            if not 0 <= top_p <= 1:
+            if not is_number(top_p) or not 0 <= top_p <= 1:
                 raise ValueError(f"top_p must lie in [0, 1], a share of the mass; got {top_p!r}")
         check_choice("order", self.order, ORDERS)
+        for name in ("neighbors", "first_frame", "round_up", "rectify"):
+            check_flag(name, getattr(self, name))
 
     def least(self) -> Rectified:
         """The best blocks alone: neighbours and probable blocks depend on q and k."""

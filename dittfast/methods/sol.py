@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from ..layout import Layout
 from ..plan import Plan
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, is_number
 from .dynamic import (
     ORDERS,
     ChosenLists,
@@ -100,8 +99,7 @@ class Sol(DynamicMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        number = isinstance(self.tau, Real) and not isinstance(self.tau, bool)
-        if not number or not self.tau >= 0:
+        if not is_number(self.tau) or not self.tau >= 0:
             got = f"got {self.tau!r} (1 is published; more is sparser)"
             raise ValueError(f"tau must be a number of standard deviations, at least 0; {got}")
         check_choice("tail", self.tail, TAILS)
@@ -170,7 +168,7 @@ class Sol(DynamicMethod):
             scores = means @ (keys.mean - keys.centre).transpose(-1, -2) * scale
             with torch.no_grad():
                 variance = (means.square() * keys.variance).sum(-1, keepdim=True) * scale**2
-                limit = self.tau * (variance + _LEAST_VARIANCE).sqrt()
+                limit = float(self.tau) * (variance + _LEAST_VARIANCE).sqrt()
                 near = (grid[rows, None] - grid).abs() <= 1
                 seen = (scores > limit) | near
                 lists.add(rows, seen)

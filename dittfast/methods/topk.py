@@ -10,7 +10,7 @@ import torch
 
 from ..layout import Blocks, Layout
 from ..plan import Plan
-from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, check_tile
+from .checks import MAX_BLOCK_SIZE, check_choice, check_integer, check_tile, is_number
 from .dynamic import ORDERS, DynamicMethod, Partition, Pool, dense_context_rows, match_heads
 from .ladder import SHARES, block_for
 from .log_linear import top_indices
@@ -108,7 +108,7 @@ class TopK(DynamicMethod):
             else:
                 check_integer("topk", value, 1, remedy="a float is a share of the blocks")
         for value in _each(self.topp):
-            if isinstance(value, bool) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"topp must lie in [0, 1], a share of the mass; got {value!r}")
         check_choice("score", self.score, SCORES)
         check_choice("order", self.order, ORDERS)

@@ -12,7 +12,7 @@ from ..layout import Layout
 from ..plan import Plan
 from .amount import Amount, dense_flops
 from .base import Call, Method
-from .checks import check_integer, check_tile
+from .checks import check_flag, check_integer, check_tile
 from .dynamic import Pool, match_heads, shown_means
 from .topk import TopK
 
@@ -101,8 +101,7 @@ class VSA(Method):
 
     def __post_init__(self):
         object.__setattr__(self, "cube", check_tile(self.cube, "cube"))
-        if not isinstance(self.gate, bool):
-            raise ValueError(f"gate must be True or False; got {self.gate!r}")
+        check_flag("gate", self.gate)
         if self.topk is None:
             raise ValueError("topk must be a number of cubes or a share of them; got None")
         chooser = _BestCubes(topk=self.topk, score="mean", tile=self.cube)
