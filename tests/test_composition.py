@@ -9,7 +9,7 @@ import copy
 import pytest
 import tiny
 import torch
-from caches import CACHES, cache_config
+from caches import CACHES, cache_config, run_of_stock
 from patterns import Band
 
 import dittfast
@@ -175,16 +175,6 @@ def is_of_torchao(weight):
 
 def cache_of(kind, pipe):
     return cache_config(kind, lambda: pipe._current_timestep, steps=5)
-
-
-def run_of_stock(pipe, **changes):
-    """Skips where diffusers cannot: in 0.38 FLUX does not name its calls, which caches ask for."""
-    try:
-        return tiny.run(pipe, **changes)
-    except ValueError as error:
-        if "No context is set" not in str(error):
-            raise
-        pytest.skip("the stock pipeline of this diffusers does not run with this cache")
 
 
 @pytest.mark.parametrize("first", ["dittfast", "cache"])

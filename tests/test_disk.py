@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,21 @@ def test_code_in_files_does_not_run(tmp_path):
     with pytest.raises(FileProblem, match=r"t\.npy"):
         read_array(tmp_path / "t.npy")
     assert not (tmp_path / "was here").exists()
+
+
+def test_what_is_compressed_is_not_unfolded(tmp_path):
+    """A megabyte of it could hold a thousand; PyTorch compresses nothing, and would read it."""
+    write_pickled(tmp_path / "t.pt", {"x": torch.zeros(100_000)})
+    with (
+        zipfile.ZipFile(tmp_path / "t.pt") as whole,
+        zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for part in whole.infolist():
+            small.writestr(part.filename, whole.read(part))
+    assert torch.load(tmp_path / "small.pt", weights_only=True)["x"].numel() == 100_000
+    assert (tmp_path / "small.pt").stat().st_size < 10_000
+    with pytest.raises(FileProblem, match=r"small\.pt: .* is compressed, as"):
+        read_pickled(tmp_path / "small.pt")
 
 
 def test_what_a_header_claims_is_not_allocated(tmp_path):
@@ -315,11 +331,14 @@ def test_of_many_that_want_a_folder_one_gets_it(tmp_path):
     assert sorted(r.returncode for r in racers) == [0, 1, 1, 1]
 
 
-def test_processes_are_told_apart():
+def test_processes_are_told_apart(monkeypatch):
     assert start_of(os.getpid()) == start_of(os.getpid()) is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     assert start_of(gone.pid) is None
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # a system without /proc
+    assert start_of(os.getpid()) == ""
+    assert start_of(gone.pid) is start_of(10**30) is None
 
 
 # Folders of strangers.

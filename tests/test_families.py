@@ -16,6 +16,9 @@ from dittfast.layout import Context, Grid
 from dittfast.pipelines import layer, state
 from dittfast.pipelines.families import FAMILIES
 from dittfast.pipelines.families.sequences import Sequences, joint, last_grid, patches
+from dittfast.pipelines.families.tiny_image import TINY_IMAGE
+from dittfast.pipelines.families.tiny_packed import TINY_PACKED
+from dittfast.pipelines.families.tiny_video import TINY_VIDEO
 from dittfast.pipelines.measure import parity
 from dittfast.pipelines.measure.parity import (
     CHECKPOINTED,
@@ -37,8 +40,9 @@ def read(model, inputs) -> Sequences:
 
 
 def test_every_family_has_a_tiny_model():
-    there = {name for name in FAMILIES if hasattr(diffusers, name)}  # older versions lack some
-    assert {tiny.name for tiny in TINY.values()} == there and len(there) > 20
+    """Also those whose classes the installed diffusers lacks."""
+    every = TINY_IMAGE | TINY_VIDEO | TINY_PACKED
+    assert {tiny.name for tiny in every.values()} == set(FAMILIES) and TINY.items() <= every.items()
 
 
 SAMPLE = ("wan", "cosmos3", "flux", "prx", "lumina2")

@@ -18,6 +18,9 @@ from dittfast.methods.head_groups import Group, HeadGroups
 from dittfast.pipelines import layer
 from dittfast.pipelines.adapter import method_parameters
 from dittfast.pipelines.families.tiny import TINY
+from dittfast.pipelines.families.tiny_image import TINY_IMAGE
+from dittfast.pipelines.families.tiny_packed import TINY_PACKED
+from dittfast.pipelines.families.tiny_video import TINY_VIDEO
 from dittfast.pipelines.models import known_family
 from dittfast.pipelines.processors import SparseAttnProcessor
 from dittfast.testing import attention_inputs
@@ -120,7 +123,7 @@ def test_each_token_of_every_family(name, monkeypatch):
 
 
 def test_defaults_are_there():
-    assert set(DEFAULT) <= set(TINY)
+    assert set(DEFAULT) <= (TINY_IMAGE | TINY_VIDEO | TINY_PACKED).keys()
 
 
 def test_gradients_and_checkpointing_in_two_orders():

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dittfast.cli import main
+from dittfast.measure import report
 from dittfast.measure.embed import image_tag
 from dittfast.measure.plots import Point, distance_plot, pareto_front, pareto_plot
 from dittfast.measure.report import _points, html_report, markdown_report, read_results, tables_of
@@ -296,6 +297,18 @@ def test_nothing_outside_the_folder_gets_into_the_page(folder, tmp_path_factory,
     latency.symlink_to(secret)
     with pytest.raises(ValueError, match=r"latency.json: it is a link"):
         read_results(folder)
+
+
+def test_small_files_do_not_fill_the_memory(folder, monkeypatch):
+    """A picture of one colour has a few kilobytes, whatever its size."""
+    images = folder / "near" / "images"
+    (images / "00000.png").unlink()
+    for number in range(3):
+        Image.new("1", (8000, 1000)).save(images / f"00000_{number:03d}.png")
+    monkeypatch.setattr(report, "_MOST_PIXELS", 2 * 8_000_000)
+    monkeypatch.setattr(Image.Image, "convert", None)  # nothing is decoded
+    with pytest.raises(ValueError, match="3 frames have 24,000,000 pixels together, of which a"):
+        report._frames(folder, "near", {"index": 0})
 
 
 def test_markdown_from_a_hostile_folder_is_text(folder):

@@ -34,7 +34,7 @@ def start_of(pid: int) -> str | None:
         return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except OSError:
         pass  # it is somebody else's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -93,10 +94,14 @@ def read_pickled(path: str | Path, remedy: str = "") -> object:
     """What :func:`write_pickled` wrote, on the CPU. No code in the file can run.
 
     Raises:
-        FileProblem: it is damaged, or holds more than plain data and tensors.
+        FileProblem: it is damaged, compressed, or holds more than plain data and tensors.
         OSError: it cannot be had.
     """
     with reading(path, _BROKEN, remedy):
+        with zipfile.ZipFile(path) as parts:
+            for part in parts.infolist():  # a few compressed bytes would fill the memory
+                if part.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{part.filename} is compressed, as PyTorch writes nothing")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

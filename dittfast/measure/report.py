@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -70,6 +71,8 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8re
 """
 
 _FORM = {"task": str, "*": object}
+# Ten minutes of a small clip, or one of 720p; small files could hold any number.
+_MOST_PIXELS = 2**30
 # What a screen reader says of a plot.
 _SPOKEN = '<svg role="img" aria-label="{}"'
 
@@ -212,14 +215,36 @@ def _frames(folder: Path, label: str, item: dict) -> np.ndarray:
             f"picture {item['index']} of {label} is not in {stem}; run dittfast evaluate fidelity "
             "again"
         )
-    drawn = [_png(path_inside(folder, label, "images", file.name)) for file in files]
+    paths = [path_inside(folder, label, "images", file.name) for file in files]
+    pixels = sum(math.prod(_size(path)) for path in paths)
+    if pixels > _MOST_PIXELS:
+        raise FileProblem(
+            files[0],
+            f"its {len(files)} frames have {pixels:,} pixels together, of which a page takes "
+            f"{_MOST_PIXELS:,}",
+            "leave frames of it away",
+        )
+    drawn = [_png(path) for path in paths]
     with reading(files[0], "its frames differ in size"):
         return np.stack(drawn)
 
 
-def _png(path: Path) -> np.ndarray:
-    """``[H, W, 3]`` uint8 of a PNG file; a file of another kind is no picture here."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A PNG file; a file of another kind is no picture here."""
     with reading(path, "it cannot be read as a PNG"), Image.open(path, formats=["PNG"]) as image:
+        yield image
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height as the header says."""
+    with _opened(path) as image:
+        return image.size
+
+
+def _png(path: Path) -> np.ndarray:
+    """``[H, W, 3]`` uint8."""
+    with _opened(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
