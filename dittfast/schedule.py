@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .methods.checks import check_integer, check_positive
@@ -12,6 +12,7 @@ from .methods.memory import Lasting
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _NUMBER = re.compile(r"-?\d+")
+_EVERY = "1 plans in every step"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Schedule:
         min_tokens: below this many tokens the whole model stays dense; None is the break-even
             measured for the method and the device, 0 always runs the method.
         replan_every: steps that a plan made from q and k lasts in its layer and guidance branch, at
-            least 1; None is 1, or with ``replan_drift`` no number. Not used in passes that may be
+            least 1; None is 1, or with ``replan_drift`` no number. By method it is a mapping from
+            names, such as ``{"topk": 4}``, and 1 for the others. Not used in passes that may be
             differentiated, nor under torch.compile, where each call plans.
         replan_drift: renew such a plan when the means of q or k over 64 tokens have changed by more
             than this, relative to what they were; above 0. It waits for the device.
@@ -40,7 +42,7 @@ class Schedule:
     dense_last_steps: int = 0
     dense_layers: tuple[int | str, ...] = ()
     min_tokens: int | None = None
-    replan_every: int | None = None
+    replan_every: int | Mapping[str, int] | tuple[tuple[str, int], ...] | None = None
     replan_drift: float | None = None
 
     def __post_init__(self):
@@ -50,8 +52,10 @@ class Schedule:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        if self.replan_every is not None:
-            check_integer("replan_every", self.replan_every, 1, remedy="1 plans in every step")
+        if isinstance(self.replan_every, (Mapping, tuple, list)):
+            object.__setattr__(self, "replan_every", _by_method(self.replan_every))
+        elif self.replan_every is not None:
+            check_integer("replan_every", self.replan_every, 1, remedy=_EVERY)
         if self.replan_drift is not None:
             check_positive("replan_drift", self.replan_drift, "0.1 is a change by a tenth")
         layers = self.dense_layers
@@ -69,10 +73,12 @@ class Schedule:
     @property
     def lasting(self) -> Lasting:
         """How long a plan from q and k lasts."""
-        every = self.replan_every
+        every, by_method = self.replan_every, ()
+        if isinstance(every, tuple):
+            every, by_method = None, every
         if every is None and self.replan_drift is None:
             every = 1
-        return Lasting(every, self.replan_drift)
+        return Lasting(every, self.replan_drift, by_method)
 
     def is_dense_step(self, step: int, num_steps: int) -> bool:
         """Whether 0-based denoising ``step`` of ``num_steps`` is dense."""
@@ -85,6 +91,19 @@ class Schedule:
             ValueError: an entry that matches no layer, with the range or names there are.
         """
         return set(matching_layers(self.dense_layers, names))
+
+
+def _by_method(given) -> tuple[tuple[str, int], ...]:
+    """Steps by the name of a method, a mapping or its pairs, in order of the names."""
+    pairs = list(given.items() if isinstance(given, Mapping) else given)
+    if not pairs or not all(isinstance(x, (tuple, list)) and len(x) == 2 for x in pairs):
+        raise ValueError(
+            "replan_every must be an integer, or integers by the names of methods, such as "
+            f"{{'topk': 4}}; got {given!r}"
+        )
+    for name, every in pairs:
+        check_integer(f"replan_every of {name}", every, 1, remedy=_EVERY)
+    return tuple(sorted((str(name), every) for name, every in dict(pairs).items()))
 
 
 def ranges(entries: Iterable[int | str], count: int, option: str) -> tuple[int, ...]:

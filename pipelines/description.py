@@ -207,7 +207,7 @@ def describe(pipe: Pipeline) -> Description:
         num_sparse += state.num_sparse
         if state.last is not None and state.last.step is not None:
             num_steps = state.last.step[1]
-        if state.remembers and state.lasting.every != 1:
+        if state.remembers and state.lasting.keeps:
             notes.append(f"{prefix}{_plans_kept(state)}")
         if state.guidance is not None:
             notes.append(prefix + state.guidance.describe())
@@ -234,12 +234,8 @@ def describe(pipe: Pipeline) -> Description:
 
 def _plans_kept(state: ModelState) -> str:
     """How long plans last, and what came of it."""
-    lasting, tally = state.lasting, state.tally
-    until = [f"{lasting.every} steps"] if lasting.every is not None else []
-    if lasting.drift is not None:
-        until.append(f"a drift of {lasting.drift:g}")
-    words = f"plans from q and k last {' or '.join(until)}"
-    return f"{words}: {tally.made} made, used again {tally.again} times"
+    words, tally = state.lasting.words(), state.tally
+    return f"plans from q and k last {words}: {tally.made} made, used again {tally.again} times"
 
 
 def _describe_layer(state: ModelState, prefix: str, name: str) -> LayerDescription:

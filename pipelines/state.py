@@ -231,8 +231,9 @@ class ModelState:
         self.num_passes = self.num_sparse = 0
         self.lasting, self.tally = session.schedule.lasting, Tally()
         parts = list(leaves(session.method))
+        self.lasting.check({p.planner.name for p in parts if p.planner is not None})
         self.remembers = any(part.remembers for part in parts) or (
-            self.lasting.every != 1
+            self.lasting.keeps
             and any(p.planner is not None and not p.planner.static for p in parts)
         )
         self.break_even: dict[Method, float] = {}

@@ -14,15 +14,19 @@ import argparse
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dittfast.config import resolve
+from dittfast.disk.records import digest_of
 from dittfast.environment import describe_device, versions
 from dittfast.files import atomic_path, write_json
 from dittfast.measure.metrics import relative_distance
 from dittfast.measure.plots import COLORS, MARKERS
+from dittfast.methods.base import Method
 from dittfast.mixture import Mixture, Rule
 from dittfast.pipelines.measure.fidelity import draw_missing
 from dittfast.pipelines.runs import sources
@@ -33,8 +37,10 @@ from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.prompts import make_items
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.candidates import candidates, tunable
+from dittfast.pipelines.tune.preset import ALWAYS
 from dittfast.pipelines.tune.solver import Choice, hull
 from dittfast.pipelines.tune.tune import Task, Tuner, tune, uniform_label
+from dittfast.schedule import Schedule
 
 
 def arguments() -> argparse.Namespace:
@@ -74,18 +80,20 @@ def main() -> None:
     loading = {"position_scale": args.position_scale}
     rows = []
     for words in args.budgets:
-        budget = Budget.parse(words.split(","))
         task = Task(
-            budget, items[:tuned_with], items[tuned_with:], tuple(args.methods), args.bands,
-            args.rounds,
+            Budget.parse(words.split(",")), items[:tuned_with], items[tuned_with:],
+            tuple(args.methods), args.bands, args.rounds,
         )  # fmt: skip
-        done = tune(
-            pipe, source, call, task, args.output, position_scale=args.position_scale,
-            on_stage=lambda name: print(name, flush=True),
-        )  # fmt: skip
-        shutil.copy(done.preset, args.output / f"preset-{plain(words)}.yaml")
-        rows.append({"budget": words, **done.found})
-        print(words, done.found["best"]["held_out"], flush=True)
+        path = args.output / f"tuned-{plain(words)}.json"
+        if not path.exists():
+            done = tune(
+                pipe, source, call, task, args.output, position_scale=args.position_scale,
+                on_stage=lambda name: print(name, flush=True),
+            )  # fmt: skip
+            shutil.copy(done.preset, args.output / f"preset-{plain(words)}.yaml")
+            write_json(path, {"budget": words, "seconds": done.seconds, **done.found})
+        rows.append(json.loads(path.read_text(encoding="utf-8")))
+        print(words, rows[-1]["best"]["held_out"], flush=True)
     others = []
     for size in args.also:
         scale = args.position_scale * args.size / size
@@ -97,17 +105,14 @@ def main() -> None:
         others.append(json.loads(path.read_text(encoding="utf-8")))
     with positions_scaled(pipe, args.position_scale):
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
-        layout, uniform = tuner.read_layout(), []
+        layout = tuner.read_layout()
         methods = candidates(layout, args.methods)
-        for method in methods:
-            uniform.append(uniform_row(tuner, method, task.held_out[:1]))
-        speeds = [row["best"]["held_out"]["speedup"] for row in rows]
-        chances, arms = contenders(uniform, speeds), {"dense": tuner.dense}
-        for number, row in enumerate(uniform):
-            if row in chances:
-                method = methods[number]
-                uniform[number] = uniform_row(tuner, method, task.held_out)
-                arms[method.words()] = uniform_arm(tuner, method)
+        uniform = opponents(tuner, methods, [row["best"]["held_out"]["speedup"] for row in rows])
+        arms = {"dense": tuner.dense}
+        for row in uniform:
+            if row["pictures"] == held:
+                arms[row["label"]] = uniform_arm(tuner, row.pop("opponent"))
+            row.pop("opponent", None)
         for row, words in zip(rows, args.budgets):
             preset = resolve(str(args.output / f"preset-{plain(words)}.yaml"))
             arms[row["best"]["label"]] = tuner.variant(row["best"]["label"], *preset)
@@ -117,8 +122,8 @@ def main() -> None:
                     arms[one["label"]] = tuner.variant(one["label"], resolve(one["rules"])[0])
         speeds = timed_in_turns(tuner, arms, args.timings)
         for row in uniform:
-            if row["words"] in speeds:
-                row["timed"] = speeds[row["words"]]
+            if row["label"] in speeds:
+                row["timed"] = speeds[row["label"]]
         for row in rows:
             for one in (row["best"], *row["rounds"]):
                 one["timed"] = speeds.get(one["label"])
@@ -140,6 +145,53 @@ def main() -> None:
         write_json(args.save.with_suffix(".json"), facts)
         with atomic_path(args.save.with_suffix(".png")) as temporary:
             plot(facts).savefig(temporary, dpi=130)
+
+
+class Opponent(NamedTuple):
+    """A setting in all layers, and in all steps but dense ones that it begins with.
+
+    Attributes:
+        every: steps that a plan made from q and k lasts.
+    """
+
+    method: Method
+    first: int = 0
+    every: int = 1
+
+    @property
+    def schedule(self) -> Schedule:
+        every = None if self.every == 1 else self.every
+        return replace(ALWAYS, dense_first_steps=self.first, replan_every=every)
+
+    @property
+    def words(self) -> str:
+        more = (
+            ["", "first step dense"][self.first],
+            ["", f"plans last {self.every} steps"][self.every > 1],
+        )
+        return ", ".join([self.method.words(), *filter(None, more)])
+
+    @property
+    def label(self) -> str:
+        label = uniform_label(self.method)
+        return label + "-first" * self.first + (f"-every-{self.every}" if self.every > 1 else "")
+
+
+def opponents(tuner: Tuner, methods: list[Method], speeds: list[float]) -> list[dict]:
+    """Every setting by one picture; those that may be near a preset's speed by all of them.
+
+    Settings that no other clearly beats are also tried with a dense first step, and with plans
+    that last.
+    """
+    few, every = tuner.task.held_out[:1], tuner.task.held_out
+    rows = [uniform_row(tuner, Opponent(method), few) for method in methods]
+    for row in unbeaten(rows, 0.9 * min(speeds), 10.0):
+        method = row["opponent"].method
+        rows.append(uniform_row(tuner, Opponent(method, first=1), few))
+        if not method.static:
+            rows.append(uniform_row(tuner, Opponent(method, every=tuner.total_steps), few))
+    near = unbeaten(rows, 0.85 * min(speeds), max(speeds) / 0.85)
+    return [uniform_row(tuner, x["opponent"], every) if x in near else x for x in rows]
 
 
 def elsewhere(pipe, call: dict, preset: Path, items, scale: float) -> dict:
@@ -176,7 +228,7 @@ def timed_in_turns(tuner: Tuner, arms: dict, rounds: int) -> dict[str, float]:
     """
     item, every = tuner.task.held_out[0], []
     for number in range(rounds):
-        path = tuner.folder / f"timed-{number}.json"
+        path = tuner.folder / f"timed-{digest_of(sorted(arms))[:8]}-{number}.json"
         if not path.exists():
             names = list(arms)[:: 1 if number % 2 == 0 else -1]
             call = tuner.call | {"prompt": item.prompt}
@@ -185,15 +237,14 @@ def timed_in_turns(tuner: Tuner, arms: dict, rounds: int) -> dict[str, float]:
     return {n: statistics.median(x["dense"] / x[n] for x in every) for n in arms if n != "dense"}
 
 
-def contenders(uniform: list[dict], speeds: list[float]) -> list[dict]:
-    """Settings near the speeds of presets that no other clearly beats, by the calls that drew."""
+def unbeaten(rows: list[dict], low: float, high: float) -> list[dict]:
+    """Those of such a speed that no other clearly beats, by the calls that drew them."""
 
     def beats(x, y):
         return x["psnr"] > y["psnr"] + 0.5 and x["speedup"] > 1.05 * y["speedup"]
 
-    low, high = 0.8 * min(speeds), max(speeds) / 0.8
-    near = [y for y in uniform if low <= y["speedup"] <= high]
-    return [y for y in near if not any(beats(x, y) for x in uniform)]
+    near = [y for y in rows if low <= y["speedup"] <= high]
+    return [y for y in near if not any(beats(x, y) for x in rows)]
 
 
 def against(row: dict, uniform: list[dict]) -> dict:
@@ -231,21 +282,25 @@ def between(x: float, xs: list[float], ys: list[float]) -> float | None:
     return None
 
 
-def uniform_arm(tuner: Tuner, method):
-    return tuner.variant(uniform_label(method), Mixture((Rule(method),)))
+def uniform_arm(tuner: Tuner, one: Opponent):
+    return tuner.variant(one.label, Mixture((Rule(one.method),)), one.schedule)
 
 
-def uniform_row(tuner: Tuner, method, items) -> dict:
-    """One method in all layers and steps, on held-out prompts."""
-    arm = uniform_arm(tuner, method)
-    print(method.words(), flush=True)
+def uniform_row(tuner: Tuner, one: Opponent, items) -> dict:
+    """A setting in all layers, on held-out prompts."""
+    arm = uniform_arm(tuner, one)
+    print(one.words, flush=True)
     draw_missing([arm], tuner.call, items)
     records = [arm.drawings.record(item) for item in items]
     dense = [tuner.dense.drawings.record(item)["busy"] for item in items]
     own = [record["busy"] for record in records]
     return {
-        "method": method.to_dict(),
-        "words": method.words(),
+        "opponent": one,
+        "label": one.label,
+        "method": one.method.to_dict(),
+        "dense_first_steps": one.first,
+        "replan_every": one.every,
+        "words": one.words,
         "pictures": len(items),
         "speedup": ratio(dense, own),
         "seconds": own,

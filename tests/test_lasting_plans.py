@@ -11,7 +11,8 @@ import torch
 
 import dittfast
 from dittfast import Schedule
-from dittfast.methods import VSA, Local, LogLinear, Rectified
+from dittfast.methods import VSA, Local, LogLinear, Rectified, TopK
+from dittfast.mixture import Mixture, Rule
 from dittfast.pipelines.adapter import method_parameters
 
 LOG_LINEAR = LogLinear(block_size=8, topk=1, levels=1)
@@ -104,7 +105,7 @@ def test_drift_is_the_change_of_pooled_q_and_k():
     size = float(step.expand(1, 2, 3, 8).norm() / pooled[0].norm())
     for factor, renews in ((0.9, False), (1.1, True)):
         memory, made = Memory(Lasting(None, size), Tally()), []
-        ask = lambda q, k: memory.plan("m", "l", q, k, lambda: made.append(0))  # noqa: B023, E731
+        ask = lambda q, k: memory.plan(LOG_LINEAR, "l", q, k, lambda: made.append(0))  # noqa: B023, E731
         for number, moved in enumerate((q, q + factor * step)):
             memory.begin(number)
             ask(moved, k)
@@ -174,11 +175,30 @@ def test_heads_with_options_of_their_own_keep_plans_of_their_own():
         assert any("8 made, used again 32 times" in note for note in enabled.describe().notes)
 
 
+def test_plans_last_as_long_as_their_method_says():
+    """Of the 4 layers of tiny FLUX 2 run each method."""
+    pipe = tiny.flux_pipeline()
+    rules = (Rule(LOG_LINEAR, ("0-1",)), Rule(TopK(topk=0.5, block_size=16), ("2-3",)))
+    with dittfast.enable(
+        pipe, Mixture(rules), min_tokens=0, replan_every={"log_linear": 99}
+    ) as enabled:
+        draw(pipe)
+        notes = enabled.describe().notes
+    words = f"last 99 steps (log_linear): {2 + 2 * STEPS} made, used again {2 * (STEPS - 1)} times"
+    assert any(words in note for note in notes)
+    with pytest.raises(ValueError, match="names 'sol', which plans nothing here"):
+        dittfast.enable(pipe, Mixture(rules), replan_every={"sol": 2})
+    assert Schedule(replan_every={"b": 2, "a": 3}) == Schedule(replan_every=[["a", 3], ["b", 2]])
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (dict(replan_every=0), "replan_every must be an integer, at least 1; got 0"),
         (dict(replan_every=1.5), "replan_every must be an integer"),
+        (dict(replan_every={"topk": 0}), "replan_every of topk must be an integer"),
+        (dict(replan_every={}), "integers by the names of methods"),
+        (dict(replan_every=["topk"]), "integers by the names of methods"),
         (dict(replan_drift=0), "replan_drift must be a finite number above 0"),
     ],
 )

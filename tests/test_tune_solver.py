@@ -14,9 +14,10 @@ from dittfast.methods.base import Method
 from dittfast.mixture import Assignment
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.candidates import candidates, check_methods, tunable
-from dittfast.pipelines.tune.prediction import DENSE, Place, Prediction
+from dittfast.pipelines.tune.prediction import DENSE, Place, Prediction, _thinned
 from dittfast.pipelines.tune.preset import mixture_of
 from dittfast.pipelines.tune.recording import bands, middle
+from dittfast.pipelines.tune.seconds import steadied
 from dittfast.pipelines.tune.solver import Choice, Problem, front, hull, search
 from dittfast.pipelines.tune.tune import ImpossibleBudget, Tuner
 
@@ -235,7 +236,7 @@ def test_bands_cover_a_run_once():
 # Prediction.
 
 METHODS_TRIED = [Local(window=2), Local(window=4), TopK(topk=0.2)]
-LAYERS = ["a", "b"]
+LAYERS, MEASURES = ["a", "b"], ("psnr", "distance")
 
 
 def prediction(heads=2, seed=0, answered=True):
@@ -261,10 +262,16 @@ def prediction(heads=2, seed=0, answered=True):
         ]  # fmt: skip
         records.append({"passes": 2, "calls": calls, "start": [0.1, 0.1, 0.2]})
     made = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0)
+    settle(made, {0: 3.0, 1: 2.0, 2: 1.0})
     if answered:
         trials = {place: made.trials(place) for place in made.places}
-        made.answer(trials, {m: gram_of(trials, seed) for m in ("psnr", "distance")})
+        gram = gram_of(trials, seed)
+        made.answer(trials, {m: gram for m in MEASURES})
     return records, made
+
+
+def settle(made, errors):
+    made.settle(dict.fromkeys(MEASURES, errors))
 
 
 def gram_of(trials, seed):
@@ -291,24 +298,45 @@ def test_seconds_are_the_sum_that_their_formula_says():
         each = [whole[heads[0]]] if heads[0] == heads[1] else [alone[n] for n in heads]
         seconds += scale * sum(each) * steps[place.band] * 2
     assert made.call_seconds(assigned) == pytest.approx(46 - 32 + seconds)
-    assert made.planning(assigned) == pytest.approx(scale * 0.5 * 0.05 * 1 * 2)
+    assert made.planning(assigned) == pytest.approx({"topk": scale * 0.5 * 0.05 * 1 * 2})
     before = made.call_seconds(assigned)
-    for _ in range(20):  # half of what is left, each time
+    for _ in range(3):
         made.learn_speed(assigned, 46 / (before + 1))
     assert made.call_seconds(assigned) == pytest.approx(before + 1, rel=1e-3)
     assert all(slower > 1 for slower in made.slowness.values())
 
 
-def test_a_busy_moment_is_no_slow_method():
-    """Seconds are those beside dense attention's of the same moment."""
+def test_a_busy_or_lucky_moment_is_no_slow_or_fast_method():
+    """Seconds are those beside dense attention's of the same moment, as most calls have them."""
     records, made = prediction()
     for one in records[0]["calls"]:  # while this prompt was recorded all took twice as long
         one["dense_seconds"] *= 2
         for tried in one["tried"]:
             tried["seconds"] *= 2
-    again = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0)
+            tried["planning"] *= 2
+    records[0]["calls"][0]["tried"][1]["seconds"] /= 5  # and one call was lucky
+    records[0]["start"][0] = 5.0
+    steady = steadied(records, METHODS_TRIED)
+    again = Prediction(METHODS_TRIED, [1, 3], [0, 2], steady, 46.0, 32.0)
     for n in range(3):
         assert again.speedup(again.alike(n)) == pytest.approx(made.speedup(made.alike(n)))
+    half = {place: (0, DENSE) for place in made.places}
+    assert again.speedup(half) == pytest.approx(made.speedup(half), rel=0.1)
+
+
+def test_a_call_with_more_work_is_slower_by_as_much():
+    records, _ = prediction()
+    for record in records:
+        for one in record["calls"]:
+            if one["layer"] == "b":
+                one["tried"][2]["work"] *= 2
+                one["tried"][2]["seconds"] = 0.05 + 2 * 0.55
+    (first, second), _ = (
+        [x["tried"][2] for x in r["calls"] if x["step"] == 0]
+        for r in steadied(records, METHODS_TRIED)
+    )
+    assert first["seconds"] == pytest.approx(0.6) and second["seconds"] == pytest.approx(1.15)
+    assert first["planning"] == second["planning"] == pytest.approx(0.05)
 
 
 def test_errors_are_the_sum_that_their_formula_says():
@@ -317,14 +345,9 @@ def test_errors_are_the_sum_that_their_formula_says():
     every = [(place, heads) for place in made.places for heads in trials[place]]
     gram = gram_of(trials, 0)
     assigned = {place: own[0] for place, own in trials.items()}
-    made.factors["psnr"]["topk"] = 3.0
-    weights = [
-        (sum({0: 1.0, 1: 1.0, 2: 3.0}[n] for n in heads if n != DENSE)
-         / sum(n != DENSE for n in heads)) ** 0.5
-        for _, heads in every
-    ]  # fmt: skip
+    made.factors["psnr"] = 3.0
     at = [every.index(one) for one in assigned.items()]
-    wanted = sum(weights[i] * weights[j] * float(gram[i, j]) for i in at for j in at)
+    wanted = 3 * sum(float(gram[i, j]) for i in at for j in at)
     assert made.squared_error(assigned, "psnr") == pytest.approx(wanted)
     dense = {place: (DENSE,) * 2 for place in made.places}
     assert made.squared_error(dense, "psnr") == 0
@@ -341,6 +364,27 @@ def test_every_way_that_is_tried_is_worth_it_somewhere():
         assert any(len(set(heads)) > 1 for heads in own)
         dense = made.seconds(place, (DENSE,) * 3)
         assert all(made.seconds(place, heads) < dense for heads in own)
+
+
+def test_candidates_are_chosen_by_what_they_do_in_all_layers_at_once():
+    """Errors of attention say little of the picture: only what is clearly worse is left out."""
+    records, made = prediction(answered=False)
+    assert made.worth() == [2, 1, 0]
+    for record in records:
+        for one in record["calls"]:
+            one["tried"][1]["error"] = [1.5 * x for x in one["tried"][0]["error"]]
+    settle(again := Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0), {0: 1, 2: 2})
+    assert again.worth() == [2, 1, 0] and again.usual == [0]
+    for record in records:
+        for one in record["calls"]:
+            one["tried"][1]["error"] = [3 * x for x in one["tried"][0]["error"]]
+    assert Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0).worth() == [2, 0]
+
+
+def test_of_many_choices_the_least_crowded_are_left():
+    choices = [Choice(cost, -cost) for cost in (10.0, 9.9, 9.8, 5.0, 1.2, 1.0)]
+    assert [c.cost for c in _thinned(choices, 3)] == [10.0, 5.0, 1.0]
+    assert _thinned(choices, 6) == choices
 
 
 def test_what_is_solved_holds_its_limits():
@@ -362,18 +406,18 @@ def test_a_correction_moves_the_prediction_to_what_was_drawn():
     before = made.squared_error(one, "psnr")
     made.correct(one, "psnr", 5 * before)
     assert made.squared_error(one, "psnr") == pytest.approx(5 * before)
-    assert made.factors["psnr"] == pytest.approx({"local": 5.0, "topk": 1.0})
-    assert set(made.factors["distance"].values()) == {1.0}
+    assert made.factors == pytest.approx({"psnr": 5.0, "distance": 1.0})
     half = {p: (0, 0) if p.layer == "a" else (2, 2) for p in made.places}
-    for _ in range(30):
-        made.correct(half, "psnr", 2.0)
-    assert made.squared_error(half, "psnr") == pytest.approx(2.0, rel=1e-2)
+    made.correct(half, "psnr", 2.0)
+    assert made.squared_error(half, "psnr") == pytest.approx(2.0)
 
 
 def test_a_method_that_was_not_finite_is_not_chosen():
     records, _ = prediction()
     records[0]["calls"][0]["tried"][1]["error"] = None
     made = Prediction(METHODS_TRIED, [1, 3], [0, 2], records, 46.0, 32.0)
+    assert sorted(made.worth()) == [0, 2]
+    settle(made, {0: 2.0, 2: 1.0})
     assert {n for heads in made.trials(Place("a", 0)) for n in heads} <= {DENSE, 0, 2}
     assert [made.is_finite(n) for n in range(3)] == [True, False, True]
     assert made.usual == [2, 0]
@@ -418,7 +462,7 @@ def test_a_speed_is_aimed_above_its_bound_where_there_is_room():
         tuner.task = SimpleNamespace(budget=Budget(speedup=speedup))
         return made.speedup(tuner._solve(made, {}))
 
-    assert 1.04 * 1.2 <= solved(1.2) < fastest
+    assert 1.03 * 1.2 <= solved(1.2) < fastest
     assert fastest / 1.01 <= solved(fastest / 1.01) <= fastest
     with pytest.raises(ImpossibleBudget, match=f"{fastest:.2f} times as fast; that is the nearest"):
         solved(1.01 * fastest)
@@ -426,7 +470,7 @@ def test_a_speed_is_aimed_above_its_bound_where_there_is_room():
     assert alike is None
     tuner.task = SimpleNamespace(budget=Budget(speedup=1.2))
     every = [made.alike(n) for n in range(3)]
-    fast = [one for one in every if made.speedup(one) >= 1.2 * 1.04]
+    fast = [one for one in every if made.speedup(one) >= 1.2 * 1.03]
     assert tuner._alike(made, {}) == min(fast, key=lambda x: made.squared_error(x, "psnr"))
     tuner.task = SimpleNamespace(budget=Budget(psnr=1.0))
     assert tuner._alike(made, {"psnr": -30.0}) == min(every, key=made.call_seconds)

@@ -205,6 +205,8 @@ def _task(args, budget, source):
 
 
 def _print(tuned) -> None:
+    from dittfast.pipelines.runs.run import duration
+
     found = tuned.found
     best = found["best"]
     for place in found["places"]:
@@ -215,12 +217,10 @@ def _print(tuned) -> None:
         values = ", ".join(f"{name} {value:.3g}" for name, value in best[which].items())
         print(f"{words}: {values}")
     if best["replan_every"]:
-        print(
-            f"plans last {best['replan_every']} steps, which saves "
-            f"{found['planning']['saved']:.3g} s of planning a run"
-        )
+        lasting = ", ".join(f"{n} steps ({name})" for name, n in best["replan_every"].items())
+        print(f"plans last {lasting}, which saves {found['planning']['saved']:.3g} s a run")
     if found["gpu"] is not None:
         print(f"the speed is computed for {found['gpu']} from published rates, not measured")
     if best["held_out"]["speedup"] <= 1:
         print("it is NOT FASTER than dense attention here: sparsity does not pay at this size")
-    print(f"wrote {tuned.preset} and {tuned.report}")
+    print(f"wrote {tuned.preset} and {tuned.report}, in {duration(tuned.seconds)} in all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,32 @@ class Lasting:
     Attributes:
         every: steps from one renewal to the next; None where drift alone decides.
         drift: relative change of the pooled q or k that renews the plan; None for none.
+        by_method: ``(name, every)`` of methods whose plans last otherwise.
     """
 
     every: int | None = 1
     drift: float | None = None
+    by_method: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether any plan may be used again."""
+        return self.every != 1 or any(every != 1 for _, every in self.by_method)
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise ValueError for a method that is not one of ``names``, those that run."""
+        for name, _ in self.by_method:
+            if name not in names:
+                raise ValueError(
+                    f"replan_every names {name!r}, which plans nothing here; what does is "
+                    f"{', '.join(sorted(names)) or 'nothing'}"
+                )
+
+    def words(self) -> str:
+        """How long plans last, such as "4 steps (topk) or a drift of 0.1"."""
+        until = [f"{every} steps ({name})" for name, every in self.by_method]
+        until += [f"{self.every} steps"] if self.every is not None and not until else []
+        return " or ".join(until + ([] if self.drift is None else [f"a drift of {self.drift:g}"]))
 
 
 @dataclass
@@ -131,7 +153,8 @@ class Memory:
 
     def _lasts(self, held: _Held, pooled) -> bool:
         age, lasting = self.step - held.step, self.lasting
-        if age < 1 or (lasting.every is not None and age >= lasting.every):
+        every = dict(lasting.by_method).get(held.made_for[0].name, lasting.every)
+        if age < 1 or (every is not None and age >= every):
             return False
         return lasting.drift is None or all(
             _change(old, new) <= lasting.drift for old, new in zip(held.pooled, pooled)

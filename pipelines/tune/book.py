@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,19 @@ class Book:
         self.folder.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(settings, allow_nan=False))
         keep_settings(self.folder / "settings.json", plain, "a tuning", verify)
+        self._begun, self._earlier = time.perf_counter(), 0.0
+        if self.has("seconds"):
+            form = {"seconds": float}
+            self._earlier = self.once("seconds", form, dict)["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Of the clock on the wall, that this tuning and all before it in the folder took."""
+        return self._earlier + time.perf_counter() - self._begun
+
+    def note_seconds(self) -> None:
+        """Write down how long it took so far, for a tuning that goes on here."""
+        write_record(self._path("seconds"), {"seconds": self.seconds})
 
     def has(self, name: str) -> bool:
         return self._path(name).exists()

@@ -3,7 +3,7 @@
 Seconds add up. So do errors, as vectors: how far a method in one layer and step moves the
 transformer's prediction there (:mod:`.sensitivity`), times what a moved prediction of that band of
 steps does to the picture. Neither is quite so, because errors are not infinitely small; what was
-drawn corrects a factor of each method, of its errors and of its seconds.
+drawn corrects a factor of errors, and one of each method's seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,12 @@ from .solver import Choice, Problem, front, path, search
 # In a choice for the heads of a layer: dense attention.
 DENSE = -1
 # Ways to settle a layer that are tried in a pass of their own, of those that the errors of
-# attention alone leave worth it: in any one band, and in all layers and steps alike.
-_MOST_OWN, _MOST_ALIKE = 4, 5
+# attention alone leave worth it; candidates that are tried in all layers at once, and how many of
+# these are tried in each layer, too.
+_MOST_OWN, _MOST_ALIKE, _MOST_USUAL = 4, 16, 5
+# A candidate is left out if another one is faster at so much less of squared error: what errors of
+# attention do to a picture differs by as much.
+_CLEARLY = 2.0
 
 
 class Place(NamedTuple):
@@ -60,7 +63,7 @@ class Prediction:
         methods: the candidates.
         steps: of a run in each band.
         middles: the recorded step of each band.
-        records: of :func:`~.recording.record`, one a prompt.
+        records: of :func:`~.recording.record`, one a prompt, :func:`~.seconds.steadied`.
         run_seconds: of a dense run.
         attention_seconds: of its self-attention.
     """
@@ -76,8 +79,9 @@ class Prediction:
     ):
         self.methods, self.steps = methods, steps
         self.passes = records[0]["passes"]
+        self._weight = [1.0] * len(methods)
         self.slowness = dict.fromkeys((x.name for x in methods), 1.0)
-        self.factors: dict[str, dict[str, float]] = {}
+        self.factors: dict[str, float] = {}
         by_place: dict[Place, list[dict]] = {}
         band_of = {step: band for band, step in enumerate(middles)}
         for one in (one for record in records for one in record["calls"]):
@@ -93,32 +97,21 @@ class Prediction:
         self._scale = (run_seconds - self.rest) / dense
 
     def _time(self, records: Sequence[dict], by_place: Mapping[Place, list[dict]]) -> None:
-        """Seconds of a call by layer and candidate: medians, for single ones are noisy."""
+        """Seconds of a call by layer and candidate."""
         self._scale = 1.0
-        every = [one for calls in by_place.values() for one in calls]
-
-        def like(calls: list[dict]) -> list[dict]:
-            shapes = [(x["heads"], x["head_dim"]) for x in (calls[0], *every)]
-            return [x for x, shape in zip(every, shapes[1:]) if shape == shapes[0]]
-
+        numbers, mean = range(len(self.methods)), statistics.fmean
         self._dense = {
-            place: statistics.median(x["dense_seconds"] for x in like(calls))
-            for place, calls in by_place.items()
+            place: mean(x["dense_seconds"] for x in calls) for place, calls in by_place.items()
         }
-        self._seconds: list[dict[Place, float]] = []
-        self._planning: list[float] = []
-        self._start: list[float] = []
-        for number, method in enumerate(self.methods):
-            varies = method.least() != method
-            own = {}
-            for place, calls in by_place.items():
-                alike = calls if varies else like(calls)
-                part = [x["tried"][number]["seconds"] / x["dense_seconds"] for x in alike]
-                own[place] = statistics.median(part) * self._dense[place]
-            self._seconds.append(own)
-            self._planning.append(statistics.median(x["tried"][number]["planning"] for x in every))
-            start = statistics.median(record["start"][number] for record in records)
-            self._start.append(max(start, 0.0))
+        tried = {place: [x["tried"] for x in calls] for place, calls in by_place.items()}
+        self._seconds: list[dict[Place, float]] = [
+            {place: mean(x[n]["seconds"] for x in own) for place, own in tried.items()}
+            for n in numbers
+        ]
+        self._planning: list[float] = [
+            mean(x[n]["planning"] for own in tried.values() for x in own) for n in numbers
+        ]
+        self._start: list[float] = [mean(record["start"][n] for record in records) for n in numbers]
 
     @property
     def places(self) -> list[Place]:
@@ -155,19 +148,24 @@ class Prediction:
     def speedup(self, assigned: Assigned) -> float:
         return self.run_seconds / self.call_seconds(assigned)
 
-    def planning(self, assigned: Assigned) -> float:
-        """Seconds of a run that go into plans made from q and k."""
-        return self._scale * sum(
-            heads.count(number) / len(heads) * self._planning[number]
-            * self._calls(place)
-            for place, heads in assigned.items() for number in set(heads) - {DENSE}
-        )  # fmt: skip
+    def saved(self, assigned: Assigned) -> float:
+        """Seconds less of a run's attention than dense attention takes; 0 if nothing is."""
+        dense = sum(self.seconds(place, (DENSE,) * n) for place, n in self.heads.items())
+        own = sum(self.seconds(place, heads) for place, heads in assigned.items())
+        return dense - own if own < (1 - 1e-9) * dense else 0.0
+
+    def planning(self, assigned: Assigned) -> dict[str, float]:
+        """Seconds of a run that go into plans made from q and k, by method."""
+        spent: dict[str, float] = {}
+        for place, heads in assigned.items():
+            for number in set(heads) - {DENSE}:
+                share = self._scale * heads.count(number) / len(heads) * self._calls(place)
+                name = self.methods[number].name
+                spent[name] = spent.get(name, 0.0) + share * self._planning[number]
+        return {name: seconds for name, seconds in spent.items() if seconds > 0}
 
     def learn_speed(self, assigned: Assigned, speedup: float) -> None:
-        """Learn how many times as fast a choice was; each method's seconds take their share.
-
-        Half of it: a few timings of whole calls know no more than what was recorded in every layer.
-        """
+        """Learn how many times as fast a choice was; each method's seconds take their share."""
         parts: dict[str, float] = {}
         for place, heads in assigned.items():
             dense = self.seconds(place, (DENSE,) * len(heads))
@@ -180,7 +178,7 @@ class Prediction:
         measured = predicted + self.run_seconds / speedup - self.call_seconds(assigned)
         if predicted > 0 and measured > 0:
             for name, part in parts.items():
-                self.slowness[name] *= (measured / predicted) ** (0.5 * part / predicted)
+                self.slowness[name] *= (measured / predicted) ** (part / predicted)
 
     # What is tried in passes of their own.
 
@@ -189,18 +187,20 @@ class Prediction:
         return {place: (number,) * heads for place, heads in self.heads.items()}
 
     def attention_error(self, place: Place, heads: Heads) -> float:
-        """The relative squared error of a layer's attention; infinite where it is not finite."""
-        errors = self._errors[place]
-        each = [0.0 if n == DENSE else (errors[n] or [math.inf] * len(heads))[h]
-                for h, n in enumerate(heads)]  # fmt: skip
-        return sum(each)
+        """The relative squared error of a layer's attention; infinite where it is not finite.
 
-    @cached_property
-    def usual(self) -> list[int]:
-        """Candidates that no other is as fast and as exact as, used in all layers and steps.
-
-        As they were recorded, whatever is learned of their speed later.
+        Weighed by what the candidate does to the picture, once that is known.
         """
+        return sum(self._head_error(place, head, n) for head, n in enumerate(heads))
+
+    def _head_error(self, place: Place, head: int, number: int) -> float:
+        if number == DENSE:
+            return 0.0
+        errors = self._errors[place][number]
+        return math.inf if errors is None else self._weight[number] * errors[head]
+
+    def worth(self) -> list[int]:
+        """Candidates that no other is clearly as fast and as exact as, the most exact first."""
         found = [
             Choice(
                 self.call_seconds(self.alike(n)),
@@ -209,7 +209,43 @@ class Prediction:
             )
             for n in range(len(self.methods)) if self.is_finite(n)
         ]  # fmt: skip
-        return [choice.what for choice in _thinned(front(found), _MOST_ALIKE)]
+        kept = [
+            x for x in sorted(found, key=lambda c: -c.cost)
+            if not any(y.cost < x.cost and y.error * _CLEARLY < x.error for y in found)
+        ]  # fmt: skip
+        return [choice.what for choice in _thinned(kept, _MOST_ALIKE)]
+
+    def settle(self, errors: Mapping[str, Mapping[int, float]]) -> None:
+        """Take what candidates of :meth:`worth` do in all layers at once.
+
+        Those that no other is as fast and as exact as are tried in each layer, too.
+
+        Args:
+            errors: by measure, squared errors of the picture by number of the candidate.
+        """
+        self.usual = self.usual_of(errors["psnr"])
+        self._weigh(errors["psnr"])
+
+    def usual_of(self, errors: Mapping[int, float]) -> list[int]:
+        """Of candidates those that no other is as fast and as exact as, the most exact first."""
+        found = [Choice(self.call_seconds(self.alike(n)), x, n) for n, x in errors.items()]
+        return [choice.what for choice in _thinned(front(found), _MOST_USUAL)]
+
+    def _weigh(self, errors: Mapping[int, float]) -> None:
+        """What an error of attention does to a picture: methods differ by factors.
+
+        Candidates that were not drawn everywhere are like others of their method, or like all.
+        """
+        self._weight = [1.0] * len(self.methods)
+        known: dict[int, float] = {}
+        for number, error in errors.items():
+            attention = sum(self.attention_error(p, h) for p, h in self.alike(number).items())
+            if attention > 0 and error > 0:
+                known[number] = error / attention
+        for number, method in enumerate(self.methods):
+            alike = [x for n, x in known.items() if self.methods[n].name == method.name]
+            others = alike or list(known.values()) or [1.0]
+            self._weight[number] = known.get(number, statistics.geometric_mean(others))
 
     def trials(self, place: Place) -> list[Heads]:
         """Ways to settle the heads of a place that are worth a pass; dense attention is none.
@@ -217,13 +253,13 @@ class Prediction:
         The usual candidates, and what is best in this layer and band: candidates in all heads, and
         mixtures of heads on the way from dense attention to the sparsest.
         """
-        count, errors = self.heads[place], self._errors[place]
-        numbers = [DENSE, *(n for n, error in enumerate(errors) if error is not None)]
+        count = self.heads[place]
+        numbers = [DENSE, *(n for n, e in enumerate(self._errors[place]) if e is not None)]
         options = {(n,) * count for n in numbers}
         alone = {n: self.seconds(place, (n,) * count) / count for n in numbers}
         each = [
-            [Choice(alone[n], 0.0 if n == DENSE else errors[n][h], n) for n in numbers]
-            for h in range(count)
+            [Choice(alone[n], self._head_error(place, head, n), n) for n in numbers]
+            for head in range(count)
         ]
         mixed = [DENSE] * count
         for head, choice in path(each):
@@ -254,23 +290,13 @@ class Prediction:
         self._trials = [(place, heads) for place in self.places for heads in trials[place]]
         self._number = {trial: number for number, trial in enumerate(self._trials)}
         self._grams = dict(grams)
-        self.factors = {m: dict.fromkeys(self.slowness, 1.0) for m in grams}
-
-    def _weights(self, measure: str) -> torch.Tensor:
-        """``[n]``: what to multiply the vector of each trial by, learned of its methods."""
-        factors = self.factors[measure]
-        own = [
-            [factors[self.methods[n].name] for n in heads if n != DENSE]
-            for _, heads in self._trials
-        ]
-        return torch.tensor([math.sqrt(statistics.fmean(x)) for x in own], dtype=torch.float64)
+        self.factors = dict.fromkeys(grams, 1.0)
 
     def _contributions(self, assigned: Assigned, measure: str) -> dict[tuple[Place, Heads], float]:
         """Squared error of the picture in a measure, by place; the sum is that of the picture."""
         chosen = [(p, h) for p, h in assigned.items() if set(h) != {DENSE}]
         at = torch.tensor([self._number[one] for one in chosen], dtype=torch.long)
-        weights = self._weights(measure)[at]
-        part = weights * (self._grams[measure][at][:, at] @ weights)
+        part = self.factors[measure] * self._grams[measure][at][:, at].sum(1)
         return dict(zip(chosen, part.tolist()))
 
     def squared_error(self, assigned: Assigned, measure: str) -> float:
@@ -279,18 +305,12 @@ class Prediction:
     def correct(self, assigned: Assigned, measure: str, drawn: float) -> None:
         """Learn that the squared error of a choice in a measure was ``drawn``.
 
-        Each method's factor moves by its share of the predicted error.
+        One factor for all: errors are not so small that they are linear, but those of choices at
+        one speed are alike, and their order holds.
         """
-        parts: dict[str, float] = {}
-        for (_, heads), part in self._contributions(assigned, measure).items():
-            own = [self.methods[n].name for n in heads if n != DENSE]
-            for name in own:
-                parts[name] = parts.get(name, 0.0) + max(part, 0.0) / len(own)
-        shares, predicted = sum(parts.values()), self.squared_error(assigned, measure)
-        if not (predicted > 0 and shares > 0 and drawn > 0):
-            return
-        for name, part in parts.items():
-            self.factors[measure][name] *= (drawn / predicted) ** (part / shares)
+        predicted = self.squared_error(assigned, measure)
+        if predicted > 0 and drawn > 0:
+            self.factors[measure] *= drawn / predicted
 
     def table(self, assigned: Assigned) -> list[dict]:
         """What runs where, what it costs and what it errs, place by place, as plain data.
@@ -336,8 +356,7 @@ class Prediction:
         begin, count = len(self.places), len(every)
         grams = torch.zeros(len(limits), count, count, dtype=torch.float64)
         for gram, (measure, limit) in zip(grams, limits.items()):
-            weights = self._weights(measure) / math.sqrt(limit)
-            gram[begin:, begin:] = weights[:, None] * self._grams[measure] * weights
+            gram[begin:, begin:] = self.factors[measure] / limit * self._grams[measure]
         problem = Problem(
             torch.tensor([self.seconds(*trial) for trial in every], dtype=torch.float64),
             grams,
@@ -357,10 +376,12 @@ class Prediction:
 
 
 def _thinned(choices: Sequence[Choice], most: int) -> list[Choice]:
-    """At most so many of them, the ends among them, as even as can be."""
-    if len(choices) <= most:
-        return list(choices)
-    return [choices[round(i * (len(choices) - 1) / (most - 1))] for i in range(most)]
+    """At most so many of them, in order of cost: the ends, and of the others the least crowded."""
+    kept = list(choices)
+    while len(kept) > most:
+        room = [abs(a.cost - b.cost) for a, b in zip(kept, kept[2:])]
+        del kept[1 + room.index(min(room))]
+    return kept
 
 
 def _words(heads: Heads, methods: Sequence[Method]) -> list[str]:

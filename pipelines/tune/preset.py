@@ -73,6 +73,8 @@ def preset_data(
     models = transformers_of(pipe)
     default = asdict(Schedule())
     planned = {k: v for k, v in asdict(schedule).items() if v != default[k]}
+    if isinstance(planned.get("replan_every"), tuple):
+        planned["replan_every"] = dict(planned["replan_every"])
     return {
         "rules": [_rule(rule) for rule in mixture.rules],
         "schedule": planned,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +19,12 @@ from dittfast.attention import method_attention
 from dittfast.cache import BytesLRU
 from dittfast.measure.timing import clock_for, synchronize
 from dittfast.methods.base import Method
+from dittfast.methods.memory import Lasting, Memory
+from dittfast.mixture import Assignment, Mixture
 
 from ..adapter import enable
 from ..layer import PlannedLayout
+from ..measure.method_check import assignment_of
 from ..measure.probe import Captured, Recorder
 from ..models import execution_device, transformers_of
 from ..runs.run import Run, run
@@ -64,26 +67,86 @@ def middle(band: tuple[int, int]) -> int:
     return (band[0] + band[1]) // 2
 
 
-class _Calls:
+class _Timing:
+    """Times attention on the q, k and v of calls that it is told of."""
+
+    def __init__(self, backend: str, device: torch.device):
+        self.backend, self.device, self.clock = backend, device, clock_for(device)
+        self._kept = BytesLRU(_MOST_KEPT, _MOST_BYTES)
+
+    def now(self) -> float:
+        synchronize(self.device)
+        return self.clock()
+
+    def dense_seconds(self, call: dict, c: Captured, captured: Captured) -> float:
+        """Of PyTorch's attention, for the first batch row."""
+        start = self.now()
+        F.scaled_dot_product_attention(**call)
+        return (self.now() - start) * c.q.shape[0] / captured.q.shape[0]
+
+    def attention(self, method: Method, c: Captured, memory: Memory | None = None):
+        """A method's output on captured q, k and v, seconds, those of its planning, and work."""
+        device, planned, plans = c.q.device, [], []
+        kept = self._kept.get((c.layout, method), lambda: method.keep(c.layout, device))
+        method.prepare(c.layout, device)
+
+        def on_plan(plan, heads: int = 1):
+            planned.append(self.now())
+            plans.append((plan, heads))
+
+        start = self.now()
+        out = method_attention(
+            method, c.layout, c.q, c.k, c.v, kept=kept, scale=c.scale,
+            kv_log_weight=c.kv_log_weight, backend=self.backend, on_plan=on_plan, memory=memory,
+        )  # fmt: skip
+        seconds = self.now() - start
+        counted = PlannedLayout(method, c.layout, kept)
+        for plan in plans:
+            counted.observe(*plan)
+        work = counted.amount(c.q.shape[1], c.q.shape[3]).work
+        return out, seconds, planned[0] - start if planned else 0.0, work
+
+
+class _Turns(_Timing):
+    """Times each call both ways: dense attention before and after what a mixture runs there."""
+
+    def __init__(self, backend: str, device, assignment: Assignment, total: int, lasting: Lasting):
+        super().__init__(backend, device)
+        self.assignment, self.total, self.lasting = assignment, total, lasting
+        self.memories: dict[str, Memory] = {}
+        self.dense = self.own = 0.0
+
+    def __call__(self, captured: Captured, out: torch.Tensor, call: dict) -> None:
+        c = _first_row(captured)
+        assigned = self.assignment.at(c.step, self.total)[c.layer]
+        memory = self.memories.setdefault(c.layer, Memory(self.lasting))
+        memory.begin(c.step)
+        dense = self.dense_seconds(call, c, captured)
+        own = None if assigned is None else self.attention(assigned.method, c, memory)[1]
+        dense = (dense + self.dense_seconds(call, c, captured)) / 2
+        self.dense += dense
+        self.own += dense if own is None else own
+
+
+class _Calls(_Timing):
     """Tries all candidates on each call of attention that it is told of."""
 
     def __init__(self, methods: Sequence[Method], backend: str, device, told: Callable[[], None]):
-        self.methods, self.backend, self.device, self.told = methods, backend, device, told
-        self.clock = clock_for(device)
+        super().__init__(backend, device)
+        self.methods, self.told = methods, told
         self.calls: list[dict] = []
         self.starts: list[list[float]] = [[] for _ in methods]
-        self._kept = BytesLRU(_MOST_KEPT, _MOST_BYTES)
 
     def __call__(self, captured: Captured, out: torch.Tensor, call: dict) -> None:
         c = _first_row(captured)
         out = out[: c.q.shape[0]]
-        first = not any(x["step"] == c.step for x in self.calls)
+        first = not self.calls or c.step == self.calls[0]["step"]
         tried: list[dict] = []
-        dense = [self._dense_seconds(call, c, captured)]
+        dense = [self.dense_seconds(call, c, captured)]
         for begin in range(0, len(self.methods), _BETWEEN):
             numbers = range(begin, min(begin + _BETWEEN, len(self.methods)))
             own = [self._try(n, c, out, first) for n in numbers]
-            dense.append(self._dense_seconds(call, c, captured))
+            dense.append(self.dense_seconds(call, c, captured))
             now = statistics.fmean(dense[-2:])
             tried += [one | {n: one[n] / now for n in ("seconds", "planning")} for one in own]
         usual = statistics.median(dense)
@@ -103,17 +166,11 @@ class _Calls:
         )
         self.told()
 
-    def _dense_seconds(self, call: dict, c: Captured, captured: Captured) -> float:
-        """Of PyTorch's attention, for the first batch row."""
-        start = self.now()
-        F.scaled_dot_product_attention(**call)
-        return (self.now() - start) * c.q.shape[0] / captured.q.shape[0]
-
     def _try(self, number: int, c: Captured, out: torch.Tensor, first: bool) -> dict:
         method = self.methods[number]
-        ours, seconds, planning, work = self._attention(method, number, c)
+        ours, seconds, planning, work = self.attention(method, c)
         if first and c.k.shape[1] > 1:
-            self.starts[number].append(self._start(method, number, c, seconds))
+            self.starts[number].append(self._start(method, c, seconds))
         error = squares_apart(ours, out)
         known = bool(torch.isfinite(error).all())
         return {
@@ -123,7 +180,7 @@ class _Calls:
             "work": work,
         }
 
-    def _start(self, method: Method, number: int, c: Captured, seconds: float) -> float:
+    def _start(self, method: Method, c: Captured, seconds: float) -> float:
         """Seconds of a call that do not grow with its heads, from one for the first keys alone.
 
         Args:
@@ -134,34 +191,8 @@ class _Calls:
         weight = c.kv_log_weight
         weight = weight if weight is None else weight[:, :each]
         own = replace(c, q=c.q[:, :each], k=c.k[:, :1], v=c.v[:, :1], kv_log_weight=weight)
-        alone = self._attention(method, number, own)[1]
+        alone = self.attention(method, own)[1]
         return (groups * alone - seconds) / (groups - 1)
-
-    def now(self) -> float:
-        synchronize(self.device)
-        return self.clock()
-
-    def _attention(self, method: Method, number: int, c: Captured):
-        """A method's output on captured q, k and v, seconds, those of its planning, and work."""
-        device, planned, plans = c.q.device, [], []
-        kept = self._kept.get((c.layout, number), lambda: method.keep(c.layout, device))
-        method.prepare(c.layout, device)
-
-        def on_plan(plan, heads: int = 1):
-            planned.append(self.now())
-            plans.append((plan, heads))
-
-        start = self.now()
-        out = method_attention(
-            method, c.layout, c.q, c.k, c.v, kept=kept, scale=c.scale,
-            kv_log_weight=c.kv_log_weight, backend=self.backend, on_plan=on_plan,
-        )  # fmt: skip
-        seconds = self.now() - start
-        counted = PlannedLayout(method, c.layout, kept)
-        for plan in plans:
-            counted.observe(*plan)
-        work = counted.amount(c.q.shape[1], c.q.shape[3]).work
-        return out, seconds, planned[0] - start if planned else 0.0, work
 
 
 def _first_row(c: Captured) -> Captured:
@@ -172,6 +203,41 @@ def _first_row(c: Captured) -> Captured:
     if layout.context_lengths is not None:
         layout = replace(layout, context_lengths=layout.context_lengths[:1])
     return replace(c, q=c.q[:1], k=c.k[:1], v=c.v[:1], kv_log_weight=weight, layout=layout)
+
+
+@contextlib.contextmanager
+def _told(pipe, steps: Iterable[int], told: Callable) -> Iterator[list[torch.nn.Module]]:
+    """Inside, ``told`` hears of each call of attention of a dense run's steps; the transformers."""
+    models = list(transformers_of(pipe).values())
+    with enable(pipe, "dense"):
+        for model in models:
+            state = model._dittfast
+            for name in state.layers:
+                state.recorders[name] = Recorder(model, name, frozenset(steps), told)
+        yield models
+
+
+def attention_in_turns(
+    pipe, call: dict, seed: int, mixture: Mixture, lasting: Lasting, *, backend: str = "auto"
+) -> dict[str, float]:
+    """Seconds of all attention of a run: ``dense``, and ``own`` of what a mixture runs instead.
+
+    In one dense run every call is done both ways, one after the other, so that whatever disturbs
+    the machine disturbs both. Of a step with several passes the first is taken, and of a batch the
+    first row.
+
+    Args:
+        lasting: how long plans last.
+
+    Raises:
+        ValueError: as :func:`dittfast.enable`.
+    """
+    total = call["num_inference_steps"]
+    given = assignment_of(pipe, mixture), total, lasting
+    turns = _Turns(backend, execution_device(pipe), *given)
+    with _told(pipe, range(total), turns), torch.no_grad():
+        run(pipe, call, seed)
+    return {"dense": turns.dense, "own": turns.own}
 
 
 def record(
@@ -200,17 +266,11 @@ def record(
         ValueError: as :func:`dittfast.enable`, or a layer that never attended.
         FloatingPointError: the picture has values that are not finite.
     """
-    models = transformers_of(pipe)
     calls = _Calls(methods, backend, execution_device(pipe), on_call)
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        stack.enter_context(enable(pipe, "dense"))
-        for model in models.values():
-            state = model._dittfast
-            for name in state.layers:
-                state.recorders[name] = Recorder(model, name, frozenset(steps), calls)
-        drawn = run(pipe, call, seed)
-        passes = sum(model._dittfast.num_passes for model in models.values())
     total = call["num_inference_steps"]
+    with _told(pipe, steps, calls) as models, torch.no_grad():
+        drawn = run(pipe, call, seed)
+        passes = sum(model._dittfast.num_passes for model in models)
     return drawn, {
         "passes": max(1, round(passes / total)),
         "calls": calls.calls,

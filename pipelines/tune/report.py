@@ -42,7 +42,7 @@ def _rounds(found: dict) -> Table:
     notes = [
         "Tuned for " + " and ".join(found["budget"]) + ", means over held-out prompts.",
         "distance: |x - dense| / |dense| of the final latents. speedup: dense seconds over the "
-        "preset's, whole calls.",
+        "preset's, with attention timed in turns, call by call." + _whole(found["whole_calls"]),
         *([_COMPUTED.format(gpu)] if gpu else []),
         f"Attention is {found['attention_share']:.0%} of a dense run of "
         f"{found['run_seconds']:.3g} s.",
@@ -52,8 +52,17 @@ def _rounds(found: dict) -> Table:
     return Table("What was asked for and what was drawn", head, tuple(rows), tuple(notes))
 
 
-def _saved(every: int | None, seconds: float) -> str:
-    return f", of which plans that last {every} steps save {seconds:.3g} s." if every else "."
+def _whole(pairs: list[float]) -> str:
+    """What whole calls in turns gave, pair by pair."""
+    return f" Whole calls in turns: {', '.join(f'{x:.3g}' for x in pairs)}." if pairs else ""
+
+
+def _saved(every: dict[str, int], seconds: float) -> str:
+    """What plans save that last so many steps, by method."""
+    if not every:
+        return "."
+    lasting = ", ".join(f"{n} steps ({name})" for name, n in every.items())
+    return f", of which plans that last {lasting} save {seconds:.3g} s."
 
 
 def _places(found: dict) -> Table:

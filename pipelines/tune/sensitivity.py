@@ -9,6 +9,7 @@ a model.
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from ..models import transformers_of
 from ..passes import Pass
 from ..runs.run import run
 from ..state import ModelState, device_of, dtype_of
+from .earlier import Earlier
 
 WIDTH = 4096
 # What a record of one run with answers holds.
@@ -73,23 +75,31 @@ def answer(
     arguments: dict,
     out,
     methods: Mapping[str, Method],
+    earlier: Earlier | None = None,
 ) -> torch.Tensor:
     """How far methods in some layers move a prediction, relative to its size; of the first row.
 
-    Runs the transformer once more.
+    Runs the transformer once more, from the first of these layers on where ``earlier`` has what
+    the blocks before it gave.
 
     Args:
         model, state, done, arguments, out: a transformer that is enabled, and the dense pass that
             gave ``out``, as :class:`~dittfast.pipelines.state.Guidance` is told of it.
         methods: what layers run, by their names; all others are dense.
     """
+    with contextlib.nullcontext() if earlier is None else earlier.reused(methods):
+        moved = _first_row(_run(model, state, done, arguments, methods))
+    before = _first_row(out)
+    return (moved - before) / before.norm()
+
+
+def _run(model, state: ModelState, done: Pass, arguments: dict, methods: Mapping[str, Method]):
+    """The output of one more pass, dense but for the layers named."""
     given = done.sequences, device_of(arguments), dtype_of(arguments)
     runs = dict.fromkeys(done.runs, LayerRun())
     runs |= {name: LayerRun(state.core(method, *given)) for name, method in methods.items()}
     with state.passes.under_way(done.changed(runs)):
-        moved = _first_row(torch.nn.Module.__call__(model, **arguments))
-    before = _first_row(out)
-    return (moved - before) / before.norm()
+        return torch.nn.Module.__call__(model, **arguments)
 
 
 class _Answers:
@@ -105,11 +115,16 @@ class _Answers:
         return "the answer to methods in single layers is measured"
 
     def guide(self, model, state: ModelState, done: Pass, arguments: dict, out):
+        asked: dict[int, dict[str, Method]] = {}
         for number, (step, methods) in enumerate(self.trials):
             own = {name: method for name, method in methods.items() if name in state.layers}
-            if step != done.step[0] or number in self.found or not own:
-                continue
-            self.found[number] = sketch(answer(model, state, done, arguments, out, own))
+            if step == done.step[0] and number not in self.found and own:
+                asked[number] = own
+        if asked:
+            earlier = Earlier(model, lambda: _run(model, state, done, arguments, {}))
+        for number, methods in asked.items():
+            moved = answer(model, state, done, arguments, out, methods, earlier)
+            self.found[number] = sketch(moved)
             self.told()
         return out
 

@@ -18,7 +18,7 @@ import torch
 # Prices of cost, as powers of 10: one that buys the most exact, one that buys the cheapest; how
 # often the way to the price that keeps the bound is halved; starts at random; and how many of what
 # was found is improved.
-_PRICES, _HALVINGS, _RANDOM, _MOST_IMPROVED = (-9.0, 2.0), 14, 8, 8
+_PRICES, _HALVINGS, _RANDOM, _MOST_IMPROVED = (-9.0, 2.0), 10, 4, 6
 # Choices whose pairs are all looked at in a round; of more only the best single ones.
 _MOST_PAIRS = 1024
 

@@ -40,8 +40,9 @@ from .candidates import candidates, check_methods, tunable
 from .on_gpu import computed, cost_of, gpu_with_rates, run_seconds
 from .prediction import Assigned, Prediction, method_of
 from .preset import ALWAYS, mixture_of, preset_data, write_preset
-from .recording import FORM, bands, check_record, middle, record
+from .recording import FORM, attention_in_turns, bands, check_record, middle, record
 from .report import summary_tables
+from .seconds import steadied
 from .sensitivity import FORM as ANSWERS
 from .sensitivity import answers, followed, from_text, to_text
 
@@ -51,12 +52,17 @@ logger = logging.getLogger(__name__)
 # quality leaves nothing worth another round.
 _ABOVE, _NEAR = 0.5, 1.0
 # A speed is aimed this much above its bound, for seconds differ, too.
-_FASTER = 1.04
-# What a method's plan may last, and what of a run its planning must take to be worth a try.
-_LASTING, _WORTH_LASTING = (2, 4), 0.01
-# A speed budget alone leaves quality free; a plan may last if that loses no more than this, in dB.
+_FASTER = 1.03
+# A preset that is so much faster than asked leaves some quality to be had.
+_TOO_FAST = 1.07
+# What a method's plans may last, and what of a run its planning must take to be worth a try.
+_LASTING, _WORTH_LASTING = (4, 2), 0.005
+# A speed budget alone leaves quality free; plans may last if that loses no more than this, in dB.
 _LOST = 0.1
+# Pairs of whole calls that a finished preset is timed with.
 _PAIRS = 3
+# What an attention's timing in turns holds.
+_SECONDS = {"dense": float, "own": float}
 # dB that stand for pictures without a difference; 8 bits cannot show as many.
 _EQUAL = 120.0
 
@@ -125,17 +131,22 @@ class Drawn:
     def to_dict(self) -> dict:
         words = {"label": self.label, "rules": self.mixture.to_dict()["rules"]}
         measured = {"predicted": self.predicted, "tuned": self.tuned, "held_out": self.held_out}
-        return words | {"replan_every": self.schedule.replan_every} | measured
+        return words | {"replan_every": dict(self.schedule.replan_every or ())} | measured
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A finished tuning: the preset's file and data, and all that was found on the way."""
+    """A finished tuning: the preset's file and data, and all that was found on the way.
+
+    Attributes:
+        seconds: on the wall, of all tunings in this folder up to its end.
+    """
 
     preset: Path
     data: dict
     found: dict
     report: Path
+    seconds: float
 
 
 class _Progress:
@@ -193,7 +204,14 @@ class Tuner:
         trials = len(self.layers) * len(self.bands) * 8 / self.total_steps
         work = (4 + trials) * len(task.items) + len(task.held_out) + len(self.bands)
         work += 0.5 * task.rounds * drawings + 4
-        self.progress = _Progress(work, on_stage)
+        self.progress = _Progress(work, self._staged(on_stage))
+
+    def _staged(self, on_stage: Callable[[str], None]) -> Callable[[str], None]:
+        def staged(name: str) -> None:
+            self.book.note_seconds()
+            on_stage(name)
+
+        return staged
 
     def _arm(self, variant: Variant | None) -> Arm:
         return Arm(self.pipe, self.base, self.folder / "drawn", variant, self.verify)
@@ -239,7 +257,7 @@ class Tuner:
                 )
         if self.task.gpu is None:
             seconds = self._dense_seconds()
-            seconds = seconds["run"], seconds["attention"]
+            seconds, records = (seconds["run"], seconds["attention"]), steadied(records, methods)
         else:
             gpu, cost = gpu_with_rates(self.task.gpu), cost_of(self.ran, self.sequences)
             records = computed(records, methods, self.layout, cost, gpu)
@@ -291,22 +309,32 @@ class Tuner:
 
     def _answer(self, prediction: Prediction) -> None:
         """Ask how predictions answer to trials, and follow one a band to the picture."""
-        trials = {place: prediction.trials(place) for place in prediction.places}
-        usual = prediction.usual
-        if not usual:
+        worth = prediction.worth()
+        if not worth:
             raise ImpossibleBudget("no method gives finite values in all layers of this model")
-        reference = prediction.methods[usual[len(usual) // 2]]
+        methods, first = prediction.methods, self.task.items[0]
+        layers = [name for name, _ in prediction.places]
+        everywhere = [
+            (step, dict.fromkeys(layers, methods[n])) for n in worth for step in self.middles
+        ]  # fmt: skip
+        answered = self._answers(first, everywhere).unflatten(0, (len(worth), -1))
+        reference = prediction.usual_of(dict(zip(worth, answered.square().sum((1, 2)).tolist())))
+        reference = reference[len(reference) // 2]
+        ends, drawn = answered[worth.index(reference)], self._followed(methods[reference])
+        band = list(range(len(self.bands)))
+        alike = {
+            m: {n: float(followed([own], band, ends, drawn[m]).sum())
+                for n, own in zip(worth, answered)}
+            for m in self.measures
+        }  # fmt: skip
+        prediction.settle(alike)
+        trials = {place: prediction.trials(place) for place in prediction.places}
         asked = [
-            (self.middles[place.band], {place.layer: method_of(heads, prediction.methods)})
+            (self.middles[place.band], {place.layer: method_of(heads, methods)})
             for place in prediction.places for heads in trials[place]
         ]  # fmt: skip
-        everywhere = [
-            (step, {name: reference for name, _ in prediction.places}) for step in self.middles
-        ]
-        answered = [self._answers(item, asked + everywhere) for item in self.task.items]
-        drawn = self._followed(reference)
+        vectors = [self._answers(item, asked) for item in self.task.items]
         band = [place.band for place in prediction.places for _ in trials[place]]
-        vectors, ends = [x[: len(asked)] for x in answered], answered[0][len(asked) :]
         grams = {m: followed(vectors, band, ends, drawn[m]) for m in self.measures}
         prediction.answer(trials, grams)
 
@@ -376,11 +404,27 @@ class Tuner:
         return self.speedup(arm) if self.task.gpu is None else prediction.speedup(assigned)
 
     def speedup(self, arm: Arm) -> float:
-        """Dense seconds over a preset's, of whole calls in turns; the median of pairs."""
+        """Dense seconds over a preset's: attention in turns, call by call, and the rest alike."""
         item, name = self.task.held_out[0], f"speed-{arm.label}"
+        variant = arm.variant
 
         def make() -> dict:
-            self.progress.begin(f"timing {arm.label}", 1.5 * _PAIRS)
+            self.progress.begin(f"timing {arm.label}", 2)
+            given = variant.method, variant.schedule.lasting
+            return attention_in_turns(
+                self.pipe, self._call(item), item.seed, *given, backend=self.backend
+            )
+
+        found, dense = self.book.once(name, _SECONDS, make), self._dense_seconds()
+        own = dense["attention"] * found["own"] / found["dense"]
+        return dense["run"] / (dense["run"] - dense["attention"] + own)
+
+    def whole_calls(self, arm: Arm) -> list[float]:
+        """Dense seconds over a preset's, of whole calls in turns, pair by pair."""
+        item, name = self.task.held_out[0], f"calls-{arm.label}"
+
+        def make() -> dict:
+            self.progress.begin(f"timing whole calls of {arm.label}", 1.5 * _PAIRS)
             seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
             arms = {"dense": self.dense, "sparse": arm}
             for _, which in in_turns(arms, _PAIRS):
@@ -389,7 +433,7 @@ class Tuner:
             return {"seconds": seconds}
 
         found = self.book.once(name, {"seconds": {"*": [float]}}, make)["seconds"]
-        return statistics.median(a / b for a, b in zip(found["dense"], found["sparse"]))
+        return [a / b for a, b in zip(found["dense"], found["sparse"])]
 
     # Search.
 
@@ -414,7 +458,10 @@ class Tuner:
                 continue
             mixture = self._mixture(prediction, assigned)
             if any(mixture == one.mixture for one in rounds):
-                break
+                if not targets or any(map(self._holds, rounds)):
+                    break
+                targets = {m: _better(m, x, _ABOVE) for m, x in targets.items()}
+                continue
             one = self._round(prediction, _label(mixture), mixture, assigned)
             rounds.append(one)
             self._learn(prediction, one, targets)
@@ -437,7 +484,7 @@ class Tuner:
         fitting = []
         for number in prediction.usual:
             assigned = prediction.alike(number)
-            if prediction.speedup(assigned) < asked:
+            if prediction.speedup(assigned) < asked or prediction.saved(assigned) <= 0:
                 continue
             errors = {m: prediction.squared_error(assigned, m) for m in (limits or {"psnr": 1.0})}
             if all(errors[m] <= limit for m, limit in limits.items()):
@@ -502,8 +549,8 @@ class Tuner:
 
     def _has_room(self, one: Drawn, targets: dict[str, float]) -> bool:
         """Whether another round may find something better than a preset that holds."""
-        if not targets:
-            return True  # the corrected errors may prefer other methods at the same speed
+        if not targets:  # a preset of the speed that is aimed at is the most exact known
+            return one.held_out["speedup"] > _TOO_FAST * self.task.budget.speedup
         bounds = {m: _squared(m, getattr(self.task.budget, m)) for m in targets}
         held = {m: _squared(m, one.held_out[m]) for m in targets}
         return all(10 * math.log10(bounds[m] / held[m]) > _NEAR for m in targets if held[m])
@@ -538,26 +585,44 @@ class Tuner:
     # Plans that last.
 
     def lasting(self, prediction: Prediction, best: Drawn) -> Drawn:
-        """The preset with plans that are kept for some steps, where held-out prompts hold it."""
-        planning = prediction.planning(best.assigned)
-        if planning < _WORTH_LASTING * prediction.call_seconds(best.assigned):
+        """The preset with plans that last some steps, method by method, where that loses nothing.
+
+        Prompts tuned with choose how long; the preset stays as it is if held-out ones object.
+        """
+        spent, chosen = prediction.planning(best.assigned), {}
+        for name in sorted(spent, key=spent.get, reverse=True):
+            if spent[name] < _WORTH_LASTING * prediction.call_seconds(best.assigned):
+                continue
+            for every in _LASTING:
+                arm = self._lasting(best, chosen | {name: every})
+                self._draw(f"plans of {name} kept for {every} steps", arm, self.task.items)
+                if not self._loses(self.judge(arm, self.task.items), best.tuned):
+                    chosen[name] = every
+                    break
+        if not chosen:
             return best
-        for every in _LASTING:
-            schedule = replace(ALWAYS, replan_every=every)
-            arm = self.variant(f"{best.label}-every-{every}", best.mixture, schedule)
-            self._draw(f"plans kept for {every} steps", arm, self.task.held_out)
-            held = self.judge(arm, self.task.held_out)
-            bounds = self.task.budget
-            if not bounds.has_quality:
-                bounds = Budget(psnr=max(best.held_out["psnr"] - _LOST, 1.0))
-            if bounds.lacks(held, QUALITIES):
-                break
-            kept = best.held_out.get("speedup")
-            held |= {} if kept is None else {"speedup": self.speedup(arm)}
-            if kept is not None and self.task.budget.lacks(held):
-                break
-            best = replace(best, label=arm.label, schedule=schedule, held_out=held)
-        return best
+        arm = self._lasting(best, chosen)
+        self._draw("plans that last, held-out prompts", arm, self.task.held_out)
+        held = self.judge(arm, self.task.held_out)
+        if self._loses(held, best.held_out):
+            return best
+        if "speedup" in best.held_out:
+            held["speedup"] = self.speed(prediction, best.assigned, arm)
+            if self.task.budget.lacks(held):
+                return best
+        tuned = self.judge(arm, self.task.items)
+        schedule = arm.variant.schedule
+        return replace(best, label=arm.label, schedule=schedule, tuned=tuned, held_out=held)
+
+    def _lasting(self, best: Drawn, every: dict[str, int]) -> Arm:
+        label = "-".join([best.label, *(f"{name}-{n}" for name, n in sorted(every.items()))])
+        return self.variant(label, best.mixture, replace(ALWAYS, replan_every=every))
+
+    def _loses(self, measured: dict, before: dict) -> bool:
+        budget = self.task.budget
+        if not budget.has_quality:
+            budget = Budget(psnr=max(before["psnr"] - _LOST, 1.0))
+        return bool(budget.lacks(measured, QUALITIES))
 
 
 def _label(mixture: Mixture) -> str:
@@ -638,21 +703,26 @@ def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Draw
     """Time the preset, check it, and write it with its report."""
     arm = tuner.variant(best.label, best.mixture, best.schedule)
     best.held_out.setdefault("speedup", tuner.speed(prediction, best.assigned, arm))
+    calls = tuner.whole_calls(arm) if tuner.task.gpu is None else []
     tuner.progress.begin("checking attention, and the report", 1)
     results = evaluate_fidelity(
         tuner.pipe, tuner.source, tuner.call, tuner.task.held_out, [arm.variant],
         tuner.folder / "drawn", kernel=tuner.kernel, verify=tuner.verify, loading=tuner.loading,
     )  # fmt: skip
     write_record(tuner.folder / "drawn" / "fidelity.json", results)
-    saved = prediction.planning(best.assigned)
-    every = best.schedule.replan_every or 1
-    kept = math.ceil(tuner.total_steps / every) / tuner.total_steps
+    planning, total = prediction.planning(best.assigned), tuner.total_steps
+    every = dict(best.schedule.replan_every or ())
+    made = {name: math.ceil(total / every.get(name, 1)) / total for name in planning}
     found = {
         "budget": tuner.task.budget.words(),
         "best": best.to_dict(),
         "rounds": [one.to_dict() for one in rounds],
-        "planning": {"seconds": saved, "saved": saved * (1 - kept)},
+        "planning": {
+            "seconds": sum(planning.values()),
+            "saved": sum(planning[name] * (1 - made[name]) for name in planning),
+        },
         "gpu": tuner.task.gpu,
+        "whole_calls": calls,
         "run_seconds": prediction.run_seconds,
         "attention_share": 1 - prediction.rest / prediction.run_seconds,
         "candidates": [method.to_dict() for method in prediction.methods],
@@ -681,4 +751,5 @@ def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Draw
     )  # fmt: skip
     path = tuner.folder / "preset.yaml"
     write_preset(path, data)
-    return Tuned(path, data, found, report)
+    tuner.book.note_seconds()
+    return Tuned(path, data, found, report, tuner.book.seconds)
