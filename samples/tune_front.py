@@ -1,11 +1,12 @@
 """Tuned presets beside every uniform setting of every method: one table, one plot.
 
-    python samples/tune_front.py --model sample-flux --size 512 --position-scale fit --steps 6 \\
+    python samples/tune_front.py --model sample-flux --size 512 --position-scale 0.5 --steps 4 \\
         --budgets "speedup>=1.5" "speedup>=1.8" -o work/front --save docs/tune-flux
 
 Tunes for each budget, then draws every setting that the tuner tried in all layers and all steps of
-the first held-out prompt. Those near a preset's speed that no other clearly beats draw all of them,
-and are timed as presets are, in turns with dense attention. Goes on where it was stopped.
+the first held-out prompt; those that no other clearly beats also with a dense first step, and with
+plans that last. What is near a preset's speed and still not beaten draws all held-out prompts, and
+takes turns with dense attention and the presets. Goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import shutil
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,9 @@ from dittfast.pipelines.tune.preset import ALWAYS
 from dittfast.pipelines.tune.solver import Choice, hull
 from dittfast.pipelines.tune.tune import Task, Tuner, tune, uniform_label
 from dittfast.schedule import Schedule
+
+# How a setting's speed is told: by whole calls in turns, and with attention in turns call by call.
+WAYS = ("timed", "by_call")
 
 
 def arguments() -> argparse.Namespace:
@@ -120,13 +125,12 @@ def main() -> None:
                 known = row["best"]["label"].startswith(one["label"])  # but for how plans last
                 if len(one["rules"]) > 1 and one["held_out"] and not known:
                     arms[one["label"]] = tuner.variant(one["label"], resolve(one["rules"])[0])
+        by_call = {n: tuner.speedup(arm) for n, arm in arms.items() if n != "dense"}
         speeds = timed_in_turns(tuner, arms, args.timings)
-        for row in uniform:
-            if row["label"] in speeds:
-                row["timed"] = speeds[row["label"]]
-        for row in rows:
-            for one in (row["best"], *row["rounds"]):
-                one["timed"] = speeds.get(one["label"])
+        found = [one for row in rows for one in (row["best"], *row["rounds"])]
+        for one in [*uniform, *found]:
+            if one["label"] in speeds:
+                one |= {"timed": speeds[one["label"]], "by_call": by_call[one["label"]]}
     facts = {
         "model": args.model,
         "tokens": layout.num_tokens,
@@ -136,7 +140,11 @@ def main() -> None:
         "device": describe_device("cpu"),
         "versions": versions(),
         "settings": len(methods),
-        "tuned": [row | against(row, uniform) for row in rows],
+        "timings": args.timings,
+        "tuned": [
+            row | {f"beside_{way}": against(row["best"], uniform, way) for way in WAYS}
+            for row in rows
+        ],
         "uniform": uniform,
         "other_sizes": others,
     }
@@ -247,19 +255,18 @@ def unbeaten(rows: list[dict], low: float, high: float) -> list[dict]:
     return [y for y in near if not any(beats(x, y) for x in rows)]
 
 
-def against(row: dict, uniform: list[dict]) -> dict:
+def against(best: dict, uniform: list[dict], way: str) -> dict:
     """A tuned preset beside uniform settings at its speed, and at its quality.
 
     At its speed: on the convex hull of the settings, in seconds and decibels, as if there were
     settings between them. The fastest of all is not extended.
     """
-    found = row["best"]["held_out"]
-    timed = [x for x in uniform if "timed" in x]
-    ends = [hull([Choice(1 / x["timed"], sign * x[m]) for x in timed])
+    found, timed = best["held_out"], [x for x in uniform if way in x]
+    ends = [hull([Choice(1 / x[way], sign * x[m]) for x in timed])
             for m, sign in (("psnr", -1), ("distance", 1))]  # fmt: skip
     seconds, decibels = [x.cost for x in ends[0][::-1]], [-x.error for x in ends[0][::-1]]
     slow, distances = [x.cost for x in ends[1][::-1]], [x.error for x in ends[1][::-1]]
-    here = 1 / row["best"]["timed"]
+    here = 1 / best[way]
     alike = between(here, seconds, decibels), between(here, slow, distances)
     return {
         "uniform_psnr": alike[0],
@@ -309,35 +316,44 @@ def uniform_row(tuner: Tuner, one: Opponent, items) -> dict:
     }
 
 
-def plot(data: dict):
-    """Speed and PSNR of all settings in all layers and steps, and of the tuned presets."""
+def plot(data: dict, way: str = "timed"):
+    """Speed and PSNR of all settings in all layers, and of the tuned presets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    speed = lambda x: x.get("timed", x["speedup"])  # noqa: E731
-    for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in data["uniform"])):
-        own = sorted((speed(x), x["psnr"]) for x in data["uniform"] if x["method"]["name"] == name)
-        look = {"color": COLORS[number], "marker": MARKERS[number]}
-        axes.plot(*zip(*own), ls=":", lw=1, ms=4, alpha=0.4, label=f"{name}, one picture", **look)
-        own = [(x["timed"], x["psnr"]) for x in data["uniform"]
-               if x["method"]["name"] == name and "timed" in x]  # fmt: skip
-        if own:
-            axes.plot(*zip(*own), ls="", ms=7, label=f"{name}, in turns", **look)
-    drawn = [y for x in data["tuned"] for y in x["rounds"] if len(y["rules"]) > 1]
-    for look, label, held in (
-        ({"ms": 8, "mfc": "white"}, "drawn while tuning", [x for x in drawn if x["timed"]]),
-        ({"ms": 14}, "tuned preset", [x["best"] for x in data["tuned"]]),
-    ):
-        points = sorted((x["timed"], x["held_out"]["psnr"]) for x in held)
-        axes.plot(*zip(*points), color="black", marker="*", ls="", label=label, **look)
-    axes.axvline(1, color="grey", lw=0.8)
-    axes.set_xlabel("dense seconds / seconds, whole calls (processor time)")
+    figure = Figure(figsize=(7.6, 5), layout="constrained")
+    axes, uniform = figure.add_subplot(), data["uniform"]
+    for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in uniform)):
+        look = {"color": COLORS[number], "marker": MARKERS[number], "ls": ""}
+        own = [x for x in uniform if x["method"]["name"] == name]
+        few = [(x["speedup"], x["psnr"]) for x in own if way not in x]
+        if few:
+            axes.plot(*zip(*few), ms=4, alpha=0.3, **look)
+        for more, fill in ((False, None), (True, "white")):
+            timed = [(x[way], x["psnr"]) for x in own if way in x and is_changed(x) == more]
+            if timed:
+                axes.plot(*zip(*timed), ms=7, mfc=fill, **look)
+        axes.plot([], [], ms=6, label=name, **look)
+    ends = hull([Choice(1 / x[way], -x["psnr"]) for x in uniform if way in x])
+    line = [(1 / (a.cost + t * (b.cost - a.cost)), -a.error - t * (b.error - a.error))
+            for a, b in pairwise(ends) for t in (i / 20 for i in range(21))]  # fmt: skip
+    axes.plot(*zip(*line), color="grey", lw=1, label="best of single settings")
+    best = sorted((x["best"][way], x["best"]["held_out"]["psnr"]) for x in data["tuned"])
+    axes.plot(*zip(*best), color="black", marker="*", ms=15, lw=1, label="tuned presets")
+    grey = {"ls": "", "marker": "o", "color": "grey"}
+    changed = "first step dense,\nor plans that last"
+    axes.plot([], [], mfc="white", label=changed, **grey)
+    axes.plot([], [], ms=4, alpha=0.4, label="one picture, one call", **grey)
+    axes.set_xlabel("dense seconds / seconds, whole calls in turns (processor time)")
     axes.set_ylabel("PSNR to dense, dB, held-out prompts")
-    axes.set_title(f"{data['model']}, {data['tokens']:,} tokens; one setting everywhere, and tuned")
+    axes.set_title(f"{data['model']}, {data['tokens']:,} tokens: one setting everywhere, and tuned")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8, loc="upper right")
     return figure
+
+
+def is_changed(row: dict) -> bool:
+    """Whether a setting has more than its method."""
+    return row["dense_first_steps"] > 0 or row["replan_every"] > 1
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from dittfast.pipelines.runs.prompts import make_items
 from dittfast.pipelines.runs.run import run
 from dittfast.pipelines.runs.sources import Source
 from dittfast.pipelines.tune import book as book_module
+from dittfast.pipelines.tune import earlier
 from dittfast.pipelines.tune import tune as tune_module
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.errors import head_errors
@@ -52,6 +53,7 @@ from dittfast.schedule import Schedule
 from dittfast.testing import attention_inputs
 
 CALL = {"height": 48, "width": 64, "num_inference_steps": 3, "max_sequence_length": 12}
+SHORT = CALL | {"num_inference_steps": 2}
 SOURCE = Source("folder", "tiny", "tiny", {})
 ITEMS = make_items(["a red cat", "a blue dog", "a green car"])
 METHODS = [Local(window=2), TopK(topk=0.2, block_size=16)]
@@ -147,6 +149,41 @@ def test_an_answer_is_what_a_rule_for_that_layer_and_step_does(pipe):
         torch.testing.assert_close(vector, sketch(wanted), rtol=1e-3, atol=1e-6)
 
 
+def test_blocks_before_a_changed_layer_do_not_run_again(pipe):
+    """Of tiny FLUX's 2 double and 2 single blocks the trials change the third and the second."""
+    layers, ran = list(probe.heads_by_layer(pipe.transformer)), []
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    hooks = [
+        block.attn.register_forward_hook(lambda *args, number=number: ran.append(number))
+        for number, block in enumerate(blocks)
+    ]
+    try:
+        trials = [(0, {layers[2]: METHODS[0]}), (0, {layers[1]: METHODS[1], layers[3]: METHODS[0]})]
+        answers(pipe, SHORT | {"prompt": "a red cat"}, 0, trials)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # 2 steps, a pass that keeps what each block gives, and the trials.
+    assert [ran.count(n) for n in range(4)] == [3, 3 + 1, 3 + 2, 3 + 2]
+
+
+def test_outputs_that_are_too_large_are_not_kept(pipe, monkeypatch):
+    call, layer = SHORT | {"prompt": "a red cat"}, list(probe.heads_by_layer(pipe.transformer))[3]
+    trials = [(1, {layer: METHODS[1]})]
+    (wanted,) = answers(pipe, call, 0, trials)
+    monkeypatch.setattr(earlier, "_MOST_BYTES", 60_000)
+    ran = []
+    hook = pipe.transformer.transformer_blocks[1].attn.register_forward_hook(
+        lambda *args: ran.append(1)
+    )
+    try:
+        (found,) = answers(pipe, call, 0, trials)
+    finally:
+        hook.remove()
+    assert len(ran) == 2 + 1 + 1  # it did run again
+    assert torch.equal(found, wanted)
+
+
 def test_sketches_have_the_inner_products_of_what_they_are_of():
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(50_000, 6, generator=draw) @ torch.randn(6, 6, generator=draw)
@@ -230,7 +267,7 @@ def finished(pipe, tmp_path_factory):
     folder, stages = tmp_path_factory.mktemp("tuned") / "whole", []
     with pytest.MonkeyPatch.context() as patch:
         fix_seconds(patch)
-        done = tune(pipe, SOURCE, CALL, task("psnr>=52"), folder, on_stage=stages.append)
+        done = tune(pipe, SOURCE, SHORT, task("psnr>=52"), folder, on_stage=stages.append)
     return done, stages
 
 
@@ -261,17 +298,17 @@ def test_a_tuned_preset_holds_its_budget_and_draws_what_was_measured(finished, p
     drawings = Drawings(folder / "drawn" / best["label"], settings)
     with dittfast.enable(pipe, str(done.preset)) as enabled:
         for item in ITEMS[1:]:
-            drawn = run(pipe, CALL | {"prompt": item.prompt}, item.seed)
+            drawn = run(pipe, SHORT | {"prompt": item.prompt}, item.seed)
             assert (drawn.frames == drawings.frames(item)).all()
         assert enabled.describe().did_not_run is None
 
 
 def test_another_budget_in_the_folder_records_nothing_again(recorded, pipe):
-    done = tune(pipe, SOURCE, CALL, task("distance<=0.5"), recorded)
+    done = tune(pipe, SOURCE, SHORT, task("distance<=0.5"), recorded)
     assert done.found["best"]["held_out"]["distance"] <= 0.5
     assert done.found["best"]["held_out"]["speedup"] == pytest.approx(1 / 0.75)
     with pytest.raises(ValueError, match="a tuning with other settings"):
-        tune(pipe, SOURCE, CALL, task("psnr>=25", bands=1), recorded)
+        tune(pipe, SOURCE, SHORT, task("psnr>=25", bands=1), recorded)
 
 
 class Faults:
@@ -305,13 +342,13 @@ def test_a_tuning_that_is_stopped_again_and_again_ends_with_the_same_preset(
     finished, pipe, tmp_path, fixed_seconds, monkeypatch
 ):
     monkeypatch.setattr(tune_module, "html_report", lambda *args, **kwargs: "")
-    faults, starts = Faults(monkeypatch, 16), 0  # a timing is 6 calls and 2 records
+    faults, starts = Faults(monkeypatch, 13), 0  # a timing is 6 calls and 2 records
     while not (tmp_path / "preset.yaml").exists():
         starts += 1
         assert starts < 30
         kinds = (KeyboardInterrupt, OSError, RuntimeError, FloatingPointError)
         with contextlib.suppress(*kinds):
-            tune(pipe, SOURCE, CALL, task("psnr>=52"), tmp_path)
+            tune(pipe, SOURCE, SHORT, task("psnr>=52"), tmp_path)
         assert "_dittfast" not in pipe.transformer.__dict__  # the pipeline is as it was
     assert len(set(faults.raised)) == 4
     for name in ("preset.yaml", "tune.json"):
@@ -346,7 +383,7 @@ def test_a_method_that_gives_nan_is_recorded_as_such_and_loses_nothing(pipe, mon
 def test_an_impossible_budget_is_refused_with_the_nearest(recorded, pipe, budget, words):
     (recorded / "preset.yaml").unlink()
     with pytest.raises(ImpossibleBudget, match=words):
-        tune(pipe, SOURCE, CALL, task(*budget, rounds=1), recorded)
+        tune(pipe, SOURCE, SHORT, task(*budget, rounds=1), recorded)
     assert not (recorded / "preset.yaml").exists()
 
 
@@ -358,7 +395,7 @@ def test_only_one_process_tunes_in_a_folder(pipe, tmp_path):
         '{"host": "elsewhere", "pid": 1, "start": "1", "since": "x", "command": "dittfast"}',
     )
     with pytest.raises(ValueError, match="is in use by process 1 on elsewhere"):
-        tune(pipe, SOURCE, CALL, task("psnr>=25"), tmp_path)
+        tune(pipe, SOURCE, SHORT, task("psnr>=25"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["answers-00000", "dense-seconds", "recorded-00000"])
@@ -366,7 +403,72 @@ def test_a_damaged_record_is_named(recorded, pipe, name):
     path = min((recorded / "records").glob(f"{name}*.json"))
     path.write_text(path.read_text().replace("0", "1", 1))
     with pytest.raises(FileProblem, match=name):
-        tune(pipe, SOURCE, CALL, task("psnr>=52"), recorded)
+        tune(pipe, SOURCE, SHORT, task("psnr>=52"), recorded)
+
+
+def test_attention_is_timed_both_ways_where_it_runs(pipe, monkeypatch):
+    """By a clock that dense attention advances by 4, and any method by 1."""
+    from dittfast.pipelines.tune import recording
+
+    now, real = [0.0], recording.method_attention
+
+    def method_attention(*args, **kwargs):
+        now[0] += 1
+        return real(*args, **kwargs)
+
+    def dense(**call):
+        now[0] += 4
+
+    monkeypatch.setattr(recording, "clock_for", lambda device: lambda: now[0])
+    monkeypatch.setattr(recording, "method_attention", method_attention)
+    monkeypatch.setattr(recording, "F", SimpleNamespace(scaled_dot_product_attention=dense))
+    mixture = Mixture((Rule(METHODS[0], (0,), None, (0, 1)), Rule(METHODS[1], (1, 2), (1,))))
+    call = SHORT | {"prompt": "a red cat"}
+    found = attention_in_turns(pipe, call, 0, mixture, Schedule().lasting)
+    # 4 layers in 2 steps; layer 0 is sparse in one of them, layers 1 and 2 in both.
+    assert found == {"dense": 4.0 * 8, "own": 1.0 * 5 + 4.0 * 3}
+
+
+def test_the_time_of_stopped_tunings_adds_up(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(book_module.time, "perf_counter", lambda: now[0])
+    book = book_module.Book(tmp_path, {"a": 1})
+    now[0] += 5
+    book.note_seconds()
+    now[0] += 1  # lost: nobody wrote it down
+    again = book_module.Book(tmp_path, {"a": 1})
+    now[0] += 2
+    assert again.seconds == pytest.approx(7)
+
+
+def test_plans_last_by_method_where_that_loses_nothing():
+    """Those of one may, of another for 2 steps alone, and of one that hardly plans nobody asks."""
+    tuner, drawn = object.__new__(tune_module.Tuner), []
+    psnr = {"topk-4": 29.95, "sol-4": 29.0, "sol-2-topk-4": 29.93, "sol-4-topk-4": 28.0}
+    prediction = SimpleNamespace(
+        planning=lambda assigned: {"sol": 0.2, "topk": 0.4, "vsa": 0.001},
+        call_seconds=lambda assigned: 10.0,
+    )
+    mixture = Mixture((Rule(METHODS[1]),))
+    best = tune_module.Drawn(
+        "x", mixture, {}, tune_module.ALWAYS, {}, {"psnr": 30.0}, {"psnr": 28.0}
+    )
+    tuner.task = SimpleNamespace(budget=Budget(speedup=1.5), items="tuned", held_out="held")
+    tuner.variant = lambda label, mixture, schedule: SimpleNamespace(
+        label=label, variant=SimpleNamespace(schedule=schedule)
+    )
+    tuner._draw = lambda name, arm, items: drawn.append((arm.label, items))
+    held = [27.95]
+    tuner.judge = lambda arm, items: {
+        "psnr": held[0] if items == "held" else psnr[arm.label.removeprefix("x-")]
+    }
+    found = tuner.lasting(prediction, best)
+    assert dict(found.schedule.replan_every) == {"topk": 4, "sol": 2}
+    assert found.tuned == {"psnr": 29.93} and found.held_out == {"psnr": 27.95}
+    asked = [label for label, items in drawn if items == "tuned"]
+    assert asked == ["x-topk-4", "x-sol-4-topk-4", "x-sol-2-topk-4"]
+    held[0] = 27.0
+    assert tuner.lasting(prediction, best) is best  # held-out prompts object
 
 
 # Another GPU.
@@ -399,10 +501,10 @@ def test_seconds_of_a_gpu_are_those_of_its_published_rates(pipe):
 def test_a_preset_for_a_gpu_says_that_its_speed_is_computed(recorded, pipe, monkeypatch):
     monkeypatch.setattr(tune_module, "answers", answers)
     with pytest.raises(ImpossibleBudget, match="no method saves anything"):
-        tune(pipe, SOURCE, CALL, task("psnr>=45", gpu="h100", rounds=1), recorded)
+        tune(pipe, SOURCE, SHORT, task("psnr>=45", gpu="h100", rounds=1), recorded)
     # So few tokens are bound by memory, whatever is left out of them. Not with more of it.
     monkeypatch.setitem(GPUS, "H100", replace(GPUS["H100"], memory=1e6))
-    done = tune(pipe, SOURCE, CALL, task("psnr>=45", gpu="h100", rounds=1), recorded)
+    done = tune(pipe, SOURCE, SHORT, task("psnr>=45", gpu="h100", rounds=1), recorded)
     assert done.data["tuned"]["speed_computed_for"] == done.found["gpu"] == "H100"
     best = done.found["best"]
     assert best["held_out"]["speedup"] == pytest.approx(best["predicted"]["speedup"], rel=0.1)
