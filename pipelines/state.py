@@ -532,21 +532,26 @@ def _run(state: ModelState, model, call: Callable, args: tuple, kwargs: dict):
         return state._untraced.end(state, model, current, args, kwargs, out)
 
 
-def _room_for_graphs():
+@contextlib.contextmanager
+def _room_for_graphs() -> Iterator[None]:
     """Inside, and in this thread, torch.compile does not give up at the eighth graph of a function.
 
     Sizes, steps and methods share graphs (:mod:`.compiled`). But all of diffusers' repeated blocks
     are one function to torch.compile, which needs most of the eight for the stock model, and again
     for layers that dittfast answers and for those with other parameters.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
-        return contextlib.nullcontext()
-    config, room = dynamo.config, {}
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        if getattr(config, name) < _MOST_GRAPHS:
-            room[name] = _MOST_GRAPHS
-    return config.patch(room) if room else contextlib.nullcontext()
+    dynamo, before = sys.modules.get("torch._dynamo"), {}
+    for name in ("recompile_limit", "accumulated_recompile_limit") if dynamo else ():
+        limit = getattr(dynamo.config, name)
+        if limit < _MOST_GRAPHS:
+            before[name] = limit
+            # Each config.patch of PyTorch 2.14 leaves a variable in the thread's context for ever.
+            setattr(dynamo.config, name, _MOST_GRAPHS)
+    try:
+        yield
+    finally:
+        for name, limit in before.items():
+            setattr(dynamo.config, name, limit)
 
 
 def _begin(state: ModelState, model, args: tuple, kwargs: dict):

@@ -1,5 +1,6 @@
 """enable and disable on real diffusers classes at tiny size."""
 
+import contextvars
 import copy
 import gc
 import importlib.util
@@ -568,3 +569,18 @@ def test_what_would_fill_the_memory_is_refused(model_and_inputs, name, options, 
         dittfast.enable(model, name, **options)
     assert len(str(found.value)) < 300
     assert torch.equal(forward(model, inputs), stock)
+
+
+def test_passes_leave_nothing_in_the_context_of_the_thread(model_and_inputs):
+    """Variables of a context live as long as the thread, and a server's does for weeks."""
+    import torch._dynamo.config as dynamo
+
+    model, inputs = model_and_inputs
+    limit = dynamo.recompile_limit
+    with dittfast.enable(model, Band()):
+        forward(model, inputs)
+        before = len(contextvars.copy_context())
+        for _ in range(3):
+            forward(model, inputs)
+        assert len(contextvars.copy_context()) == before
+    assert dynamo.recompile_limit == limit

@@ -22,7 +22,11 @@ def pixels(path):
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
     deep = SHADES.astype(np.uint16) * 257
     for name in ("a.png", "a.tif", "a.pgm"):
-        Image.fromarray(deep).save(tmp_path / name)
+        if name == "a.pgm":  # older versions of Pillow read them and write none
+            size = f"P5 {deep.shape[1]} {deep.shape[0]} 65535\n".encode()
+            (tmp_path / name).write_bytes(size + deep.astype(">u2").tobytes())
+        else:
+            Image.fromarray(deep).save(tmp_path / name)
         found = open_picture(tmp_path / name)
         assert np.array_equal(np.asarray(found.image), np.repeat(SHADES[..., None], 3, 2)), name
         assert found.changes == ("16-bit grey scaled to 8 bits",)

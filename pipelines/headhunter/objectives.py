@@ -243,7 +243,9 @@ class ClipScore:
             text=list(prompts), images=list(pictures), return_tensors="pt", padding=True,
             truncation=True,
         ).to(images.device)  # fmt: skip
-        out = model(**inputs)
+        # Some tokenizers give more than CLIP takes.
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        out = model(**given)
         image, text = (F.normalize(x, dim=-1) for x in (out.image_embeds, out.text_embeds))
         return (image * text).sum(-1) * model.logit_scale.exp()
 
