@@ -38,7 +38,8 @@ from dittfast.pipelines.runs.first_frame import with_first_frame
 from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.prompts import make_items
 from dittfast.pipelines.tune.budget import Budget
-from dittfast.pipelines.tune.candidates import candidates, tunable
+from dittfast.pipelines.tune.candidates import tunable
+from dittfast.pipelines.tune.prediction import Prediction
 from dittfast.pipelines.tune.preset import ALWAYS
 from dittfast.pipelines.tune.solver import Choice, hull
 from dittfast.pipelines.tune.tune import Task, Tuner, tune, uniform_label
@@ -57,6 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--true-cfg-scale", type=float)
     parser.add_argument("--prompts", type=int, nargs=2, default=(2, 3), help="tuned with, held out")
+    parser.add_argument(
+        "--alternate", action="store_true", help="hold every second prompt out, not the last ones"
+    )
     parser.add_argument("--bands", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--timings", type=int, default=5, help="rounds of the front's timing")
@@ -82,12 +86,15 @@ def main() -> None:
     call = with_first_frame(pipe, call, source.settings)
     tuned_with, held = args.prompts
     items = make_items(source.settings["prompts"][: tuned_with + held])
+    own, others = items[:tuned_with], items[tuned_with:]
+    if args.alternate:
+        own, others = items[::2], items[1::2]
     loading = {"position_scale": args.position_scale}
     rows = []
     for words in args.budgets:
         task = Task(
-            Budget.parse(words.split(",")), items[:tuned_with], items[tuned_with:],
-            tuple(args.methods), args.bands, args.rounds,
+            Budget.parse(words.split(",")), own, others, tuple(args.methods), args.bands,
+            args.rounds,
         )  # fmt: skip
         path = args.output / f"tuned-{plain(words)}.json"
         if not path.exists():
@@ -99,20 +106,21 @@ def main() -> None:
             write_json(path, {"budget": words, "seconds": done.seconds, **done.found})
         rows.append(json.loads(path.read_text(encoding="utf-8")))
         print(words, rows[-1]["best"]["held_out"], flush=True)
-    others = []
+    sizes = []
     for size in args.also:
         scale = args.position_scale * args.size / size
-        own = call | {"height": size, "width": size}
+        resized = call | {"height": size, "width": size}
         preset = args.output / f"preset-{plain(args.budgets[0])}.yaml"
         path = args.output / f"also-{size}.json"
         if not path.exists():
-            write_json(path, elsewhere(pipe, own, preset, items[tuned_with:], scale))
-        others.append(json.loads(path.read_text(encoding="utf-8")))
+            write_json(path, elsewhere(pipe, resized, preset, others, scale))
+        sizes.append(json.loads(path.read_text(encoding="utf-8")))
     with positions_scaled(pipe, args.position_scale):
         tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
-        layout = tuner.read_layout()
-        methods = candidates(layout, args.methods)
-        uniform = opponents(tuner, methods, [row["best"]["held_out"]["speedup"] for row in rows])
+        prediction = tuner.prediction()
+        layout, methods = tuner.layout, prediction.methods
+        speeds = [row["best"]["held_out"]["speedup"] for row in rows]
+        uniform = opponents(tuner, prediction, speeds)
         arms = {"dense": tuner.dense}
         for row in uniform:
             if row["pictures"] == held:
@@ -135,7 +143,7 @@ def main() -> None:
         "model": args.model,
         "tokens": layout.num_tokens,
         "call": call_record(call) | {"position_scale": args.position_scale},
-        "prompts": {"tuned_with": tuned_with, "held_out": held},
+        "prompts": {"tuned_with": len(own), "held_out": held},
         "bands": args.bands,
         "device": describe_device("cpu"),
         "versions": versions(),
@@ -146,7 +154,7 @@ def main() -> None:
             for row in rows
         ],
         "uniform": uniform,
-        "other_sizes": others,
+        "other_sizes": sizes,
     }
     write_json(args.output / "front.json", facts)
     if args.save is not None:
@@ -185,21 +193,35 @@ class Opponent(NamedTuple):
         return label + "-first" * self.first + (f"-every-{self.every}" if self.every > 1 else "")
 
 
-def opponents(tuner: Tuner, methods: list[Method], speeds: list[float]) -> list[dict]:
+def opponents(tuner: Tuner, prediction: Prediction, speeds: list[float]) -> list[dict]:
     """Every setting by one picture; those that may be near a preset's speed by all of them.
 
     Settings that no other clearly beats are also tried with a dense first step, and with plans
-    that last.
+    that last. Which to try is told by speeds from the recorded calls.
     """
     few, every = tuner.task.held_out[:1], tuner.task.held_out
-    rows = [uniform_row(tuner, Opponent(method), few) for method in methods]
+
+    def drawn(one: Opponent, items) -> dict:
+        return uniform_row(tuner, one, items, predicted(prediction, one, tuner.total_steps))
+
+    rows = [drawn(Opponent(method), few) for method in prediction.methods]
     for row in unbeaten(rows, 0.9 * min(speeds), 10.0):
         method = row["opponent"].method
-        rows.append(uniform_row(tuner, Opponent(method, first=1), few))
+        rows.append(drawn(Opponent(method, first=1), few))
         if not method.static:
-            rows.append(uniform_row(tuner, Opponent(method, every=tuner.total_steps), few))
-    near = unbeaten(rows, 0.85 * min(speeds), max(speeds) / 0.85)
-    return [uniform_row(tuner, x["opponent"], every) if x in near else x for x in rows]
+            rows.append(drawn(Opponent(method, every=tuner.total_steps), few))
+    near = unbeaten(rows, 0.88 * min(speeds), max(speeds) / 0.88)
+    return [drawn(x["opponent"], every) if x in near else x for x in rows]
+
+
+def predicted(prediction: Prediction, one: Opponent, total: int) -> float:
+    """The speed of a setting, by the recorded seconds of its calls."""
+    alike = prediction.alike(prediction.methods.index(one.method))
+    attention = prediction.call_seconds(alike) - prediction.rest
+    if one.every > 1:
+        attention -= sum(prediction.planning(alike).values()) * (1 - 1 / total)
+    dense, share = prediction.run_seconds - prediction.rest, one.first / total
+    return prediction.run_seconds / (prediction.rest + share * dense + (1 - share) * attention)
 
 
 def elsewhere(pipe, call: dict, preset: Path, items, scale: float) -> dict:
@@ -225,10 +247,6 @@ def plain(words: str) -> str:
     return words.translate(str.maketrans("", "", ">=<"))
 
 
-def ratio(dense, own) -> float:
-    return statistics.median(a / b for a, b in zip(dense, own))
-
-
 def timed_in_turns(tuner: Tuner, arms: dict, rounds: int) -> dict[str, float]:
     """Dense seconds over those of each arm, medians over rounds in which all took turns.
 
@@ -246,12 +264,12 @@ def timed_in_turns(tuner: Tuner, arms: dict, rounds: int) -> dict[str, float]:
 
 
 def unbeaten(rows: list[dict], low: float, high: float) -> list[dict]:
-    """Those of such a speed that no other clearly beats, by the calls that drew them."""
+    """Those of such a speed that no other clearly beats."""
 
     def beats(x, y):
-        return x["psnr"] > y["psnr"] + 0.5 and x["speedup"] > 1.05 * y["speedup"]
+        return x["psnr"] > y["psnr"] + 0.5 and x["predicted"] > 1.03 * y["predicted"]
 
-    near = [y for y in rows if low <= y["speedup"] <= high]
+    near = [y for y in rows if low <= y["predicted"] <= high]
     return [y for y in near if not any(beats(x, y) for x in rows)]
 
 
@@ -293,14 +311,12 @@ def uniform_arm(tuner: Tuner, one: Opponent):
     return tuner.variant(one.label, Mixture((Rule(one.method),)), one.schedule)
 
 
-def uniform_row(tuner: Tuner, one: Opponent, items) -> dict:
-    """A setting in all layers, on held-out prompts."""
+def uniform_row(tuner: Tuner, one: Opponent, items, speed: float) -> dict:
+    """A setting in all layers, on held-out prompts, and its speed by recorded calls."""
     arm = uniform_arm(tuner, one)
     print(one.words, flush=True)
     draw_missing([arm], tuner.call, items)
     records = [arm.drawings.record(item) for item in items]
-    dense = [tuner.dense.drawings.record(item)["busy"] for item in items]
-    own = [record["busy"] for record in records]
     return {
         "opponent": one,
         "label": one.label,
@@ -309,8 +325,7 @@ def uniform_row(tuner: Tuner, one: Opponent, items) -> dict:
         "replan_every": one.every,
         "words": one.words,
         "pictures": len(items),
-        "speedup": ratio(dense, own),
-        "seconds": own,
+        "predicted": speed,
         "density": records[0]["attention"]["density"],
         **tuner.judge(arm, items),
     }
@@ -325,7 +340,7 @@ def plot(data: dict, way: str = "timed"):
     for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in uniform)):
         look = {"color": COLORS[number], "marker": MARKERS[number], "ls": ""}
         own = [x for x in uniform if x["method"]["name"] == name]
-        few = [(x["speedup"], x["psnr"]) for x in own if way not in x]
+        few = [(x["predicted"], x["psnr"]) for x in own if way not in x]
         if few:
             axes.plot(*zip(*few), ms=4, alpha=0.3, **look)
         for more, fill in ((False, None), (True, "white")):
@@ -342,7 +357,7 @@ def plot(data: dict, way: str = "timed"):
     grey = {"ls": "", "marker": "o", "color": "grey"}
     changed = "first step dense,\nor plans that last"
     axes.plot([], [], mfc="white", label=changed, **grey)
-    axes.plot([], [], ms=4, alpha=0.4, label="one picture, one call", **grey)
+    axes.plot([], [], ms=4, alpha=0.4, label="one picture; speed predicted", **grey)
     axes.set_xlabel("dense seconds / seconds, whole calls in turns (processor time)")
     axes.set_ylabel("PSNR to dense, dB, held-out prompts")
     axes.set_title(f"{data['model']}, {data['tokens']:,} tokens: one setting everywhere, and tuned")
