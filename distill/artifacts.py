@@ -505,7 +505,7 @@ def merge(pipe: Pipeline) -> None:
         _set(model, before)
         raise
     model.unload_lora()
-    loaded.merged = before
+    loaded.merged, loaded.layers = before, {}
 
 
 def unmerge(pipe: Pipeline) -> None:

@@ -432,6 +432,9 @@ def _value(hint, value, where: str):
         return {}
     if type(value) is not hint:
         raise _wrong(where, hint, value)
+    odd = [key for key in value if not isinstance(key, str)] if hint is dict else []
+    if odd:
+        raise ValueError(f"{where} must have names as keys, got {odd[0]!r}")
     return value
 
 

