@@ -210,7 +210,7 @@ def opponents(tuner: Tuner, prediction: Prediction, speeds: list[float]) -> list
         rows.append(drawn(Opponent(method, first=1), few))
         if not method.static:
             rows.append(drawn(Opponent(method, every=tuner.total_steps), few))
-    near = unbeaten(rows, 0.88 * min(speeds), max(speeds) / 0.88)
+    near = unbeaten(rows, 0.92 * min(speeds), max(speeds) / 0.92)
     return [drawn(x["opponent"], every) if x in near else x for x in rows]
 
 
@@ -267,7 +267,7 @@ def unbeaten(rows: list[dict], low: float, high: float) -> list[dict]:
     """Those of such a speed that no other clearly beats."""
 
     def beats(x, y):
-        return x["psnr"] > y["psnr"] + 0.5 and x["predicted"] > 1.03 * y["predicted"]
+        return x["psnr"] > y["psnr"] + 0.3 and x["predicted"] >= 0.99 * y["predicted"]
 
     near = [y for y in rows if low <= y["predicted"] <= high]
     return [y for y in near if not any(beats(x, y) for x in rows)]

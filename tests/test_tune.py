@@ -424,9 +424,13 @@ def test_attention_is_timed_both_ways_where_it_runs(pipe, monkeypatch):
     monkeypatch.setattr(recording, "F", SimpleNamespace(scaled_dot_product_attention=dense))
     mixture = Mixture((Rule(METHODS[0], (0,), None, (0, 1)), Rule(METHODS[1], (1, 2), (1,))))
     call = SHORT | {"prompt": "a red cat"}
-    found = attention_in_turns(pipe, call, 0, mixture, Schedule().lasting)
     # 4 layers in 2 steps; layer 0 is sparse in one of them, layers 1 and 2 in both.
+    found = attention_in_turns(pipe, call, 0, mixture, Schedule())
     assert found == {"dense": 4.0 * 8, "own": 1.0 * 5 + 4.0 * 3}
+    # But not in a first step that is dense, nor layer 2.
+    schedule = Schedule(dense_first_steps=1, dense_layers=(2,))
+    found = attention_in_turns(pipe, call, 0, mixture, schedule)
+    assert found == {"dense": 4.0 * 8, "own": 1.0 * 1 + 4.0 * 7}
 
 
 def test_the_time_of_stopped_tunings_adds_up(tmp_path, monkeypatch):

@@ -19,8 +19,9 @@ from dittfast.attention import method_attention
 from dittfast.cache import BytesLRU
 from dittfast.measure.timing import clock_for, synchronize
 from dittfast.methods.base import Method
-from dittfast.methods.memory import Lasting, Memory
+from dittfast.methods.memory import Memory
 from dittfast.mixture import Assignment, Mixture
+from dittfast.schedule import Schedule
 
 from ..adapter import enable
 from ..layer import PlannedLayout
@@ -110,16 +111,21 @@ class _Timing:
 class _Turns(_Timing):
     """Times each call both ways: dense attention before and after what a mixture runs there."""
 
-    def __init__(self, backend: str, device, assignment: Assignment, total: int, lasting: Lasting):
+    def __init__(
+        self, backend: str, device, assignment: Assignment, total: int, schedule: Schedule
+    ):
         super().__init__(backend, device)
-        self.assignment, self.total, self.lasting = assignment, total, lasting
+        self.assignment, self.total, self.schedule = assignment, total, schedule
+        self.dense_layers = schedule.dense_layer_names(list(assignment.heads))
         self.memories: dict[str, Memory] = {}
         self.dense = self.own = 0.0
 
     def __call__(self, captured: Captured, out: torch.Tensor, call: dict) -> None:
         c = _first_row(captured)
         assigned = self.assignment.at(c.step, self.total)[c.layer]
-        memory = self.memories.setdefault(c.layer, Memory(self.lasting))
+        if self.schedule.is_dense_step(c.step, self.total) or c.layer in self.dense_layers:
+            assigned = None
+        memory = self.memories.setdefault(c.layer, Memory(self.schedule.lasting))
         memory.begin(c.step)
         dense = self.dense_seconds(call, c, captured)
         own = None if assigned is None else self.attention(assigned.method, c, memory)[1]
@@ -218,7 +224,7 @@ def _told(pipe, steps: Iterable[int], told: Callable) -> Iterator[list[torch.nn.
 
 
 def attention_in_turns(
-    pipe, call: dict, seed: int, mixture: Mixture, lasting: Lasting, *, backend: str = "auto"
+    pipe, call: dict, seed: int, mixture: Mixture, schedule: Schedule, *, backend: str = "auto"
 ) -> dict[str, float]:
     """Seconds of all attention of a run: ``dense``, and ``own`` of what a mixture runs instead.
 
@@ -227,13 +233,13 @@ def attention_in_turns(
     first row.
 
     Args:
-        lasting: how long plans last.
+        schedule: which steps and layers are dense, and how long plans last.
 
     Raises:
         ValueError: as :func:`dittfast.enable`.
     """
     total = call["num_inference_steps"]
-    given = assignment_of(pipe, mixture), total, lasting
+    given = assignment_of(pipe, mixture), total, schedule
     turns = _Turns(backend, execution_device(pipe), *given)
     with _told(pipe, range(total), turns), torch.no_grad():
         run(pipe, call, seed)

@@ -219,6 +219,9 @@ class Tuner:
     def variant(self, label: str, method: Method, schedule: Schedule = ALWAYS) -> Arm:
         return self._arm(Variant(label, method, schedule, self.backend))
 
+    def _which(self, item: Item) -> str:
+        return f"prompt {self.task.items.index(item) + 1} of {len(self.task.items)}"
+
     def _call(self, item: Item) -> dict:
         return self.call | {"prompt": item.prompt}
 
@@ -286,7 +289,7 @@ class Tuner:
         name = f"recorded-{item.index:05d}"
 
         def make() -> dict:
-            self.progress.begin(f"recording prompt {item.index + 1} of {len(self.task.items)}", 4)
+            self.progress.begin(f"recording {self._which(item)}", 4)
             drawn, numbers = record(
                 self.pipe, self._call(item), item.seed, methods, self.middles,
                 backend=self.backend,
@@ -345,8 +348,8 @@ class Tuner:
         name = f"answers-{item.index:05d}-{asked[:8]}"
 
         def make() -> dict:
-            which = f"prompt {item.index + 1} of {len(self.task.items)}"
-            self.progress.begin(f"one pass for each of {len(trials)} trials, {which}", work)
+            passes = f"one pass for each of {len(trials)} trials"
+            self.progress.begin(f"{passes}, {self._which(item)}", work)
             given = self.pipe, self._call(item), item.seed, trials
             found = answers(*given, backend=self.backend)
             return {"asked": asked, "vectors": [to_text(x) for x in found]}
@@ -410,7 +413,7 @@ class Tuner:
 
         def make() -> dict:
             self.progress.begin(f"timing {arm.label}", 2)
-            given = variant.method, variant.schedule.lasting
+            given = variant.method, variant.schedule
             return attention_in_turns(
                 self.pipe, self._call(item), item.seed, *given, backend=self.backend
             )
