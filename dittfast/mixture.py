@@ -378,7 +378,7 @@ class Assignment:
     def parameter_shapes(
         self, name: str, head_dim: int | None, channels: int | None = None
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of :meth:`parameters`; nothing is allocated.
+        """Shapes of :meth:`parameters`; nothing is allocated, but for methods that look at values.
 
         Raises:
             ValueError: no machine could hold them, or the method does not fit the layer.
@@ -386,7 +386,11 @@ class Assignment:
         try:
             with torch.device("meta"):
                 values = self.parameters(name, head_dim, channels)
-        except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        except (RuntimeError, TypeError) as error:
+            if "meta" in str(error):  # where there are none
+                values = self.parameters(name, head_dim, channels)
+                return {own: tuple(value.shape) for own, value in values.items()}
+            # Sizes beyond 64 bits.
             words = f"{self.method.words()} asks for too much memory"
             raise ValueError(f"{words}: {first_words(error)}") from error
         return {own: tuple(value.shape) for own, value in values.items()}

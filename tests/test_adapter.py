@@ -584,3 +584,13 @@ def test_passes_leave_nothing_in_the_context_of_the_thread(model_and_inputs):
             forward(model, inputs)
         assert len(contextvars.copy_context()) == before
     assert dynamo.recompile_limit == limit
+
+
+def test_parameters_may_be_made_from_values(model_and_inputs):
+    class Looks(Band):
+        def parameters(self, heads, head_dim):
+            return {"x": torch.tensor(torch.arange(3.0).tolist()) + torch.ones(3).sum().item()}
+
+    with dittfast.enable(model_and_inputs[0], Looks()):
+        own = method_parameters(model_and_inputs[0])
+        assert own and all(x.tolist() == [3, 4, 5] for x in own.values())
