@@ -672,6 +672,11 @@ def test_the_command_asks_for_what_its_options_say(finished, pipe, tmp_path, cap
     assert chosen.budget == Budget(psnr=30, speedup=1.5) and chosen.methods == ("topk", "local")
     assert [item.index for item in (*chosen.items, *chosen.held_out)] == list(range(6))
     assert len(chosen.items) == 2
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na car\n")
+    assert main(["tune", *words[:-2], "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    chosen = asked[1][3]
+    assert [x.prompt for x in chosen.items] == ["a cat", "a car"]
+    assert [x.prompt for x in chosen.held_out] == ["a dog"]
 
     def impossible(*given, **options):
         raise ImpossibleBudget("the nearest has psnr 20")

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME>=X",
         help="psnr>=DB, to dense attention's pictures; distance<=X, relative, of the latents; "
-        "speedup>=X, of whole calls; repeatable, all hold together",
+        "speedup>=X, dense seconds over the preset's; repeatable, all hold together",
     )
     parser.add_argument(
         "-o",
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line; the first half is tuned with, the second held out; a sample model "
-        "has its own, of which 2 are tuned with and 4 held out",
+        help="one prompt a line; every second is held out, the first among those tuned with; a "
+        "sample model has its own, of which 2 are tuned with and 4 held out",
     )
     what.add_argument(
         "--held-out",
@@ -184,14 +184,13 @@ def _task(args, budget, source):
         own = list(source.settings.get("prompts", []))[:6]
         if len(own) < 2:
             raise ValueError(f"{source.name} brings no prompts; add --prompts FILE, one a line")
-        prompts, held_out = own[: max(1, len(own) // 3)], own[max(1, len(own) // 3) :]
+        prompts, held_out = own[::3], [x for number, x in enumerate(own) if number % 3]
     else:
         prompts, held_out = read_prompts(args.prompts), []
     if args.held_out is not None:
         held_out = read_prompts(args.held_out)
     elif args.prompts is not None:
-        half = (len(prompts) + 1) // 2
-        prompts, held_out = prompts[:half], prompts[half:]
+        prompts, held_out = prompts[::2], prompts[1::2]
         if not held_out:
             raise ValueError(
                 f"{args.prompts} holds one prompt, and none is left to judge by; write more, or "
