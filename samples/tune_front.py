@@ -331,7 +331,7 @@ def uniform_row(tuner: Tuner, one: Opponent, items, speed: float) -> dict:
     }
 
 
-def plot(data: dict, way: str = "timed"):
+def plot(data: dict, way: str = "by_call"):
     """Speed and PSNR of all settings in all layers, and of the tuned presets."""
     from matplotlib.figure import Figure
 
@@ -358,7 +358,8 @@ def plot(data: dict, way: str = "timed"):
     changed = "first step dense,\nor plans that last"
     axes.plot([], [], mfc="white", label=changed, **grey)
     axes.plot([], [], ms=4, alpha=0.4, label="one picture; speed predicted", **grey)
-    axes.set_xlabel("dense seconds / seconds, whole calls in turns (processor time)")
+    how = {"timed": "whole calls in turns", "by_call": "attention in turns, call by call"}[way]
+    axes.set_xlabel(f"dense seconds / seconds of processor time, {how}")
     axes.set_ylabel("PSNR to dense, dB, held-out prompts")
     axes.set_title(f"{data['model']}, {data['tokens']:,} tokens: one setting everywhere, and tuned")
     axes.grid(alpha=0.25)
