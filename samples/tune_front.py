@@ -139,6 +139,7 @@ def main() -> None:
         for one in [*uniform, *found]:
             if one["label"] in speeds:
                 one |= {"timed": speeds[one["label"]], "by_call": by_call[one["label"]]}
+    unchanged = [row for row in uniform if not is_changed(row)]
     facts = {
         "model": args.model,
         "tokens": layout.num_tokens,
@@ -150,7 +151,9 @@ def main() -> None:
         "settings": len(methods),
         "timings": args.timings,
         "tuned": [
-            row | {f"beside_{way}": against(row["best"], uniform, way) for way in WAYS}
+            row
+            | {f"beside_{way}": against(row["best"], uniform, way) for way in WAYS}
+            | {f"beside_plain_{way}": against(row["best"], unchanged, way) for way in WAYS}
             for row in rows
         ],
         "uniform": uniform,
@@ -210,7 +213,9 @@ def opponents(tuner: Tuner, prediction: Prediction, speeds: list[float]) -> list
         rows.append(drawn(Opponent(method, first=1), few))
         if not method.static:
             rows.append(drawn(Opponent(method, every=tuner.total_steps), few))
-    near = unbeaten(rows, 0.92 * min(speeds), max(speeds) / 0.92)
+    low, high = 0.92 * min(speeds), max(speeds) / 0.92
+    plain = [row for row in rows if not is_changed(row)]
+    near = [*unbeaten(rows, low, high), *unbeaten(plain, low, high)]
     return [drawn(x["opponent"], every) if x in near else x for x in rows]
 
 
@@ -338,7 +343,8 @@ def plot(data: dict, way: str = "by_call"):
     figure = Figure(figsize=(7.6, 5), layout="constrained")
     axes, uniform = figure.add_subplot(), data["uniform"]
     for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in uniform)):
-        look = {"color": COLORS[number], "marker": MARKERS[number], "ls": ""}
+        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        look["ls"] = ""
         own = [x for x in uniform if x["method"]["name"] == name]
         few = [(x["predicted"], x["psnr"]) for x in own if way not in x]
         if few:
