@@ -343,7 +343,8 @@ def plot(data: dict, way: str = "by_call"):
     figure = Figure(figsize=(7.6, 5), layout="constrained")
     axes, uniform = figure.add_subplot(), data["uniform"]
     for number, name in enumerate(dict.fromkeys(x["method"]["name"] for x in uniform)):
-        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        color, again = number % len(COLORS), number // len(COLORS)
+        look = {"color": COLORS[color], "marker": MARKERS[(color + again) % len(MARKERS)]}
         look["ls"] = ""
         own = [x for x in uniform if x["method"]["name"] == name]
         few = [(x["predicted"], x["psnr"]) for x in own if way not in x]
