@@ -475,45 +475,6 @@ def test_plans_last_by_method_where_that_loses_nothing():
     assert tuner.lasting(prediction, best) is best  # held-out prompts object
 
 
-@pytest.mark.parametrize(
-    "psnr, speeds, expected",
-    [
-        ({4: 31.0, 2: 30.5}, {4: [1.6], 2: [1.6]}, 4),
-        ({4: 30.5, 2: 31.0}, {4: [1.6], 2: [1.6]}, 2),
-        ({4: 31.0, 2: 30.5}, {4: [1.4, 1.6], 2: [1.6]}, 4),  # too slow, and then not
-        ({4: 31.0, 2: 30.5}, {4: [1.4, 1.4], 2: [1.6]}, 2),
-        ({4: 29.9, 2: 29.9}, {4: [1.6], 2: [1.6]}, None),
-    ],
-)
-def test_what_lasting_plans_save_is_spent_on_quality(psnr, speeds, expected):
-    tuner, asked = object.__new__(tune_module.Tuner), []
-    prediction = SimpleNamespace(
-        methods=METHODS, planners=["topk"], lasting={}, learn_speed=lambda *x: learned.append(x)
-    )
-    learned, choice = [], {"place": (1, 0)}
-    best = tune_module.Drawn("x", None, {}, tune_module.ALWAYS, {}, {"psnr": 30.0}, {})
-    tuner.task = SimpleNamespace(budget=Budget(speedup=1.5))
-    tuner._solve = lambda prediction, targets: choice
-    tuner._mixture = lambda prediction, assigned: Mixture((Rule(METHODS[1]),))
-
-    def drawn(prediction, label, mixture, assigned, schedule):
-        every = dict(schedule.replan_every)["topk"]
-        assert prediction.lasting == {"topk": every} and label.endswith(f"-topk-{every}")
-        asked.append(every)
-        held = {"speedup": speeds[every][asked.count(every) - 1]}
-        return tune_module.Drawn(
-            label, mixture, assigned, schedule, {}, {"psnr": psnr[every]}, held
-        )
-
-    tuner._round = drawn
-    found = tuner.spend(prediction, best)
-    assert dict(found.schedule.replan_every or {}) == ({"topk": expected} if expected else {})
-    assert asked == [4] * len(speeds[4]) + [2] * len(speeds[2])
-    assert learned == [(choice, x) for x in speeds[4] + speeds[2]]
-    tuner.task = SimpleNamespace(budget=Budget(speedup=1.5, psnr=30))
-    assert tuner.spend(prediction, best) is best  # that saves seconds
-
-
 # Another GPU.
 
 

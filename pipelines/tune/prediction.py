@@ -66,9 +66,6 @@ class Prediction:
         records: of :func:`~.recording.record`, one a prompt, :func:`~.seconds.steadied`.
         run_seconds: of a dense run.
         attention_seconds: of its self-attention.
-
-    Attributes:
-        lasting: by method, for how many steps its plans are kept (1 where it is not named).
     """
 
     def __init__(
@@ -85,7 +82,6 @@ class Prediction:
         self._weight = [1.0] * len(methods)
         self.slowness = dict.fromkeys((x.name for x in methods), 1.0)
         self.factors: dict[str, float] = {}
-        self.lasting: dict[str, int] = {}
         by_place: dict[Place, list[dict]] = {}
         band_of = {step: band for band, step in enumerate(middles)}
         for one in (one for record in records for one in record["calls"]):
@@ -121,12 +117,6 @@ class Prediction:
     def places(self) -> list[Place]:
         return list(self.heads)
 
-    @property
-    def planners(self) -> list[str]:
-        """Methods that spend seconds on plans made from q and k."""
-        spent = zip(self.methods, self._planning)
-        return sorted({method.name for method, seconds in spent if seconds > 0})
-
     def is_finite(self, number: int) -> bool:
         """Whether a candidate gave finite values wherever it was tried."""
         return all(errors[number] is not None for errors in self._errors.values())
@@ -143,15 +133,9 @@ class Prediction:
                 continue
             whole = self._seconds[number][place]
             start = min(self._start[number], whole)
-            own = start + share * (whole - start - self._not_planned(place, number))
+            own = start + share * (whole - start)
             total += self.slowness[self.methods[number].name] * own
         return self._scale * total * self._calls(place)
-
-    def _not_planned(self, place: Place, number: int) -> float:
-        """Seconds of planning that a call is spared, on average, by plans that last."""
-        steps = self.steps[place.band]
-        made = math.ceil(steps / self.lasting.get(self.methods[number].name, 1)) / steps
-        return (1 - made) * self._planning[number]
 
     def _calls(self, place: Place) -> int:
         """Calls of attention at a place in a run, each row of a batch counted as one."""
@@ -171,7 +155,7 @@ class Prediction:
         return dense - own if own < (1 - 1e-9) * dense else 0.0
 
     def planning(self, assigned: Assigned) -> dict[str, float]:
-        """Seconds of a run that plans made from q and k take in every step, by method."""
+        """Seconds of a run that go into plans made from q and k, by method."""
         spent: dict[str, float] = {}
         for place, heads in assigned.items():
             for number in set(heads) - {DENSE}:

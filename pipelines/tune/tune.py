@@ -38,7 +38,7 @@ from .book import Book
 from .budget import QUALITIES, Budget
 from .candidates import candidates, check_methods, tunable
 from .on_gpu import computed, cost_of, gpu_with_rates, run_seconds
-from .prediction import DENSE, Assigned, Prediction, method_of
+from .prediction import Assigned, Prediction, method_of
 from .preset import ALWAYS, mixture_of, preset_data, write_preset
 from .recording import FORM, attention_in_turns, bands, check_record, middle, record
 from .report import summary_tables
@@ -59,8 +59,6 @@ _TOO_FAST = 1.07
 _LASTING, _WORTH_LASTING = (4, 2), 0.005
 # A speed budget alone leaves quality free; plans may last if that loses no more than this, in dB.
 _LOST = 0.1
-# How often what plans that last save is spent anew, where the first try was too slow.
-_SPENDING = 2
 # Pairs of whole calls that a finished preset is timed with.
 _PAIRS = 3
 # What an attention's timing in turns holds.
@@ -522,16 +520,9 @@ class Tuner:
         edges = [(a / self.total_steps, b / self.total_steps) for a, b in self.bands]
         return mixture_of(assigned, prediction.methods, self.layers, edges)
 
-    def _round(
-        self,
-        prediction: Prediction,
-        label: str,
-        mixture: Mixture,
-        assigned: Assigned,
-        schedule: Schedule = ALWAYS,
-    ) -> Drawn:
+    def _round(self, prediction, label: str, mixture: Mixture, assigned: Assigned) -> Drawn:
         """Draw a choice; with held-out prompts only where those it was tuned with hold."""
-        budget, arm = self.task.budget, self.variant(label, mixture, schedule)
+        budget, arm = self.task.budget, self.variant(label, mixture)
         predicted = {m: prediction.squared_error(assigned, m) for m in self.measures}
         predicted = {m: _value(m, x) for m, x in predicted.items()}
         predicted["speedup"] = prediction.speedup(assigned)
@@ -543,7 +534,7 @@ class Tuner:
             held = self.judge(arm, self.task.held_out)
             if budget.speedup is not None and not budget.lacks(held, QUALITIES):
                 held["speedup"] = self.speed(prediction, assigned, arm)
-        return Drawn(label, mixture, assigned, schedule, predicted, tuned, held)
+        return Drawn(label, mixture, assigned, ALWAYS, predicted, tuned, held)
 
     def _learn(self, prediction: Prediction, one: Drawn, targets: dict[str, float]) -> None:
         """Correct the prediction, and what is aimed at where held-out prompts fell short."""
@@ -626,38 +617,8 @@ class Tuner:
         schedule = arm.variant.schedule
         return replace(best, label=arm.label, schedule=schedule, tuned=tuned, held_out=held)
 
-    def spend(self, prediction: Prediction, best: Drawn) -> Drawn:
-        """Of a budget of speed alone: what plans that last save, spent on quality.
-
-        The search again, with the plans of all methods kept as long. What it finds is the preset if
-        the prompts tuned with say so.
-        """
-        if self.task.budget.has_quality:
-            return best
-        for every in _LASTING:
-            prediction.lasting = dict.fromkeys(prediction.planners, every)
-            for _ in range(_SPENDING):
-                try:
-                    assigned = self._solve(prediction, {})
-                except ImpossibleBudget:  # by what was learned of seconds meanwhile
-                    break
-                numbers = {n for heads in assigned.values() for n in heads if n != DENSE}
-                used = {prediction.methods[n].name for n in numbers}
-                kept = {name: every for name in prediction.planners if name in used}
-                if not kept:
-                    break
-                mixture = self._mixture(prediction, assigned)
-                label = _lasting_label(_label(mixture), kept)
-                schedule = replace(ALWAYS, replan_every=kept)
-                one = self._round(prediction, label, mixture, assigned, schedule)
-                prediction.learn_speed(assigned, one.held_out["speedup"])
-                if self._holds(one):
-                    best = max(best, one, key=lambda x: x.tuned["psnr"])
-                    break
-        return best
-
     def _lasting(self, best: Drawn, every: dict[str, int]) -> Arm:
-        label = _lasting_label(best.label, every)
+        label = "-".join([best.label, *(f"{name}-{n}" for name, n in sorted(every.items()))])
         return self.variant(label, best.mixture, replace(ALWAYS, replan_every=every))
 
     def _loses(self, measured: dict, before: dict) -> bool:
@@ -670,10 +631,6 @@ class Tuner:
 def _label(mixture: Mixture) -> str:
     """A name for what was chosen, the same for the same choice."""
     return f"tuned-{digest_of(mixture.to_dict())[:8]}"
-
-
-def _lasting_label(label: str, every: dict[str, int]) -> str:
-    return "-".join([label, *(f"{name}-{n}" for name, n in sorted(every.items()))])
 
 
 def uniform_label(method: Method) -> str:
@@ -741,7 +698,7 @@ def tune(
         tuner = Tuner(pipe, source, call, task, folder, *given)
         prediction = tuner.prediction()
         best, rounds = tuner.search(prediction)
-        best = tuner.spend(prediction, tuner.lasting(prediction, best))
+        best = tuner.lasting(prediction, best)
         return _finish(tuner, prediction, best, rounds)
 
 
@@ -757,7 +714,7 @@ def _finish(tuner: Tuner, prediction: Prediction, best: Drawn, rounds: list[Draw
     )  # fmt: skip
     write_record(tuner.folder / "drawn" / "fidelity.json", results)
     planning, total = prediction.planning(best.assigned), tuner.total_steps
-    every = prediction.lasting = dict(best.schedule.replan_every or ())
+    every = dict(best.schedule.replan_every or ())
     made = {name: math.ceil(total / every.get(name, 1)) / total for name in planning}
     found = {
         "budget": tuner.task.budget.words(),
