@@ -39,10 +39,12 @@ from dittfast.pipelines.runs.positions import positions_scaled
 from dittfast.pipelines.runs.prompts import make_items
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.candidates import tunable
+from dittfast.pipelines.tune.measuring import Measuring
 from dittfast.pipelines.tune.prediction import Prediction
 from dittfast.pipelines.tune.preset import ALWAYS
 from dittfast.pipelines.tune.solver import Choice, hull
-from dittfast.pipelines.tune.tune import Task, Tuner, tune, uniform_label
+from dittfast.pipelines.tune.task import Task
+from dittfast.pipelines.tune.tune import tune
 from dittfast.schedule import Schedule
 
 # How a setting's speed is told: by whole calls in turns, and with attention in turns call by call.
@@ -116,25 +118,25 @@ def main() -> None:
             write_json(path, elsewhere(pipe, resized, preset, others, scale))
         sizes.append(json.loads(path.read_text(encoding="utf-8")))
     with positions_scaled(pipe, args.position_scale):
-        tuner = Tuner(pipe, source, call, task, args.output, loading=loading)
-        prediction = tuner.prediction()
-        layout, methods = tuner.layout, prediction.methods
+        measured = Measuring(pipe, source, call, task, args.output, loading=loading)
+        prediction = measured.prediction()
+        layout, methods = measured.layout, prediction.methods
         speeds = [row["best"]["held_out"]["speedup"] for row in rows]
-        uniform = opponents(tuner, prediction, speeds)
-        arms = {"dense": tuner.dense}
+        uniform = opponents(measured, prediction, speeds)
+        arms = {"dense": measured.dense}
         for row in uniform:
             if row["pictures"] == held:
-                arms[row["label"]] = uniform_arm(tuner, row.pop("opponent"))
+                arms[row["label"]] = uniform_arm(measured, row.pop("opponent"))
             row.pop("opponent", None)
         for row, words in zip(rows, args.budgets):
             preset = resolve(str(args.output / f"preset-{plain(words)}.yaml"))
-            arms[row["best"]["label"]] = tuner.variant(row["best"]["label"], *preset)
+            arms[row["best"]["label"]] = measured.variant(row["best"]["label"], *preset)
             for one in row["rounds"]:
                 known = row["best"]["label"].startswith(one["label"])  # but for how plans last
                 if len(one["rules"]) > 1 and one["held_out"] and not known:
-                    arms[one["label"]] = tuner.variant(one["label"], resolve(one["rules"])[0])
-        by_call = {n: tuner.speedup(arm) for n, arm in arms.items() if n != "dense"}
-        speeds = timed_in_turns(tuner, arms, args.timings)
+                    arms[one["label"]] = measured.variant(one["label"], resolve(one["rules"])[0])
+        by_call = {n: measured.speedup(arm) for n, arm in arms.items() if n != "dense"}
+        speeds = timed_in_turns(measured, arms, args.timings)
         found = [one for row in rows for one in (row["best"], *row["rounds"])]
         for one in [*uniform, *found]:
             if one["label"] in speeds:
@@ -192,27 +194,27 @@ class Opponent(NamedTuple):
 
     @property
     def label(self) -> str:
-        label = uniform_label(self.method)
+        label = f"all-{self.method.name}-{digest_of(self.method.to_dict())[:8]}"
         return label + "-first" * self.first + (f"-every-{self.every}" if self.every > 1 else "")
 
 
-def opponents(tuner: Tuner, prediction: Prediction, speeds: list[float]) -> list[dict]:
+def opponents(measured: Measuring, prediction: Prediction, speeds: list[float]) -> list[dict]:
     """Every setting by one picture; those that may be near a preset's speed by all of them.
 
     Settings that no other clearly beats are also tried with a dense first step, and with plans
     that last. Which to try is told by speeds from the recorded calls.
     """
-    few, every = tuner.task.held_out[:1], tuner.task.held_out
+    few, every = measured.task.held_out[:1], measured.task.held_out
 
     def drawn(one: Opponent, items) -> dict:
-        return uniform_row(tuner, one, items, predicted(prediction, one, tuner.total_steps))
+        return uniform_row(measured, one, items, predicted(prediction, one, measured.total_steps))
 
     rows = [drawn(Opponent(method), few) for method in prediction.methods]
     for row in unbeaten(rows, 0.9 * min(speeds), 10.0):
         method = row["opponent"].method
         rows.append(drawn(Opponent(method, first=1), few))
         if not method.static:
-            rows.append(drawn(Opponent(method, every=tuner.total_steps), few))
+            rows.append(drawn(Opponent(method, every=measured.total_steps), few))
     low, high = 0.92 * min(speeds), max(speeds) / 0.92
     plain = [row for row in rows if not is_changed(row)]
     near = [*unbeaten(rows, low, high), *unbeaten(plain, low, high)]
@@ -252,17 +254,17 @@ def plain(words: str) -> str:
     return words.translate(str.maketrans("", "", ">=<"))
 
 
-def timed_in_turns(tuner: Tuner, arms: dict, rounds: int) -> dict[str, float]:
+def timed_in_turns(measured: Measuring, arms: dict, rounds: int) -> dict[str, float]:
     """Dense seconds over those of each arm, medians over rounds in which all took turns.
 
     On a busy machine a tenth is noise from one minute to the next, and less within a round.
     """
-    item, every = tuner.task.held_out[0], []
+    item, every = measured.task.held_out[0], []
     for number in range(rounds):
-        path = tuner.folder / f"timed-{digest_of(sorted(arms))[:8]}-{number}.json"
+        path = measured.folder / f"timed-{digest_of(sorted(arms))[:8]}-{number}.json"
         if not path.exists():
             names = list(arms)[:: 1 if number % 2 == 0 else -1]
-            call = tuner.call | {"prompt": item.prompt}
+            call = measured.call | {"prompt": item.prompt}
             write_json(path, {n: arms[n].draw(call, item.seed)[0].timing.busy for n in names})
         every.append(json.loads(path.read_text(encoding="utf-8")))
     return {n: statistics.median(x["dense"] / x[n] for x in every) for n in arms if n != "dense"}
@@ -312,15 +314,15 @@ def between(x: float, xs: list[float], ys: list[float]) -> float | None:
     return None
 
 
-def uniform_arm(tuner: Tuner, one: Opponent):
-    return tuner.variant(one.label, Mixture((Rule(one.method),)), one.schedule)
+def uniform_arm(measured: Measuring, one: Opponent):
+    return measured.variant(one.label, Mixture((Rule(one.method),)), one.schedule)
 
 
-def uniform_row(tuner: Tuner, one: Opponent, items, speed: float) -> dict:
+def uniform_row(measured: Measuring, one: Opponent, items, speed: float) -> dict:
     """A setting in all layers, on held-out prompts, and its speed by recorded calls."""
-    arm = uniform_arm(tuner, one)
+    arm = uniform_arm(measured, one)
     print(one.words, flush=True)
-    draw_missing([arm], tuner.call, items)
+    draw_missing([arm], measured.call, items)
     records = [arm.drawings.record(item) for item in items]
     return {
         "opponent": one,
@@ -332,7 +334,7 @@ def uniform_row(tuner: Tuner, one: Opponent, items, speed: float) -> dict:
         "pictures": len(items),
         "predicted": speed,
         "density": records[0]["attention"]["density"],
-        **tuner.judge(arm, items),
+        **measured.judge(arm, items),
     }
 
 

@@ -32,14 +32,15 @@ from dittfast.pipelines.runs.prompts import make_items
 from dittfast.pipelines.runs.run import run
 from dittfast.pipelines.runs.sources import Source
 from dittfast.pipelines.tune import book as book_module
-from dittfast.pipelines.tune import earlier
+from dittfast.pipelines.tune import earlier, measuring
 from dittfast.pipelines.tune import tune as tune_module
-from dittfast.pipelines.tune.budget import Budget
+from dittfast.pipelines.tune.budget import Budget, ImpossibleBudget
 from dittfast.pipelines.tune.errors import head_errors
 from dittfast.pipelines.tune.on_gpu import computed, cost_of, run_seconds
-from dittfast.pipelines.tune.preset import preset_data, write_preset
+from dittfast.pipelines.tune.preset import ALWAYS, preset_data, write_preset
 from dittfast.pipelines.tune.recording import attention_in_turns, record
 from dittfast.pipelines.tune.report import summary_tables
+from dittfast.pipelines.tune.searching import Drawn, Search
 from dittfast.pipelines.tune.sensitivity import (
     WIDTH,
     answers,
@@ -48,7 +49,8 @@ from dittfast.pipelines.tune.sensitivity import (
     sketch,
     to_text,
 )
-from dittfast.pipelines.tune.tune import ImpossibleBudget, Task, tune
+from dittfast.pipelines.tune.task import Task
+from dittfast.pipelines.tune.tune import tune
 from dittfast.schedule import Schedule
 from dittfast.testing import attention_inputs
 
@@ -227,7 +229,7 @@ def fixed_seconds(monkeypatch):
 
 def fix_seconds(monkeypatch):
     """Seconds that do not depend on the machine, so that results can be compared to the byte."""
-    real, drawing, running = tune_module.record, fidelity.Arm.draw, tune_module.run
+    real, drawing, running = measuring.record, fidelity.Arm.draw, measuring.run
 
     def recorded(*args, **kwargs):
         drawn, data = real(*args, **kwargs)
@@ -254,10 +256,10 @@ def fix_seconds(monkeypatch):
         attention_in_turns(*args, **kwargs)
         return {"dense": 0.6, "own": 0.35}
 
-    monkeypatch.setattr(tune_module, "record", recorded)
-    monkeypatch.setattr(tune_module, "attention_in_turns", in_turns)
-    monkeypatch.setattr(tune_module, "run", timed)
-    monkeypatch.setattr(tune_module, "attention_seconds", attention_seconds)
+    monkeypatch.setattr(measuring, "record", recorded)
+    monkeypatch.setattr(measuring, "attention_in_turns", in_turns)
+    monkeypatch.setattr(measuring, "run", timed)
+    monkeypatch.setattr(measuring, "attention_seconds", attention_seconds)
     monkeypatch.setattr(fidelity.Arm, "draw", drawn)
 
 
@@ -275,8 +277,8 @@ def finished(pipe, tmp_path_factory):
 def recorded(finished, tmp_path, fixed_seconds, monkeypatch):
     """A copy of that folder, in which nothing may be recorded again."""
     shutil.copytree(finished[0].preset.parent, tmp_path / "recorded")
-    monkeypatch.setattr(tune_module, "record", None)
-    monkeypatch.setattr(tune_module, "answers", None)
+    monkeypatch.setattr(measuring, "record", None)
+    monkeypatch.setattr(measuring, "answers", None)
     monkeypatch.setattr(tune_module, "html_report", lambda *args, **kwargs: "")
     return tmp_path / "recorded"
 
@@ -447,32 +449,33 @@ def test_the_time_of_stopped_tunings_adds_up(tmp_path, monkeypatch):
 
 def test_plans_last_by_method_where_that_loses_nothing():
     """Those of one may, of another for 2 steps alone, and of one that hardly plans nobody asks."""
-    tuner, drawn = object.__new__(tune_module.Tuner), []
+    drawn = []
     psnr = {"topk-4": 29.95, "sol-4": 29.0, "sol-2-topk-4": 29.93, "sol-4-topk-4": 28.0}
     prediction = SimpleNamespace(
         planning=lambda assigned: {"sol": 0.2, "topk": 0.4, "vsa": 0.001},
         call_seconds=lambda assigned: 10.0,
     )
     mixture = Mixture((Rule(METHODS[1]),))
-    best = tune_module.Drawn(
-        "x", mixture, {}, tune_module.ALWAYS, {}, {"psnr": 30.0}, {"psnr": 28.0}
-    )
-    tuner.task = SimpleNamespace(budget=Budget(speedup=1.5), items="tuned", held_out="held")
-    tuner.variant = lambda label, mixture, schedule: SimpleNamespace(
-        label=label, variant=SimpleNamespace(schedule=schedule)
-    )
-    tuner._draw = lambda name, arm, items: drawn.append((arm.label, items))
+    best = Drawn("x", mixture, {}, ALWAYS, {}, {"psnr": 30.0}, {"psnr": 28.0})
     held = [27.95]
-    tuner.judge = lambda arm, items: {
-        "psnr": held[0] if items == "held" else psnr[arm.label.removeprefix("x-")]
-    }
-    found = tuner.lasting(prediction, best)
+    measured = SimpleNamespace(
+        task=SimpleNamespace(budget=Budget(speedup=1.5), items="tuned", held_out="held"),
+        variant=lambda label, mixture, schedule: SimpleNamespace(
+            label=label, variant=SimpleNamespace(schedule=schedule)
+        ),
+        draw=lambda name, arm, items: drawn.append((arm.label, items)),
+        judge=lambda arm, items: {
+            "psnr": held[0] if items == "held" else psnr[arm.label.removeprefix("x-")]
+        },
+    )
+    tuning = Search(measured, prediction)
+    found = tuning.lasting(best)
     assert dict(found.schedule.replan_every) == {"topk": 4, "sol": 2}
     assert found.tuned == {"psnr": 29.93} and found.held_out == {"psnr": 27.95}
     asked = [label for label, items in drawn if items == "tuned"]
     assert asked == ["x-topk-4", "x-sol-4-topk-4", "x-sol-2-topk-4"]
     held[0] = 27.0
-    assert tuner.lasting(prediction, best) is best  # held-out prompts object
+    assert tuning.lasting(best) is best  # held-out prompts object
 
 
 # Another GPU.
@@ -503,7 +506,7 @@ def test_seconds_of_a_gpu_are_those_of_its_published_rates(pipe):
 
 
 def test_a_preset_for_a_gpu_says_that_its_speed_is_computed(recorded, pipe, monkeypatch):
-    monkeypatch.setattr(tune_module, "answers", answers)
+    monkeypatch.setattr(measuring, "answers", answers)
     with pytest.raises(ImpossibleBudget, match="no method saves anything"):
         tune(pipe, SOURCE, SHORT, task("psnr>=45", gpu="h100", rounds=1), recorded)
     # So few tokens are bound by memory, whatever is left out of them. Not with more of it.

@@ -12,14 +12,14 @@ import torch
 from dittfast.methods import METHODS, Local, TopK
 from dittfast.methods.base import Method
 from dittfast.mixture import Assignment
-from dittfast.pipelines.tune.budget import Budget
+from dittfast.pipelines.tune.budget import Budget, ImpossibleBudget
 from dittfast.pipelines.tune.candidates import candidates, check_methods, tunable
 from dittfast.pipelines.tune.prediction import DENSE, Place, Prediction, _thinned
 from dittfast.pipelines.tune.preset import mixture_of
 from dittfast.pipelines.tune.recording import bands, middle
+from dittfast.pipelines.tune.searching import Search
 from dittfast.pipelines.tune.seconds import steadied
 from dittfast.pipelines.tune.solver import Choice, Problem, front, hull, search
-from dittfast.pipelines.tune.tune import ImpossibleBudget, Tuner
 
 
 def knapsack(draw: random.Random, items: int, most: int) -> list[list[Choice]]:
@@ -454,27 +454,27 @@ def test_rules_say_what_was_chosen_for_every_layer_head_and_step(seed):
 
 def test_a_speed_is_aimed_above_its_bound_where_there_is_room():
     _, made = prediction()
-    tuner = object.__new__(Tuner)
-    tuner.layers, tuner.total_steps, tuner.bands = LAYERS, 4, [(0, 1), (1, 4)]
+    measured = SimpleNamespace(layers=LAYERS, total_steps=4, bands=[(0, 1), (1, 4)], task=None)
+    tuning = Search(measured, made)
     fastest = made.speedup({place: (0, 0) for place in made.places})
 
     def solved(speedup):
-        tuner.task = SimpleNamespace(budget=Budget(speedup=speedup))
-        return made.speedup(tuner._solve(made, {}))
+        tuning.task = SimpleNamespace(budget=Budget(speedup=speedup))
+        return made.speedup(tuning._solve({}))
 
     assert 1.03 * 1.2 <= solved(1.2) < fastest
     assert fastest / 1.01 <= solved(fastest / 1.01) <= fastest
     with pytest.raises(ImpossibleBudget, match=f"{fastest:.2f} times as fast; that is the nearest"):
         solved(1.01 * fastest)
-    alike = tuner._alike(made, {})  # the bound is out of reach for all
+    alike = tuning._alike({})  # the bound is out of reach for all
     assert alike is None
-    tuner.task = SimpleNamespace(budget=Budget(speedup=1.2))
+    tuning.task = SimpleNamespace(budget=Budget(speedup=1.2))
     every = [made.alike(n) for n in range(3)]
     fast = [one for one in every if made.speedup(one) >= 1.2 * 1.03]
-    assert tuner._alike(made, {}) == min(fast, key=lambda x: made.squared_error(x, "psnr"))
-    tuner.task = SimpleNamespace(budget=Budget(psnr=1.0))
-    assert tuner._alike(made, {"psnr": -30.0}) == min(every, key=made.call_seconds)
-    tuner.task = SimpleNamespace(budget=Budget(psnr=90.0))
-    assert tuner._alike(made, {"psnr": 90.0}) is None
+    assert tuning._alike({}) == min(fast, key=lambda x: made.squared_error(x, "psnr"))
+    tuning.task = SimpleNamespace(budget=Budget(psnr=1.0))
+    assert tuning._alike({"psnr": -30.0}) == min(every, key=made.call_seconds)
+    tuning.task = SimpleNamespace(budget=Budget(psnr=90.0))
+    assert tuning._alike({"psnr": 90.0}) is None
     with pytest.raises(ImpossibleBudget, match="dense attention is the nearest"):
-        tuner._solve(made, {"psnr": 90.0})
+        tuning._solve({"psnr": 90.0})

@@ -127,7 +127,8 @@ def run(args) -> int:
     from dittfast.pipelines.runs.first_frame import with_first_frame
     from dittfast.pipelines.runs.outline import check_run, outline
     from dittfast.pipelines.runs.positions import positions_scaled
-    from dittfast.pipelines.tune.tune import ImpossibleBudget, tune
+    from dittfast.pipelines.tune.budget import ImpossibleBudget
+    from dittfast.pipelines.tune.tune import tune
 
     prompt = task.items[0].prompt
     check_ranges(prompt=prompt, seed=args.seed, **given)
@@ -178,7 +179,7 @@ def _task(args, budget, source):
     """What to tune for: the user's prompts, or those of the sample model."""
     from dittfast.pipelines.runs.prompts import make_items, read_prompts
     from dittfast.pipelines.tune.candidates import tunable
-    from dittfast.pipelines.tune.tune import Task
+    from dittfast.pipelines.tune.task import Task
 
     if args.prompts is None:
         own = list(source.settings.get("prompts", []))[:6]

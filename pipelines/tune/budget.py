@@ -18,6 +18,12 @@ _KINDS = {
 _FORM = re.compile(r"\s*(\w+)\s*(>=|<=|==|=|>|<)\s*(\S+)\s*")
 # What a preset is drawn for: the measures in which it may differ from dense attention.
 QUALITIES = ("psnr", "distance")
+# dB that stand for pictures without a difference; 8 bits cannot show as many.
+EQUAL = 120.0
+
+
+class ImpossibleBudget(ValueError):
+    """No preset holds the budget; the message says which is nearest."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +106,19 @@ def _parse(text: str) -> tuple[str, float]:
     if not (math.isfinite(value) and holds(value)):
         raise ValueError(f"{name} must be {allowed}, got {number!r}")
     return name, value
+
+
+def squared(measure: str, value: float) -> float:
+    """The squared error that a measure stands for."""
+    return 10 ** (-value / 10) if measure == "psnr" else value**2
+
+
+def value_of(measure: str, squared: float) -> float:
+    if measure == "distance":
+        return math.sqrt(squared)
+    return -10 * math.log10(squared) if squared > 0 else EQUAL
+
+
+def better(measure: str, value: float, decibels: float) -> float:
+    """A value of a measure whose squared error is lower by so much."""
+    return value_of(measure, squared(measure, value) * 10 ** (-decibels / 10))
