@@ -47,8 +47,9 @@ from dittfast.pipelines.tune.task import Task
 from dittfast.pipelines.tune.tune import tune
 from dittfast.schedule import Schedule
 
-# How a setting's speed is told: by whole calls in turns, and with attention in turns call by call.
-WAYS = ("timed", "by_call")
+# How a setting's speed is told: by whole calls in turns, with attention in turns call by call, and
+# as dense attention's work over its own.
+WAYS = ("timed", "by_call", "by_work")
 
 
 def arguments() -> argparse.Namespace:
@@ -141,6 +142,7 @@ def main() -> None:
         for one in [*uniform, *found]:
             if one["label"] in speeds:
                 one |= {"timed": speeds[one["label"]], "by_call": by_call[one["label"]]}
+                one["by_work"] = 1 / (one["work"] if "work" in one else one["predicted"]["work"])
     unchanged = [row for row in uniform if not is_changed(row)]
     facts = {
         "model": args.model,
@@ -221,14 +223,16 @@ def opponents(measured: Measuring, prediction: Prediction, speeds: list[float]) 
     return [drawn(x["opponent"], every) if x in near else x for x in rows]
 
 
-def predicted(prediction: Prediction, one: Opponent, total: int) -> float:
-    """The speed of a setting, by the recorded seconds of its calls."""
+def predicted(prediction: Prediction, one: Opponent, total: int) -> dict[str, float]:
+    """The speed of a setting, by the recorded seconds of its calls, and its work."""
     alike = prediction.alike(prediction.methods.index(one.method))
     attention = prediction.call_seconds(alike) - prediction.rest
     if one.every > 1:
         attention -= sum(prediction.planning(alike).values()) * (1 - 1 / total)
     dense, share = prediction.run_seconds - prediction.rest, one.first / total
-    return prediction.run_seconds / (prediction.rest + share * dense + (1 - share) * attention)
+    seconds = prediction.rest + share * dense + (1 - share) * attention
+    work = share + (1 - share) * prediction.work(alike)
+    return {"predicted": prediction.run_seconds / seconds, "work": work}
 
 
 def elsewhere(pipe, call: dict, preset: Path, items, scale: float) -> dict:
@@ -318,8 +322,8 @@ def uniform_arm(measured: Measuring, one: Opponent):
     return measured.variant(one.label, Mixture((Rule(one.method),)), one.schedule)
 
 
-def uniform_row(measured: Measuring, one: Opponent, items, speed: float) -> dict:
-    """A setting in all layers, on held-out prompts, and its speed by recorded calls."""
+def uniform_row(measured: Measuring, one: Opponent, items, cost: dict[str, float]) -> dict:
+    """A setting in all layers, on held-out prompts, with what :func:`predicted` says of it."""
     arm = uniform_arm(measured, one)
     print(one.words, flush=True)
     draw_missing([arm], measured.call, items)
@@ -332,7 +336,7 @@ def uniform_row(measured: Measuring, one: Opponent, items, speed: float) -> dict
         "replan_every": one.every,
         "words": one.words,
         "pictures": len(items),
-        "predicted": speed,
+        **cost,
         "density": records[0]["attention"]["density"],
         **measured.judge(arm, items),
     }

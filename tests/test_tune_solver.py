@@ -299,6 +299,10 @@ def test_seconds_are_the_sum_that_their_formula_says():
         seconds += scale * sum(each) * steps[place.band] * 2
     assert made.call_seconds(assigned) == pytest.approx(46 - 32 + seconds)
     assert made.planning(assigned) == pytest.approx({"topk": scale * 0.5 * 0.05 * 1 * 2})
+    # Heads of both layers in one step, and in three: 0.1, 0.2 or 0.3 of dense attention, or all.
+    heads = [(1, 0.1), (1, 0.3), (3, 0.2), (3, 0.2), (1, 1), (1, 1), (3, 1), (3, 0.1)]
+    work = sum(steps * own for steps, own in heads) / 16
+    assert made.work(assigned) == pytest.approx(work)
     before = made.call_seconds(assigned)
     for _ in range(3):
         made.learn_speed(assigned, 46 / (before + 1))

@@ -112,6 +112,10 @@ class Prediction:
             mean(x[n]["planning"] for own in tried.values() for x in own) for n in numbers
         ]
         self._start: list[float] = [mean(record["start"][n] for record in records) for n in numbers]
+        self._work: list[dict[Place, float]] = [
+            {place: mean(x[n]["work"] for x in own) for place, own in tried.items()}
+            for n in numbers
+        ]
 
     @property
     def places(self) -> list[Place]:
@@ -147,6 +151,17 @@ class Prediction:
 
     def speedup(self, assigned: Assigned) -> float:
         return self.run_seconds / self.call_seconds(assigned)
+
+    def work(self, assigned: Assigned) -> float:
+        """The products of attention in a run, of those of dense attention; planning is not in it.
+
+        As recorded for all heads of a layer, so of a method whose heads differ a mean of them.
+        """
+        parts = [
+            (self._calls(place), 1.0 if n == DENSE else self._work[n][place])
+            for place, heads in assigned.items() for n in heads
+        ]  # fmt: skip
+        return sum(calls * own for calls, own in parts) / sum(calls for calls, _ in parts)
 
     def saved(self, assigned: Assigned) -> float:
         """Seconds less of a run's attention than dense attention takes; 0 if nothing is."""

@@ -6,7 +6,7 @@ from dittfast.measure.summary import number
 from dittfast.measure.tables import Table
 
 _SHOWN = [
-    *(("predicted", measure) for measure in ("psnr", "distance", "speedup")),
+    *(("predicted", measure) for measure in ("psnr", "distance", "work", "speedup")),
     *(("tuned", measure) for measure in ("psnr", "distance")),
     *(("held_out", measure) for measure in ("psnr", "distance", "speedup")),
 ]
@@ -33,7 +33,7 @@ def _rounds(found: dict) -> Table:
         chosen = "yes" if one["label"] == best["label"] else ""
         rows.append((one["label"], *drawn, chosen))
     head = (
-        "preset", "predicted PSNR, dB", "predicted distance", "predicted speedup",
+        "preset", "predicted PSNR, dB", "predicted distance", "work", "predicted speedup",
         "PSNR, prompts tuned with", "distance, prompts tuned with", "PSNR, held out",
         "distance, held out", "speedup, timed", "chosen",
     )  # fmt: skip
@@ -41,7 +41,8 @@ def _rounds(found: dict) -> Table:
     gpu = found["gpu"]
     notes = [
         "Tuned for " + " and ".join(found["budget"]) + ", means over held-out prompts.",
-        "distance: |x - dense| / |dense| of the final latents. speedup: dense seconds over the "
+        "distance: |x - dense| / |dense| of the final latents. work: the products of attention, of "
+        "those of dense attention, without planning. speedup: dense seconds over the "
         "preset's, with attention timed in turns, call by call." + _whole(found["whole_calls"]),
         *([_COMPUTED.format(gpu)] if gpu else []),
         f"Attention is {found['attention_share']:.0%} of a dense run of "

@@ -34,6 +34,7 @@ class Drawn:
     """A preset that was drawn, with what was predicted and measured of it.
 
     Attributes:
+        predicted: measures, speedup, and work, of dense attention's.
         tuned, held_out: measures, means over prompts; ``held_out`` has ``speedup``, too, where it
             was timed. Empty where the preset was not drawn with these prompts.
     """
@@ -148,6 +149,7 @@ class Search:
         budget, arm = self.task.budget, self.measured.variant(label, mixture)
         predicted = {m: self.prediction.squared_error(assigned, m) for m in self.measured.measures}
         predicted = {m: value_of(m, x) for m, x in predicted.items()}
+        predicted["work"] = self.prediction.work(assigned)
         predicted["speedup"] = self.prediction.speedup(assigned)
         self.measured.draw(f"{label}, the prompts it is tuned with", arm, self.task.items)
         tuned = self.measured.judge(arm, self.task.items)
