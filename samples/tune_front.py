@@ -36,7 +36,7 @@ from dittfast.pipelines.runs.call import call_arguments, call_record
 from dittfast.pipelines.runs.compare import draw, quality
 from dittfast.pipelines.runs.first_frame import with_first_frame
 from dittfast.pipelines.runs.positions import positions_scaled
-from dittfast.pipelines.runs.prompts import make_items
+from dittfast.pipelines.runs.prompts import Item, make_items, read_prompts
 from dittfast.pipelines.tune.budget import Budget
 from dittfast.pipelines.tune.candidates import tunable
 from dittfast.pipelines.tune.measuring import Measuring
@@ -50,6 +50,8 @@ from dittfast.schedule import Schedule
 # How a setting's speed is told: by whole calls in turns, with attention in turns call by call, and
 # as dense attention's work over its own.
 WAYS = ("timed", "by_call", "by_work")
+# Numbers and seeds of fresh prompts begin here, behind those of all others.
+_FRESH = 1000
 
 
 def arguments() -> argparse.Namespace:
@@ -71,6 +73,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=tunable())
     parser.add_argument(
         "--also", type=int, nargs="*", default=[], help="sizes at which the first preset is tried"
+    )
+    parser.add_argument(
+        "--fresh", type=Path, metavar="FILE", help="prompts that neither tuned nor chose anything"
     )
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--save", type=Path, help="write PREFIX.json and PREFIX.png")
@@ -138,17 +143,21 @@ def main() -> None:
                     arms[one["label"]] = measured.variant(one["label"], resolve(one["rules"])[0])
         by_call = {n: measured.speedup(arm) for n, arm in arms.items() if n != "dense"}
         speeds = timed_in_turns(measured, arms, args.timings)
+        judged = [] if args.fresh is None else fresh_items(args.fresh)
+        fresh = judged_on(measured, arms, judged) if judged else {}
         found = [one for row in rows for one in (row["best"], *row["rounds"])]
         for one in [*uniform, *found]:
             if one["label"] in speeds:
                 one |= {"timed": speeds[one["label"]], "by_call": by_call[one["label"]]}
+                if fresh:
+                    one["fresh"] = fresh[one["label"]]
                 one["by_work"] = 1 / (one["work"] if "work" in one else one["predicted"]["work"])
     unchanged = [row for row in uniform if not is_changed(row)]
     facts = {
         "model": args.model,
         "tokens": layout.num_tokens,
         "call": call_record(call) | {"position_scale": args.position_scale},
-        "prompts": {"tuned_with": len(own), "held_out": held},
+        "prompts": {"tuned_with": len(own), "held_out": held, "fresh": len(judged)},
         "bands": args.bands,
         "device": describe_device("cpu"),
         "versions": versions(),
@@ -272,6 +281,18 @@ def timed_in_turns(measured: Measuring, arms: dict, rounds: int) -> dict[str, fl
             write_json(path, {n: arms[n].draw(call, item.seed)[0].timing.busy for n in names})
         every.append(json.loads(path.read_text(encoding="utf-8")))
     return {n: statistics.median(x["dense"] / x[n] for x in every) for n in arms if n != "dense"}
+
+
+def fresh_items(prompts: Path) -> list[Item]:
+    """The prompts of a file, with numbers and seeds that no others have."""
+    items = make_items(read_prompts(prompts), seed=_FRESH)
+    return [replace(item, index=_FRESH + item.index) for item in items]
+
+
+def judged_on(measured: Measuring, arms: dict, items: list[Item]) -> dict[str, dict]:
+    """Quality of all arms but dense attention."""
+    draw_missing(list(arms.values()), measured.call, items)
+    return {n: measured.judge(arm, items) for n, arm in arms.items() if n != "dense"}
 
 
 def unbeaten(rows: list[dict], low: float, high: float) -> list[dict]:
