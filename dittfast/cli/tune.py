@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(),
         default=4,
         metavar="N",
-        help="parts of the run that get choices of their own (default: 4)",
+        help="parts of the run that get choices of their own, at most its steps (default: 4)",
     )
     how.add_argument(
         "--rounds",
