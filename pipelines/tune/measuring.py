@@ -42,6 +42,9 @@ from .task import Task
 
 # Pairs of whole calls that a finished preset is timed with.
 _PAIRS = 3
+# Dense steps that a step takes in which all candidates are recorded, and one more pass of a trial,
+# which reuses the blocks before it: for the time that is left.
+_RECORDED, _TRIED = 12, 0.35
 # What an attention's timing in turns holds.
 _SECONDS = {"dense": float, "own": float}
 
@@ -78,9 +81,10 @@ class Measuring:
         self.measures = list(QUALITIES)
         drawings = len(task.items) + len(task.held_out)
         # Records, trials in every layer and band, one followed in each band, timing.
-        trials = len(self.layers) * len(self.bands) * 8 / self.total_steps
-        work = (4 + trials) * len(task.items) + len(task.held_out) + len(self.bands)
-        work += 0.5 * task.rounds * drawings + 4
+        trials = self._answering(8 * len(self.layers) * len(self.bands))
+        work = (self._recording + trials) * len(task.items) + len(task.held_out) + len(self.bands)
+        work += self._answering(16 * len(self.bands)) + 0.5 * task.rounds * drawings
+        work += 1.5 * _PAIRS + 4
         self.progress = Progress(work, self._staged(on_stage))
 
     def _staged(self, on_stage: Callable[[str], None]) -> Callable[[str], None]:
@@ -89,6 +93,15 @@ class Measuring:
             on_stage(name)
 
         return staged
+
+    @property
+    def _recording(self) -> float:
+        """Dense runs that are as long as one that is recorded."""
+        return 1 + _RECORDED * len(self.bands) / self.total_steps
+
+    def _answering(self, trials: int) -> float:
+        """Dense runs that are as long as one with so many trials."""
+        return 1 + _TRIED * trials / self.total_steps
 
     def _arm(self, variant: Variant | None) -> Arm:
         return Arm(self.pipe, self.base, self.folder / "drawn", variant, self.verify)
@@ -166,7 +179,7 @@ class Measuring:
         name = f"recorded-{item.index:05d}"
 
         def make() -> dict:
-            self.progress.begin(f"recording {self._which(item)}", 4)
+            self.progress.begin(f"recording {self._which(item)}", self._recording)
             drawn, numbers = record(
                 self.pipe, self._call(item), item.seed, methods, self.middles,
                 backend=self.backend,
@@ -175,7 +188,7 @@ class Measuring:
             return numbers
 
         if self.book.has(name):
-            self.progress.skip(4)
+            self.progress.skip(self._recording)
         return self.book.once(
             name, FORM, make, lambda data: check_record(data, methods, self.middles)
         )
@@ -221,7 +234,7 @@ class Measuring:
     def _answers(self, item: Item, trials: list[tuple[int, dict[str, Method]]]) -> torch.Tensor:
         """``[n, width]`` fp64: how the predictions of a prompt answer to trials."""
         words = [[step, {n: m.to_dict() for n, m in own.items()}] for step, own in trials]
-        asked, work = digest_of(words), 1 + len(trials) / self.total_steps
+        asked, work = digest_of(words), self._answering(len(trials))
         name = f"answers-{item.index:05d}-{asked[:8]}"
 
         def make() -> dict:
