@@ -2,7 +2,8 @@
 
 The table is made so that kernels spill no registers and need no more shared memory than their
 architecture has, which ``dittfast bench kernels --static`` checks without a GPU. Sizes are the
-largest of those tried that fit; nobody has timed them on a GPU yet.
+largest of those tried that fit (docs/kernels.md names the one variant that none fitted); nobody has
+timed them on a GPU yet.
 """
 
 from __future__ import annotations
@@ -60,40 +61,57 @@ _AMPERE_HALF = {
 }
 _NVIDIA_SINGLE = {
     64: ((64, 32, 8, 2, 16), (64, 32, 8, 2, 16, 255), (32, 64, 8, 2, 16, 255)),
-    128: ((32, 32, 8, 2, 16), (32, 32, 8, 2, 16, 255), (16, 64, 8, 2, 16)),
-    256: ((32, 16, 8, 2, 16, 255), (16, 16, 8, 1, 16, 255), (16, 32, 8, 1, 16)),
+    128: ((32, 32, 8, 2, 16), (32, 16, 4, 2, 16, 255), (16, 64, 8, 2, 16)),
+    256: ((32, 16, 8, 1, 16, 255), (16, 16, 8, 1, 16, 120), (16, 32, 8, 1, 16)),
 }
 _NARROW_SINGLE = {
     **_NVIDIA_SINGLE,
     128: ((32, 16, 8, 2, 16, 255), (32, 16, 4, 2, 16, 255), (16, 64, 8, 2, 16)),
 }
+# Consumer GPUs, whose shared memory is small.
+_CONSUMER_HALF = {
+    64: _AMPERE_HALF[64],
+    128: ((128, 64, 8, 2, 16), (128, 32, 8, 2, 16), (64, 64, 8, 2, 32)),
+    256: ((64, 32, 8, 2, 16), (64, 32, 8, 1, 16), (32, 32, 8, 2, 16, 255)),
+}
 # By architecture and bytes per value.
 _TABLE = {
     ("sm_80", 2): _AMPERE_HALF,
-    ("sm_86", 2): {
-        64: _AMPERE_HALF[64],
-        128: ((128, 64, 8, 2, 16), (128, 32, 8, 2, 16), (64, 64, 8, 2, 32)),
-        256: ((64, 32, 8, 2, 16), (64, 32, 8, 1, 16), (32, 32, 8, 2, 16, 255)),
+    ("sm_86", 2): _CONSUMER_HALF,
+    ("sm_120", 2): {
+        **_CONSUMER_HALF,
+        64: ((128, 64, 8, 3, 32), (128, 32, 8, 3, 16), (32, 64, 8, 3, 16)),
     },
     ("sm_90", 2): {
         64: ((128, 128, 8, 2, 32), (128, 64, 8, 3, 32), (64, 128, 8, 2, 16)),
+        # Padded to 128, with a mask for the channels that are not there.
+        112: ((128, 64, 8, 3, 16), (128, 64, 8, 2, 32), (32, 64, 8, 2, 32)),
         128: ((128, 64, 8, 3, 32), (128, 64, 8, 2, 32), (32, 64, 8, 2, 32)),
         256: ((64, 32, 8, 3, 16), (64, 64, 8, 2, 16), (32, 32, 8, 2, 32, 255)),
     },
     ("sm_100", 2): {
-        64: ((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 3, 32)),
+        64: ((128, 128, 8, 2, 16), (128, 128, 8, 2, 64), (64, 128, 8, 3, 32)),
         128: ((128, 64, 8, 2, 32), (128, 64, 8, 2, 32, 255), (64, 128, 8, 2, 32)),
         256: ((64, 64, 8, 2, 32), (128, 32, 8, 2, 32), (32, 64, 8, 2, 32)),
     },
     ("gfx942", 2): {
         64: ((128, 64, 4, 2, 32), (128, 64, 4, 2, 32), (64, 128, 4, 2, 32)),
         128: ((128, 64, 4, 2, 32), (128, 32, 4, 2, 32), (32, 128, 4, 2, 16)),
-        256: ((128, 32, 4, 1, 32), (64, 32, 4, 2, 32), (32, 64, 4, 1, 16)),
+        256: ((128, 32, 4, 1, 16), (64, 32, 4, 2, 16), (32, 64, 4, 1, 16)),
     },
     ("sm_80", 4): _NVIDIA_SINGLE,
     ("sm_86", 4): _NARROW_SINGLE,
-    ("sm_90", 4): _NARROW_SINGLE,
-    ("sm_100", 4): _NARROW_SINGLE,
+    ("sm_90", 4): {
+        **_NARROW_SINGLE,
+        128: ((32, 16, 8, 2, 16, 255), (16, 16, 8, 1, 16, 128), (16, 32, 8, 2, 16)),
+        256: ((32, 16, 8, 1, 16, 255), (16, 16, 8, 1, 16, 128), (16, 32, 8, 1, 16)),
+    },
+    ("sm_100", 4): {
+        **_NARROW_SINGLE,
+        128: ((32, 16, 8, 2, 16, 255), (32, 16, 4, 2, 16, 255), (16, 32, 8, 2, 16)),
+        256: ((32, 16, 8, 1, 16, 255), (16, 16, 8, 1, 16, 255), (16, 32, 8, 1, 16)),
+    },
+    ("sm_120", 4): _NARROW_SINGLE,
     ("gfx942", 4): {
         64: ((64, 32, 4, 1, 16), (64, 32, 4, 1, 16), (32, 64, 4, 1, 16)),
         128: ((64, 32, 4, 1, 16), (64, 32, 4, 1, 16), (32, 64, 4, 1, 16)),
@@ -102,7 +120,7 @@ _TABLE = {
 }
 
 
-# Which row a device takes. Consumer GPUs share one, for their shared memory.
+# Which row a device takes.
 _ROWS = {
     (8, 0): "sm_80",
     (8, 6): "sm_86",
@@ -111,8 +129,8 @@ _ROWS = {
     (9, 0): "sm_90",
     (10, 0): "sm_100",
     (10, 3): "sm_100",
-    (12, 0): "sm_86",
-    (12, 1): "sm_86",
+    (12, 0): "sm_120",
+    (12, 1): "sm_120",
     "gfx90a": "gfx942",
     "gfx942": "gfx942",
 }
@@ -174,7 +192,8 @@ def launch_config(
     size = min(size for size in rows if size >= head_dim)
     forward, dq, dkv = (KernelConfig(*numbers) for numbers in rows[size])
     # Delta holds a tile of two tensors in registers and shares nothing between its threads.
-    delta = KernelConfig(block_m=min(64, 8192 // size), block_n=0, num_warps=4, num_stages=2)
+    held = 16 if (size, dtype.itemsize) == (256, 4) else min(64, 8192 // size)
+    delta = KernelConfig(block_m=held, block_n=0, num_warps=4, num_stages=2)
     config = LaunchConfig(forward, delta, dq, dkv)
     if name == "gfx942":
         # The compiler's choice, 32 rows, would have several warps compute the same ones.

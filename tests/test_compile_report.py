@@ -118,7 +118,11 @@ def test_launch_sizes_are_sizes_that_triton_takes(capability, dtype):
             assert ("matrix_instr_nonkdim" in kernel.options()) == is_amd
             assert not (is_amd and kernel.max_registers)
         rounded_up = next(size for size in (64, 128, 256) if size >= head_dim)
-        assert config == launch_config(rounded_up, dtype, capability)
+        larger = launch_config(rounded_up, dtype, capability)
+        # Padding needs registers, which may leave fewer rows of a partial block.
+        assert [k._replace(rule_tile=0) for k in config] == [
+            k._replace(rule_tile=0) for k in larger
+        ]
 
 
 @pytest.mark.parametrize(
