@@ -161,7 +161,8 @@ def test_descriptors_where_the_hardware_has_them():
 def test_launch_sizes_differ_by_architecture_and_dtype():
     half = {launch_config(128, torch.float16, capability) for capability in CAPABILITIES}
     assert len(half) == 5
-    assert launch_config(64, torch.float16, (8, 9)) == launch_config(64, torch.bfloat16, (12, 0))
+    assert launch_config(128, torch.float16, (8, 9)) == launch_config(128, torch.bfloat16, (12, 0))
+    assert launch_config(64, torch.float16, (8, 9)) != launch_config(64, torch.bfloat16, (12, 0))
     assert launch_config(64, torch.float32, (9, 0)) not in half
 
 
