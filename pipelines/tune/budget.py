@@ -113,10 +113,11 @@ def squared(measure: str, value: float) -> float:
     return 10 ** (-value / 10) if measure == "psnr" else value**2
 
 
-def value_of(measure: str, squared: float) -> float:
+def value_of(measure: str, error: float) -> float:
+    """What a measure is at a squared error."""
     if measure == "distance":
-        return math.sqrt(squared)
-    return -10 * math.log10(squared) if squared > 0 else EQUAL
+        return math.sqrt(error)
+    return -10 * math.log10(error) if error > 0 else EQUAL
 
 
 def better(measure: str, value: float, decibels: float) -> float:
