@@ -107,6 +107,8 @@ def compare(args):
         ]
         total = steps_within(RECIPE, how, output, args.seconds)
         dense_steps = dense_steps or total
+        if args.equal_steps:
+            total = dense_steps
         arm = arms.setdefault(name, {"method": method, "options": options, "after": {}})
         for steps in sorted({0, min(dense_steps, total), total}):
             weights = start
@@ -176,6 +178,9 @@ def main():
     parser.add_argument("--packages", type=Path, required=True, help="folder of the npm tarballs")
     parser.add_argument("--seconds", type=float, default=600, help="processor time of each arm")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="dense first")
+    parser.add_argument(
+        "--equal-steps", action="store_true", help="sparse arms stop after as many steps as dense"
+    )
     parser.add_argument("--count", type=int, default=6, help="held-out pictures")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--save", type=Path, help="write PREFIX.json and PREFIX.png")
