@@ -216,7 +216,7 @@ def compile_call(call, target: GPUTarget):
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source_of(call), target=target, options=call.config.options())
+            compiled = triton.compile(source_of(call), target=target, options=call.options())
     return compiled, log.getvalue()
 
 

@@ -2,8 +2,7 @@
 
 The table is made so that kernels spill no registers and need no more shared memory than their
 architecture has, which ``dittfast bench kernels --static`` checks without a GPU. Sizes are the
-largest of those tried that fit (docs/kernels.md names the one variant that none fitted); nobody has
-timed them on a GPU yet.
+largest of those tried that fit; nobody has timed them on a GPU yet.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ class KernelConfig(NamedTuple):
             too; at most as many as in full blocks.
         max_registers: registers per thread, on NVIDIA only. Left to itself (0) the assembler
             sometimes spills a few bytes to fit one more program on a multiprocessor.
+        rule_registers: the same where the plan has a token rule; None: ``max_registers``.
         matrix_rows: rows of the matrix instruction, on AMD only; 0 leaves them to the compiler.
     """
 
@@ -32,13 +32,16 @@ class KernelConfig(NamedTuple):
     num_stages: int
     rule_tile: int = 32
     max_registers: int = 0
+    rule_registers: int | None = None
     matrix_rows: int = 0
 
-    def options(self) -> dict[str, int]:
-        """Compiler options, as a launch takes them."""
+    def options(self, has_rule: bool) -> dict[str, int]:
+        """Compiler options, as a launch takes them, for plans with or without a token rule."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.max_registers:
-            options["maxnreg"] = self.max_registers
+        own_limit = has_rule and self.rule_registers is not None
+        limit = self.rule_registers if own_limit else self.max_registers
+        if limit:
+            options["maxnreg"] = limit
         if self.matrix_rows:
             options["matrix_instr_nonkdim"] = self.matrix_rows
         return options
@@ -111,7 +114,7 @@ _TABLE = {
     ("sm_100", 4): {
         **_NARROW_SINGLE,
         128: ((32, 16, 8, 2, 16, 255), (32, 16, 4, 2, 16, 255), (16, 32, 8, 2, 16)),
-        256: ((32, 16, 8, 1, 16, 255), (16, 16, 8, 1, 16, 255), (16, 32, 8, 1, 16)),
+        256: ((32, 16, 8, 1, 16, 255), (32, 16, 16, 1, 16, 96, 0), (16, 32, 8, 1, 16)),
     },
     ("sm_120", 4): _NARROW_SINGLE,
     ("gfx942", 4): {

@@ -43,9 +43,13 @@ class Call(NamedTuple):
     arguments: dict
     config: KernelConfig
 
+    def options(self) -> dict[str, int]:
+        """Compiler options of this launch."""
+        return self.config.options(has_rule=self.arguments["METRIC"] > 0)
+
     def launch(self) -> None:
         arguments = {name: self.arguments[name] for name in self.kernel.arg_names}
-        self.kernel[(self.grid,)](**arguments, **self.config.options())
+        self.kernel[(self.grid,)](**arguments, **self.options())
 
 
 def capability_of(device: torch.device):

@@ -115,8 +115,10 @@ def test_launch_sizes_are_sizes_that_triton_takes(capability, dtype):
             assert min(tiles) >= 16 and kernel.rule_tile >= 16 and kernel.num_stages >= 1
             # Each compiler knows one of these options, and refuses the other.
             is_amd = isinstance(capability, str)
-            assert ("matrix_instr_nonkdim" in kernel.options()) == is_amd
-            assert not (is_amd and kernel.max_registers)
+            for has_rule in (False, True):
+                options = kernel.options(has_rule)
+                assert ("matrix_instr_nonkdim" in options) == is_amd
+                assert not (is_amd and "maxnreg" in options)
         rounded_up = next(size for size in (64, 128, 256) if size >= head_dim)
         larger = launch_config(rounded_up, dtype, capability)
         padded = 64 < head_dim <= 112 if capability == (9, 0) else is_amd and head_dim <= 48
@@ -157,6 +159,16 @@ def test_descriptors_where_the_hardware_has_them():
     assert takes.pop((10, 0)) == takes.pop((10, 3)) == ["forward", "dq", "dkv"]
     assert not any(takes.values())
     assert not takes_descriptors((9, 0), torch.float32, "forward")
+
+
+@pytest.mark.parametrize("feature", compile_report.FEATURES)
+def test_a_limit_of_registers_may_be_for_plans_without_a_rule(feature):
+    """With it the rule of a video spills on sm_100, and without it plain blocks do."""
+    features = compile_report.FEATURES[feature]
+    calls = compile_report.calls_for(256, torch.float32, features, (10, 0))
+    has_rule = feature in ("rule", "video_rule", "local", "raster", "box")
+    assert ("maxnreg" in calls["dq"].options()) == (not has_rule)
+    assert calls["forward"].options()["maxnreg"] == 255
 
 
 def test_launch_sizes_differ_by_architecture_and_dtype():
