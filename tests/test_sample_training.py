@@ -211,9 +211,14 @@ def test_the_table_by_hand(scripts, tmp_path):
         return np.sqrt(np.mean([np.mean((features[a] - features[b]) ** 2) for a, b in pairs]))
 
     one = root([((256, "art", i), (256, "art", j)) for i in range(64) for j in range(i)])
-    row = quality.rows_of(task, task)["local"]
+    row = quality.rows_of(task, task, task)["local"]
     to_art = root([((512, "local", n), (512, "art", n)) for n in range(2)])
     assert row["to_art"] == pytest.approx(to_art / one)
+    parts = [
+        root([((512, "local", n), (512, "art", n))]) / root([((512, "dense", n), (512, "art", n))])
+        for n in range(2)
+    ]
+    assert row["to_art_of_dense"] == pytest.approx(np.sqrt(parts[0] * parts[1]))
     to_best = root([((512, "local", n), (256, "dense", n)) for n in range(2)])
     assert row["to_best"] == pytest.approx(to_best / one)
     assert row["times_as_fast"] == 3 and row["cpu_seconds"] == 3  # of 4 and 2; of 2 and 4
