@@ -90,10 +90,11 @@ def test_every_kernel_fits(target, dtype):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", ["sm_86", "sm_89", "sm_120"])
-def test_every_kernel_fits_a_consumer_gpu(target):
+def test_every_kernel_fits_a_consumer_gpu(target, dtype):
     count = len(compile_report.KERNELS) * len(compile_report.FEATURES) * 3
-    assert_all_fit(count, "--targets", target, "--dtypes", "bf16", *EVERYTHING)
+    assert_all_fit(count, "--targets", target, "--dtypes", dtype, *EVERYTHING)
 
 
 @pytest.mark.compile
