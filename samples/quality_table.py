@@ -62,12 +62,12 @@ PAGE = """# Every method by size
 Written by `samples/quality_table.py table`, whose first lines say what each column is; all values
 are in [{name}.json]({name}.json). Distances are root mean squares over pairs of one prompt in the
 features of `sample-features`, as a part of that between the art of different prompts: 0 is the same
-picture, 1 any other. "Of dense" is the distance to the art as a part of that of dense attention (the
-weights that ship, at this size), prompt by prompt, the geometric mean: it compares rows of unlike
-counts, and a prompt that is drawn as something else by all alike does not outweigh the others. "Two
-seeds" is dense attention with another seed, at the model's own best size: the floor.
+picture, 1 any other. "Of dense" is the distance to the art as a part of that of dense attention
+(the weights that ship, at this size), prompt by prompt, the geometric mean: it compares rows of
+unlike counts, and a prompt that is drawn as something else by all alike does not outweigh the
+others. "Two seeds" is dense attention with another seed, at the model's own best size: the floor.
 
-![Processor seconds of a whole call against the distance to the art, as a part of that of dense attention]({name}.png)
+![Processor seconds of a whole call against the distance to the art; dense is 1]({name}.png)
 
 {table}"""
 
