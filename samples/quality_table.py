@@ -16,7 +16,7 @@ root mean square over pairs of one prompt, as a part of that of art of different
 is the same picture and 1 any other. Pairs need few pictures; a Fréchet distance needs hundreds
 (``dittfast evaluate fid``). There are three: to the art that was trained on; to dense attention at
 the model's own best size, 256 px or 9 frames, same prompt and noise; and, as the floor, between two
-seeds of that. A prompt that is drawn as something else, by all methods alike, outweighs all others
+seeds of that. A prompt that is drawn wrong, by all methods alike, outweighs all others
 in the first; so it is also told as a part of that of dense attention at this size, prompt by prompt
 and then by the geometric mean, which compares rows of unlike counts as well.
 """
@@ -64,8 +64,8 @@ are in [{name}.json]({name}.json). Distances are root mean squares over pairs of
 features of `sample-features`, as a part of that between the art of different prompts: 0 is the same
 picture, 1 any other. "Of dense" is the distance to the art as a part of that of dense attention
 (the weights that ship, at this size), prompt by prompt, the geometric mean: it compares rows of
-unlike counts, and a prompt that is drawn as something else by all alike does not outweigh the
-others. "Two seeds" is dense attention with another seed, at the model's own best size: the floor.
+unlike counts, and a prompt that is drawn wrong by all alike does not outweigh the others. "Two
+seeds" is dense attention with another seed, at the model's own best size: the floor.
 
 ![Processor seconds of a whole call against the distance to the art; dense is 1]({name}.png)
 
