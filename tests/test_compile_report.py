@@ -98,10 +98,11 @@ def test_every_kernel_fits_a_consumer_gpu(target, dtype):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_head_dims_that_are_no_power_of_two_fit(target):
+def test_head_dims_that_are_no_power_of_two_fit(target, dtype):
     arguments = ["--head-dims", "48", "80", "192", "--features", "plain", "rule", "video_rule"]
-    assert_all_fit(36, "--targets", target, "--dtypes", "bf16", *arguments)
+    assert_all_fit(36, "--targets", target, "--dtypes", dtype, *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
