@@ -306,13 +306,14 @@ def draw(args):
     unit(task.best)
 
 
-def rows_of(task, dense, shipped):
+def rows_of(task, shipped):
     """Arm -> what is known of it at this size.
 
     Args:
-        dense: the task whose dense attention seconds are compared with.
-        shipped: the task of this size with the weights that ship; distances are to its dense.
+        shipped: the task of this size with the weights that ship. Distances are compared with
+            those of its dense attention; seconds, too, where the task has none of its own.
     """
+    dense = task if (task.folder / "dense").exists() else shipped
     arms = [p.name for p in task.folder.iterdir() if p.name not in ("art", "other-seed")]
     one = unit(task.best)
     rows = {}
@@ -330,14 +331,12 @@ def rows_of(task, dense, shipped):
                 dense.read("dense", n)["cpu_seconds"] / records[n]["cpu_seconds"] for n in paired
             ),
         }
-        for name, others in (
-            ("to_art", {n: task.art(n) for n in numbers}),
-            ("to_best", {n: task.best.read("dense", n)["features"] for n in numbers}),
-        ):
-            squares = [apart(records[n]["features"], others[n]) for n in numbers]
-            row[name] = root_mean(squares) / one
+        here = {n: records[n]["features"] for n in numbers}
+        to_art = {n: apart(here[n], task.art(n)) for n in numbers}
+        to_best = [apart(here[n], task.best.read("dense", n)["features"]) for n in numbers]
+        row |= {"to_art": root_mean(to_art.values()) / one, "to_best": root_mean(to_best) / one}
         parts = [
-            apart(records[n]["features"], task.art(n)) / apart(other["features"], task.art(n))
+            to_art[n] / apart(other["features"], task.art(n))
             for n in numbers
             if (other := shipped.read("dense", n))
         ]
@@ -372,9 +371,8 @@ def table(args):
         if kind not in BEST or not size.isdigit() or name == ["large"]:
             continue
         task = Task(args, kind, int(size), name=name[0] if name else None)
-        shipped = Task(args, kind, int(size))
-        dense = task if (task.folder / "dense").exists() else shipped
-        sizes[folder.name] = {"floor": floor_of(task), "arms": rows_of(task, dense, shipped)}
+        arms = rows_of(task, Task(args, kind, int(size)))
+        sizes[folder.name] = {"floor": floor_of(task), "arms": arms}
     sizes = dict(sorted(sizes.items(), key=lambda x: (x[0][0] == "c", int(x[0].split("-")[1]))))
     cells = [
         (

@@ -105,10 +105,11 @@ def compare(args):
             f"data.folder={args.set}",
             *_size(args),
         ]
-        total = steps_within(RECIPE, how, output, args.seconds)
-        dense_steps = dense_steps or total
-        if args.equal_steps:
+        if dense_steps and args.equal_steps:
             total = dense_steps
+        else:
+            total = steps_within(RECIPE, how, output, args.seconds)
+        dense_steps = dense_steps or total
         arm = arms.setdefault(name, {"method": method, "options": options, "after": {}})
         for steps in sorted({0, min(dense_steps, total), total}):
             weights = start

@@ -211,7 +211,7 @@ def test_the_table_by_hand(scripts, tmp_path):
         return np.sqrt(np.mean([np.mean((features[a] - features[b]) ** 2) for a, b in pairs]))
 
     one = root([((256, "art", i), (256, "art", j)) for i in range(64) for j in range(i)])
-    row = quality.rows_of(task, task, task)["local"]
+    row = quality.rows_of(task, task)["local"]
     to_art = root([((512, "local", n), (512, "art", n)) for n in range(2)])
     assert row["to_art"] == pytest.approx(to_art / one)
     parts = [
